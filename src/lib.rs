@@ -1,0 +1,2 @@
+//! DIM: one model across your Mac and your phone.
+#![forbid(unsafe_code)]
