@@ -1,2 +1,5 @@
 //! DIM: one model across your Mac and your phone.
 #![forbid(unsafe_code)]
+
+pub mod host;
+pub mod stage;

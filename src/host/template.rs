@@ -3,12 +3,11 @@
 //! A template is a program that came with a download. It runs in MiniJinja (no access to anything outside
 //! its arguments) with a limit of steps ("fuel") and a limit on its output.
 
-use minijinja::{Environment, ErrorKind, UndefinedBehavior, context};
-use serde::Serialize;
+use minijinja::syntax::SyntaxConfig;
+use minijinja::{Environment, ErrorKind, UndefinedBehavior, Value, context};
 
 /// Who said something.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
-#[serde(rename_all = "lowercase")]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Role {
     /// How the assistant is to behave; at most one, at the start.
     System,
@@ -19,12 +18,24 @@ pub enum Role {
 }
 
 /// One turn of a conversation.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Turn {
     /// Who said it.
     pub role: Role,
     /// What was said.
     pub content: String,
+}
+
+impl Turn {
+    /// As templates see it: a map with `role` and `content`.
+    fn value(&self) -> Value {
+        let role = match self.role {
+            Role::System => "system",
+            Role::User => "user",
+            Role::Assistant => "assistant",
+        };
+        Value::from_pairs([("role", role), ("content", self.content.as_str())])
+    }
 }
 
 /// A chat template of a model.
@@ -76,8 +87,9 @@ impl ChatTemplate {
         environment.set_fuel(Some(FUEL));
         environment.set_recursion_limit(64);
         environment.set_undefined_behavior(UndefinedBehavior::Lenient);
-        environment.set_trim_blocks(true);
-        environment.set_lstrip_blocks(true);
+        // as transformers renders them: a block tag takes the newline after it and the indent before it along
+        let syntax = SyntaxConfig::builder().trim_blocks(true).lstrip_blocks(true).build();
+        environment.set_syntax(syntax.map_err(|e| TemplateError::Failed(e.to_string()))?);
         environment.set_unknown_method_callback(minijinja_contrib::pycompat::unknown_method_callback);
         environment.add_function("raise_exception", |message: String| -> Result<String, minijinja::Error> {
             Err(minijinja::Error::new(ErrorKind::InvalidOperation, message))
@@ -93,9 +105,10 @@ impl ChatTemplate {
     /// The prompt for `turns`, ending where the assistant is to speak.
     pub fn render(&self, turns: &[Turn]) -> Result<String, TemplateError> {
         let template = self.environment.get_template("chat").map_err(|e| TemplateError::Failed(e.to_string()))?;
+        let messages: Vec<Value> = turns.iter().map(Turn::value).collect();
         let mut text = LimitedText { text: Vec::new(), overflowed: false };
-        let rendered = template.render_to_write(
-            context! { messages => turns, add_generation_prompt => true, bos_token => self.bos, eos_token => self.eos },
+        let rendered = template.render_captured_to(
+            context! { messages => messages, add_generation_prompt => true, bos_token => self.bos.as_str(), eos_token => self.eos.as_str() },
             &mut text,
         );
         if text.overflowed {
