@@ -1,1 +1,7 @@
-//! placeholder
+//! Reads, plans, cuts and synthesises GGUF files.
+//!
+//! Pure Rust: without the `engine` feature no C++ is compiled, and everything works except requantising.
+#![deny(unsafe_code)]
+
+pub mod gguf;
+mod os;

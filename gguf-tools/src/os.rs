@@ -1,0 +1,43 @@
+//! The few things that the standard library does not offer: file locks, free space, read-ahead advice.
+//!
+//! All of them are allowed to do nothing: they make the tools kinder or faster, never more correct.
+
+use std::{fs::File, io, path::Path};
+
+/// Takes the exclusive lock that marks a file as being written. It ends with the process, however that ends.
+pub(crate) fn lock(file: &File) {
+    #[cfg(unix)]
+    {
+        let _ = rustix::fs::flock(file, rustix::fs::FlockOperation::NonBlockingLockExclusive);
+    }
+    #[cfg(not(unix))]
+    let _ = file;
+}
+
+/// Whether no living process holds that lock.
+pub(crate) fn is_unlocked(file: &File) -> bool {
+    #[cfg(unix)]
+    return rustix::fs::flock(file, rustix::fs::FlockOperation::NonBlockingLockExclusive).is_ok();
+    #[cfg(not(unix))]
+    {
+        let _ = file;
+        false
+    }
+}
+
+/// Makes a rename in the folder of `path` survive a power cut.
+pub(crate) fn sync_folder(path: &Path) -> io::Result<()> {
+    #[cfg(unix)]
+    {
+        let folder = match path.parent() {
+            Some(folder) if !folder.as_os_str().is_empty() => folder,
+            _ => Path::new("."),
+        };
+        File::open(folder)?.sync_all()
+    }
+    #[cfg(not(unix))]
+    {
+        let _ = path;
+        Ok(())
+    }
+}
