@@ -5,6 +5,8 @@
 //!                                                                                            -> sampler -> token
 //! ```
 
+pub mod pipeline;
+pub mod report;
 pub mod sampler;
 pub mod schedule;
 pub mod template;

@@ -54,7 +54,11 @@ impl SamplerOptions {
     /// Checks every value before it reaches C code.
     pub fn check(&self) -> Result<(), BadOption> {
         let float = |option, value: f32, ok: bool, rule| {
-            if value.is_finite() && ok { Ok(()) } else { Err(BadOption { option, value: value.to_string(), rule }) }
+            if value.is_finite() && ok {
+                Ok(())
+            } else {
+                Err(BadOption { option, value: value.to_string(), rule })
+            }
         };
         let int = |option, value: i32, ok: bool, rule| {
             if ok { Ok(()) } else { Err(BadOption { option, value: value.to_string(), rule }) }
@@ -127,7 +131,9 @@ impl Sampler {
         candidates.data.clear();
         candidates.sorted = false;
         candidates.selected = None;
-        candidates.data.extend((0i32..).zip(logits).map(|(id, &l)| LlamaTokenData::new(LlamaToken(id), l, 0.0)));
+        candidates
+            .data
+            .extend((0i32..).zip(logits).map(|(id, &l)| LlamaTokenData::new(LlamaToken(id), l, 0.0)));
         candidates.apply_sampler(&mut self.chain);
         let token = candidates.selected_token()?;
         self.chain.accept(token);
@@ -139,7 +145,9 @@ fn random_seed() -> u32 {
     let mut bytes = [0; 4];
     // a seed need not be secret: without the system's source, the clock does
     if getrandom::fill(&mut bytes).is_err() {
-        let nanos = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).map_or(0, |d| d.subsec_nanos());
+        let nanos = std::time::SystemTime::now()
+            .duration_since(std::time::UNIX_EPOCH)
+            .map_or(0, |d| d.subsec_nanos());
         return nanos;
     }
     u32::from_le_bytes(bytes)

@@ -119,8 +119,7 @@ impl Schedule {
     /// Remote stages come first: to send costs this device nothing and gives another one work. Then the
     /// local stage nearest to the end.
     pub fn start(&mut self) -> Option<Start> {
-        let local_busy =
-            self.stages.iter().any(|s| s.placement == Placement::Local && !s.running.is_empty());
+        let local_busy = self.stages.iter().any(|s| s.placement == Placement::Local && !s.running.is_empty());
         let room_at_entry = self.under_way < self.limit;
         let can_start = |&i: &usize| {
             let s = &self.stages[i];
@@ -182,6 +181,11 @@ impl Schedule {
         self.stages.get(stage)?.running.front().copied()
     }
 
+    /// Whether `stage` was given `job` and has not finished it.
+    pub fn is_running(&self, stage: usize, job: JobId) -> bool {
+        self.stages.get(stage).is_some_and(|s| s.running.contains(&job))
+    }
+
     /// No job anywhere.
     pub fn is_idle(&self) -> bool {
         self.stages.iter().all(|s| s.waiting.is_empty() && s.running.is_empty())
@@ -207,7 +211,12 @@ mod tests {
 
     /// Simulated stages: the time of each step in ticks, devices that run one job at a time, no wall clock.
     /// Returns (ticks until everything was complete, the order in which each stage took its jobs).
-    fn simulate(placements: &[Placement], ticks: &[u64], n_jobs: usize, limit: usize) -> (u64, Vec<Vec<u64>>) {
+    fn simulate(
+        placements: &[Placement],
+        ticks: &[u64],
+        n_jobs: usize,
+        limit: usize,
+    ) -> (u64, Vec<Vec<u64>>) {
         let mut schedule = Schedule::new(placements, limit);
         for _ in 0..n_jobs {
             schedule.push();
@@ -224,7 +233,8 @@ mod tests {
                 running.push((free_at.max(now) + ticks[stage], stage, job));
             }
             let next = running.iter().enumerate().min_by_key(|(_, r)| r.0).map(|(i, _)| i);
-            let (ends, stage, job) = running.swap_remove(next.expect("nothing runs, yet jobs are left: stuck"));
+            let (ends, stage, job) =
+                running.swap_remove(next.expect("nothing runs, yet jobs are left: stuck"));
             now = ends;
             if schedule.finished(stage, job).unwrap() == Progress::Complete {
                 complete += 1;

@@ -104,7 +104,8 @@ impl ChatTemplate {
 
     /// The prompt for `turns`, ending where the assistant is to speak.
     pub fn render(&self, turns: &[Turn]) -> Result<String, TemplateError> {
-        let template = self.environment.get_template("chat").map_err(|e| TemplateError::Failed(e.to_string()))?;
+        let template =
+            self.environment.get_template("chat").map_err(|e| TemplateError::Failed(e.to_string()))?;
         let messages: Vec<Value> = turns.iter().map(Turn::value).collect();
         let mut text = LimitedText { text: Vec::new(), overflowed: false };
         let rendered = template.render_captured_to(
@@ -197,9 +198,11 @@ mod tests {
     fn hostile_templates_end_with_an_error() {
         let user = [turn(Role::User, "x")];
         let render = |source: &str| ChatTemplate::new(source, "", "").and_then(|t| t.render(&user));
-        let endless = "{% for a in range(9999) %}{% for b in range(9999) %}{% set x = a * b %}{% endfor %}{% endfor %}";
+        let endless =
+            "{% for a in range(9999) %}{% for b in range(9999) %}{% set x = a * b %}{% endfor %}{% endfor %}";
         assert!(matches!(render(endless), Err(TemplateError::Endless)));
-        let bomb = "{% for a in range(90000) %}{{ 'xxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxx' * 100 }}{% endfor %}";
+        let bomb =
+            "{% for a in range(90000) %}{{ 'xxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxx' * 100 }}{% endfor %}";
         assert!(matches!(render(bomb), Err(TemplateError::TooMuchText)));
         assert!(render("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}").is_err());
         assert!(render("{% for %}").is_err());

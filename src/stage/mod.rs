@@ -6,6 +6,8 @@
 
 pub mod replay;
 
+use std::time::Duration;
+
 use half::f16;
 
 /// Consecutive rows of one session in a step.
@@ -19,21 +21,64 @@ pub struct Span {
     pub count: u32,
 }
 
-/// Hidden rows in the number format of the wire, row-major (n_rows, n_embd).
+/// The number format of hidden rows between stages.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Dtype {
+    /// 2 bytes a value: the default.
+    F16,
+    /// 4 bytes a value: for runs that are to be bit-exact.
+    F32,
+}
+
+impl Dtype {
+    /// `f16` or `f32`.
+    pub fn name(self) -> &'static str {
+        match self {
+            Dtype::F16 => "f16",
+            Dtype::F32 => "f32",
+        }
+    }
+}
+
+/// Hidden rows, row-major (n_rows, n_embd).
 #[derive(Clone, Debug, PartialEq)]
 pub enum Hidden {
-    /// 2 bytes a value: the default.
+    /// As [`Dtype::F16`].
     F16(Vec<f16>),
-    /// 4 bytes a value: for runs that are to be bit-exact.
+    /// As [`Dtype::F32`].
     F32(Vec<f32>),
 }
 
 impl Hidden {
+    /// No rows.
+    pub fn empty(dtype: Dtype) -> Hidden {
+        match dtype {
+            Dtype::F16 => Hidden::F16(Vec::new()),
+            Dtype::F32 => Hidden::F32(Vec::new()),
+        }
+    }
+
+    /// Their number format.
+    pub fn dtype(&self) -> Dtype {
+        match self {
+            Hidden::F16(_) => Dtype::F16,
+            Hidden::F32(_) => Dtype::F32,
+        }
+    }
+
     /// The size of the rows in memory and on the wire.
     pub fn bytes(&self) -> usize {
         match self {
             Hidden::F16(v) => v.len() * 2,
             Hidden::F32(v) => v.len() * 4,
+        }
+    }
+
+    /// Makes room for `n` values; what they are is up to who writes them next.
+    pub fn resize(&mut self, n: usize) {
+        match self {
+            Hidden::F16(v) => v.resize(n, f16::ZERO),
+            Hidden::F32(v) => v.resize(n, 0.0),
         }
     }
 
@@ -52,4 +97,87 @@ impl Hidden {
             Hidden::F32(v) => retain(v, keep),
         }
     }
+}
+
+/// What goes into a stage.
+#[derive(Clone, Copy, Debug)]
+pub enum StageInput<'a> {
+    /// Token ids, one a row: into the head.
+    Tokens(&'a [i32]),
+    /// Hidden rows (n_rows, n_embd).
+    Hidden(&'a Hidden),
+}
+
+/// What comes out of a stage.
+#[derive(Debug)]
+pub enum StageOutput<'a> {
+    /// Hidden rows (n_rows, n_embd), one for each row that went in; resized by the stage.
+    Hidden(&'a mut Hidden),
+    /// Logits (n_wanted, n_vocab) of the rows whose entry in `rows` is true: out of the tail; resized by it.
+    Logits {
+        /// An entry for every row that went in.
+        rows: &'a [bool],
+        /// Where they go.
+        out: &'a mut Vec<f32>,
+    },
+}
+
+/// Why a stage could not do its step.
+#[derive(Debug, thiserror::Error)]
+pub enum StageError {
+    /// The connection or the worker behind it is gone; another connection may do.
+    #[error("{0}")]
+    Lost(String),
+    /// The worker refuses this host, for a reason that waiting does not change.
+    #[error("{0}")]
+    Refused(String),
+    /// The step itself failed: numbers out of range, a full context, a bug.
+    #[error("{0}")]
+    Failed(String),
+}
+
+/// A stage of this process.
+pub trait LocalStage {
+    /// What people call it: `head`, `middle`, `tail`.
+    fn name(&self) -> String;
+    /// Its blocks, first to last inclusive; `None` when it has none.
+    fn blocks(&self) -> Option<(u32, u32)>;
+    /// Runs one step and says how long it computed.
+    fn evaluate(
+        &mut self,
+        spans: &[Span],
+        input: StageInput<'_>,
+        output: StageOutput<'_>,
+    ) -> Result<Duration, StageError>;
+    /// Forgets the rows of `session` from `position` on.
+    fn rewind(&mut self, session: u32, position: u32) -> Result<(), StageError>;
+}
+
+/// A stage of another process. Steps are answered in the order in which they were submitted.
+pub trait RemoteStage {
+    /// What people call it: `middle` and where it is.
+    fn name(&self) -> String;
+    /// Its blocks, first to last inclusive.
+    fn blocks(&self) -> Option<(u32, u32)>;
+    /// Sends a step. Returns once it is on its way; `rows` are lent only for the call.
+    fn submit(&mut self, id: u64, spans: &[Span], rows: &Hidden) -> Result<(), StageError>;
+    /// Waits for the answer to the oldest step that was submitted, and says how long the worker computed.
+    fn collect(&mut self, rows: &mut Hidden) -> Result<(u64, Duration), StageError>;
+    /// Forgets the rows of `session` from `position` on.
+    fn rewind(&mut self, session: u32, position: u32) -> Result<(), StageError>;
+    /// Dials again: one attempt. The worker has forgotten everything afterwards.
+    fn reconnect(&mut self) -> Result<(), StageError>;
+    /// Bytes sent, bytes received and steps answered since the start, over all connections.
+    fn traffic(&self) -> Traffic;
+}
+
+/// What crossed a socket.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Traffic {
+    /// Bytes this side sent.
+    pub bytes_sent: u64,
+    /// Bytes this side received.
+    pub bytes_received: u64,
+    /// Steps sent and answered.
+    pub round_trips: u64,
 }

@@ -78,6 +78,13 @@ impl ReplayLog {
         self.steps.retain(|step| step.live.iter().any(|&l| l > 0));
     }
 
+    /// Takes the steps out that have not been answered: they will be sent anew and not replayed. They are the
+    /// last ones, because steps are answered in order.
+    pub fn take_unanswered(&mut self, is_unanswered: impl Fn(u64) -> bool) -> Vec<LoggedStep> {
+        let answered = self.steps.iter().position(|s| is_unanswered(s.id)).unwrap_or(self.steps.len());
+        self.steps.split_off(answered).into()
+    }
+
     /// Everything to send to a stage that has forgotten all of it.
     pub fn ops(&self) -> impl Iterator<Item = ReplayOp<'_>> {
         self.steps.iter().flat_map(|step| {
