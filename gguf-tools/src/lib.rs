@@ -5,3 +5,4 @@
 
 pub mod gguf;
 mod os;
+pub mod synth;

@@ -1,0 +1,165 @@
+//! `dim-synth`: writes a loadable GGUF of a real architecture and shape with random weights.
+
+use std::{
+    io::{IsTerminal, Write},
+    path::PathBuf,
+    process::ExitCode,
+    time::{Duration, Instant},
+};
+
+use clap::Parser;
+use gguf_tools::synth::{self, FAMILIES, Head, SHAPES, Spec};
+
+/// Write a GGUF of a real architecture and shape with random weights: for tests, benchmarks and the demo.
+#[derive(Parser)]
+#[command(version)]
+struct Args {
+    /// The file to write
+    #[arg(required_unless_present = "list")]
+    out: Option<PathBuf>,
+    /// Dimensions: tiny, demo, small, or those of a real model (see --list)
+    #[arg(long, default_value = "tiny")]
+    shape: String,
+    /// Architecture, for the shapes that every architecture can have [default: qwen2]
+    #[arg(long)]
+    arch: Option<String>,
+    /// Type of the matrices: f32, f16, bf16, q8_0, q6_k, q4_k, q4_k_m, ...
+    #[arg(long = "type", default_value = "f16")]
+    weights: String,
+    /// The lm_head is the token embedding [default: as in the real model]
+    #[arg(long, conflicts_with = "untied")]
+    tied: bool,
+    /// The lm_head is a matrix of its own
+    #[arg(long)]
+    untied: bool,
+    /// Another seed is another model
+    #[arg(long, default_value_t = 1)]
+    seed: u64,
+    /// Number of tokens [default: as in the real model]
+    #[arg(long)]
+    vocab: Option<u32>,
+    /// Context length the model says it was trained for [default: as in the real model]
+    #[arg(long)]
+    ctx: Option<u32>,
+    /// Number of blocks [default: as in the real model]
+    #[arg(long)]
+    blocks: Option<u32>,
+    /// List shapes, architectures and types, and end
+    #[arg(long)]
+    list: bool,
+    /// No progress on stderr
+    #[arg(long, short)]
+    quiet: bool,
+}
+
+fn main() -> ExitCode {
+    let args = Args::parse();
+    if args.list {
+        return list();
+    }
+    match run(&args) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("dim-synth: {error}");
+            ExitCode::from(if error.is_misuse() { 2 } else { 1 })
+        }
+    }
+}
+
+fn run(args: &Args) -> Result<(), synth::Error> {
+    let mut spec = Spec::new(&args.shape, args.arch.as_deref())?.with_type(&args.weights)?.seed(args.seed);
+    if args.tied || args.untied {
+        spec = spec.tied(args.tied);
+    }
+    if let Some(n_vocab) = args.vocab {
+        spec = spec.vocab(n_vocab);
+    }
+    if let Some(n_ctx) = args.ctx {
+        spec = spec.context(n_ctx);
+    }
+    if let Some(n_blocks) = args.blocks {
+        spec = spec.blocks(n_blocks);
+    }
+    let out = args.out.as_ref().expect("clap requires it without --list");
+    let bytes = spec.bytes()?;
+    let start = Instant::now();
+    let mut bar = Bar::new(args.quiet);
+    spec.write_with(out, |done, total| bar.show(done, total, start.elapsed()))?;
+    bar.clear();
+    if !args.quiet {
+        let seconds = start.elapsed().as_secs_f64();
+        eprintln!(
+            "{}: {}, {:.1} MB in {seconds:.1} s, {:.2} GB/s",
+            out.display(),
+            spec.name(),
+            bytes as f64 / 1e6,
+            bytes as f64 / 1e9 / seconds
+        );
+    }
+    Ok(())
+}
+
+fn list() -> ExitCode {
+    let mut text = String::from("shapes\n");
+    for shape in SHAPES {
+        text += &format!(
+            "  {:<18} {:<11} {:>3} blocks of {:>5}, {:>6} tokens{}\n",
+            shape.name,
+            shape.arch.unwrap_or("any"),
+            shape.n_blocks,
+            shape.n_embd,
+            shape.n_vocab,
+            if shape.tied { ", tied" } else { "" }
+        );
+    }
+    text += "architectures\n";
+    for family in FAMILIES {
+        let head = match family.head {
+            Head::Either => "",
+            Head::Tied => "  tied only",
+            Head::Own => "  untied only",
+        };
+        text += &format!("  {:<11}{head}\n", family.arch);
+    }
+    text += &format!("types\n  {}\n", synth::type_names().collect::<Vec<_>>().join(" "));
+    // a closed pipe (`dim-synth --list | head`) is no failure
+    let _ = std::io::stdout().write_all(text.as_bytes());
+    ExitCode::SUCCESS
+}
+
+/// One line on a terminal, a few times a second.
+struct Bar {
+    shown: Option<Duration>,
+    on: bool,
+}
+
+impl Bar {
+    fn new(quiet: bool) -> Self {
+        Self { shown: None, on: !quiet && std::io::stderr().is_terminal() }
+    }
+
+    fn show(&mut self, done: u64, total: u64, elapsed: Duration) {
+        if !self.on || self.shown.is_some_and(|at| elapsed < at + Duration::from_millis(100)) {
+            return;
+        }
+        self.shown = Some(elapsed);
+        let share = done as f64 / total.max(1) as f64;
+        let rate = done as f64 / elapsed.as_secs_f64().max(1e-3);
+        let full = (share * 30.0) as usize;
+        eprint!(
+            "\r[{:<30}] {:>5.1} %  {:>7.1} of {:.1} MB  {:.2} GB/s  {:.0} s left ",
+            "#".repeat(full),
+            share * 100.0,
+            done as f64 / 1e6,
+            total as f64 / 1e6,
+            rate / 1e9,
+            (total - done) as f64 / rate.max(1.0)
+        );
+    }
+
+    fn clear(&self) {
+        if self.shown.is_some() {
+            eprint!("\r\x1b[K");
+        }
+    }
+}

@@ -1,0 +1,470 @@
+//! Models of real architectures and real shapes with random weights, for tests, benchmarks and the demo.
+//!
+//! A synthesised file is what a converter would have written: every key and tensor its family's loader wants, a
+//! tokenizer and a chat template, in any of the usual weight types. It loads in llama.cpp unchanged, its activations
+//! stay finite, and its text does not collapse into one word. What it is not: a model that knows anything.
+//!
+//! The same [`Spec`] gives the same bytes on every machine. Memory is constant whatever the size.
+//!
+//! ```
+//! # fn main() -> Result<(), Box<dyn std::error::Error>> {
+//! # let folder = tempfile::tempdir()?;
+//! use gguf_tools::synth::Spec;
+//! let path = folder.path().join("tiny.gguf");
+//! Spec::tiny("qwen2")?.with_type("q8_0")?.tied(true).seed(7).write(&path)?;
+//! # Ok(())
+//! # }
+//! ```
+
+mod families;
+mod shapes;
+mod tokenizer;
+mod weights;
+
+use std::{
+    path::Path,
+    sync::mpsc::{self, Receiver, SyncSender},
+    thread,
+};
+
+pub use families::{FAMILIES, Family, Head};
+pub use shapes::{Experts, SHAPES, Shape};
+pub use tokenizer::MIN_VOCAB;
+
+use crate::gguf::{
+    TensorType, Value,
+    write::{GgufWriter, TensorSpec, WriteError},
+};
+use families::{Fill, Tensor};
+use tokenizer::Tokenizer;
+use weights::Filler;
+
+/// A model to be synthesised: a shape, a family, a weight type and a seed.
+#[derive(Debug, Clone)]
+pub struct Spec {
+    shape: Shape,
+    family: &'static Family,
+    weights: WeightType,
+    tied: bool,
+    seed: u64,
+    gain: f32,
+    stop: f32,
+}
+
+impl Spec {
+    /// The shape of this name (see [`SHAPES`]) in this architecture (see [`FAMILIES`]); None takes the shape's own,
+    /// or qwen2 for shapes that every family can have. F16, seed 1, and an lm_head as the real model has it.
+    ///
+    /// # Errors
+    /// An unknown name, or a real model's shape with another model's architecture.
+    pub fn new(shape: &str, arch: Option<&str>) -> Result<Self, Error> {
+        let shape = Shape::find(shape).ok_or_else(|| Error::UnknownShape { name: shape.to_owned() })?;
+        let arch = match (shape.arch, arch) {
+            (Some(own), Some(asked)) if own != asked => {
+                return Err(Error::ShapeIsOf { shape: shape.name, own, asked: asked.to_owned() });
+            }
+            (own, asked) => own.or(asked).unwrap_or("qwen2"),
+        };
+        let family = Family::find(arch).ok_or_else(|| Error::UnknownArch { name: arch.to_owned() })?;
+        let mut shape = *shape;
+        if shape.arch.is_none() {
+            family.adapt(&mut shape);
+        }
+        let tied = match family.head {
+            Head::Either => shape.tied,
+            Head::Tied => true,
+            Head::Own => false,
+        };
+        Ok(Self { shape, family, weights: WeightType::F16, tied, seed: 1, gain: 1.0, stop: QUIET })
+    }
+
+    /// A model of a few megabytes: 6 blocks of 256 values, 512 tokens.
+    ///
+    /// # Errors
+    /// An unknown architecture.
+    pub fn tiny(arch: &str) -> Result<Self, Error> {
+        Self::new("tiny", Some(arch))
+    }
+
+    /// Changes the type of the matrices, by name: a GGUF type (`f16`, `q8_0`, `q4_k`, ...) or one of the usual
+    /// mixtures `q4_k_m` and `q5_k_m`.
+    ///
+    /// # Errors
+    /// An unknown name.
+    pub fn with_type(mut self, name: &str) -> Result<Self, Error> {
+        self.weights = WeightType::find(name).ok_or_else(|| Error::UnknownType { name: name.to_owned() })?;
+        Ok(self)
+    }
+
+    /// Whether the lm_head is the token embedding. Refused by [`write`](Self::write) where the family's loader takes
+    /// only the other.
+    pub fn tied(mut self, tied: bool) -> Self {
+        self.tied = tied;
+        self
+    }
+
+    /// Another model of the same kind.
+    pub fn seed(mut self, seed: u64) -> Self {
+        self.seed = seed;
+        self
+    }
+
+    /// Another vocabulary size, at least [`MIN_VOCAB`].
+    pub fn vocab(mut self, n_vocab: u32) -> Self {
+        self.shape.n_vocab = n_vocab;
+        if self.shape.first_special.is_some_and(|first| first + 4 > n_vocab) {
+            self.shape.first_special = None;
+        }
+        self
+    }
+
+    /// Another context length.
+    pub fn context(mut self, n_ctx: u32) -> Self {
+        self.shape.n_ctx = n_ctx;
+        self
+    }
+
+    /// Another number of blocks.
+    pub fn blocks(mut self, n_blocks: u32) -> Self {
+        self.shape.n_blocks = n_blocks;
+        self
+    }
+
+    /// Makes every hidden row `gain` times as long without changing what the model says. The rows' root mean square
+    /// is about 2.5 at the end of a model, so a gain of 100,000 overflows F16.
+    pub fn gain(mut self, gain: f32) -> Self {
+        self.gain = gain;
+        self
+    }
+
+    /// How likely the model ends its text: 0.02 (the start value) is never, 1 as likely as any other token, 3 soon.
+    pub fn stop(mut self, stop: f32) -> Self {
+        self.stop = stop;
+        self
+    }
+
+    /// The dimensions.
+    pub fn shape(&self) -> &Shape {
+        &self.shape
+    }
+
+    /// The architecture's name in GGUF.
+    pub fn arch(&self) -> &'static str {
+        self.family.arch
+    }
+
+    /// A name for the model and its file, such as `tiny-qwen2-f16`.
+    pub fn name(&self) -> String {
+        match self.shape.arch {
+            Some(_) => format!("{}-{}", self.shape.name, self.weights.name),
+            None => format!("{}-{}-{}", self.shape.name, self.family.arch, self.weights.name),
+        }
+    }
+
+    /// Bytes of the file, without writing it.
+    ///
+    /// # Errors
+    /// As [`write`](Self::write), apart from those of the file system.
+    pub fn bytes(&self) -> Result<u64, Error> {
+        let plan = self.plan()?;
+        Ok(GgufWriter::planned_bytes(&plan.metadata, &plan.descriptions)?)
+    }
+
+    /// Writes the file. It appears under its name when it is whole.
+    ///
+    /// # Errors
+    /// The family cannot have what was asked for, or the file cannot be written.
+    pub fn write(&self, path: impl AsRef<Path>) -> Result<(), Error> {
+        self.write_with(path, |_, _| {})
+    }
+
+    /// As [`write`](Self::write); `progress` is told the bytes of tensor data written and their total.
+    ///
+    /// # Errors
+    /// As [`write`](Self::write).
+    pub fn write_with(
+        &self,
+        path: impl AsRef<Path>,
+        mut progress: impl FnMut(u64, u64),
+    ) -> Result<(), Error> {
+        let plan = self.plan()?;
+        let mut writer = GgufWriter::create(path, &plan.metadata, &plan.descriptions)?;
+        let total = plan.pieces.iter().map(|piece| piece.n_bytes as u64).sum();
+        let mut done = 0;
+        in_parallel(&plan.pieces, |bytes| {
+            writer.write(bytes)?;
+            done += bytes.len() as u64;
+            progress(done, total);
+            Ok::<_, WriteError>(())
+        })?;
+        writer.finish()?;
+        Ok(())
+    }
+
+    fn plan(&self) -> Result<Plan, Error> {
+        let shape = &self.shape;
+        match (self.family.head, self.tied) {
+            (Head::Tied, false) => return Err(Error::OnlyTied { arch: self.family.arch }),
+            (Head::Own, true) => return Err(Error::OnlyOwnHead { arch: self.family.arch }),
+            _ => {}
+        }
+        for (what, value, least) in [
+            ("vocabulary", shape.n_vocab, MIN_VOCAB),
+            ("context", shape.n_ctx, 1),
+            ("block count", shape.n_blocks, 1),
+        ] {
+            if value < least {
+                return Err(Error::TooSmall { what, value, least });
+            }
+        }
+
+        let tokenizer = Tokenizer::new(shape.n_vocab, shape.first_special);
+        let mut metadata = vec![
+            ("general.architecture".to_owned(), Value::string(self.family.arch)),
+            ("general.type".to_owned(), Value::string("model")),
+            ("general.name".to_owned(), Value::string(self.name())),
+            ("general.description".to_owned(), Value::string("random weights")),
+            ("general.file_type".to_owned(), Value::U32(self.weights.file_type)),
+            ("general.quantization_version".to_owned(), Value::U32(2)),
+        ];
+        metadata.extend(self.family.metadata(shape));
+        metadata.extend(tokenizer.metadata(self.family.pre_tokenizer, self.family.add_bos));
+
+        let mut descriptions = Vec::new();
+        let mut pieces = Vec::new();
+        for tensor in self.family.tensors(shape, self.tied, self.gain) {
+            let tensor_type = self.type_of(&tensor);
+            self.cut(&tensor, tensor_type, &tokenizer, &mut pieces);
+            descriptions.push(TensorSpec::new(tensor.name, tensor_type, tensor.dims));
+        }
+        Ok(Plan { metadata, descriptions, pieces })
+    }
+
+    fn type_of(&self, tensor: &Tensor) -> TensorType {
+        let wanted = match tensor.fill {
+            Fill::Vector(..) | Fill::Router(_) | Fill::Values(_) => return TensorType::F32,
+            Fill::Matrix(_) | Fill::Vocabulary(_) => {
+                self.weights.of(&tensor.name, self.tied, self.shape.n_blocks)
+            }
+        };
+        weights::type_for_row(wanted, tensor.dims[0])
+    }
+
+    /// Cuts one tensor into pieces that can be filled on their own.
+    fn cut(&self, tensor: &Tensor, tensor_type: TensorType, tokenizer: &Tokenizer, pieces: &mut Vec<Piece>) {
+        let n_values: u64 = tensor.dims.iter().product();
+        let key = weights::tensor_key(self.seed, &tensor.name);
+        // ranges of values with one deviation each
+        let ranges = match &tensor.fill {
+            Fill::Values(values) => {
+                let bytes = values.iter().flat_map(|v| v.to_le_bytes()).collect::<Vec<u8>>();
+                pieces.push(Piece { n_bytes: bytes.len(), first: 0, content: Content::Bytes(bytes) });
+                return;
+            }
+            Fill::Matrix(deviation) | Fill::Router(deviation) => vec![(0..n_values, 0.0, *deviation)],
+            Fill::Vector(mean, deviation) => vec![(0..n_values, *mean, *deviation)],
+            Fill::Vocabulary(deviation) => {
+                let row = tensor.dims[0];
+                let special = u64::from(tokenizer.special.start) * row;
+                let stop = u64::from(tokenizer.eos()) * row;
+                let quiet = deviation * QUIET;
+                vec![
+                    (0..special, 0.0, *deviation),
+                    (special..stop, 0.0, quiet),
+                    (stop..stop + row, 0.0, deviation * self.stop),
+                    (stop + row..n_values, 0.0, quiet),
+                ]
+            }
+        };
+        for (range, mean, deviation) in ranges {
+            let mut first = range.start;
+            while first < range.end {
+                let n = PIECE_VALUES.min(range.end - first);
+                let n_bytes = tensor_type.row_bytes(n).expect("rows and pieces are whole blocks") as usize;
+                pieces.push(Piece {
+                    n_bytes,
+                    first,
+                    content: Content::Random { key, tensor_type, mean, deviation },
+                });
+                first += n;
+            }
+        }
+    }
+}
+
+/// Everything that is known before the first byte is written.
+struct Plan {
+    metadata: Vec<(String, Value<'static>)>,
+    descriptions: Vec<TensorSpec>,
+    pieces: Vec<Piece>,
+}
+
+/// Part of one tensor's data.
+struct Piece {
+    n_bytes: usize,
+    /// Position of its first value in the tensor.
+    first: u64,
+    content: Content,
+}
+
+#[derive(Clone, PartialEq)]
+enum Content {
+    Bytes(Vec<u8>),
+    Random { key: u64, tensor_type: TensorType, mean: f32, deviation: f32 },
+}
+
+/// The type of a model's matrices.
+#[derive(Debug, Clone, Copy)]
+struct WeightType {
+    name: &'static str,
+    /// llama.cpp's number of it, which loaders only show.
+    file_type: u32,
+    most: TensorType,
+    /// For the matrices where errors cost most, as llama.cpp's mixtures have it.
+    better: Option<TensorType>,
+}
+
+impl WeightType {
+    const F16: WeightType = plain("f16", 1, TensorType::F16);
+
+    fn find(name: &str) -> Option<WeightType> {
+        WEIGHT_TYPES.iter().copied().find(|t| t.name.eq_ignore_ascii_case(name))
+    }
+
+    fn of(&self, name: &str, tied: bool, n_blocks: u32) -> TensorType {
+        let Some(better) = self.better else { return self.most };
+        let important = match name.split_once('.') {
+            Some(("output", _)) => true,
+            Some(("token_embd", _)) => tied,
+            Some(("blk", rest)) => {
+                let (block, name) = rest.split_once('.').unwrap_or_default();
+                let block: u32 = block.parse().unwrap_or(0);
+                let eighth = n_blocks / 8;
+                let chosen = block < eighth || block >= 7 * n_blocks / 8 || (block - eighth) % 3 == 2;
+                chosen && (name.starts_with("attn_v.") || name.starts_with("ffn_down"))
+            }
+            _ => false,
+        };
+        if important { better } else { self.most }
+    }
+}
+
+const fn plain(name: &'static str, file_type: u32, most: TensorType) -> WeightType {
+    WeightType { name, file_type, most, better: None }
+}
+
+const WEIGHT_TYPES: &[WeightType] = &[
+    plain("f32", 0, TensorType::F32),
+    WeightType::F16,
+    plain("bf16", 32, TensorType::BF16),
+    plain("q8_0", 7, TensorType::Q8_0),
+    plain("q6_k", 18, TensorType::Q6_K),
+    plain("q5_k", 16, TensorType::Q5_K),
+    WeightType { name: "q5_k_m", file_type: 17, most: TensorType::Q5_K, better: Some(TensorType::Q6_K) },
+    plain("q4_k", 14, TensorType::Q4_K),
+    WeightType { name: "q4_k_m", file_type: 15, most: TensorType::Q4_K, better: Some(TensorType::Q6_K) },
+    plain("q3_k", 11, TensorType::Q3_K),
+    plain("q2_k", 10, TensorType::Q2_K),
+    plain("q5_1", 9, TensorType::Q5_1),
+    plain("q5_0", 8, TensorType::Q5_0),
+    plain("q4_1", 3, TensorType::Q4_1),
+    plain("q4_0", 2, TensorType::Q4_0),
+    plain("iq4_nl", 25, TensorType::IQ4_NL),
+];
+
+/// Names [`Spec::with_type`] knows.
+pub fn type_names() -> impl Iterator<Item = &'static str> {
+    WEIGHT_TYPES.iter().map(|t| t.name)
+}
+
+/// Why a model could not be synthesised.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+#[allow(missing_docs)]
+pub enum Error {
+    #[error("unknown shape {name:?}; known: {}", list(SHAPES.iter().map(|s| s.name)))]
+    UnknownShape { name: String },
+    #[error("unknown architecture {name:?}; known: {}", list(FAMILIES.iter().map(|f| f.arch)))]
+    UnknownArch { name: String },
+    #[error("unknown weight type {name:?}; known: {}", list(type_names()))]
+    UnknownType { name: String },
+    #[error(
+        "shape {shape} is of architecture {own}, not {asked}; leave --arch out, or take tiny, demo or small"
+    )]
+    ShapeIsOf { shape: &'static str, own: &'static str, asked: String },
+    #[error("llama.cpp's {arch} takes its lm_head from the token embedding only; leave --untied out")]
+    OnlyTied { arch: &'static str },
+    #[error("llama.cpp's {arch} has an lm_head of its own; leave --tied out")]
+    OnlyOwnHead { arch: &'static str },
+    #[error("{what} {value} is too small, the least is {least}")]
+    TooSmall { what: &'static str, value: u32, least: u32 },
+    #[error(transparent)]
+    Write(#[from] WriteError),
+}
+
+impl Error {
+    /// Whether the request was wrong, as opposed to its execution having failed.
+    pub fn is_misuse(&self) -> bool {
+        !matches!(self, Self::Write(_))
+    }
+}
+
+fn list<'a>(names: impl Iterator<Item = &'a str>) -> String {
+    names.collect::<Vec<_>>().join(", ")
+}
+
+/// Fills all pieces on all cores and hands them over in order. A few pieces are in memory at a time, whatever their
+/// number: each thread is at most two ahead.
+fn in_parallel<E>(pieces: &[Piece], mut take: impl FnMut(&[u8]) -> Result<(), E>) -> Result<(), E> {
+    let n_threads = thread::available_parallelism().map_or(1, usize::from).min(pieces.len()).max(1);
+    thread::scope(|scope| {
+        let lanes: Vec<(Receiver<Vec<u8>>, SyncSender<Vec<u8>>)> = (0..n_threads)
+            .map(|lane| {
+                let (full_in, full) = mpsc::sync_channel::<Vec<u8>>(1);
+                let (empty, empty_out) = mpsc::sync_channel::<Vec<u8>>(3);
+                scope.spawn(move || {
+                    let mut filler: Option<(&Content, Filler)> = None;
+                    for piece in pieces.iter().skip(lane).step_by(n_threads) {
+                        let mut buffer = empty_out.try_recv().unwrap_or_default();
+                        piece.fill(&mut filler, &mut buffer);
+                        if full_in.send(buffer).is_err() {
+                            return; // writing failed
+                        }
+                    }
+                });
+                (full, empty)
+            })
+            .collect();
+        for lane in (0..n_threads).cycle().take(pieces.len()) {
+            let (full, empty) = &lanes[lane];
+            let buffer = full.recv().expect("a lane fills every piece of its own");
+            take(&buffer)?;
+            // a lane that has filled its last piece wants no more buffers
+            let _ = empty.try_send(buffer);
+        }
+        Ok(())
+    })
+}
+
+impl Piece {
+    /// `filler` is the one of the piece before, which most often serves this one too.
+    fn fill<'a>(&'a self, filler: &mut Option<(&'a Content, Filler)>, buffer: &mut Vec<u8>) {
+        buffer.resize(self.n_bytes, 0);
+        match &self.content {
+            Content::Bytes(bytes) => buffer.copy_from_slice(bytes),
+            content @ Content::Random { key, tensor_type, mean, deviation } => {
+                if filler.as_ref().is_none_or(|(of, _)| *of != content) {
+                    *filler = Some((content, Filler::new(*tensor_type, *key, *mean, *deviation)));
+                }
+                let (_, filler) = filler.as_ref().expect("set just now");
+                filler.fill(self.first, buffer);
+            }
+        }
+    }
+}
+
+/// What rows of tokens that a model should never say are multiplied with.
+const QUIET: f32 = 0.02;
+
+/// Values of one piece: whole blocks of every type, and long enough for threads and disk.
+const PIECE_VALUES: u64 = 1 << 19;
