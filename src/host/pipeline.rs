@@ -216,6 +216,11 @@ impl Pipeline {
         sum
     }
 
+    /// Whether any stage is behind a connection.
+    pub fn has_remote_stages(&self) -> bool {
+        self.slots.iter().any(|slot| matches!(slot.stage, StageSlot::Remote(_)))
+    }
+
     /// The number format between the stages.
     pub fn dtype(&self) -> Dtype {
         self.dtype

@@ -34,6 +34,9 @@ pub struct Report {
     pub text: String,
     /// Why it ended.
     pub stop: Stop,
+    /// What failed, when an error ended it.
+    #[serde(skip_serializing_if = "Option::is_none", default)]
+    pub error: Option<String>,
     /// The seed of the sampler.
     pub seed: u32,
     /// Tokens of the prompt.

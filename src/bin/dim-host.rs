@@ -1,0 +1,46 @@
+//! `dim-host`: drives a split model. See `dim-host --help`.
+#![forbid(unsafe_code)]
+
+use std::process::ExitCode;
+use std::time::Instant;
+
+use clap::{Parser, Subcommand};
+use dim::host::commands::{chat, demo, generate, pair, stock};
+
+/// One model across your machines: the host runs the head and the tail of a split GGUF, workers run the middle.
+#[derive(Parser)]
+#[command(name = "dim-host", version, max_term_width = 100)]
+struct Cli {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Subcommand)]
+enum Command {
+    /// Continue a text with a split model
+    Generate(generate::Args),
+    /// Talk with a split model
+    Chat(chat::Args),
+    /// The same as `generate` with stock llama.cpp and the whole model: the other arm of a comparison
+    Stock(stock::Args),
+    /// Pair with a worker, once: it shows a code, this command takes it
+    Pair(pair::Args),
+    /// Synthesise a small model, cut it, run it over two processes, compare it with stock llama.cpp
+    Demo(demo::Args),
+}
+
+fn main() -> ExitCode {
+    let process_start = Instant::now();
+    // clap ends misuse with exit code 2 and --help with 0
+    let result = match Cli::parse().command {
+        Command::Generate(args) => generate::run(&args, process_start),
+        Command::Chat(args) => chat::run(&args, process_start),
+        Command::Stock(args) => stock::run(&args, process_start),
+        Command::Pair(args) => pair::run(&args),
+        Command::Demo(args) => demo::run(&args),
+    };
+    match result {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(failure) => failure.report(),
+    }
+}

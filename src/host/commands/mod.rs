@@ -1,0 +1,139 @@
+//! The subcommands of `dim-host`: arguments in, exit out. What they do stands in the modules beside.
+
+pub mod chat;
+pub mod demo;
+pub mod generate;
+pub mod pair;
+pub mod stock;
+
+use std::io::Read as _;
+use std::path::PathBuf;
+
+use llama_sys_patch::Model;
+
+use crate::failure::Failure;
+use crate::host::sampler::SamplerOptions;
+
+/// What to continue, and how far.
+#[derive(Clone, Debug, clap::Args)]
+pub struct PromptArgs {
+    /// The text to continue
+    #[arg(short = 'p', long, value_name = "TEXT", conflicts_with = "file", required_unless_present = "file")]
+    pub prompt: Option<String>,
+    /// Read it from a file (- for standard input)
+    #[arg(short = 'f', long, value_name = "FILE")]
+    pub file: Option<PathBuf>,
+    /// Tokens to generate; -1: until the model ends or the context is full
+    #[arg(short = 'n', long = "predict", value_name = "N", default_value_t = -1, allow_negative_numbers = true)]
+    pub n_predict: i64,
+    /// How to sample.
+    #[command(flatten)]
+    pub sampling: SamplerOptions,
+    /// Print one JSON object on stdout instead of the text
+    #[arg(long)]
+    pub json: bool,
+    /// Write the logits behind every token to FILE: f32, (n_tokens, n_vocab), for comparisons
+    #[arg(long, value_name = "FILE")]
+    pub logits_out: Option<PathBuf>,
+}
+
+/// How much of this machine to use; the same for `generate`, `chat` and `stock`.
+#[derive(Clone, Debug, clap::Args)]
+#[command(next_help_heading = "Machine")]
+pub struct MachineArgs {
+    /// Context: positions of a conversation (0: all the model was trained for)
+    #[arg(short = 'c', long = "ctx", visible_alias = "ctx-size", value_name = "N", default_value_t = 4096)]
+    pub n_ctx: u32,
+    /// Compute threads (default: one per core)
+    #[arg(short = 't', long, value_name = "N")]
+    pub threads: Option<u32>,
+    /// Most prompt tokens evaluated at once
+    #[arg(long = "ubatch", visible_alias = "ubatch-size", value_name = "N", default_value_t = 512)]
+    pub n_ubatch: u32,
+    /// Blocks to put on the GPU (default: all, where this build has a GPU backend)
+    #[arg(long = "gpu-layers", visible_alias = "n-gpu-layers", value_name = "N")]
+    pub gpu_layers: Option<u32>,
+    /// Show llama.cpp's own log
+    #[arg(short = 'v', long)]
+    pub verbose: bool,
+}
+
+impl MachineArgs {
+    /// Checks what C code would not survive.
+    pub fn check(&self) -> Result<(), Failure> {
+        if self.n_ubatch == 0 || self.n_ubatch > 65_536 {
+            return Err(Failure::misuse(format!("--ubatch {}: must be 1 to 65536", self.n_ubatch)));
+        }
+        if self.threads == Some(0) || self.threads > Some(512) {
+            return Err(Failure::misuse("--threads: must be 1 to 512"));
+        }
+        Ok(())
+    }
+
+    /// The threads to use.
+    pub fn n_threads(&self) -> u32 {
+        let cores = || std::thread::available_parallelism().map_or(1, |n| u32::try_from(n.get()).unwrap_or(1));
+        self.threads.unwrap_or_else(cores)
+    }
+
+    /// The context to use, for a model trained for `n_ctx_train` positions (0: not known).
+    pub fn n_ctx_for(&self, n_ctx_train: u32) -> u32 {
+        match (self.n_ctx, n_ctx_train) {
+            (0, 0) => 4096,
+            (0, trained) => trained,
+            (asked, 0) => asked,
+            (asked, trained) => {
+                if asked > trained {
+                    eprintln!("note: this model was trained for {trained} positions; --ctx {asked} goes beyond it");
+                }
+                asked
+            }
+        }
+    }
+}
+
+impl PromptArgs {
+    /// The prompt's text, from wherever it was given.
+    pub fn text(&self) -> Result<String, Failure> {
+        if let Some(text) = &self.prompt {
+            return Ok(text.clone());
+        }
+        let Some(path) = &self.file else { return Err(Failure::misuse("give a prompt with -p TEXT or -f FILE")) };
+        let mut bytes = Vec::new();
+        let read = if path.as_os_str() == "-" {
+            std::io::stdin().lock().take(MAX_PROMPT_BYTES + 1).read_to_end(&mut bytes)
+        } else {
+            std::fs::File::open(path).and_then(|f| f.take(MAX_PROMPT_BYTES + 1).read_to_end(&mut bytes))
+        };
+        read.map_err(|e| Failure::misuse(format!("cannot read the prompt from {}: {e}", path.display())))?;
+        if bytes.len() as u64 > MAX_PROMPT_BYTES {
+            return Err(Failure::misuse(format!("the prompt in {} is longer than 64 MiB", path.display())));
+        }
+        String::from_utf8(bytes).map_err(|e| {
+            Failure::misuse(format!("the prompt in {} is not UTF-8 at byte {}", path.display(), e.utf8_error().valid_up_to()))
+        })
+    }
+
+    /// `-n` as a limit.
+    pub fn limit(&self) -> Result<Option<usize>, Failure> {
+        match self.n_predict {
+            -1 => Ok(None),
+            n => usize::try_from(n).map(Some).map_err(|_| Failure::misuse(format!("-n {n}: must be -1 or more"))),
+        }
+    }
+
+    /// The prompt's tokens, at least one, and fewer than the context has positions.
+    pub fn tokens(&self, vocabulary: &Model, n_ctx: u32) -> Result<Vec<i32>, Failure> {
+        let tokens = vocabulary.tokenize(&self.text()?, true, true).map_err(Failure::misuse)?;
+        if tokens.is_empty() {
+            return Err(Failure::misuse("the prompt is empty").hint("give at least one character with -p or -f"));
+        }
+        if tokens.len() > n_ctx as usize {
+            return Err(Failure::misuse(format!("the prompt has {} tokens, the context {n_ctx}", tokens.len()))
+                .hint(format!("start with --ctx {} or more, on the workers too", tokens.len().next_power_of_two())));
+        }
+        Ok(tokens)
+    }
+}
+
+const MAX_PROMPT_BYTES: u64 = 64 << 20;

@@ -1,0 +1,42 @@
+//! `dim-host stock`: the whole model by llama.cpp itself, with the options and the report of `generate`.
+
+use std::path::PathBuf;
+use std::time::Instant;
+
+use crate::failure::Failure;
+use crate::host::commands::generate::Run;
+use crate::host::commands::{MachineArgs, PromptArgs};
+use crate::host::engine::StockEngine;
+use crate::host::interrupt::Interrupt;
+use crate::host::setup::{context_params, load_model, set_log, model_name};
+
+/// Arguments of `dim-host stock`.
+#[derive(Debug, clap::Args)]
+pub struct Args {
+    /// The whole model
+    #[arg(short = 'm', long, value_name = "MODEL.gguf")]
+    model: PathBuf,
+    /// Read the file instead of mapping it (llama.cpp maps by default)
+    #[arg(long)]
+    no_mmap: bool,
+    #[command(flatten)]
+    prompt: PromptArgs,
+    #[command(flatten)]
+    machine: MachineArgs,
+}
+
+/// Runs it.
+pub fn run(args: &Args, process_start: Instant) -> Result<(), Failure> {
+    args.machine.check()?;
+    args.prompt.sampling.check().map_err(Failure::misuse)?;
+    set_log(&args.machine);
+    let interrupt = Interrupt::watch();
+    let model = load_model(&args.model, &args.machine, !args.no_mmap, true)?;
+    let n_ctx = args.machine.n_ctx_for(model.n_ctx_train());
+    let params = context_params(&args.machine, n_ctx, 1);
+    let n_batch = params.n_batch;
+    let context = llama_sys_patch::StockContext::new(&model, &params).map_err(Failure::failed)?;
+    let mut engine = StockEngine::new(context, model.n_vocab() as usize, model.n_blocks(), n_batch);
+    let name = model_name(&args.model);
+    Run { vocabulary: &model, n_ctx, model_name: &name }.run(&mut engine, &args.prompt, &interrupt, process_start)
+}

@@ -1,0 +1,256 @@
+//! Tokens to logits, whoever computes them: the pipeline, or stock llama.cpp for comparison.
+
+use std::time::{Duration, Instant};
+
+use crate::failure::Failure;
+use crate::host::pipeline::{Event, Finished, Pipeline, PipelineError, Step};
+use crate::stage::{Span, StageError, Traffic};
+
+/// One session's evaluation. Its length is what was evaluated and not rewound.
+pub trait Engine {
+    /// `split` or `stock`.
+    fn mode(&self) -> &'static str;
+    /// Evaluates `tokens` from `position` on, in chunks of the micro-batch, and gives the last one's logits
+    /// (n_vocab).
+    fn evaluate(&mut self, position: u32, tokens: &[i32]) -> Result<Vec<f32>, Failure>;
+    /// Evaluates `tokens` from `position` on and gives every one's logits, a chunk at a time in order.
+    fn evaluate_all(
+        &mut self,
+        position: u32,
+        tokens: &[i32],
+        on_logits: &mut dyn FnMut(&[f32]),
+    ) -> Result<(), Failure>;
+    /// Forgets everything from `position` on.
+    fn rewind(&mut self, position: u32) -> Result<(), Failure>;
+    /// What each stage has done so far.
+    fn stages(&self) -> Vec<StageSnapshot>;
+    /// What has crossed sockets so far.
+    fn traffic(&self) -> Traffic;
+    /// The number format on the wire, `none` without one.
+    fn wire_dtype(&self) -> &'static str;
+}
+
+/// What a stage has done so far.
+#[derive(Clone, Debug)]
+pub struct StageSnapshot {
+    /// Its name and place.
+    pub name: String,
+    /// Its blocks, `first..last` inclusive; empty when it has none.
+    pub blocks: String,
+    /// Time it computed.
+    pub compute: Duration,
+    /// Time the host stood still for it beyond that.
+    pub wait: Duration,
+    /// How often its worker was lost and found.
+    pub reconnects: u32,
+}
+
+/// The pipeline as an [`Engine`], with session 0.
+pub struct SplitEngine {
+    pipeline: Pipeline,
+    n_ubatch: usize,
+}
+
+impl SplitEngine {
+    /// `n_ubatch`: rows per chunk; stock llama.cpp's micro-batch, so that both compute the same products.
+    pub fn new(mut pipeline: Pipeline, n_ubatch: u32) -> SplitEngine {
+        pipeline.observe(tell_person);
+        SplitEngine { pipeline, n_ubatch: n_ubatch.max(1) as usize }
+    }
+
+    fn run(
+        &mut self,
+        position: u32,
+        tokens: &[i32],
+        want: impl Fn(usize) -> bool,
+        mut on_finished: impl FnMut(Finished),
+    ) -> Result<(), Failure> {
+        let mut done = 0;
+        for chunk in tokens.chunks(self.n_ubatch) {
+            self.pipeline.submit(Step {
+                spans: vec![Span { session: SESSION, position: position + to_u32(done), count: to_u32(chunk.len()) }],
+                tokens: chunk.to_vec(),
+                want_logits: (done..done + chunk.len()).map(&want).collect(),
+            });
+            done += chunk.len();
+        }
+        loop {
+            match self.pipeline.advance() {
+                Ok(Some(finished)) => on_finished(finished),
+                Ok(None) => return Ok(()),
+                Err(e) => return Err(explain(&e)),
+            }
+        }
+    }
+}
+
+impl Engine for SplitEngine {
+    fn mode(&self) -> &'static str {
+        "split"
+    }
+
+    fn evaluate(&mut self, position: u32, tokens: &[i32]) -> Result<Vec<f32>, Failure> {
+        let last = tokens.len().wrapping_sub(1);
+        let mut logits = Vec::new();
+        self.run(position, tokens, |i| i == last, |f| logits = f.logits)?;
+        Ok(logits)
+    }
+
+    fn evaluate_all(
+        &mut self,
+        position: u32,
+        tokens: &[i32],
+        on_logits: &mut dyn FnMut(&[f32]),
+    ) -> Result<(), Failure> {
+        self.run(position, tokens, |_| true, |f| on_logits(&f.logits))
+    }
+
+    fn rewind(&mut self, position: u32) -> Result<(), Failure> {
+        self.pipeline.rewind(SESSION, position).map_err(|e| explain(&e))
+    }
+
+    fn stages(&self) -> Vec<StageSnapshot> {
+        let snapshot = |(name, blocks, stats): (&str, Option<(u32, u32)>, crate::host::pipeline::StageStats)| {
+            StageSnapshot {
+                name: name.to_owned(),
+                blocks: blocks.map_or(String::new(), |(a, b)| format!("{a}..{b}")),
+                compute: stats.compute,
+                wait: stats.wait,
+                reconnects: stats.reconnects,
+            }
+        };
+        self.pipeline.stages().map(snapshot).collect()
+    }
+
+    fn traffic(&self) -> Traffic {
+        self.pipeline.traffic()
+    }
+
+    fn wire_dtype(&self) -> &'static str {
+        if self.pipeline.has_remote_stages() { self.pipeline.dtype().name() } else { "none" }
+    }
+}
+
+/// Stock llama.cpp: the whole model in one `llama_context`.
+pub struct StockEngine {
+    context: llama_sys_patch::StockContext,
+    n_vocab: usize,
+    n_blocks: u32,
+    n_batch: usize,
+    compute: Duration,
+}
+
+impl StockEngine {
+    /// `context` is of a whole model with this vocabulary and these blocks; `n_batch` is its batch size.
+    pub fn new(context: llama_sys_patch::StockContext, n_vocab: usize, n_blocks: u32, n_batch: u32) -> StockEngine {
+        StockEngine { context, n_vocab, n_blocks, n_batch: n_batch.max(1) as usize, compute: Duration::ZERO }
+    }
+
+    fn decode(
+        &mut self,
+        position: u32,
+        tokens: &[i32],
+        want: impl Fn(usize) -> bool,
+        on_logits: &mut dyn FnMut(&[f32]),
+    ) -> Result<(), Failure> {
+        let mut done = 0;
+        let mut logits = Vec::new();
+        for chunk in tokens.chunks(self.n_batch) {
+            let rows: Vec<llama_sys_patch::Row> = (0..chunk.len())
+                .map(|i| llama_sys_patch::Row {
+                    session: SESSION,
+                    position: position + to_u32(done + i),
+                    want_output: want(done + i),
+                })
+                .collect();
+            let n_wanted = rows.iter().filter(|r| r.want_output).count();
+            logits.resize(n_wanted * self.n_vocab, 0.0);
+            let start = Instant::now();
+            self.context.decode(&rows, chunk, &mut logits).map_err(Failure::failed)?;
+            self.compute += start.elapsed();
+            if n_wanted > 0 {
+                on_logits(&logits);
+            }
+            done += chunk.len();
+        }
+        Ok(())
+    }
+}
+
+impl Engine for StockEngine {
+    fn mode(&self) -> &'static str {
+        "stock"
+    }
+
+    fn evaluate(&mut self, position: u32, tokens: &[i32]) -> Result<Vec<f32>, Failure> {
+        let last = tokens.len().wrapping_sub(1);
+        let mut result = Vec::new();
+        self.decode(position, tokens, |i| i == last, &mut |logits| result = logits.to_vec())?;
+        Ok(result)
+    }
+
+    fn evaluate_all(
+        &mut self,
+        position: u32,
+        tokens: &[i32],
+        on_logits: &mut dyn FnMut(&[f32]),
+    ) -> Result<(), Failure> {
+        self.decode(position, tokens, |_| true, on_logits)
+    }
+
+    fn rewind(&mut self, position: u32) -> Result<(), Failure> {
+        self.context.rewind(SESSION, position).map_err(Failure::failed)
+    }
+
+    fn stages(&self) -> Vec<StageSnapshot> {
+        vec![StageSnapshot {
+            name: "model".to_owned(),
+            blocks: format!("0..{}", self.n_blocks.saturating_sub(1)),
+            compute: self.compute,
+            wait: Duration::ZERO,
+            reconnects: 0,
+        }]
+    }
+
+    fn traffic(&self) -> Traffic {
+        Traffic::default()
+    }
+
+    fn wire_dtype(&self) -> &'static str {
+        "none"
+    }
+}
+
+/// The lines a person sees when a worker is lost and found.
+fn tell_person(event: Event<'_>) {
+    match event {
+        Event::Lost { stage, reason, give_up_after } => {
+            eprintln!("\n[{stage} lost: {reason}; looking for it for up to {} s]", give_up_after.as_secs());
+        }
+        Event::Replaying { stage, steps } => eprintln!("[{stage} answers again; sending it {steps} steps once more]"),
+        Event::Back { stage, after } => eprintln!("[{stage} is back after {:.1} s]", after.as_secs_f64()),
+    }
+}
+
+/// A pipeline's error with the way out.
+fn explain(error: &PipelineError) -> Failure {
+    let failure = Failure::failed(error);
+    match error {
+        PipelineError::WorkerGone { .. } => {
+            failure.hint("start the worker again, then run the same command; what was generated so far stands above")
+        }
+        PipelineError::Stage { source: StageError::Refused(_), .. } => failure.hint("the sentence above names the side to fix"),
+        PipelineError::Stage { source: StageError::Failed(why), .. } if why.contains("finite") || why.contains("65504") => {
+            failure.hint("repeat with --wire f32, or give these blocks to the host")
+        }
+        PipelineError::Stage { .. } => failure,
+        PipelineError::OutOfTurn(_) => failure.hint("the worker is not the same version as this host: update both"),
+    }
+}
+
+fn to_u32(n: usize) -> u32 {
+    u32::try_from(n).unwrap_or(u32::MAX)
+}
+
+/// `dim-host` runs one session.
+const SESSION: u32 = 0;
