@@ -241,6 +241,8 @@ impl Family {
         match self.arch {
             "stablelm" | "gptneox" => shape.n_rot = shape.head_dim / 4,
             "phi2" => shape.n_rot = shape.head_dim / 2,
+            // its loader wants the norm of k as long as a hidden row
+            "olmoe" => shape.n_head_kv = shape.n_head,
             _ => {}
         }
     }
@@ -295,9 +297,11 @@ impl Family {
     pub fn tensors(&self, shape: &Shape, tied: bool, gain: f32) -> Vec<Tensor> {
         let scales = self.scales(shape);
         let width = shape.n_embd as f32;
+        // without a last norm's weight, a tied embedding must have the lm_head's length itself
+        let stream = if tied && self.norm == Norm::LayerBare { LOGITS / OWN } else { STREAM };
         // what one of the 2 * n_blocks branches adds
-        let branch = STREAM / (2.0 * shape.n_blocks as f32).sqrt() / scales.residual * gain;
-        let embedding = if tied { 1.5 * STREAM / width.sqrt() } else { 0.5 } / scales.embedding * gain;
+        let branch = stream / (2.0 * shape.n_blocks as f32).sqrt() / scales.residual * gain;
+        let embedding = if tied { OWN * stream / width.sqrt() } else { 0.5 } / scales.embedding * gain;
         // the norm before the lm_head carries what a tied embedding's length cannot
         let (head, head_norm) = match tied {
             true => (0.0, LOGITS / (embedding * width.sqrt() * scales.logit)),
@@ -427,10 +431,11 @@ impl Family {
                 add("ffn_down.weight", &[n_ff, n_embd], down(n_ff));
             }
             (Ffn::Plain | Ffn::PlainBias, None) => {
-                add("ffn_up.weight", &[n_embd, n_ff], Fill::Matrix(unit));
-                add("ffn_down.weight", &[n_ff, n_embd], down(n_ff));
+                // GELU of N(0, 1) has a mean, which adds the same row to every position; of N(0, 1/4) hardly
+                add("ffn_up.weight", &[n_embd, n_ff], Fill::Matrix(0.5 * unit));
+                add("ffn_down.weight", &[n_ff, n_embd], Fill::Matrix(4.0 * branch / (n_ff as f32).sqrt()));
                 if self.ffn == Ffn::PlainBias {
-                    add("ffn_up.bias", &[n_ff], Fill::Vector(0.0, BIAS));
+                    add("ffn_up.bias", &[n_ff], Fill::Vector(GELU_CENTRE, BIAS));
                     add("ffn_down.bias", &[n_embd], Fill::Vector(0.0, BIAS * branch));
                 }
             }
@@ -477,12 +482,17 @@ struct Scales {
 
 /// Length (root mean square) of the residual stream after the last block.
 const STREAM: f32 = 2.5;
+/// Share of a tied embedding in the stream, in units of 1 / sqrt(n_embd): how much likelier than others a token is
+/// to follow itself, in deviations of the logits.
+const OWN: f32 = 0.4;
+/// A bias that gives GELU(N(bias, 1/4)) a mean of 0.
+const GELU_CENTRE: f32 = -0.205;
 /// Deviation of the logits.
 const LOGITS: f32 = 4.0;
 /// Deviation of attention scores.
 const SCORES: f32 = 3.0;
 /// Deviation of biases, in units of what they are added to.
-const BIAS: f32 = 0.1;
+const BIAS: f32 = 0.03;
 
 /// The frequency factors that stretch llama 3's rotation to 131,072 positions: 1 for fast frequencies, 8 (32 in the
 /// 3.2 models) for slow ones, a slope between.

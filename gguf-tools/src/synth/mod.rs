@@ -222,7 +222,9 @@ impl Spec {
         let mut metadata = vec![
             ("general.architecture".to_owned(), Value::string(self.family.arch)),
             ("general.type".to_owned(), Value::string("model")),
-            ("general.name".to_owned(), Value::string(self.name())),
+            // llama.cpp looks for "phi3" in this name, and expects of such a model tokens that only a
+            // SentencePiece vocabulary has
+            ("general.name".to_owned(), Value::string(self.name().replace("phi3", "phi 3"))),
             ("general.description".to_owned(), Value::string("random weights")),
             ("general.file_type".to_owned(), Value::U32(self.weights.file_type)),
             ("general.quantization_version".to_owned(), Value::U32(2)),
