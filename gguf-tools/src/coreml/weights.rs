@@ -1,0 +1,528 @@
+//! The weight file of a package: MIL blob storage, version 2.
+//!
+//! Layout, all integers little-endian:
+//!
+//! ```text
+//! header, 64 bytes    u32 number of blobs, u32 version = 2, zeros
+//! per blob, at the next multiple of 64:
+//!   record, 64 bytes  u32 0xDEADBEEF, u32 data type (1 = fp16), u64 bytes of data, u64 offset of data (= end of
+//!                     this record), u64 padding bits = 0, 32 zero bytes
+//!   data              row-major
+//! ```
+//!
+//! A program names a blob by the offset of its record. Everything here is fp16, so every offset is known before the
+//! first byte is read, and the file is written in one pass: a block's tensors are read in pieces of a few MiB,
+//! turned into what the program wants, written, and hashed by a second thread. Per piece:
+//!
+//! - F16 rows as they are: no work per element.
+//! - a range of columns (the parts of `ffn_down`): row by row.
+//! - llama's q and k: GGUF stores the two halves that rope turns together as neighbouring rows (2i, 2i + 1); here
+//!   they go back to i and i + head_dim / 2.
+//! - BF16 and F32: rounded to fp16; a value outside its range is an error that names the tensor.
+//! - quantised types: through ggml's own dequantiser, then as F32.
+
+use std::fs::File;
+use std::io::Write;
+use std::ops::{Range, RangeInclusive};
+use std::path::Path;
+use std::sync::mpsc;
+
+use half::f16;
+use half::slice::HalfFloatSliceExt;
+use sha2::{Digest, Sha256};
+
+use super::graph::{self, BlockWeights, FfnPart, Projection, Weight};
+use super::shape::{Shape, printable};
+use super::{Error, IoContext};
+use crate::gguf::{Gguf, Tensor, TensorType};
+
+/// Data type code of fp16 in a record.
+const FP16: u32 = 1;
+/// First word of a record.
+const RECORD_MAGIC: u32 = 0xDEAD_BEEF;
+/// Version of the storage format.
+const STORAGE_VERSION: u32 = 2;
+/// Bytes of the header and of a record; what records are aligned to.
+const UNIT: u64 = 64;
+/// Bytes of one piece, about. With [`PIECES`] of them in flight this bounds the memory of a conversion.
+const PIECE_BYTES: u64 = 4 << 20;
+/// Pieces between the reading and the hashing thread.
+const PIECES: usize = 4;
+
+/// Order of a projection's rows in the file, against GGUF's.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Rows {
+    /// As in GGUF.
+    AsIs,
+    /// Per head of this width: GGUF's rows 2i and 2i + 1 go to i and i + width / 2.
+    PairsToHalves {
+        /// Rows of a head.
+        head_dim: u64,
+    },
+}
+
+/// One blob and where it comes from: a rectangle of a tensor of the model.
+#[derive(Clone, Debug)]
+pub struct Blob {
+    /// The tensor's name in the model.
+    pub tensor: String,
+    /// Rows of the tensor it holds. A vector is one row.
+    pub rows: Range<u64>,
+    /// Columns of the tensor it holds.
+    pub cols: Range<u64>,
+    /// Their order.
+    pub order: Rows,
+    /// What values are multiplied by: a power of two, 1 but for two biases under a residual scale.
+    pub scale: f32,
+    /// Shape in the program.
+    pub dims: Vec<u64>,
+    /// Offset of its record in the file.
+    pub record: u64,
+}
+
+impl Blob {
+    /// Offset of its data in the file.
+    pub fn data_offset(&self) -> u64 {
+        self.record + UNIT
+    }
+
+    /// Bytes of its data.
+    pub fn n_bytes(&self) -> u64 {
+        2 * (self.rows.end - self.rows.start) * (self.cols.end - self.cols.start)
+    }
+}
+
+/// The weight file of one package, before it is written.
+#[derive(Clone, Debug)]
+pub struct WeightPlan {
+    /// Numbers of the blocks.
+    pub blocks: RangeInclusive<u32>,
+    /// In file order.
+    pub blobs: Vec<Blob>,
+    /// Where each block's weights lie.
+    pub weights: Vec<BlockWeights>,
+    /// Bytes of the file.
+    pub file_bytes: u64,
+}
+
+impl WeightPlan {
+    /// Lays out the weights of `blocks`, which [`Shape::check_block`] has accepted.
+    pub fn new(gguf: &Gguf, shape: &Shape, blocks: RangeInclusive<u32>, residual_scale: f32) -> WeightPlan {
+        let mut plan = Planner { gguf, shape, residual_scale, blobs: Vec::new(), end: UNIT };
+        let weights = blocks.clone().map(|block| plan.block(block)).collect();
+        WeightPlan { blocks, blobs: plan.blobs, weights, file_bytes: plan.end }
+    }
+
+    /// Writes the file and gives its SHA-256. `progress` is told the bytes written since it was last called.
+    ///
+    /// # Errors
+    /// Reading or writing fails, a value does not fit fp16, a type cannot be read here.
+    pub fn write(&self, gguf: &Gguf, path: &Path, progress: &mut dyn FnMut(u64)) -> Result<[u8; 32], Error> {
+        let file = File::create_new(path).at(path)?;
+        std::thread::scope(|scope| {
+            let (to_hash, pieces) = mpsc::sync_channel::<Vec<u8>>(PIECES);
+            let (to_reuse, used) = mpsc::channel::<Vec<u8>>();
+            let hasher = scope.spawn(move || {
+                let mut hash = Sha256::new();
+                for piece in pieces {
+                    hash.update(&piece);
+                    let _ = to_reuse.send(piece); // the writer may be gone already
+                }
+                <[u8; 32]>::from(hash.finalize())
+            });
+            let mut out = Output { file: &file, path, to_hash, used, at: 0, progress };
+            let written = self.write_all(gguf, &mut out);
+            drop(out); // ends the hasher's pieces
+            let hash = hasher.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic));
+            written.map(|()| hash)
+        })
+        .and_then(|hash| file.sync_all().at(path).map(|()| hash))
+    }
+
+    fn write_all(&self, gguf: &Gguf, out: &mut Output<'_>) -> Result<(), Error> {
+        let mut header = out.buffer();
+        header.resize(UNIT as usize, 0);
+        header[0..4].copy_from_slice(&(self.blobs.len() as u32).to_le_bytes());
+        header[4..8].copy_from_slice(&STORAGE_VERSION.to_le_bytes());
+        out.write(header)?;
+        for blob in &self.blobs {
+            let mut record = out.buffer();
+            record.resize((blob.data_offset() - out.at) as usize, 0); // padding of the blob before, and the record
+            let at = record.len() - UNIT as usize;
+            record[at..at + 4].copy_from_slice(&RECORD_MAGIC.to_le_bytes());
+            record[at + 4..at + 8].copy_from_slice(&FP16.to_le_bytes());
+            record[at + 8..at + 16].copy_from_slice(&blob.n_bytes().to_le_bytes());
+            record[at + 16..at + 24].copy_from_slice(&blob.data_offset().to_le_bytes());
+            out.write(record)?;
+            let tensor =
+                gguf.tensor(&blob.tensor).ok_or_else(|| Error::TensorMissing(blob.tensor.clone()))?;
+            Source::new(tensor, blob)?.stream(out)?;
+        }
+        let padding = self.file_bytes - out.at;
+        let mut end = out.buffer();
+        end.resize(padding as usize, 0);
+        out.write(end)
+    }
+}
+
+/// Types other than F16 among the weights of `blocks` (not the vectors, which are F32 in every model), and which of
+/// them need ggml's dequantiser.
+pub fn converted_types(gguf: &Gguf, blocks: RangeInclusive<u32>) -> Vec<TensorType> {
+    let mut types: Vec<TensorType> = gguf
+        .tensors()
+        .filter(|t| t.dims().len() > 1 && t.tensor_type() != TensorType::F16)
+        .filter(|t| block_of(t.name()).is_some_and(|b| blocks.contains(&b)))
+        .map(|t| t.tensor_type())
+        .collect();
+    types.sort();
+    types.dedup();
+    types
+}
+
+/// Checks that every weight of `blocks` is of a type that can be turned into F16 here.
+///
+/// # Errors
+/// The first tensor that is not.
+pub fn check_types(gguf: &Gguf, blocks: RangeInclusive<u32>) -> Result<(), Error> {
+    gguf.tensors()
+        .filter(|t| block_of(t.name()).is_some_and(|b| blocks.contains(&b)))
+        .try_for_each(|t| check_type(&t))
+}
+
+fn check_type(tensor: &Tensor<'_>) -> Result<(), Error> {
+    let found = tensor.tensor_type();
+    if matches!(found, TensorType::F16 | TensorType::BF16 | TensorType::F32) || dequantise::can(found) {
+        return Ok(());
+    }
+    let tensor = printable(tensor.name());
+    Err(if cfg!(any()) || !found.is_quantized() {
+        Error::TensorType { tensor, found }
+    } else {
+        Error::NeedsEngine { tensor, found }
+    })
+}
+
+fn block_of(tensor: &str) -> Option<u32> {
+    tensor.strip_prefix("blk.")?.split_once('.')?.0.parse().ok()
+}
+
+/// Lays out blobs one after the other.
+struct Planner<'a> {
+    gguf: &'a Gguf,
+    shape: &'a Shape,
+    residual_scale: f32,
+    blobs: Vec<Blob>,
+    end: u64,
+}
+
+impl Planner<'_> {
+    fn block(&mut self, block: u32) -> BlockWeights {
+        let Shape { n_embd, n_head, n_head_kv, head_dim, n_ff, .. } = *self.shape;
+        let name = |suffix: &str| format!("blk.{block}.{suffix}");
+        let (q, kv) = (n_head * head_dim, n_head_kv * head_dim);
+        let qk_order = if self.shape.paired_rows { Rows::PairsToHalves { head_dim } } else { Rows::AsIs };
+        let residual_scale = self.residual_scale;
+
+        let attn_norm = self.vector(name("attn_norm.weight"), 0..n_embd, &[1, 1, n_embd]);
+        let q = self.projection(&name("attn_q"), 0..q, 0..n_embd, qk_order, 1.0);
+        let k = self.projection(&name("attn_k"), 0..kv, 0..n_embd, qk_order, 1.0);
+        let v = self.projection(&name("attn_v"), 0..kv, 0..n_embd, Rows::AsIs, 1.0);
+        let qk_norm = self.shape.qk_norm.then(|| {
+            let dims = [1, 1, 1, head_dim];
+            (
+                self.vector(name("attn_q_norm.weight"), 0..head_dim, &dims),
+                self.vector(name("attn_k_norm.weight"), 0..head_dim, &dims),
+            )
+        });
+        let o = self.projection(
+            &name("attn_output"),
+            0..n_embd,
+            0..n_head * head_dim,
+            Rows::AsIs,
+            residual_scale,
+        );
+        let ffn_norm = self.vector(name("ffn_norm.weight"), 0..n_embd, &[1, 1, n_embd]);
+        let parts = graph::ffn_parts(n_ff);
+        let ffn = parts
+            .into_iter()
+            .enumerate()
+            .map(|(i, part)| FfnPart {
+                gate: self.projection(&name("ffn_gate"), part.clone(), 0..n_embd, Rows::AsIs, 1.0),
+                up: self.projection(&name("ffn_up"), part.clone(), 0..n_embd, Rows::AsIs, 1.0),
+                down: match i {
+                    0 => self.projection(&name("ffn_down"), 0..n_embd, part, Rows::AsIs, residual_scale),
+                    _ => Projection {
+                        weight: self.matrix(name("ffn_down.weight"), 0..n_embd, part, Rows::AsIs),
+                        bias: None,
+                    },
+                },
+            })
+            .collect();
+        BlockWeights { block, attn_norm, q, k, v, qk_norm, o, ffn_norm, ffn }
+    }
+
+    fn projection(
+        &mut self,
+        name: &str,
+        rows: Range<u64>,
+        cols: Range<u64>,
+        order: Rows,
+        bias_scale: f32,
+    ) -> Projection {
+        let weight = self.matrix(format!("{name}.weight"), rows.clone(), cols, order);
+        let bias = format!("{name}.bias");
+        let bias = self.gguf.tensor(&bias).is_some().then(|| {
+            let dims = [rows.end - rows.start];
+            self.blob(Blob {
+                tensor: bias,
+                rows: 0..1,
+                cols: rows,
+                order,
+                scale: bias_scale,
+                dims: dims.into(),
+                record: 0,
+            })
+        });
+        Projection { weight, bias }
+    }
+
+    fn matrix(&mut self, tensor: String, rows: Range<u64>, cols: Range<u64>, order: Rows) -> Weight {
+        let dims = vec![rows.end - rows.start, cols.end - cols.start, 1, 1];
+        self.blob(Blob { tensor, rows, cols, order, scale: 1.0, dims, record: 0 })
+    }
+
+    fn vector(&mut self, tensor: String, cols: Range<u64>, dims: &[u64]) -> Weight {
+        self.blob(Blob {
+            tensor,
+            rows: 0..1,
+            cols,
+            order: Rows::AsIs,
+            scale: 1.0,
+            dims: dims.into(),
+            record: 0,
+        })
+    }
+
+    fn blob(&mut self, mut blob: Blob) -> Weight {
+        blob.record = self.end;
+        self.end = (blob.data_offset() + blob.n_bytes()).next_multiple_of(UNIT);
+        let weight = Weight { record: blob.record, dims: blob.dims.clone() };
+        self.blobs.push(blob);
+        weight
+    }
+}
+
+/// The file being written, and the thread that hashes it.
+struct Output<'a> {
+    file: &'a File,
+    path: &'a Path,
+    to_hash: mpsc::SyncSender<Vec<u8>>,
+    used: mpsc::Receiver<Vec<u8>>,
+    at: u64,
+    progress: &'a mut dyn FnMut(u64),
+}
+
+impl Output<'_> {
+    /// An empty buffer, with the memory of a piece that is done with if there is one.
+    fn buffer(&mut self) -> Vec<u8> {
+        let mut buffer = self.used.try_recv().unwrap_or_default();
+        buffer.clear();
+        buffer
+    }
+
+    fn write(&mut self, piece: Vec<u8>) -> Result<(), Error> {
+        self.file.write_all(&piece).at(self.path)?;
+        self.at += piece.len() as u64;
+        (self.progress)(piece.len() as u64);
+        self.to_hash.send(piece).expect("the hasher takes pieces until the sender is gone");
+        Ok(())
+    }
+}
+
+/// A blob's data on its way from the model.
+struct Source<'a> {
+    tensor: Tensor<'a>,
+    blob: &'a Blob,
+    row_len: u64, // values
+    row_bytes: u64,
+}
+
+impl<'a> Source<'a> {
+    fn new(tensor: Tensor<'a>, blob: &'a Blob) -> Result<Source<'a>, Error> {
+        check_type(&tensor)?;
+        Ok(Source { tensor, blob, row_len: tensor.dims()[0], row_bytes: tensor.row_bytes() })
+    }
+
+    fn stream(&self, out: &mut Output<'_>) -> Result<(), Error> {
+        let blob = self.blob;
+        let is_vector = self.tensor.dims().len() == 1;
+        let straight = self.tensor.tensor_type() == TensorType::F16
+            && blob.order == Rows::AsIs
+            && !is_vector
+            && blob.cols == (0..self.row_len);
+        if straight {
+            let mut at = blob.rows.start * self.row_bytes;
+            let end = blob.rows.end * self.row_bytes;
+            while at < end {
+                let mut piece = out.buffer();
+                piece.resize((end - at).min(PIECE_BYTES) as usize, 0);
+                self.tensor.read_at(at, &mut piece)?;
+                at += piece.len() as u64;
+                out.write(piece)?;
+            }
+            return Ok(());
+        }
+        // whole heads at a time where rows change places inside a head
+        let unit = match blob.order {
+            Rows::PairsToHalves { head_dim } if !is_vector => head_dim,
+            _ => 1,
+        };
+        let out_row_bytes = 2 * (blob.cols.end - blob.cols.start);
+        let rows_a_piece = (PIECE_BYTES / out_row_bytes / unit).max(1) * unit;
+        let mut scratch = Scratch::default();
+        let mut row = blob.rows.start;
+        while row < blob.rows.end {
+            let rows = row..(row + rows_a_piece).min(blob.rows.end);
+            row = rows.end;
+            let mut piece = out.buffer();
+            self.read_rows(rows, &mut piece, &mut scratch)?;
+            if let Rows::PairsToHalves { head_dim } = blob.order {
+                let element_bytes = if is_vector { 2 } else { out_row_bytes };
+                pairs_to_halves(&mut piece, head_dim as usize, element_bytes as usize, &mut scratch.raw);
+            }
+            if is_vector {
+                self.check_finite(&piece)?;
+            }
+            out.write(piece)?;
+        }
+        Ok(())
+    }
+
+    /// `rows`, the blob's columns of them, as fp16 in GGUF's order.
+    fn read_rows(&self, rows: Range<u64>, piece: &mut Vec<u8>, scratch: &mut Scratch) -> Result<(), Error> {
+        let cols = &self.blob.cols;
+        let n_cols = cols.end - cols.start;
+        let out_row_bytes = 2 * n_cols as usize;
+        piece.resize(out_row_bytes * (rows.end - rows.start) as usize, 0);
+        if self.tensor.tensor_type() == TensorType::F16 && self.blob.scale == 1.0 {
+            if n_cols == self.row_len {
+                return Ok(self.tensor.read_at(rows.start * self.row_bytes, piece)?);
+            }
+            for (row, out) in rows.zip(piece.chunks_exact_mut(out_row_bytes)) {
+                self.tensor.read_at(row * self.row_bytes + 2 * cols.start, out)?;
+            }
+            return Ok(());
+        }
+        for (row, out) in rows.zip(piece.chunks_exact_mut(out_row_bytes)) {
+            scratch.raw.resize(self.row_bytes as usize, 0);
+            self.tensor.read_at(row * self.row_bytes, &mut scratch.raw)?;
+            scratch.values.resize(self.row_len as usize, 0.0);
+            self.to_f32(&scratch.raw, &mut scratch.values)?;
+            let values = &mut scratch.values[cols.start as usize..cols.end as usize];
+            if self.blob.scale != 1.0 {
+                values.iter_mut().for_each(|v| *v *= self.blob.scale);
+            }
+            self.check_range(values)?;
+            scratch.halves.resize(values.len(), f16::ZERO);
+            scratch.halves.convert_from_f32_slice(values);
+            for (out, half) in out.chunks_exact_mut(2).zip(&scratch.halves) {
+                out.copy_from_slice(&half.to_le_bytes());
+            }
+        }
+        Ok(())
+    }
+
+    /// One row as F32.
+    fn to_f32(&self, raw: &[u8], values: &mut [f32]) -> Result<(), Error> {
+        match self.tensor.tensor_type() {
+            TensorType::F32 => {
+                for (value, b) in values.iter_mut().zip(raw.chunks_exact(4)) {
+                    *value = f32::from_le_bytes([b[0], b[1], b[2], b[3]]);
+                }
+            }
+            TensorType::BF16 => {
+                for (value, b) in values.iter_mut().zip(raw.chunks_exact(2)) {
+                    *value = f32::from_bits(u32::from(u16::from_le_bytes([b[0], b[1]])) << 16);
+                }
+            }
+            TensorType::F16 => {
+                for (value, b) in values.iter_mut().zip(raw.chunks_exact(2)) {
+                    *value = f16::from_le_bytes([b[0], b[1]]).to_f32();
+                }
+            }
+            quantised => dequantise::row(quantised, raw, values)
+                .map_err(|why| Error::Dequantise { tensor: printable(self.tensor.name()), why })?,
+        }
+        Ok(())
+    }
+
+    /// No value may be more than fp16 holds, or not a number.
+    fn check_range(&self, values: &[f32]) -> Result<(), Error> {
+        // the largest that still rounds to a finite fp16 is just below 65520
+        let fits = |v: f32| v.abs() < 65520.0;
+        let all = values.iter().fold(true, |all, &v| all & fits(v)); // no branch: vectorises
+        match all {
+            true => Ok(()),
+            false => {
+                let value = *values.iter().find(|&&v| !fits(v)).expect("one does not fit");
+                Err(Error::TensorValue { tensor: printable(self.tensor.name()), value })
+            }
+        }
+    }
+
+    fn check_finite(&self, halves: &[u8]) -> Result<(), Error> {
+        match halves.chunks_exact(2).map(|b| f16::from_le_bytes([b[0], b[1]])).find(|v| !v.is_finite()) {
+            Some(value) => {
+                Err(Error::TensorValue { tensor: printable(self.tensor.name()), value: value.into() })
+            }
+            None => Ok(()),
+        }
+    }
+}
+
+/// Memory that one row after the other uses.
+#[derive(Default)]
+struct Scratch {
+    raw: Vec<u8>,
+    values: Vec<f32>,
+    halves: Vec<f16>,
+}
+
+/// Per head of `head_dim` elements of `size` bytes: element 2i goes to i, element 2i + 1 to i + head_dim / 2.
+fn pairs_to_halves(data: &mut [u8], head_dim: usize, size: usize, scratch: &mut Vec<u8>) {
+    for head in data.chunks_exact_mut(head_dim * size) {
+        scratch.clear();
+        scratch.extend_from_slice(head);
+        for (from, element) in scratch.chunks_exact(size).enumerate() {
+            let to = from / 2 + (from % 2) * (head_dim / 2);
+            head[to * size..(to + 1) * size].copy_from_slice(element);
+        }
+    }
+}
+
+/// ggml's dequantisers, where this build has them.
+mod dequantise {
+    use crate::gguf::TensorType;
+
+    /// Whether rows of this type can be turned into F32 here.
+    #[cfg(any())]
+    pub fn can(tensor_type: TensorType) -> bool {
+        llama_sys_patch::quant::can_dequantize(tensor_type.id())
+    }
+
+    /// One row of a quantised type as F32.
+    #[cfg(any())]
+    pub fn row(tensor_type: TensorType, raw: &[u8], values: &mut [f32]) -> Result<(), String> {
+        llama_sys_patch::quant::dequantize(tensor_type.id(), raw, values).map_err(|e| e.to_string())
+    }
+
+    #[cfg(all())]
+    pub fn can(_: TensorType) -> bool {
+        false
+    }
+
+    #[cfg(all())]
+    pub fn row(_: TensorType, _: &[u8], _: &mut [f32]) -> Result<(), String> {
+        unreachable!("a build without the engine feature refuses quantised tensors before it reads them")
+    }
+}
