@@ -1,1 +1,35 @@
-//! placeholder
+//! Per-layer graph evaluation, beside llama.cpp and not inside it.
+//!
+//! What it is: a [`Model`] is a GGUF loaded by the llama.cpp that llama-cpp-sys-2 builds. A [`Stage`] evaluates any
+//! contiguous range of its blocks with a KV cache of its own: tokens or hidden rows in, hidden rows or logits out. The
+//! head, middle and tail of a model are three stages; the numbers are llama.cpp's own, bit for bit. A [`Stock`] context
+//! is plain `llama_decode` on the whole model with the same settings: the oracle, and the A arm of every comparison.
+//!
+//! What it is not: a fork or a copy. The C++ in `cpp/` compiles against llama.cpp's internal headers where cargo put
+//! them, and `cpp/upstream.h` fails to compile when they change under it.
+//!
+//! All of the workspace's `unsafe` is here, but for one memory map in gguf-tools. How it is layered:
+//!
+//! ```text
+//! model.rs stage.rs stock.rs rows.rs   the safe API: typed errors, lengths by slices
+//! error.rs                             a dim_status and its dim_fault become an Error
+//! ffi.rs                               bindgen's view of cpp/layer_eval.h, and nothing else
+//! cpp/layer_eval.h                     the contract: ownership, threads, what holds on failure
+//! cpp/*.cpp                            llama.cpp's internals behind one exception boundary
+//! ```
+
+mod error;
+mod ffi;
+mod model;
+mod rows;
+mod stage;
+mod stock;
+
+pub use error::Error;
+pub use model::{Device, LogLevel, Model, ModelParams, Offload, devices, set_log};
+pub use rows::{RowType, dequantize_rows, quantize_rows};
+pub use stage::{BlockStats, ContextInfo, ContextParams, FlashAttn, Input, Output, Row, Stage, StageParams};
+pub use stock::Stock;
+
+/// The llama.cpp bindings this crate is built on, for samplers: `llama_cpp_2::sampling`.
+pub use llama_cpp_2;

@@ -1,0 +1,79 @@
+// Messages, llama.cpp's log, initialisation.
+#include "boundary.h"
+
+#include "llama.h"
+
+#include <atomic>
+#include <cstdarg>
+#include <cstdio>
+#include <cstring>
+#include <mutex>
+
+namespace dim {
+
+static thread_local char message[1024]   = "";
+static thread_local char log_error[1024] = "";
+
+static std::atomic<int> log_shown { DIM_LOG_SILENT };
+
+static void format_message(const char * format, va_list args) noexcept {
+    std::vsnprintf(message, sizeof message, format, args);
+}
+
+void set_message(const char * format, ...) noexcept {
+    va_list args;
+    va_start(args, format);
+    format_message(format, args);
+    va_end(args);
+}
+
+void fail(dim_status status, const char * format, ...) {
+    va_list args;
+    va_start(args, format);
+    format_message(format, args);
+    va_end(args);
+    throw failure { status, no_fault };
+}
+
+void fail_with(dim_status status, const dim_fault & fault, const char * format, ...) {
+    va_list args;
+    va_start(args, format);
+    format_message(format, args);
+    va_end(args);
+    throw failure { status, fault };
+}
+
+const char * last_log_error() noexcept { return log_error; }
+void         forget_log()     noexcept { log_error[0] = '\0'; }
+
+// Called by llama.cpp and ggml on whatever thread they are on. Must not throw: it is called from C.
+static void on_log(ggml_log_level level, const char * text, void *) {
+    static thread_local ggml_log_level continued = GGML_LOG_LEVEL_NONE;
+    if (level != GGML_LOG_LEVEL_CONT) continued = level;
+
+    if (level == GGML_LOG_LEVEL_ERROR) {
+        std::snprintf(log_error, sizeof log_error, "%s", text);
+        size_t n = std::strlen(log_error);
+        while (n > 0 && (log_error[n - 1] == '\n' || log_error[n - 1] == ' ')) log_error[--n] = '\0';
+    }
+
+    const int  shown = log_shown.load(std::memory_order_relaxed);
+    const bool grave = continued == GGML_LOG_LEVEL_WARN || continued == GGML_LOG_LEVEL_ERROR;
+    if (shown == DIM_LOG_EVERYTHING || (shown == DIM_LOG_WARNINGS && grave)) std::fputs(text, stderr);
+}
+
+void initialize() {
+    static std::once_flag once;
+    std::call_once(once, [] {
+        llama_log_set(on_log, nullptr);
+        llama_backend_init();
+    });
+}
+
+} // namespace dim
+
+extern "C" const char * dim_last_error(void) { return dim::message; }
+
+extern "C" void dim_log_set(dim_log_level level) {
+    dim::log_shown.store(level, std::memory_order_relaxed);
+}

@@ -1,0 +1,148 @@
+#include "context.h"
+
+#include "llama.h"
+
+namespace dim {
+
+llama_context_ptr make_context(llama_model * model, const dim_context_params & params, uint32_t n_outputs_max) {
+    const auto range = [](const char * name, uint64_t value, uint64_t least, uint64_t most) {
+        if (value < least || value > most) {
+            fail(DIM_INVALID_ARGUMENT, "%s is %llu: must be %llu to %llu", name, (unsigned long long) value,
+                 (unsigned long long) least, (unsigned long long) most);
+        }
+    };
+    range("max_sessions", params.max_sessions, 1, LLAMA_MAX_SEQ);
+    range("n_ctx",        params.n_ctx,        1, (1u << 30) / params.max_sessions);
+    range("n_batch",      params.n_batch,      1, 1u << 20);
+    range("n_ubatch",     params.n_ubatch,     1, params.n_batch);
+    range("n_ubatch",     params.n_ubatch,     params.max_sessions, params.n_batch);   // a chunk has a row of each session
+    range("n_threads",    params.n_threads,    1, GGML_MAX_N_THREADS);
+
+    auto p = llama_context_default_params();
+    // Without one session more than asked for, and each with its own cells: the arithmetic of one session then is
+    // llama.cpp's for one session. llama.cpp divides n_ctx among the sessions.
+    p.n_ctx           = params.n_ctx * params.max_sessions;
+    p.n_seq_max       = params.max_sessions;
+    p.kv_unified      = false;
+    p.n_batch         = params.n_batch;
+    p.n_ubatch        = params.n_ubatch;
+    p.n_threads       = (int32_t) params.n_threads;
+    p.n_threads_batch = (int32_t) params.n_threads;
+    p.n_outputs_max   = n_outputs_max;
+    p.swa_full        = true;   // with a window-sized cache a session could not be rewound
+    p.no_perf         = true;
+    p.flash_attn_type = params.flash_attn == DIM_FLASH_ATTN_AUTO ? LLAMA_FLASH_ATTN_TYPE_AUTO
+                      : params.flash_attn == DIM_FLASH_ATTN_ON   ? LLAMA_FLASH_ATTN_TYPE_ENABLED
+                                                                 : LLAMA_FLASH_ATTN_TYPE_DISABLED;
+    forget_log();
+    llama_context_ptr ctx(llama_init_from_model(model, p));
+    if (!ctx) {
+        const char * why = last_log_error();
+        fail(DIM_OUT_OF_MEMORY, "no context of %u positions x %u sessions: %s", params.n_ctx, params.max_sessions,
+             *why ? why : "llama.cpp does not say why");
+    }
+    if (!ctx->get_memory()) fail(DIM_UNSUPPORTED, "%s keeps no KV cache", model->arch_name().c_str());
+    return ctx;
+}
+
+dim_context_info describe(const llama_context & ctx) {
+    dim_context_info info {};
+    info.n_batch    = ctx.n_batch();
+    info.n_ubatch   = ctx.n_ubatch();
+    info.flash_attn = ctx.get_cparams().flash_attn;
+    for (const auto & [type, memory] : ctx.memory_breakdown()) {
+        info.kv_bytes      += memory.context;
+        info.compute_bytes += memory.compute;
+    }
+    // memory.context counts the output buffer too; the KV cache alone is what the memory module says
+    uint64_t kv_bytes = 0;
+    for (const auto & [type, bytes] : ctx.get_memory()->memory_breakdown()) kv_bytes += bytes;
+    info.output_bytes = info.kv_bytes - kv_bytes;
+    info.kv_bytes     = kv_bytes;
+    return info;
+}
+
+uint32_t sessions::length(uint32_t session) const {
+    if (session >= lengths.size()) {
+        dim_fault fault = no_fault;
+        fault.session  = session;
+        fault.got      = session;
+        fault.expected = (int64_t) lengths.size();
+        fail_with(DIM_UNKNOWN_SESSION, fault, "session %u: there are %zu", session, lengths.size());
+    }
+    return lengths[session];
+}
+
+void sessions::check(const dim_row * rows, size_t n_rows) const {
+    auto next = lengths;
+    for (size_t i = 0; i < n_rows; i++) {
+        const auto & row = rows[i];
+        dim_fault fault = no_fault;
+        fault.row     = (int64_t) i;
+        fault.session = row.session;
+        if (row.session >= next.size()) {
+            fault.got      = row.session;
+            fault.expected = (int64_t) next.size();
+            fail_with(DIM_UNKNOWN_SESSION, fault, "row %zu: session %u, but there are %zu", i, row.session, next.size());
+        }
+        auto & expected = next[row.session];
+        fault.got = row.position;
+        if (row.position != expected) {
+            fault.expected = expected;
+            fail_with(DIM_WRONG_POSITION, fault, "row %zu: position %u of session %u, expected %u", i, row.position, row.session, expected);
+        }
+        if (row.position >= n_ctx) {
+            fault.expected = n_ctx;
+            fail_with(DIM_CONTEXT_FULL, fault, "row %zu: position %u of session %u: the context holds %u", i, row.position, row.session, n_ctx);
+        }
+        expected++;
+    }
+}
+
+void sessions::extend(const dim_row * rows, size_t n_rows) {
+    for (size_t i = 0; i < n_rows; i++) lengths[rows[i].session]++;
+}
+
+void sessions::roll_back(llama_context & ctx, const dim_row * rows, size_t n_rows) const noexcept {
+    for (size_t i = 0; i < n_rows; i++) {
+        const auto session = rows[i].session;
+        guarded([&] { ctx.get_memory()->seq_rm((llama_seq_id) session, (llama_pos) lengths[session], -1); });
+    }
+}
+
+void sessions::rewind(llama_context & ctx, uint32_t session, uint32_t position) {
+    const uint32_t held = length(session);
+    if (position > held) {
+        dim_fault fault = no_fault;
+        fault.session  = session;
+        fault.got      = position;
+        fault.expected = held;
+        fail_with(DIM_WRONG_POSITION, fault, "session %u holds %u positions: cannot rewind it to %u", session, held, position);
+    }
+    if (!ctx.get_memory()->seq_rm((llama_seq_id) session, (llama_pos) position, -1)) {
+        fail(DIM_UNSUPPORTED, "this model's memory cannot be rewound to position %u", position);
+    }
+    lengths[session] = position;
+}
+
+void check_n_rows(const llama_context & ctx, size_t n_rows) {
+    dim_fault fault = no_fault;
+    fault.got      = (int64_t) n_rows;
+    fault.expected = ctx.n_batch();
+    if (n_rows == 0)            fail_with(DIM_INVALID_ARGUMENT, fault, "no rows given");
+    if (n_rows > ctx.n_batch()) fail_with(DIM_TOO_MANY_ROWS, fault, "%zu rows at once: at most %u", n_rows, ctx.n_batch());
+}
+
+void check_tokens(const llama_model & model, const int32_t * tokens, size_t n_tokens) {
+    const int64_t n_vocab = model.vocab.n_tokens();
+    for (size_t i = 0; i < n_tokens; i++) {
+        if (tokens[i] >= 0 && tokens[i] < n_vocab) continue;
+        dim_fault fault = no_fault;
+        fault.row      = (int64_t) i;
+        fault.got      = tokens[i];
+        fault.expected = n_vocab;
+        fail_with(DIM_UNKNOWN_TOKEN, fault, "row %zu: token %d is not in the vocabulary of %lld", i, tokens[i], (long long) n_vocab);
+    }
+}
+
+} // namespace dim

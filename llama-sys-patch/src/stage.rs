@@ -1,0 +1,395 @@
+//! A stage: the blocks `[first, last)` of a model, with a KV cache of their own.
+
+use std::ops::Range;
+use std::ptr::NonNull;
+
+use half::f16;
+
+use crate::error::{check, check_status};
+use crate::{Error, Model, ffi};
+
+/// Whether attention runs as one fused operation. The two ways differ in their last bits: every stage of a pipeline
+/// must use the same, and [`ContextInfo::flash_attn`] says what `Auto` came to.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum FlashAttn {
+    /// llama.cpp's default: on, where the device of every block can do it.
+    #[default]
+    Auto,
+    /// Never.
+    Off,
+    /// Always.
+    On,
+}
+
+/// The settings a stage and a [`Stock`](crate::Stock) context have in common.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct ContextParams {
+    /// Positions of one session.
+    pub n_ctx: u32,
+    /// Most rows of one call.
+    pub n_batch: u32,
+    /// Most rows computed at once; a call is cut into chunks of it. Results depend on it in their last bits.
+    pub n_ubatch: u32,
+    /// Threads computing, for prompts and for single tokens alike.
+    pub n_threads: u32,
+    /// Sessions, each with `n_ctx` positions of its own. With 1 the arithmetic is that of llama.cpp for one sequence.
+    pub max_sessions: u32,
+    /// Fused attention.
+    pub flash_attn: FlashAttn,
+}
+
+impl Default for ContextParams {
+    fn default() -> Self {
+        let n_threads = std::thread::available_parallelism().map_or(1, |n| n.get().min(512) as u32);
+        // n_batch and n_ubatch are llama.cpp's own defaults
+        ContextParams {
+            n_ctx: 2048,
+            n_batch: 2048,
+            n_ubatch: 512,
+            n_threads,
+            max_sessions: 1,
+            flash_attn: FlashAttn::Auto,
+        }
+    }
+}
+
+impl ContextParams {
+    pub(crate) fn to_c(&self, max_outputs: u32) -> ffi::dim_context_params {
+        ffi::dim_context_params {
+            n_ctx: self.n_ctx,
+            n_batch: self.n_batch,
+            n_ubatch: self.n_ubatch.min(self.n_batch),
+            n_threads: self.n_threads,
+            max_sessions: self.max_sessions,
+            flash_attn: match self.flash_attn {
+                FlashAttn::Auto => ffi::DIM_FLASH_ATTN_AUTO,
+                FlashAttn::Off => ffi::DIM_FLASH_ATTN_OFF,
+                FlashAttn::On => ffi::DIM_FLASH_ATTN_ON,
+            },
+            max_outputs,
+        }
+    }
+}
+
+/// Which part of a model a stage is.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct StageParams {
+    /// Blocks of the file, numbered from 0 as in it.
+    pub blocks: Range<u32>,
+    /// The range starts the model: tokens come in. Else hidden rows do. A middle or tail slice starts with block 0 of its
+    /// file too, so the file alone does not tell.
+    pub takes_tokens: bool,
+    /// The range ends the model: logits go out. Else hidden rows do.
+    pub has_lm_head: bool,
+    /// Sizes and threads.
+    pub context: ContextParams,
+}
+
+impl StageParams {
+    /// A range of a whole model: what comes in and goes out follows from the range.
+    pub fn of_whole_model(model: &Model, blocks: Range<u32>, context: ContextParams) -> Self {
+        StageParams {
+            takes_tokens: blocks.start == 0,
+            has_lm_head: blocks.end == model.n_blocks(),
+            blocks,
+            context,
+        }
+    }
+}
+
+/// One row of a call: which token of which session.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Row {
+    /// The session.
+    pub session: u32,
+    /// The token's index in it: the session's length so far.
+    pub position: u32,
+    /// Logits are wanted. Without meaning for stages that give hidden rows: those give all.
+    pub want_output: bool,
+}
+
+impl Row {
+    /// The rows of one session from `position` on, with the output of the last one wanted.
+    pub fn chunk(session: u32, position: u32, n_rows: usize) -> Vec<Row> {
+        (0..n_rows)
+            .map(|i| Row { session, position: position + i as u32, want_output: i + 1 == n_rows })
+            .collect()
+    }
+}
+
+/// What goes in: one entry per row.
+#[derive(Debug, Clone, Copy)]
+pub enum Input<'a> {
+    /// (n_rows) token ids.
+    Tokens(&'a [i32]),
+    /// (n_rows, n_embd), row-major; converted to F32 on the device.
+    F16(&'a [f16]),
+    /// (n_rows, n_embd), row-major.
+    F32(&'a [f32]),
+}
+
+/// Where the output goes. The buffer may be longer than needed.
+#[derive(Debug)]
+pub enum Output<'a> {
+    /// (n_rows, n_embd), row-major; converted from F32 on the device, to the nearest.
+    F16(&'a mut [f16]),
+    /// (n_rows, n_embd), row-major.
+    F32(&'a mut [f32]),
+    /// (rows that want output, n_vocab), row-major.
+    Logits(&'a mut [f32]),
+}
+
+/// Sizes of a context, as they came out.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct ContextInfo {
+    /// Most rows of one call.
+    pub n_batch: u32,
+    /// Rows of one chunk.
+    pub n_ubatch: u32,
+    /// What [`FlashAttn::Auto`] came to.
+    pub flash_attn: bool,
+    /// The KV cache.
+    pub kv_bytes: u64,
+    /// The graph's buffers.
+    pub compute_bytes: u64,
+    /// llama.cpp's own buffer for logits.
+    pub output_bytes: u64,
+}
+
+/// What was seen at the output of one block while [`Stage::watch_blocks`] was on.
+#[derive(Debug, Clone, Copy, PartialEq, Default)]
+pub struct BlockStats {
+    /// The block, as numbered in the file; `None` for the lm_head.
+    pub block: Option<u32>,
+    /// Chunks computed.
+    pub calls: u64,
+    /// Rows computed.
+    pub rows: u64,
+    /// Time of this block alone; the first has the embedding in it.
+    pub nanoseconds: u64,
+    /// The largest finite |x| of its output.
+    pub max_abs: f32,
+    /// Values of its output that are not finite.
+    pub not_finite: u64,
+}
+
+/// A range of blocks with its sessions' keys and values.
+///
+/// Methods, in the order they are called: [`new`](Stage::new); [`evaluate`](Stage::evaluate) as often as there are rows,
+/// with [`rewind`](Stage::rewind) and [`clear`](Stage::clear) between; [`watch_blocks`](Stage::watch_blocks) and
+/// [`block_stats`](Stage::block_stats) to look inside.
+pub struct Stage {
+    stage: NonNull<ffi::dim_stage>,
+    params: StageParams,
+    info: ContextInfo,
+    model: Model, // after `stage`: must outlive it
+}
+
+// SAFETY: a dim_stage belongs to no thread. It may be used from one thread at a time, which `&mut self` on everything
+// that computes ensures; what takes `&self` only reads plain numbers. The thread-local error text is read by the same
+// call that failed, on the same thread. The model it points to is kept alive by `model`, and is not changed by stages:
+// llama.cpp's contexts share models by design.
+unsafe impl Send for Stage {}
+
+impl Stage {
+    /// Makes a stage. Its buffers are allocated, at their largest, when it returns.
+    ///
+    /// # Errors
+    /// [`Error::Unsupported`] for architectures whose blocks cannot be evaluated apart, [`Error::InvalidArgument`] for
+    /// ranges the file does not have and sizes that make no sense, [`Error::OutOfMemory`].
+    pub fn new(model: &Model, params: StageParams) -> Result<Stage, Error> {
+        let c_params = ffi::dim_stage_params {
+            context: params.context.to_c(0),
+            first: params.blocks.start,
+            last: params.blocks.end,
+            takes_tokens: params.takes_tokens,
+            has_lm_head: params.has_lm_head,
+        };
+        let mut stage = std::ptr::null_mut();
+        // SAFETY: the model is alive, and the stage keeps it so; both structs are valid for the call.
+        check_status(unsafe { ffi::dim_stage_create(model.raw(), &raw const c_params, &raw mut stage) })?;
+        let stage = NonNull::new(stage).ok_or_else(|| Error::Internal("a stage that is NULL".into()))?;
+        let mut info = ffi::dim_context_info::default();
+        // SAFETY: the stage was just made; `info` is written.
+        let status = unsafe { ffi::dim_stage_describe(stage.as_ptr(), &raw mut info) };
+        let stage = Stage { stage, params, info: ContextInfo::from_c(&info), model: model.clone() };
+        check_status(status)?;
+        Ok(stage)
+    }
+
+    /// Computes rows: of any sessions, in any order, as long as the positions of each session go on where it ends. Gives
+    /// the number of rows written: all of them, or those that want logits.
+    ///
+    /// # Errors
+    /// See [`Error`]. The sessions then are as they were, and the output buffer may hold anything.
+    pub fn evaluate(&mut self, rows: &[Row], input: Input, output: Output) -> Result<usize, Error> {
+        let (input_type, input, input_len) = match input {
+            Input::Tokens(x) => (ffi::DIM_TOKENS, x.as_ptr().cast(), x.len()),
+            Input::F16(x) => (ffi::DIM_F16, x.as_ptr().cast(), x.len()),
+            Input::F32(x) => (ffi::DIM_F32, x.as_ptr().cast(), x.len()),
+        };
+        let (output_type, output, output_len) = match output {
+            Output::F16(x) => (ffi::DIM_F16, x.as_mut_ptr().cast(), x.len()),
+            Output::F32(x) => (ffi::DIM_F32, x.as_mut_ptr().cast(), x.len()),
+            Output::Logits(x) => (ffi::DIM_LOGITS, x.as_mut_ptr().cast(), x.len()),
+        };
+        let rows = to_c(rows);
+        let mut n_written = 0;
+        let mut fault = ffi::dim_fault::default();
+        // SAFETY: the stage is alive and ours alone (`&mut`); all pointers are valid for the lengths given, which are in
+        // elements of the types named; input and output cannot overlap, one being shared and the other not. f16 is
+        // transparent over u16.
+        let status = unsafe {
+            ffi::dim_stage_evaluate(
+                self.stage.as_ptr(),
+                rows.as_ptr(),
+                rows.len(),
+                input_type,
+                input,
+                input_len,
+                output_type,
+                output,
+                output_len,
+                &raw mut n_written,
+                &raw mut fault,
+            )
+        };
+        check(status, &fault)?;
+        Ok(n_written)
+    }
+
+    /// Forgets a session's positions from `position` on; the next row then has that position.
+    ///
+    /// # Errors
+    /// [`Error::WrongPosition`] beyond the session's length, [`Error::UnknownSession`].
+    pub fn rewind(&mut self, session: u32, position: u32) -> Result<(), Error> {
+        let mut fault = ffi::dim_fault::default();
+        // SAFETY: the stage is alive and ours alone; `fault` is written.
+        let status = unsafe { ffi::dim_stage_rewind(self.stage.as_ptr(), session, position, &raw mut fault) };
+        check(status, &fault)
+    }
+
+    /// Forgets a session.
+    ///
+    /// # Errors
+    /// [`Error::UnknownSession`].
+    pub fn clear(&mut self, session: u32) -> Result<(), Error> {
+        self.rewind(session, 0)
+    }
+
+    /// Positions a session holds.
+    ///
+    /// # Errors
+    /// [`Error::UnknownSession`].
+    pub fn length(&self, session: u32) -> Result<u32, Error> {
+        let mut length = 0;
+        let mut fault = ffi::dim_fault::default();
+        // SAFETY: the stage is alive; `length` and `fault` are written.
+        let status =
+            unsafe { ffi::dim_stage_length(self.stage.as_ptr(), session, &raw mut length, &raw mut fault) };
+        check(status, &fault)?;
+        Ok(length)
+    }
+
+    /// What it was made with.
+    pub fn params(&self) -> &StageParams {
+        &self.params
+    }
+
+    /// Sizes, as they came out.
+    pub fn info(&self) -> &ContextInfo {
+        &self.info
+    }
+
+    /// Bytes of the KV cache. For a range of a larger file it is that of all the file's blocks: slices are separate files.
+    pub fn kv_bytes(&self) -> u64 {
+        self.info.kv_bytes
+    }
+
+    /// The model it is a part of.
+    pub fn model(&self) -> &Model {
+        &self.model
+    }
+
+    /// How often the last graph could be used again, and how often one had to be built.
+    pub fn graphs(&self) -> (u64, u64) {
+        let (mut reused, mut built) = (0, 0);
+        // SAFETY: the stage is alive; both numbers are written.
+        unsafe { ffi::dim_stage_graphs(self.stage.as_ptr(), &raw mut reused, &raw mut built) };
+        (reused, built)
+    }
+
+    /// Starts (from zero) or stops looking at every block's output. Results do not change; it takes time, because every
+    /// block is waited for.
+    ///
+    /// # Errors
+    /// [`Error::OutOfMemory`].
+    pub fn watch_blocks(&mut self, on: bool) -> Result<(), Error> {
+        // SAFETY: the stage is alive and ours alone.
+        check_status(unsafe { ffi::dim_stage_watch(self.stage.as_ptr(), on) })
+    }
+
+    /// What was seen since [`watch_blocks`](Stage::watch_blocks): the blocks in order, then the lm_head if there is one.
+    /// Empty if it was never called.
+    ///
+    /// # Errors
+    /// None that a caller can bring about.
+    pub fn block_stats(&self) -> Result<Vec<BlockStats>, Error> {
+        let mut stats = vec![ffi::dim_block_stats::default(); self.params.blocks.len() + 1];
+        let mut n = 0;
+        // SAFETY: the stage is alive; `stats` has room for its length.
+        let status = unsafe {
+            ffi::dim_stage_block_stats(self.stage.as_ptr(), stats.as_mut_ptr(), stats.len(), &raw mut n)
+        };
+        check_status(status)?;
+        let blocks = self.params.blocks.clone().map(Some).chain([None]);
+        Ok(stats[..n]
+            .iter()
+            .zip(blocks)
+            .map(|(s, block)| BlockStats {
+                block,
+                calls: s.calls,
+                rows: s.rows,
+                nanoseconds: s.nanoseconds,
+                max_abs: s.max_abs,
+                not_finite: s.not_finite,
+            })
+            .collect())
+    }
+}
+
+impl Drop for Stage {
+    fn drop(&mut self) {
+        // SAFETY: the stage is ours, and its model is still alive.
+        unsafe { ffi::dim_stage_free(self.stage.as_ptr()) };
+    }
+}
+
+impl std::fmt::Debug for Stage {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "Stage({:?}, blocks {:?})", self.model, self.params.blocks)
+    }
+}
+
+impl ContextInfo {
+    pub(crate) fn from_c(info: &ffi::dim_context_info) -> Self {
+        ContextInfo {
+            n_batch: info.n_batch,
+            n_ubatch: info.n_ubatch,
+            flash_attn: info.flash_attn,
+            kv_bytes: info.kv_bytes,
+            compute_bytes: info.compute_bytes,
+            output_bytes: info.output_bytes,
+        }
+    }
+}
+
+pub(crate) fn to_c(rows: &[Row]) -> Vec<ffi::dim_row> {
+    rows.iter()
+        .map(|row| ffi::dim_row {
+            session: row.session,
+            position: row.position,
+            want_output: row.want_output,
+        })
+        .collect()
+}
