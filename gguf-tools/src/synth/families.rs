@@ -6,7 +6,7 @@
 //! stream a length of [`STREAM`]; logits get a deviation of [`LOGITS`]. Where the lm_head is the embedding, the
 //! embedding's own share of the stream is kept so small that the likeliest next token is not the last one again.
 
-use super::shapes::{Experts, Shape};
+use super::shapes::{Experts, RopeFactors, Shape};
 use crate::gguf::Value;
 
 /// One tensor to be made.
@@ -109,6 +109,8 @@ pub struct Family {
     pre_norms: (bool, bool),
     /// norms after attention and after the feed-forward part, before they are added
     post_norms: bool,
+    /// what the norm before the feed-forward part is called
+    ffn_norm: &'static str,
     output_bias: bool,
     /// llama.cpp's name for the way its text is split before merging
     pub pre_tokenizer: &'static str,
@@ -127,6 +129,7 @@ const PLAIN: Family = Family {
     qk_norm: QkNorm::No,
     pre_norms: (true, true),
     post_norms: false,
+    ffn_norm: "ffn_norm",
     output_bias: false,
     pre_tokenizer: "gpt-2",
     add_bos: false,
@@ -183,6 +186,18 @@ pub const FAMILIES: &[Family] = &[
     },
     Family { arch: "internlm2", head: Head::Own, ..PLAIN },
     Family { arch: "granite", pre_tokenizer: "refact", ..PLAIN },
+    Family { arch: "granitemoe", ffn: Ffn::Experts, pre_tokenizer: "refact", ..PLAIN },
+    Family { arch: "minicpm", ..PLAIN },
+    Family { arch: "exaone", pre_tokenizer: "exaone", ..PLAIN },
+    Family { arch: "seed_oss", qkv: Qkv::SeparateBias, ffn_norm: "post_attention_norm", ..PLAIN },
+    Family { arch: "arcee", ffn: Ffn::Plain, pre_tokenizer: "llama-bpe", add_bos: true, ..PLAIN },
+    Family {
+        arch: "chatglm",
+        qkv: Qkv::FusedBias,
+        ffn: Ffn::GatedFused,
+        pre_tokenizer: "chatglm-bpe",
+        ..PLAIN
+    },
     Family { arch: "gemma", head: Head::Tied, add_bos: true, ..PLAIN },
     Family {
         arch: "phi2",
@@ -240,7 +255,7 @@ impl Family {
         }
         match self.arch {
             "stablelm" | "gptneox" => shape.n_rot = shape.head_dim / 4,
-            "phi2" => shape.n_rot = shape.head_dim / 2,
+            "phi2" | "chatglm" => shape.n_rot = shape.head_dim / 2,
             // its loader wants the norm of k as long as a hidden row
             "olmoe" => shape.n_head_kv = shape.n_head,
             _ => {}
@@ -276,9 +291,16 @@ impl Family {
                 put("expert_shared_feed_forward_length", Value::U32(experts.n_ff_shared));
             }
         }
+        if let Some(window) = shape.window {
+            put("attention.sliding_window", Value::U32(window));
+        }
+        if let RopeFactors::Long { original } = shape.rope_factors {
+            put("rope.scaling.original_context_length", Value::U32(original));
+            put("rope.scaling.attn_factor", Value::F32(1.19));
+        }
         let scales = self.scales(shape);
         match self.arch {
-            "granite" => {
+            "granite" | "granitemoe" => {
                 put("embedding_scale", Value::F32(scales.embedding));
                 put("residual_scale", Value::F32(scales.residual));
                 put("attention.scale", Value::F32(scales.attention));
@@ -314,9 +336,8 @@ impl Family {
         let mut add =
             |name: String, dims: &[u64], fill| tensors.push(Tensor { name, dims: dims.to_vec(), fill });
         add("token_embd.weight".into(), &[n_embd, n_vocab], Fill::Vocabulary(embedding));
-        if shape.rope_factors {
-            let factors = llama3_rope_factors(shape);
-            add("rope_freqs.weight".into(), &[factors.len() as u64], Fill::Values(factors));
+        for (name, factors) in rope_factors(shape) {
+            add(name.into(), &[factors.len() as u64], Fill::Values(factors));
         }
         for block in 0..shape.n_blocks {
             let mut add = |name: &str, dims: &[u64], fill| add(format!("blk.{block}.{name}"), dims, fill);
@@ -401,7 +422,7 @@ impl Family {
         let n_ff = u64::from(shape.n_ff);
         let unit = 1.0 / (shape.n_embd as f32).sqrt();
         if self.pre_norms.1 {
-            self.norm_tensors("ffn_norm", n_embd, 1.0, add);
+            self.norm_tensors(self.ffn_norm, n_embd, 1.0, add);
         }
         // activations halve what comes in
         let down =
@@ -466,6 +487,13 @@ impl Family {
                 logit: 0.125,
             },
             "gemma" => Scales { embedding: (shape.n_embd as f32).sqrt(), ..plain },
+            // its first converters left these out of the file, and so does this
+            "minicpm" => Scales {
+                embedding: 12.0,
+                residual: 1.4 / (shape.n_blocks as f32).sqrt(),
+                logit: shape.n_embd as f32 / 256.0,
+                ..plain
+            },
             "command-r" => Scales { logit: 0.0625, ..plain },
             _ => plain,
         }
@@ -494,25 +522,36 @@ const SCORES: f32 = 3.0;
 /// Deviation of biases, in units of what they are added to.
 const BIAS: f32 = 0.03;
 
-/// The frequency factors that stretch llama 3's rotation to 131,072 positions: 1 for fast frequencies, 8 (32 in the
-/// 3.2 models) for slow ones, a slope between.
-fn llama3_rope_factors(shape: &Shape) -> Vec<f32> {
-    let (factor, low, high, original): (f64, f64, f64, f64) =
-        (if shape.tied { 32.0 } else { 8.0 }, 1.0, 4.0, 8192.0);
-    let base = f64::from(shape.rope_base);
-    (0..shape.n_rot / 2)
-        .map(|i| {
-            let exponent = f64::from(2 * i) / f64::from(shape.n_rot);
-            let wavelength = 2.0 * std::f64::consts::PI * super::weights::power(base, exponent);
-            let factor = if wavelength < original / high {
-                1.0
-            } else if wavelength > original / low {
-                factor
-            } else {
-                let smooth = (original / wavelength - low) / (high - low);
-                1.0 / ((1.0 - smooth) / factor + smooth)
-            };
-            factor as f32
-        })
-        .collect()
+/// The tensors of a stretched rotation.
+fn rope_factors(shape: &Shape) -> Vec<(&'static str, Vec<f32>)> {
+    let halves = 0..shape.n_rot / 2;
+    match shape.rope_factors {
+        RopeFactors::None => vec![],
+        RopeFactors::Llama3 => vec![("rope_freqs.weight", halves.map(|i| llama3_factor(shape, i)).collect())],
+        // from 1 for the fastest frequency to some 1.5 and some 32 for the slowest
+        RopeFactors::Long { .. } => {
+            let slope = |i: u32, last: f32| 1.0 + (last - 1.0) * i as f32 / (shape.n_rot / 2 - 1) as f32;
+            vec![
+                ("rope_factors_long.weight", halves.clone().map(|i| slope(i, 32.0)).collect()),
+                ("rope_factors_short.weight", halves.map(|i| slope(i, 1.5)).collect()),
+            ]
+        }
+    }
+}
+
+/// What stretches llama 3's rotation to 131,072 positions: 1 for fast frequencies, 8 (32 in the models with a tied
+/// lm_head) for slow ones, a slope between.
+fn llama3_factor(shape: &Shape, i: u32) -> f32 {
+    let (factor, low, high, original) = (if shape.tied { 32.0 } else { 8.0 }, 1.0, 4.0, 8192.0);
+    let exponent = f64::from(2 * i) / f64::from(shape.n_rot);
+    let wavelength = 2.0 * std::f64::consts::PI * super::weights::power(f64::from(shape.rope_base), exponent);
+    let stretched = if wavelength < original / high {
+        1.0
+    } else if wavelength > original / low {
+        factor
+    } else {
+        let smooth = (original / wavelength - low) / (high - low);
+        1.0 / ((1.0 - smooth) / factor + smooth)
+    };
+    stretched as f32
 }

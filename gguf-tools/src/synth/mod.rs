@@ -28,7 +28,7 @@ use std::{
 };
 
 pub use families::{FAMILIES, Family, Head};
-pub use shapes::{Experts, SHAPES, Shape};
+pub use shapes::{Experts, RopeFactors, SHAPES, Shape};
 pub use tokenizer::MIN_VOCAB;
 
 use crate::gguf::{
@@ -127,6 +127,24 @@ impl Spec {
     /// Another number of blocks.
     pub fn blocks(mut self, n_blocks: u32) -> Self {
         self.shape.n_blocks = n_blocks;
+        self
+    }
+
+    /// A stretched rotation, which comes with tensors that belong to no block.
+    pub fn rope_factors(mut self, factors: RopeFactors) -> Self {
+        self.shape.rope_factors = factors;
+        self
+    }
+
+    /// Alternates blocks that see the last `window` positions with blocks that see all, as OLMo 3 does.
+    pub fn window(mut self, window: u32) -> Self {
+        self.shape.window = Some(window);
+        self
+    }
+
+    /// A mixture of experts in place of the feed-forward part.
+    pub fn experts(mut self, experts: Experts) -> Self {
+        self.shape.experts = Some(experts);
         self
     }
 

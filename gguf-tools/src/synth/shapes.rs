@@ -29,14 +29,30 @@ pub struct Shape {
     pub n_ctx: u32,
     /// Base of the rotation's frequencies.
     pub rope_base: f32,
-    /// llama 3's frequency factors.
-    pub rope_factors: bool,
+    /// Factors on the frequencies, as tensors of their own.
+    pub rope_factors: RopeFactors,
+    /// Positions a token sees, where blocks with and without this limit take turns.
+    pub window: Option<u32>,
     /// Epsilon of the norms.
     pub eps: f32,
     /// Whether the token embedding is the lm_head too, in the real model.
     pub tied: bool,
     /// Experts, those used per token, and the inner length of the shared one (0: none).
     pub experts: Option<Experts>,
+}
+
+/// How a rotation is stretched beyond the context it was first trained for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum RopeFactors {
+    /// It is not.
+    None,
+    /// llama 3's way: one tensor of factors.
+    Llama3,
+    /// phi 3's way: one tensor of factors up to the original context length, another for longer contexts.
+    Long {
+        /// The context length that chooses.
+        original: u32,
+    },
 }
 
 /// The mixture part of a shape.
@@ -73,7 +89,8 @@ const fn shape(name: &'static str, arch: &'static str, n_embd: u32, n_blocks: u3
         first_special: None,
         n_ctx: 4096,
         rope_base: 10_000.0,
-        rope_factors: false,
+        rope_factors: RopeFactors::None,
+        window: None,
         eps: 1e-5,
         tied: false,
         experts: None,
@@ -108,8 +125,18 @@ impl Shape {
     }
 
     const fn llama3(mut self) -> Self {
-        (self.n_ctx, self.rope_base, self.rope_factors) = (131_072, 500_000.0, true);
+        (self.n_ctx, self.rope_base, self.rope_factors) = (131_072, 500_000.0, RopeFactors::Llama3);
         (self.n_vocab, self.first_special) = (128_256, Some(128_000));
+        self
+    }
+
+    const fn long_rope(mut self, n_ctx: u32) -> Self {
+        (self.rope_factors, self.n_ctx) = (RopeFactors::Long { original: self.n_ctx }, n_ctx);
+        self
+    }
+
+    const fn window(mut self, window: u32) -> Self {
+        self.window = Some(window);
         self
     }
 
@@ -234,6 +261,12 @@ pub const SHAPES: &[Shape] = &[
         .vocab(100_352)
         .context(4096, 5e5)
         .eps(1e-6),
+    shape("olmo3-7b", "olmo2", 4096, 32, 11_008)
+        .heads(32, 32, 128)
+        .vocab(100_352)
+        .context(65_536, 5e5)
+        .eps(1e-6)
+        .window(4096),
     shape("olmoe-1b-7b", "olmoe", 2048, 16, 1024)
         .heads(16, 16, 128)
         .vocab(50_304)
@@ -263,6 +296,28 @@ pub const SHAPES: &[Shape] = &[
         .vocab(51_200)
         .context(2048, 10_000.0),
     shape("phi3-mini", "phi3", 3072, 32, 8192).heads(32, 32, 96).vocab(32_064),
+    shape("phi3-mini-128k", "phi3", 3072, 32, 8192).heads(32, 32, 96).vocab(32_064).long_rope(131_072),
+    shape("granite3.1-1b-a400m", "granitemoe", 1024, 24, 512)
+        .heads(16, 8, 64)
+        .vocab(49_155)
+        .context(131_072, 5e6)
+        .experts(32, 8, 0)
+        .tied(),
+    shape("minicpm-2b", "minicpm", 2304, 40, 5760).heads(36, 36, 64).vocab(122_753).tied(),
+    shape("exaone3.5-2.4b", "exaone", 2560, 30, 7168)
+        .heads(32, 8, 80)
+        .vocab(102_400)
+        .context(32_768, 1e6)
+        .tied(),
+    shape("glm4-9b", "chatglm", 4096, 40, 13_696)
+        .heads(32, 2, 128)
+        .rotate(64)
+        .vocab(151_552)
+        .context(131_072, 1e4),
+    shape("seed-oss-36b", "seed_oss", 5120, 64, 27_648)
+        .heads(80, 8, 128)
+        .vocab(155_136)
+        .context(524_288, 1e7),
     shape("command-r-35b", "command-r", 8192, 40, 22_528)
         .heads(64, 64, 128)
         .vocab(256_000)
