@@ -1,5 +1,10 @@
 //! DIM: one model across your Mac and your phone.
+//!
+//! The way of the data, and where each part of it stands: docs/ARCHITECTURE.md.
 #![forbid(unsafe_code)]
 
+pub mod failure;
 pub mod host;
+pub mod keys;
 pub mod stage;
+pub mod wire;
