@@ -5,6 +5,12 @@
 
 pub mod arch;
 pub mod coreml;
+pub mod digest;
 pub mod gguf;
+pub mod manifest;
 mod os;
+pub mod plan;
+mod requantise;
+pub mod slice;
+pub mod split;
 pub mod synth;

@@ -55,3 +55,28 @@ pub(crate) fn sync_folder(path: &Path) -> io::Result<()> {
         Ok(())
     }
 }
+
+/// Bytes that may still be written to the file system of `folder`; None where that cannot be known.
+pub(crate) fn free_bytes(folder: &Path) -> Option<u64> {
+    #[cfg(unix)]
+    {
+        let stat = rustix::fs::statvfs(folder).ok()?;
+        // available to this user, which is less than what is free
+        (stat.f_bavail as u64).checked_mul(stat.f_frsize as u64)
+    }
+    #[cfg(not(unix))]
+    {
+        let _ = folder;
+        None
+    }
+}
+
+/// Asks the system to forget what it has cached of a file, so that reading it again reads the disk.
+pub(crate) fn forget_cached(path: &Path) {
+    #[cfg(any(target_os = "linux", target_os = "android"))]
+    if let Ok(file) = File::open(path) {
+        let _ = rustix::fs::fadvise(&file, 0, None, rustix::fs::Advice::DontNeed);
+    }
+    #[cfg(not(any(target_os = "linux", target_os = "android")))]
+    let _ = path;
+}

@@ -17,7 +17,6 @@ pub mod write;
 
 pub(crate) use error::Shown;
 pub use error::{Error, Place, Rule};
-pub(crate) use parts::PartName;
 pub use reader::{DEFAULT_ALIGNMENT, Entry, Gguf, MAX_ALIGNMENT, MAX_DEPTH, MAX_KEYS, Tensor};
 pub use types::{TensorType, ValueType};
 pub use value::{Array, Elements, Value};

@@ -108,6 +108,17 @@ impl Gguf {
         &self.parts[0].path
     }
 
+    /// The file's name without `.gguf`, and without `-00001-of-0000N` for a model in parts.
+    pub fn stem(&self) -> String {
+        if self.parts.len() > 1
+            && let Some(name) = super::parts::PartName::parse(self.path())
+        {
+            return name.stem;
+        }
+        let name = self.path().file_name().unwrap_or_default().to_string_lossy();
+        name.strip_suffix(".gguf").unwrap_or(&name).to_owned()
+    }
+
     /// The files it stands in, in order.
     pub fn files(&self) -> impl ExactSizeIterator<Item = &Path> {
         self.parts.iter().map(|p| p.path.as_path())
@@ -167,6 +178,16 @@ impl Gguf {
         self.tensors.len()
     }
 
+    /// A tensor's place among [`tensors`](Self::tensors).
+    ///
+    /// # Panics
+    /// If the tensor is another model's.
+    pub fn index_of(&self, tensor: &Tensor<'_>) -> usize {
+        assert!(std::ptr::eq(self, tensor.gguf), "a tensor of another model");
+        // the entry is one of this slice's
+        (std::ptr::from_ref(tensor.entry).addr() - self.tensors.as_ptr().addr()) / size_of::<TensorEntry>()
+    }
+
     /// The tensor of this name.
     pub fn tensor(&self, name: &str) -> Option<Tensor<'_>> {
         let at =
@@ -176,6 +197,21 @@ impl Gguf {
 
     fn tensor_at(&self, i: usize) -> Tensor<'_> {
         Tensor { gguf: self, entry: &self.tensors[i] }
+    }
+
+    /// Byte offset of a key's value in the first file.
+    pub fn value_offset(&self, key: &str) -> Option<u64> {
+        let part = &self.parts[0];
+        let at = part.entries_by_key.binary_search_by(|&i| part.key(&part.entries[i as usize]).cmp(key)).ok()?;
+        Some(part.entries[part.entries_by_key[at] as usize].value_start)
+    }
+
+    /// Fills `buf` from byte `at` of the first file on.
+    ///
+    /// # Errors
+    /// Reading fails, or the file ends before.
+    pub fn read_file_at(&self, at: u64, buf: &mut [u8]) -> Result<(), Error> {
+        self.parts[0].read_at(at, buf).map_err(|rule| Error::file(self.path(), rule))
     }
 
     /// An error about a key of this model, with the place where it stands if it does.

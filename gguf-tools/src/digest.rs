@@ -1,0 +1,131 @@
+//! Digests: of tensors, of a model, of a slice. All SHA-256, all computable in one pass over the data.
+//!
+//! - A tensor's digest is over its data.
+//! - A model's identity is over one record per tensor, in file order: length of the name (u64), the name, type
+//!   (u32), number of dimensions (u32), dimensions (u64 each), the tensor's digest (32 bytes); numbers little
+//!   endian. It says which weights these are, wherever they stand.
+//! - A slice's digest is over the bytes of its file before the tensor data, with the digits of that digest
+//!   itself taken as `0`. Among those bytes are the digests of all its tensors, so that every byte of metadata
+//!   and data is covered.
+
+use std::fmt;
+
+use sha2::{Digest as _, Sha256};
+
+use crate::gguf::{Error, Gguf, Tensor, TensorType};
+
+/// A SHA-256.
+#[derive(Clone, Copy, PartialEq, Eq, Hash)]
+pub struct Sha(pub [u8; 32]);
+
+impl fmt::Display for Sha {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.0.iter().try_for_each(|b| write!(f, "{b:02x}"))
+    }
+}
+
+impl fmt::Debug for Sha {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        fmt::Display::fmt(self, f)
+    }
+}
+
+impl Sha {
+    /// Reads 64 lower-case hex digits.
+    pub fn parse(text: &str) -> Option<Sha> {
+        let mut out = [0; 32];
+        let digits = text.as_bytes();
+        if digits.len() != 64 || !digits.iter().all(|b| b.is_ascii_digit() || (b'a'..=b'f').contains(b)) {
+            return None;
+        }
+        for (byte, pair) in out.iter_mut().zip(digits.chunks(2)) {
+            *byte = u8::from_str_radix(std::str::from_utf8(pair).ok()?, 16).ok()?;
+        }
+        Some(Sha(out))
+    }
+
+    /// The digest of these bytes.
+    pub fn of(bytes: &[u8]) -> Sha {
+        Sha(Sha256::digest(bytes).into())
+    }
+}
+
+/// A model's identity, from its tensors in file order.
+#[derive(Default)]
+pub struct Identity(Sha256);
+
+impl Identity {
+    /// Adds the next tensor.
+    pub fn add(&mut self, name: &str, ty: TensorType, dims: &[u64], data: Sha) {
+        self.0.update((name.len() as u64).to_le_bytes());
+        self.0.update(name);
+        self.0.update(ty.id().to_le_bytes());
+        self.0.update((dims.len() as u32).to_le_bytes());
+        dims.iter().for_each(|d| self.0.update(d.to_le_bytes()));
+        self.0.update(data.0);
+    }
+
+    /// The identity of all that was added.
+    pub fn finish(self) -> Sha {
+        Sha(self.0.finalize().into())
+    }
+}
+
+/// Reads a tensor and digests it, a piece at a time. `each` hears how many bytes a piece had.
+///
+/// # Errors
+/// Reading fails.
+pub fn of_tensor(tensor: &Tensor<'_>, buf: &mut [u8], mut each: impl FnMut(u64)) -> Result<Sha, Error> {
+    let mut hash = Sha256::new();
+    let mut at = 0;
+    while at < tensor.n_bytes() {
+        let n = (tensor.n_bytes() - at).min(buf.len() as u64) as usize;
+        tensor.read_at(at, &mut buf[..n])?;
+        hash.update(&buf[..n]);
+        at += n as u64;
+        each(n as u64);
+    }
+    Ok(Sha(hash.finalize().into()))
+}
+
+/// The identity of a whole model: reads all of it. `each` hears how many bytes were read.
+///
+/// # Errors
+/// Reading fails.
+pub fn of_model(gguf: &Gguf, mut each: impl FnMut(u64)) -> Result<Sha, Error> {
+    let mut identity = Identity::default();
+    let mut buf = vec![0; 1 << 20];
+    for tensor in gguf.tensors() {
+        let data = of_tensor(&tensor, &mut buf, &mut each)?;
+        identity.add(tensor.name(), tensor.tensor_type(), tensor.dims(), data);
+    }
+    Ok(identity.finish())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn hex_is_read_back_and_nothing_else_is() {
+        let sha = Sha::of(b"abc");
+        assert_eq!(sha.to_string(), "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad");
+        assert_eq!(Sha::parse(&sha.to_string()), Some(sha));
+        assert_eq!(Sha::parse(&sha.to_string().to_uppercase()), None);
+        assert_eq!(Sha::parse(&sha.to_string()[1..]), None);
+    }
+
+    #[test]
+    fn identity_depends_on_every_part_of_a_record() {
+        let id = |name, ty, dims: &[u64], data: &[u8]| {
+            let mut identity = Identity::default();
+            identity.add(name, ty, dims, Sha::of(data));
+            identity.finish()
+        };
+        let base = id("a", TensorType::F16, &[2, 3], b"x");
+        assert_ne!(base, id("b", TensorType::F16, &[2, 3], b"x"));
+        assert_ne!(base, id("a", TensorType::BF16, &[2, 3], b"x"));
+        assert_ne!(base, id("a", TensorType::F16, &[3, 2], b"x"));
+        assert_ne!(base, id("a", TensorType::F16, &[2, 3], b"y"));
+    }
+}

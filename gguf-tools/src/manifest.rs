@@ -1,0 +1,173 @@
+//! `STEM.split.json`: what was cut, and into which files. Written last, so that it never names a file that is
+//! not there.
+
+use std::{
+    fs,
+    io::{self, Write},
+    path::{Path, PathBuf},
+};
+
+use serde::{Deserialize, Serialize};
+
+use crate::{gguf::write::TempFile, plan::Role};
+
+/// Version of the manifest's format.
+pub const VERSION: u32 = 1;
+
+/// A cut model.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Manifest {
+    /// Version of this format.
+    pub version: u32,
+    /// The model that was cut.
+    pub model: ModelEntry,
+    /// Its slices in order: head, middles, tail.
+    pub slices: Vec<SliceEntry>,
+}
+
+/// The model of a [`Manifest`].
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ModelEntry {
+    /// Its name.
+    pub name: String,
+    /// Its identity (see [`digest`](crate::digest)), 64 hex digits.
+    pub sha256: String,
+    /// Its architecture.
+    pub arch: String,
+    /// Its blocks.
+    pub n_blocks: u32,
+    /// Values per hidden row.
+    pub n_embd: u32,
+    /// Tokens in the vocabulary.
+    pub n_vocab: u32,
+    /// Context length it was trained for.
+    pub n_ctx_train: u32,
+    /// Bytes of its files.
+    pub bytes: u64,
+}
+
+/// A slice of a [`Manifest`].
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct SliceEntry {
+    /// Its place.
+    pub role: Role,
+    /// Its first block, numbered as in the model.
+    pub first: u32,
+    /// Its last block, inclusive.
+    pub last: u32,
+    /// Its file's name, in the manifest's folder.
+    pub file: String,
+    /// Bytes of its file.
+    pub bytes: u64,
+    /// Its digest (see [`digest`](crate::digest)), 64 hex digits.
+    pub sha256: String,
+}
+
+/// Why a manifest could not be read.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum ManifestError {
+    /// The operating system said no.
+    #[error("{}: {source}", path.display())]
+    Io {
+        /// The file.
+        path: PathBuf,
+        /// What it said.
+        source: io::Error,
+    },
+    /// Not JSON, or not a manifest.
+    #[error("{}: not a manifest of a cut model: {source}", path.display())]
+    Json {
+        /// The file.
+        path: PathBuf,
+        /// What is wrong.
+        source: serde_json::Error,
+    },
+    /// A later version.
+    #[error("{}: manifest version {found}, this program reads version {VERSION}; cut the model again", path.display())]
+    Version {
+        /// The file.
+        path: PathBuf,
+        /// Its version.
+        found: u32,
+    },
+    /// The slices do not make up the model.
+    #[error("{}: {why}; cut the model again", path.display())]
+    Chain {
+        /// The file.
+        path: PathBuf,
+        /// What is wrong.
+        why: String,
+    },
+}
+
+impl Manifest {
+    /// Reads a manifest, and checks that its slices make up the model and lie beside it.
+    ///
+    /// # Errors
+    /// It cannot be read, is none, is of another version, or does not describe a whole chain.
+    pub fn read(path: impl AsRef<Path>) -> Result<Manifest, ManifestError> {
+        let path = path.as_ref();
+        let io = |source| ManifestError::Io { path: path.to_owned(), source };
+        // a manifest has a line per slice: a larger file is something else
+        let len = fs::metadata(path).map_err(io)?.len();
+        if len > MAX_BYTES {
+            return Err(io(io::Error::new(io::ErrorKind::InvalidData, format!("{len} bytes is no manifest"))));
+        }
+        let text = fs::read(path).map_err(io)?;
+        let manifest: Manifest =
+            serde_json::from_slice(&text).map_err(|source| ManifestError::Json { path: path.to_owned(), source })?;
+        if manifest.version != VERSION {
+            return Err(ManifestError::Version { path: path.to_owned(), found: manifest.version });
+        }
+        manifest.check().map_err(|why| ManifestError::Chain { path: path.to_owned(), why })?;
+        Ok(manifest)
+    }
+
+    /// Writes it under its name, whole or not at all.
+    ///
+    /// # Errors
+    /// Writing fails.
+    pub fn write(&self, path: &Path) -> io::Result<()> {
+        let (temp, mut file) = TempFile::create(path)?;
+        let mut text = serde_json::to_string_pretty(self)?;
+        text.push('\n');
+        file.write_all(text.as_bytes())?;
+        file.sync_all()?;
+        temp.publish(path)
+    }
+
+    /// Where a slice's file is, for a manifest at `path`.
+    pub fn slice_path(path: &Path, slice: &SliceEntry) -> PathBuf {
+        path.with_file_name(&slice.file)
+    }
+
+    fn check(&self) -> Result<(), String> {
+        let mut next = Some(0u32);
+        for (i, slice) in self.slices.iter().enumerate() {
+            let role = match i {
+                0 => Role::Head,
+                _ if i + 1 == self.slices.len() => Role::Tail,
+                _ => Role::Middle,
+            };
+            if slice.role != role {
+                return Err(format!("slice {i} is the {}, not the {role}", slice.role));
+            }
+            if Some(slice.first) != next || slice.last < slice.first {
+                return Err(format!("slice {i} has blocks {}..{}, which do not follow", slice.first, slice.last));
+            }
+            // a name, not a path: a manifest cannot point outside its folder
+            let plain = !slice.file.is_empty() && !slice.file.contains(['/', '\\', '\0']);
+            if !plain || slice.file == "." || slice.file == ".." {
+                return Err(format!("slice {i} is not a file beside the manifest"));
+            }
+            next = slice.last.checked_add(1);
+        }
+        if self.slices.len() < 2 || next != Some(self.model.n_blocks) {
+            return Err(format!("the slices do not make up {} blocks", self.model.n_blocks));
+        }
+        Ok(())
+    }
+}
+
+const MAX_BYTES: u64 = 1 << 20;

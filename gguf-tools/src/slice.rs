@@ -1,0 +1,222 @@
+//! What a slice's file says about itself, and whether that is true.
+
+use std::path::Path;
+
+use sha2::{Digest as _, Sha256};
+
+use crate::{
+    digest::{self, Sha},
+    gguf::{
+        Error, Gguf, Place, Rule, Shown, Value,
+        check::{self, Hparams},
+    },
+    plan::{BlockRange, Role, VERSION, keys},
+};
+
+/// A slice, as its `dim.` keys describe it.
+#[derive(Clone, Debug, PartialEq)]
+pub struct SliceInfo {
+    /// Its place.
+    pub role: Role,
+    /// Its blocks, numbered as in the model.
+    pub blocks: BlockRange,
+    /// Blocks of the model.
+    pub model_blocks: u32,
+    /// The model's name.
+    pub model_name: String,
+    /// The model's identity.
+    pub model_sha256: Sha,
+    /// The slice's own digest.
+    pub slice_sha256: Sha,
+    /// The slice's numbers, checked: those of a model of its own, blocks counted from 0.
+    pub hparams: Hparams,
+    /// Bytes of its file.
+    pub file_bytes: u64,
+}
+
+impl SliceInfo {
+    /// Reads and checks a slice's header. The tensor data is not read; that is [`verify`].
+    ///
+    /// # Errors
+    /// The file breaks a rule, or is no slice.
+    pub fn read(path: impl AsRef<Path>) -> Result<SliceInfo, SliceError> {
+        SliceInfo::of(&Gguf::open(path)?)
+    }
+
+    /// The same for an opened file.
+    ///
+    /// # Errors
+    /// As [`read`](Self::read).
+    pub fn of(gguf: &Gguf) -> Result<SliceInfo, SliceError> {
+        let Some(version) = gguf.get(keys::VERSION) else {
+            return Err(SliceError::NotASlice(gguf.path().display().to_string()));
+        };
+        let refuse = |key: &str, says: String, must: &str| {
+            SliceError::File(gguf.key_error(key, Rule::Hparam { says, must: must.to_owned() }))
+        };
+        match version.as_u32() {
+            Some(VERSION) => {}
+            found => {
+                let file = gguf.path().display().to_string();
+                return Err(SliceError::Version { file, found });
+            }
+        }
+        let text = |key: &str| match gguf.get(key) {
+            Some(value) => match value.as_str() {
+                Some(text) => Ok(text.to_owned()),
+                None => Err(refuse(key, format!("a {}", value.value_type()), "text")),
+            },
+            None => Err(SliceError::File(gguf.key_error(key, Rule::KeyMissing))),
+        };
+        let number = |key: &str| match gguf.get(key) {
+            Some(Value::U32(n)) => Ok(n),
+            Some(other) => Err(refuse(key, format!("a {}", other.value_type()), "a u32")),
+            None => Err(SliceError::File(gguf.key_error(key, Rule::KeyMissing))),
+        };
+        let sha = |key: &str| {
+            let digits = text(key)?;
+            Sha::parse(&digits).ok_or_else(|| refuse(key, Shown(&digits).to_string(), "64 hex digits"))
+        };
+        let role = text(keys::ROLE)?;
+        let role = Role::from_name(&role)
+            .ok_or_else(|| refuse(keys::ROLE, Shown(&role).to_string(), "head, middle or tail"))?;
+        let (first, last) = (number(keys::FIRST_BLOCK)?, number(keys::LAST_BLOCK)?);
+        let model_blocks = number(keys::MODEL_BLOCKS)?;
+        let hparams = check::model(gguf)?;
+
+        let right = match role {
+            Role::Head => first == 0 && last < model_blocks.saturating_sub(1),
+            Role::Middle => first > 0 && last < model_blocks.saturating_sub(1),
+            Role::Tail => first > 0 && last == model_blocks.wrapping_sub(1),
+        };
+        if first > last || !right {
+            let says = format!("blocks {first} to {last} of {model_blocks} for the {role}");
+            return Err(refuse(keys::LAST_BLOCK, says, "blocks of its place"));
+        }
+        let blocks = BlockRange { first, last };
+        if blocks.count() != hparams.n_blocks {
+            let says = format!("{} blocks", hparams.n_blocks);
+            let key = format!("{}.block_count", hparams.arch);
+            return Err(refuse(&key, says, &format!("{}, as many as dim.first_block to dim.last_block", blocks.count())));
+        }
+        Ok(SliceInfo {
+            role,
+            blocks,
+            model_blocks,
+            model_name: text(keys::MODEL_NAME)?,
+            model_sha256: sha(keys::MODEL_SHA256)?,
+            slice_sha256: sha(keys::SLICE_SHA256)?,
+            hparams,
+            file_bytes: gguf.file_bytes(),
+        })
+    }
+}
+
+/// Reads a whole slice and compares every digest. `progress` hears bytes done and bytes in all.
+///
+/// # Errors
+/// The file is no slice, or something in it changed since it was cut: the tensor is named.
+pub fn verify(path: impl AsRef<Path>, progress: impl FnMut(u64, u64)) -> Result<SliceInfo, SliceError> {
+    let gguf = Gguf::open(path)?;
+    verify_opened(&gguf, progress)
+}
+
+/// The same for an opened file.
+///
+/// # Errors
+/// As [`verify`].
+pub fn verify_opened(gguf: &Gguf, mut progress: impl FnMut(u64, u64)) -> Result<SliceInfo, SliceError> {
+    let info = SliceInfo::of(gguf)?;
+    let file = || gguf.path().display().to_string();
+    let mut buf = vec![0; 1 << 20];
+
+    // the header first: it is what the digests of the tensors stand in
+    let found = header_digest(gguf, &mut buf)?;
+    if found != info.slice_sha256 {
+        return Err(SliceError::Header { file: file() });
+    }
+    let recorded = gguf.get(keys::TENSOR_SHA256);
+    let recorded = recorded.as_ref().and_then(Value::as_array);
+    let recorded: Vec<Option<Sha>> = recorded
+        .map(|a| a.strings().map(|s| std::str::from_utf8(s).ok().and_then(Sha::parse)).collect())
+        .unwrap_or_default();
+    if recorded.len() != gguf.n_tensors() {
+        return Err(SliceError::Header { file: file() });
+    }
+    let (mut done, total) = (0, gguf.tensor_bytes());
+    for (tensor, recorded) in gguf.tensors().zip(recorded) {
+        let found = digest::of_tensor(&tensor, &mut buf, |n| {
+            done += n;
+            progress(done, total);
+        })?;
+        if Some(found) != recorded {
+            return Err(SliceError::Tensor { file: file(), tensor: Shown(tensor.name()).to_string() });
+        }
+    }
+    Ok(info)
+}
+
+/// The digest of everything before the tensor data.
+fn header_digest(gguf: &Gguf, buf: &mut [u8]) -> Result<Sha, Error> {
+    let end = gguf.data_offset();
+    // the digest's own digits count as zeros
+    let own = gguf.value_offset(keys::SLICE_SHA256).map(|at| at + 8..at + 8 + 64);
+    let mut hash = Sha256::new();
+    let mut at = 0;
+    while at < end {
+        let n = (end - at).min(buf.len() as u64) as usize;
+        gguf.read_file_at(at, &mut buf[..n])?;
+        if let Some(own) = &own {
+            let from = own.start.clamp(at, at + n as u64) - at;
+            let to = own.end.clamp(at, at + n as u64) - at;
+            buf[from as usize..to as usize].fill(b'0');
+        }
+        hash.update(&buf[..n]);
+        at += n as u64;
+    }
+    Ok(Sha(hash.finalize().into()))
+}
+
+/// Why a slice was refused.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum SliceError {
+    /// The file breaks a rule of the format or of llama.cpp.
+    #[error(transparent)]
+    File(#[from] Error),
+    /// A whole model, or something else.
+    #[error("{0}: not a slice; cut the model with dim-split")]
+    NotASlice(String),
+    /// Cut by a later version of this program.
+    #[error("{file}: a slice of version {found:?}, this program reads version {VERSION}; cut the model again")]
+    Version {
+        /// The file.
+        file: String,
+        /// Its version, if it is a number.
+        found: Option<u32>,
+    },
+    /// Metadata or tensor descriptions were changed.
+    #[error("{file}: hash mismatch in its metadata: the file was changed or damaged; copy it again")]
+    Header {
+        /// The file.
+        file: String,
+    },
+    /// A tensor's data was changed.
+    #[error("{file}: hash mismatch in {tensor}: the file was changed or damaged; copy it again")]
+    Tensor {
+        /// The file.
+        file: String,
+        /// The tensor.
+        tensor: String,
+    },
+}
+
+impl SliceError {
+    /// The key or tensor it is about, where it is about one.
+    pub fn place(&self) -> Option<&Place> {
+        match self {
+            SliceError::File(e) => Some(&e.place),
+            _ => None,
+        }
+    }
+}

@@ -1,0 +1,502 @@
+//! Cutting: one pass over the model, each slice written beside its place and renamed when all of it is on disk.
+//!
+//! 1. remove what killed runs left, compare the space needed with the space there is;
+//! 2. write every slice's header, then stream the tensors: the main thread reads and writes pieces of 1 MiB, a
+//!    second thread digests them meanwhile;
+//! 3. with all data seen, write the digests into the headers, flush, rename the slices in order;
+//! 4. the manifest last.
+//!
+//! Data is read through the file, not through a map: a model that becomes shorter meanwhile is an error. Memory
+//! is a fixed number of pieces and the headers, whatever the model's size.
+
+use std::{
+    io,
+    path::{Path, PathBuf},
+    sync::mpsc::{Receiver, SyncSender, sync_channel},
+    thread,
+};
+
+use sha2::{Digest as _, Sha256};
+
+use crate::{
+    digest::{self, Identity, Sha},
+    gguf::{
+        self, Array, Tensor, Value,
+        write::{GgufWriter, TensorSpec, WriteError, remove_stale},
+    },
+    manifest::{self, Manifest, ModelEntry, SliceEntry},
+    os,
+    plan::{Plan, SlicePlan, Source, keys},
+    slice::{self, SliceError, SliceInfo},
+};
+
+/// What a cut is doing, for whoever waits.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Progress<'a> {
+    /// Bytes of tensor data written, of how many, and the file.
+    Writing(u64, u64, &'a str),
+    /// Flushing to the disk.
+    Flushing,
+    /// Bytes compared, of how many, and the file.
+    Verifying(u64, u64, &'a str),
+}
+
+/// Why a cut failed. No slice of this run has its final name then, except those that were complete.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum SplitError {
+    /// The folder for the slices cannot be made or read.
+    #[error("{}: {source}", path.display())]
+    Folder {
+        /// The folder.
+        path: PathBuf,
+        /// What the system said.
+        source: io::Error,
+    },
+    /// Not enough room on the disk.
+    #[error("need {}, have {} in {}; free some space, or name another folder with --out", gib(*.need), gib(*.have), path.display())]
+    Space {
+        /// Bytes the slices take.
+        need: u64,
+        /// Bytes there are.
+        have: u64,
+        /// The folder.
+        path: PathBuf,
+    },
+    /// The model would be overwritten by one of its slices.
+    #[error("{}: a slice would take the model's own name; name another folder with --out", .0.display())]
+    OverModel(PathBuf),
+    /// Reading the model failed.
+    #[error(transparent)]
+    Read(#[from] gguf::Error),
+    /// Writing a slice failed.
+    #[error(transparent)]
+    Write(#[from] WriteError),
+    /// Writing the manifest failed.
+    #[error("cannot write {}: {source}", path.display())]
+    Manifest {
+        /// The file.
+        path: PathBuf,
+        /// What the system said.
+        source: io::Error,
+    },
+    /// Changing a type failed.
+    #[error("tensor '{tensor}': {why}")]
+    Requantise {
+        /// The tensor.
+        tensor: String,
+        /// What ggml said.
+        why: String,
+    },
+    /// A slice that was just written is not what it should be.
+    #[error(transparent)]
+    Slice(#[from] SliceError),
+    /// A slice that was just written differs from the model.
+    #[error("{file}: {what} differs from the model: the disk or the memory of this machine is at fault")]
+    Differs {
+        /// The slice.
+        file: String,
+        /// The key or tensor.
+        what: String,
+    },
+}
+
+/// Cuts a model as planned into `out`. Returns what was written; the manifest is `out/STEM.split.json`.
+///
+/// # Errors
+/// Not enough space, or reading or writing fails. Nothing half-written keeps its final name, and temporary files
+/// are removed.
+pub fn split(
+    plan: &Plan<'_>,
+    out: &Path,
+    stem: &str,
+    mut progress: impl FnMut(Progress<'_>),
+) -> Result<Manifest, SplitError> {
+    let folder = |source| SplitError::Folder { path: out.to_owned(), source };
+    std::fs::create_dir_all(out).map_err(folder)?;
+    let targets: Vec<PathBuf> = plan.slices.iter().map(|s| out.join(&s.file)).collect();
+    let manifest_path = out.join(manifest_name(stem));
+    for target in targets.iter().chain([&manifest_path]) {
+        remove_stale(target).map_err(folder)?;
+        if plan.gguf.files().any(|file| same_file(file, target)) {
+            return Err(SplitError::OverModel(target.clone()));
+        }
+    }
+    check_space(plan, out)?;
+
+    // the headers of all slices, then their data
+    let mut writers = Vec::with_capacity(plan.slices.len());
+    for (slice, target) in plan.slices.iter().zip(&targets) {
+        let specs: Vec<TensorSpec> = slice.tensors.iter().map(|(spec, _)| spec.clone()).collect();
+        writers.push(GgufWriter::create(target, &slice.metadata, &specs)?);
+    }
+    let digests = stream(plan, &mut writers, &mut progress)?;
+
+    // the model's tensors, in its own order
+    let mut identity = Identity::default();
+    for (tensor, sha) in plan.gguf.tensors().zip(&digests.of_model) {
+        identity.add(tensor.name(), tensor.tensor_type(), tensor.dims(), *sha);
+    }
+    let model_sha256 = identity.finish();
+
+    progress(Progress::Flushing);
+    let mut entries = Vec::with_capacity(plan.slices.len());
+    for ((slice, writer), of_slice) in plan.slices.iter().zip(&mut writers).zip(&digests.of_slices) {
+        let tensors = Array::of_strings(of_slice.iter().map(Sha::to_string));
+        writer.patch(keys::TENSOR_SHA256, &Value::Array(tensors))?;
+        writer.patch(keys::MODEL_SHA256, &Value::string(model_sha256.to_string()))?;
+        // its own digest stands as zeros until here, which is how it is defined
+        let mut hash = Sha256::new();
+        writer.read_header(|bytes| hash.update(bytes))?;
+        let slice_sha256 = Sha(hash.finalize().into());
+        writer.patch(keys::SLICE_SHA256, &Value::string(slice_sha256.to_string()))?;
+        writer.sync()?;
+        entries.push(SliceEntry {
+            role: slice.role,
+            first: slice.blocks.first,
+            last: slice.blocks.last,
+            file: slice.file.clone(),
+            bytes: slice.file_bytes,
+            sha256: slice_sha256.to_string(),
+        });
+    }
+    for writer in writers {
+        writer.publish()?;
+    }
+
+    let manifest = Manifest {
+        version: manifest::VERSION,
+        model: ModelEntry {
+            name: plan.model_name.clone(),
+            sha256: model_sha256.to_string(),
+            arch: plan.hparams.arch.clone(),
+            n_blocks: plan.hparams.n_blocks,
+            n_embd: plan.hparams.n_embd,
+            n_vocab: plan.hparams.n_vocab,
+            n_ctx_train: plan.hparams.n_ctx_train,
+            bytes: plan.gguf.file_bytes(),
+        },
+        slices: entries,
+    };
+    manifest.write(&manifest_path).map_err(|source| SplitError::Manifest { path: manifest_path, source })?;
+    Ok(manifest)
+}
+
+/// The manifest's file name.
+pub fn manifest_name(stem: &str) -> String {
+    format!("{stem}.split.json")
+}
+
+/// Re-reads the slices and the model from the disk, and compares everything: every digest, every key, every
+/// tensor.
+///
+/// # Errors
+/// The first difference, by the name of its key or tensor.
+pub fn verify(
+    plan: &Plan<'_>,
+    out: &Path,
+    manifest: &Manifest,
+    mut progress: impl FnMut(Progress<'_>),
+) -> Result<(), SplitError> {
+    let total = plan.slices.iter().map(|s| s.weight_bytes).sum::<u64>() + plan.gguf.tensor_bytes();
+    let mut before = 0;
+    let mut buf = vec![0; PIECE_BYTES];
+
+    // the model once more, so that a bad read of the first pass does not become the truth
+    let model_file = plan.gguf.path().display().to_string();
+    plan.gguf.files().for_each(os::forget_cached);
+    let mut of_model = Vec::with_capacity(plan.gguf.n_tensors());
+    let mut identity = Identity::default();
+    for tensor in plan.gguf.tensors() {
+        let sha = digest::of_tensor(&tensor, &mut buf, |n| {
+            before += n;
+            progress(Progress::Verifying(before, total, &model_file));
+        })?;
+        identity.add(tensor.name(), tensor.tensor_type(), tensor.dims(), sha);
+        of_model.push(sha);
+    }
+    if identity.finish().to_string() != manifest.model.sha256 {
+        let what = "the identity in the manifest".to_owned();
+        return Err(SplitError::Differs { file: manifest_name(""), what });
+    }
+
+    for (slice, entry) in plan.slices.iter().zip(&manifest.slices) {
+        let path = out.join(&slice.file);
+        os::forget_cached(&path);
+        let gguf = gguf::Gguf::open(&path)?;
+        let info = slice::verify_opened(&gguf, |done, _| {
+            progress(Progress::Verifying(before + done, total, &slice.file));
+        })?;
+        before += slice.weight_bytes;
+        compare(slice, &gguf, &info, entry, manifest, &of_model, plan)?;
+    }
+    Ok(())
+}
+
+/// A slice that agrees with itself, against the plan and the model.
+fn compare(
+    slice: &SlicePlan<'_>,
+    gguf: &gguf::Gguf,
+    info: &SliceInfo,
+    entry: &SliceEntry,
+    manifest: &Manifest,
+    of_model: &[Sha],
+    plan: &Plan<'_>,
+) -> Result<(), SplitError> {
+    let differs = |what: &str| Err(SplitError::Differs { file: slice.file.clone(), what: what.to_owned() });
+    if info.model_sha256.to_string() != manifest.model.sha256 || info.slice_sha256.to_string() != entry.sha256 {
+        return differs("its identity");
+    }
+    if gguf.metadata().len() != slice.metadata.len() || gguf.n_tensors() != slice.tensors.len() {
+        return differs("the number of keys or tensors");
+    }
+    let patched = [keys::MODEL_SHA256, keys::SLICE_SHA256, keys::TENSOR_SHA256];
+    for (found, (key, value)) in gguf.metadata().zip(&slice.metadata) {
+        if found.key != key || !patched.contains(&found.key) && !same_value(&found.value, value) {
+            return differs(found.key);
+        }
+    }
+    let digests = gguf.get(keys::TENSOR_SHA256);
+    let digests = digests.as_ref().and_then(Value::as_array);
+    let digests: Vec<&[u8]> = digests.map(|a| a.strings().collect()).unwrap_or_default();
+    for (i, (found, (spec, source))) in gguf.tensors().zip(&slice.tensors).enumerate() {
+        let described = found.name() == spec.name && found.tensor_type() == spec.tensor_type && found.dims() == spec.dims;
+        let carried = match source {
+            // equal digests of what was just read from both
+            Source::Whole(tensor) => {
+                digests.get(i) == Some(&of_model[index_of(plan, tensor)].to_string().as_bytes())
+            }
+            Source::Start(tensor) => {
+                let (mut a, mut b) = (vec![0; found.n_bytes() as usize], vec![0; found.n_bytes() as usize]);
+                found.read_at(0, &mut a)?;
+                tensor.read_at(0, &mut b)?;
+                a == b
+            }
+            // has no counterpart; its own digest was compared
+            Source::Requantised(_) | Source::Placeholder => true,
+        };
+        if !described || !carried {
+            return differs(&spec.name);
+        }
+    }
+    Ok(())
+}
+
+/// Equal to the bit: a NaN equals itself.
+fn same_value(a: &Value<'_>, b: &Value<'_>) -> bool {
+    let bytes = |v: &Value<'_>| {
+        let mut out = Vec::new();
+        v.encode(&mut out);
+        out
+    };
+    a == b || a.value_type() == b.value_type() && bytes(a) == bytes(b)
+}
+
+fn index_of(plan: &Plan<'_>, tensor: &Tensor<'_>) -> usize {
+    plan.gguf.index_of(tensor)
+}
+
+fn check_space(plan: &Plan<'_>, out: &Path) -> Result<(), SplitError> {
+    // a little more than the files: folders and the manifest take room as well
+    let need = plan.file_bytes().saturating_add(1 << 20);
+    match os::free_bytes(out) {
+        Some(have) if have < need => Err(SplitError::Space { need, have, path: out.to_owned() }),
+        _ => Ok(()),
+    }
+}
+
+fn same_file(a: &Path, b: &Path) -> bool {
+    match (a.canonicalize(), b.canonicalize()) {
+        (Ok(a), Ok(b)) => a == b,
+        _ => false,
+    }
+}
+
+/// `9.3 GiB`, as people read sizes.
+pub fn gib(bytes: u64) -> String {
+    const GIB: f64 = (1u64 << 30) as f64;
+    const MIB: f64 = (1u64 << 20) as f64;
+    match bytes as f64 {
+        b if b >= 0.1 * GIB => format!("{:.1} GiB", b / GIB),
+        b => format!("{:.1} MiB", b / MIB),
+    }
+}
+
+/// Digests found on the way.
+struct Digests {
+    /// Of the model's tensors, in its order.
+    of_model: Vec<Sha>,
+    /// Of each slice's tensors, in its order.
+    of_slices: Vec<Vec<Sha>>,
+}
+
+/// Bytes read, written and digested at a time: small enough to stay in the processor's cache in between.
+const PIECE_BYTES: usize = 1 << 20;
+/// Pieces on their way between the threads.
+const PIECES: usize = 16;
+
+/// A piece for the digesting thread.
+enum Piece {
+    Data(Vec<u8>, usize),
+    /// The tensor is complete: report its digest.
+    End,
+}
+
+/// Streams all data into the writers.
+fn stream(
+    plan: &Plan<'_>,
+    writers: &mut [GgufWriter],
+    progress: &mut impl FnMut(Progress<'_>),
+) -> Result<Digests, SplitError> {
+    let (to_hash, pieces) = sync_channel::<Piece>(PIECES);
+    let (give_back, free) = sync_channel::<Vec<u8>>(PIECES);
+    let (report, shas) = sync_channel::<Sha>(PIECES);
+    for _ in 0..PIECES {
+        // the channel holds this many
+        let _ = give_back.try_send(vec![0; PIECE_BYTES]);
+    }
+    thread::scope(|scope| {
+        scope.spawn(move || digest_pieces(&pieces, &give_back, &report));
+        let mut lane = Lane { to_hash, free, shas };
+        let total = plan.slices.iter().map(|s| s.weight_bytes).sum();
+        let mut done = 0;
+        let mut of_model: Vec<Option<Sha>> = vec![None; plan.gguf.n_tensors()];
+        let mut of_slices = Vec::with_capacity(plan.slices.len());
+        for (slice, writer) in plan.slices.iter().zip(writers) {
+            let mut of_slice = Vec::with_capacity(slice.tensors.len());
+            for (spec, source) in &slice.tensors {
+                let n_bytes = spec.n_bytes().unwrap_or(0);
+                let mut advance = |n: u64| {
+                    done += n;
+                    progress(Progress::Writing(done, total, &slice.file));
+                };
+                let sha = match source {
+                    Source::Whole(tensor) => {
+                        let sha = lane.copy(tensor, n_bytes, writer, &mut advance)?;
+                        of_model[plan.gguf.index_of(tensor)] = Some(sha);
+                        sha
+                    }
+                    Source::Start(tensor) => lane.copy(tensor, n_bytes, writer, &mut advance)?,
+                    Source::Placeholder => lane.zeros(n_bytes, writer, &mut advance)?,
+                    Source::Requantised(tensor) => {
+                        let (sha, of_source) = requantise(tensor, spec, writer, &mut advance)?;
+                        of_model[plan.gguf.index_of(tensor)] = Some(of_source);
+                        sha
+                    }
+                };
+                of_slice.push(sha);
+            }
+            of_slices.push(of_slice);
+        }
+        // what no slice carries whole still belongs to the model's identity
+        let mut buf = vec![0; PIECE_BYTES];
+        let of_model = plan
+            .gguf
+            .tensors()
+            .zip(of_model)
+            .map(|(tensor, sha)| sha.map_or_else(|| digest::of_tensor(&tensor, &mut buf, |_| {}), Ok))
+            .collect::<Result<_, _>>()?;
+        Ok(Digests { of_model, of_slices })
+    })
+}
+
+/// The second thread: digests what comes, gives the buffers back.
+fn digest_pieces(pieces: &Receiver<Piece>, give_back: &SyncSender<Vec<u8>>, report: &SyncSender<Sha>) {
+    let mut hash = Sha256::new();
+    // ends when the main thread is done, or failed, and closed its ends
+    while let Ok(piece) = pieces.recv() {
+        let sent = match piece {
+            Piece::Data(buf, n) => {
+                hash.update(&buf[..n]);
+                give_back.send(buf).is_ok()
+            }
+            Piece::End => report.send(Sha(hash.finalize_reset().into())).is_ok(),
+        };
+        if !sent {
+            return;
+        }
+    }
+}
+
+/// The main thread's ends of the channels.
+struct Lane {
+    to_hash: SyncSender<Piece>,
+    free: Receiver<Vec<u8>>,
+    shas: Receiver<Sha>,
+}
+
+impl Lane {
+    /// Copies the first `n_bytes` of a tensor. Returns their digest.
+    fn copy(
+        &mut self,
+        tensor: &Tensor<'_>,
+        n_bytes: u64,
+        writer: &mut GgufWriter,
+        advance: &mut impl FnMut(u64),
+    ) -> Result<Sha, SplitError> {
+        let mut at = 0;
+        while at < n_bytes {
+            let n = (n_bytes - at).min(PIECE_BYTES as u64) as usize;
+            let mut buf = self.buffer();
+            tensor.read_at(at, &mut buf[..n])?;
+            writer.write(&buf[..n])?;
+            self.digest(buf, n);
+            at += n as u64;
+            advance(n as u64);
+        }
+        Ok(self.sha())
+    }
+
+    fn zeros(
+        &mut self,
+        n_bytes: u64,
+        writer: &mut GgufWriter,
+        advance: &mut impl FnMut(u64),
+    ) -> Result<Sha, SplitError> {
+        let mut left = n_bytes;
+        while left > 0 {
+            let n = left.min(PIECE_BYTES as u64) as usize;
+            let mut buf = self.buffer();
+            buf[..n].fill(0);
+            writer.write(&buf[..n])?;
+            self.digest(buf, n);
+            left -= n as u64;
+            advance(n as u64);
+        }
+        Ok(self.sha())
+    }
+
+    fn buffer(&self) -> Vec<u8> {
+        // the other thread ends only after this side does
+        self.free.recv().unwrap_or_else(|_| vec![0; PIECE_BYTES])
+    }
+
+    fn digest(&self, buf: Vec<u8>, n: usize) {
+        let sent = self.to_hash.send(Piece::Data(buf, n));
+        debug_assert!(sent.is_ok(), "the digesting thread outlives this");
+    }
+
+    fn sha(&self) -> Sha {
+        let sent = self.to_hash.send(Piece::End);
+        debug_assert!(sent.is_ok(), "the digesting thread outlives this");
+        self.shas.recv().expect("the digesting thread answers every end of a tensor")
+    }
+}
+
+/// Writes a tensor in another type. Returns the digests of what was written and of what was read.
+fn requantise(
+    tensor: &Tensor<'_>,
+    spec: &TensorSpec,
+    writer: &mut GgufWriter,
+    advance: &mut impl FnMut(u64),
+) -> Result<(Sha, Sha), SplitError> {
+    let (mut written, mut read) = (Sha256::new(), Sha256::new());
+    crate::requantise::rows(tensor, spec.tensor_type, |from, to| {
+        read.update(from);
+        written.update(to);
+        writer.write(to)?;
+        advance(to.len() as u64);
+        Ok(())
+    })?;
+    Ok((Sha(written.finalize().into()), Sha(read.finalize().into())))
+}
