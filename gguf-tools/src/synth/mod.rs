@@ -179,6 +179,12 @@ impl Spec {
         }
     }
 
+    /// Weights, as publishers count them: every value of every tensor.
+    pub fn n_weights(&self) -> u64 {
+        let tensors = self.family.tensors(&self.shape, self.tied, self.gain);
+        tensors.iter().map(|tensor| tensor.dims.iter().product::<u64>()).sum()
+    }
+
     /// Bytes of the file, without writing it.
     ///
     /// # Errors
