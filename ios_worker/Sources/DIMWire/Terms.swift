@@ -1,0 +1,267 @@
+// Terms: what a host expects and a worker holds, how the two are compared, what they then agree on
+// (docs/PROTOCOL.md sections 5.1 and 6). Both sides hold both terms and run the same comparison.
+
+/// Types of hidden rows, as a set.
+public struct DTypes: OptionSet, Sendable, Hashable {
+    public let rawValue: UInt8
+    public init(rawValue: UInt8) { self.rawValue = rawValue }
+    public static let f16 = DTypes(rawValue: 1)
+    public static let f32 = DTypes(rawValue: 2)
+    public static let bf16 = DTypes(rawValue: 4)
+
+    /// The one type there is, or nil if there are none or several.
+    public var single: DType? {
+        switch self {
+        case .f16: .f16
+        case .f32: .f32
+        case .bf16: .bf16
+        default: nil
+        }
+    }
+}
+
+/// The type of an element of hidden rows. The raw value is the row format's low 7 bits.
+public enum DType: UInt8, Sendable, CaseIterable {
+    case f16 = 1
+    case f32 = 2
+    case bf16 = 3
+
+    /// bytes per element
+    public var width: Int { self == .f32 ? 4 : 2 }
+}
+
+public struct Features: OptionSet, Sendable, Hashable {
+    public let rawValue: UInt32
+    public init(rawValue: UInt32) { self.rawValue = rawValue }
+    public static let scaledRows = Features(rawValue: 1)
+    public static let push = Features(rawValue: 2)
+}
+
+public enum SliceRole: UInt8, Sendable, CaseIterable {
+    case none = 0
+    case head = 1
+    case middle = 2
+    case tail = 3
+}
+
+/// 32 bytes that identify something; all zero = not known.
+public struct Digest: Hashable, Sendable, CustomStringConvertible {
+    public static let unknown = Digest([UInt8](repeating: 0, count: 32))!
+
+    public let bytes: [UInt8]
+
+    public init?(_ bytes: [UInt8]) {
+        guard bytes.count == 32 else { return nil }
+        self.bytes = bytes
+    }
+
+    public var isKnown: Bool { bytes.contains { $0 != 0 } }
+    public var description: String { bytes.map { ($0 < 16 ? "0" : "") + String($0, radix: 16) }.joined() }
+}
+
+/// What one side says about itself. Numbers are as on the wire; a worker without a slice has role `none` and zeros.
+public struct Terms: Hashable, Sendable {
+    public var version: UInt16 = protocolVersion
+    public var dtypes: DTypes = []
+    public var role: SliceRole = .none
+    public var features: Features = []
+    public var instance: UInt64 = 0
+    public var nEmbd: UInt32 = 0
+    public var modelBlocks: UInt32 = 0
+    public var firstBlock: UInt32 = 0
+    public var lastBlock: UInt32 = 0
+    public var nCtx: UInt32 = 0
+    public var maxRows: UInt32 = 0
+    public var maxSessions: UInt32 = 0
+    public var maxInFlight: UInt32 = 0
+    public var model: Digest = .unknown
+    public var slice: Digest = .unknown
+    public var parameters: Digest = .unknown
+    public var arch: String = ""
+    public var software: String = ""
+    public var name: String = ""
+
+    public init() {}
+
+    init(from reader: inout Reader) throws(RuleBroken) {
+        version = try reader.u16()
+        dtypes = DTypes(rawValue: try reader.u8())
+        let role = try reader.u8()
+        guard let known = SliceRole(rawValue: role) else { throw RuleBroken(.badValue, "role \(role)") }
+        self.role = known
+        features = Features(rawValue: try reader.u32())
+        instance = try reader.u64()
+        nEmbd = try reader.u32()
+        modelBlocks = try reader.u32()
+        firstBlock = try reader.u32()
+        lastBlock = try reader.u32()
+        nCtx = try reader.u32()
+        maxRows = try reader.u32()
+        maxSessions = try reader.u32()
+        maxInFlight = try reader.u32()
+        model = Digest(try reader.array(32))!
+        slice = Digest(try reader.array(32))!
+        parameters = Digest(try reader.array(32))!
+        arch = try reader.string(atMost: Limit.arch)
+        software = try reader.string(atMost: Limit.name)
+        name = try reader.string(atMost: Limit.name)
+    }
+
+    func write(to writer: inout Writer) {
+        writer.u16(version)
+        writer.u8(dtypes.rawValue)
+        writer.u8(role.rawValue)
+        writer.u32(features.rawValue)
+        writer.u64(instance)
+        writer.u32(nEmbd)
+        writer.u32(modelBlocks)
+        writer.u32(firstBlock)
+        writer.u32(lastBlock)
+        writer.u32(nCtx)
+        writer.u32(maxRows)
+        writer.u32(maxSessions)
+        writer.u32(maxInFlight)
+        writer.array(model.bytes)
+        writer.array(slice.bytes)
+        writer.array(parameters.bytes)
+        writer.string(arch, atMost: Limit.arch)
+        writer.string(software, atMost: Limit.name)
+        writer.string(name, atMost: Limit.name)
+    }
+}
+
+/// The terms do not fit: the first reason in the order of PROTOCOL.md, and a sentence with both values.
+public struct Mismatch: Error, Equatable, Sendable {
+    public let reason: RefusalReason
+    public let text: String
+}
+
+/// What both sides computed from both terms.
+public struct Agreed: Equatable, Sendable {
+    public let version: UInt16
+    public let dtype: DType
+    public let features: Features
+    public let nEmbd: UInt32
+    public let firstBlock: UInt32
+    public let lastBlock: UInt32
+    public let nCtx: UInt32
+    public let maxRows: UInt32
+    public let maxSessions: UInt32
+    public let maxInFlight: UInt32
+
+    /// Compares `host`'s terms with `worker`'s on a connection of version `chosen`.
+    public init(host: Terms, worker: Terms, chosen: UInt16) throws(Mismatch) {
+        func refuse(_ reason: RefusalReason, _ text: String) -> Mismatch { Mismatch(reason: reason, text: text) }
+
+        guard host.version == worker.version, host.version == chosen else {
+            throw refuse(
+                .version,
+                "the host speaks version \(host.version), the worker \(worker.version), agreed was \(chosen): update "
+                    + (host.version < worker.version ? "the host" : "the worker"))
+        }
+        guard worker.role != .none else { throw refuse(.noSlice, "the worker has no slice: give it one") }
+        guard host.arch == worker.arch else {
+            throw refuse(
+                .arch,
+                "the host has a \(shown(host.arch)) model, the worker a slice of a \(shown(worker.arch)) model")
+        }
+        guard host.model == worker.model, host.model.isKnown else {
+            throw refuse(
+                .model,
+                "the host runs model \(host.model.short), the worker holds a slice of model \(worker.model.short)")
+        }
+        guard host.parameters.agrees(with: worker.parameters) else {
+            throw refuse(.parameters, "the same weights with other settings (rope, norms): split the model again")
+        }
+        guard host.modelBlocks == worker.modelBlocks else {
+            throw refuse(
+                .modelBlocks,
+                "the host's model has \(host.modelBlocks) blocks, the worker's slice is from one of \(worker.modelBlocks)")
+        }
+        guard host.nEmbd == worker.nEmbd else {
+            throw refuse(.nEmbd, "rows of the host have \(host.nEmbd) values, rows of the worker \(worker.nEmbd)")
+        }
+        guard host.role == worker.role else {
+            throw refuse(.role, "the host needs a \(host.role) slice, the worker holds a \(worker.role)")
+        }
+        guard host.firstBlock == worker.firstBlock, host.lastBlock == worker.lastBlock else {
+            throw refuse(
+                .blocks,
+                "the host needs blocks \(host.firstBlock)..\(host.lastBlock), "
+                    + "the worker holds \(worker.firstBlock)..\(worker.lastBlock)")
+        }
+        guard host.slice.agrees(with: worker.slice) else {
+            throw refuse(.slice, "the worker's slice has the same blocks from another split: copy the slice again")
+        }
+        guard let dtype = host.dtypes.single, worker.dtypes.isSuperset(of: host.dtypes) else {
+            throw refuse(
+                .dtype,
+                "the host wants row types \(host.dtypes.rawValue), the worker has \(worker.dtypes.rawValue): see --wire")
+        }
+        guard host.nCtx > 0, host.nCtx <= worker.nCtx else {
+            throw refuse(
+                .context,
+                "the host needs a context of \(host.nCtx), the worker serves at most \(worker.nCtx): "
+                    + "a smaller --ctx on the host or a larger one on the worker")
+        }
+        guard host.maxSessions > 0, host.maxSessions <= worker.maxSessions else {
+            throw refuse(
+                .sessions, "the host needs \(host.maxSessions) sessions, the worker serves at most \(worker.maxSessions)")
+        }
+        guard host.maxRows > 0, worker.maxRows > 0 else {
+            throw refuse(.rows, "the \(host.maxRows == 0 ? "host" : "worker") allows no rows in a step")
+        }
+        guard host.maxInFlight > 0, worker.maxInFlight > 0 else {
+            throw refuse(.inFlight, "the \(host.maxInFlight == 0 ? "host" : "worker") allows no step in flight")
+        }
+
+        version = chosen
+        self.dtype = dtype
+        features = host.features.intersection(worker.features)
+        nEmbd = host.nEmbd
+        firstBlock = host.firstBlock
+        lastBlock = host.lastBlock
+        nCtx = host.nCtx
+        maxRows = min(host.maxRows, worker.maxRows)
+        maxSessions = host.maxSessions
+        maxInFlight = min(host.maxInFlight, worker.maxInFlight)
+
+        guard let longest = longestStep, longest <= Limit.stepMessage else {
+            throw refuse(
+                .tooLarge, "a step of \(maxRows) rows of \(nEmbd) values is longer than 2 GiB: fewer rows on the host")
+        }
+    }
+
+    public var scaled: Bool { features.contains(.scaledRows) }
+
+    /// bytes of one row
+    public var rowBytes: Int { Int(nEmbd) * dtype.width }
+
+    /// Largest message host -> worker while serving: bytes.
+    public var hostMessageLimit: Int { max(Limit.openingMessage, Int(longestStep ?? Limit.stepMessage)) }
+
+    /// Largest message worker -> host while serving: bytes.
+    public var workerMessageLimit: Int {
+        max(Limit.openingMessage, 24 + (scaled ? padded8(Int(maxRows)) : 0) + Int(maxRows) * rowBytes)
+    }
+
+    /// nil if it does not fit 64 bits.
+    private var longestStep: UInt64? {
+        let exponents = scaled ? (UInt64(maxRows) + 7) / 8 * 8 : 0
+        let (values, overflow) = (UInt64(maxRows) * UInt64(nEmbd)).multipliedReportingOverflow(by: UInt64(dtype.width))
+        guard !overflow else { return nil }
+        let (sum, overflows) = values.addingReportingOverflow(16 + 16 * UInt64(maxSessions) + exponents)
+        return overflows ? nil : sum
+    }
+}
+
+extension Digest {
+    /// Compared only if both are known.
+    fileprivate func agrees(with other: Digest) -> Bool { !isKnown || !other.isKnown || self == other }
+
+    /// The first 8 digits, for a sentence.
+    fileprivate var short: String { isKnown ? String(description.prefix(8)) : "(not known)" }
+}
+
+/// `count` rounded up to a multiple of 8.
+func padded8(_ count: Int) -> Int { (count + 7) / 8 * 8 }
