@@ -18,7 +18,7 @@ pub mod manifest;
 pub mod mil;
 pub mod package;
 pub mod proto;
-#[cfg(any())]
+#[cfg(feature = "engine")]
 pub mod selftest;
 pub mod shape;
 pub mod weights;
@@ -139,12 +139,21 @@ impl fmt::Display for Notice {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let names = |types: &[TensorType]| types.iter().map(|t| t.name()).collect::<Vec<_>>().join(", ");
         match self {
-            Notice::Rounded(types) => write!(f, "weights of type {} are rounded to F16 for Core ML", names(types)),
+            Notice::Rounded(types) => {
+                write!(f, "weights of type {} are rounded to F16 for Core ML", names(types))
+            }
             Notice::Dequantised(types) => {
-                write!(f, "weights of type {} are stored as F16 for Core ML: larger than in the model", names(types))
+                write!(
+                    f,
+                    "weights of type {} are stored as F16 for Core ML: larger than in the model",
+                    names(types)
+                )
             }
             Notice::NoSelfTest { possible: true } => {
-                write!(f, "no self-test vectors (--coreml-no-selftest): the phone cannot check itself before it serves")
+                write!(
+                    f,
+                    "no self-test vectors (--coreml-no-selftest): the phone cannot check itself before it serves"
+                )
             }
             Notice::NoSelfTest { possible: false } => write!(
                 f,
@@ -237,7 +246,9 @@ pub enum Error {
         why: String,
     },
     /// A value that F16 does not hold.
-    #[error("tensor \"{tensor}\" holds {value}, which F16 does not (at most 65504); the phone computes in F16")]
+    #[error(
+        "tensor \"{tensor}\" holds {value}, which F16 does not (at most 65504); the phone computes in F16"
+    )]
     TensorValue {
         /// Its name.
         tensor: String,
@@ -290,11 +301,13 @@ pub enum Error {
         source: io::Error,
     },
     /// llama.cpp could not evaluate the self-test.
-    #[cfg(any())]
+    #[cfg(feature = "engine")]
     #[error("self-test vectors: {0}; --coreml-no-selftest leaves them out")]
     Engine(#[from] llama_sys_patch::Error),
     /// It could, and the values are no numbers.
-    #[error("self-test vectors: block {block} makes {count} values that are not finite; the model file is damaged")]
+    #[error(
+        "self-test vectors: block {block} makes {count} values that are not finite; the model file is damaged"
+    )]
     NotFinite {
         /// The block.
         block: u32,
@@ -320,7 +333,9 @@ impl<'a> Plan<'a> {
     /// # Errors
     /// Whatever the programs would not compute right, by name; options out of range.
     pub fn new(request: Request<'a>) -> Result<Plan<'a>, Error> {
-        let Request { gguf, blocks: (first, last), options: Options { n_ctx, n_prefill, max_bytes, .. }, .. } = request;
+        let Request {
+            gguf, blocks: (first, last), options: Options { n_ctx, n_prefill, max_bytes, .. }, ..
+        } = request;
         if n_ctx % 64 != 0 || !(64..=16384).contains(&n_ctx) {
             return Err(Error::Ctx { n_ctx });
         }
@@ -376,7 +391,8 @@ impl<'a> Plan<'a> {
             progress(Progress::Package { index, n: self.runs.len() });
             let weights = WeightPlan::new(gguf, &self.shape, run.clone(), residual_scale);
             let model = context.model(&weights.weights, options.n_prefill, self.metadata(run));
-            let files = staging.write_package(index, &model, &weights, gguf, &mut |n| progress(Progress::Bytes(n)))?;
+            let files = staging
+                .write_package(index, &model, &weights, gguf, &mut |n| progress(Progress::Bytes(n)))?;
             packages.push(manifest::Package {
                 directory: package::directory_name(index),
                 first_block: *run.start(),
@@ -397,7 +413,7 @@ impl<'a> Plan<'a> {
         Ok(Report { manifest, bytes, notices })
     }
 
-    #[cfg(any())]
+    #[cfg(feature = "engine")]
     fn selftest(
         &self,
         staging: &package::Staging,
@@ -417,7 +433,7 @@ impl<'a> Plan<'a> {
         Ok((Some(measured.write(staging, scale)?), scale))
     }
 
-    #[cfg(all())]
+    #[cfg(not(feature = "engine"))]
     fn selftest(
         &self,
         _: &package::Staging,
@@ -457,8 +473,12 @@ impl<'a> Plan<'a> {
         ]
         .map(|(key, value)| (key.to_string(), value))
         .into();
-        let short_description =
-            format!("Blocks {} to {} of {}, see manifest.json beside this package", run.start(), run.end(), shape.n_blocks);
+        let short_description = format!(
+            "Blocks {} to {} of {}, see manifest.json beside this package",
+            run.start(),
+            run.end(),
+            shape.n_blocks
+        );
         proto::Metadata { short_description, user_defined }
     }
 

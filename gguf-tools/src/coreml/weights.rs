@@ -195,7 +195,7 @@ fn check_type(tensor: &Tensor<'_>) -> Result<(), Error> {
         return Ok(());
     }
     let tensor = printable(tensor.name());
-    Err(if cfg!(any()) || !found.is_quantized() {
+    Err(if cfg!(feature = "engine") || !found.is_quantized() {
         Error::TensorType { tensor, found }
     } else {
         Error::NeedsEngine { tensor, found }
@@ -417,7 +417,7 @@ impl<'a> Source<'a> {
             scratch.raw.resize(self.row_bytes as usize, 0);
             self.tensor.read_at(row * self.row_bytes, &mut scratch.raw)?;
             scratch.values.resize(self.row_len as usize, 0.0);
-            self.to_f32(&scratch.raw, &mut scratch.values)?;
+            to_f32(&self.tensor, &scratch.raw, &mut scratch.values)?;
             let values = &mut scratch.values[cols.start as usize..cols.end as usize];
             if self.blob.scale != 1.0 {
                 values.iter_mut().for_each(|v| *v *= self.blob.scale);
@@ -428,30 +428,6 @@ impl<'a> Source<'a> {
             for (out, half) in out.chunks_exact_mut(2).zip(&scratch.halves) {
                 out.copy_from_slice(&half.to_le_bytes());
             }
-        }
-        Ok(())
-    }
-
-    /// One row as F32.
-    fn to_f32(&self, raw: &[u8], values: &mut [f32]) -> Result<(), Error> {
-        match self.tensor.tensor_type() {
-            TensorType::F32 => {
-                for (value, b) in values.iter_mut().zip(raw.chunks_exact(4)) {
-                    *value = f32::from_le_bytes([b[0], b[1], b[2], b[3]]);
-                }
-            }
-            TensorType::BF16 => {
-                for (value, b) in values.iter_mut().zip(raw.chunks_exact(2)) {
-                    *value = f32::from_bits(u32::from(u16::from_le_bytes([b[0], b[1]])) << 16);
-                }
-            }
-            TensorType::F16 => {
-                for (value, b) in values.iter_mut().zip(raw.chunks_exact(2)) {
-                    *value = f16::from_le_bytes([b[0], b[1]]).to_f32();
-                }
-            }
-            quantised => dequantise::row(quantised, raw, values)
-                .map_err(|why| Error::Dequantise { tensor: printable(self.tensor.name()), why })?,
         }
         Ok(())
     }
@@ -500,28 +476,71 @@ fn pairs_to_halves(data: &mut [u8], head_dim: usize, size: usize, scratch: &mut 
     }
 }
 
+/// Rows of a matrix as F32, by number: (numbers, row length) into `out`.
+///
+/// # Errors
+/// The tensor or a row is missing, its type cannot be read, or reading fails.
+#[cfg(feature = "engine")]
+pub(super) fn read_rows(gguf: &Gguf, name: &str, rows: &[i32], out: &mut [f32]) -> Result<(), Error> {
+    let tensor = gguf.tensor(name).ok_or_else(|| Error::TensorMissing(name.into()))?;
+    check_type(&tensor)?;
+    let mut raw = vec![0; tensor.row_bytes() as usize];
+    for (&row, out) in rows.iter().zip(out.chunks_exact_mut(tensor.dims()[0] as usize)) {
+        let row = u64::try_from(row).ok().filter(|&row| tensor.dims().get(1).is_some_and(|&n| row < n));
+        let row = row.ok_or_else(|| Error::TensorMissing(format!("{name} (a row of it)")))?;
+        tensor.read_at(row * tensor.row_bytes(), &mut raw)?;
+        to_f32(&tensor, &raw, out)?;
+    }
+    Ok(())
+}
+
+/// One row as F32.
+fn to_f32(tensor: &Tensor<'_>, raw: &[u8], values: &mut [f32]) -> Result<(), Error> {
+    match tensor.tensor_type() {
+        TensorType::F32 => {
+            for (value, b) in values.iter_mut().zip(raw.chunks_exact(4)) {
+                *value = f32::from_le_bytes([b[0], b[1], b[2], b[3]]);
+            }
+        }
+        TensorType::BF16 => {
+            for (value, b) in values.iter_mut().zip(raw.chunks_exact(2)) {
+                *value = f32::from_bits(u32::from(u16::from_le_bytes([b[0], b[1]])) << 16);
+            }
+        }
+        TensorType::F16 => {
+            for (value, b) in values.iter_mut().zip(raw.chunks_exact(2)) {
+                *value = f16::from_le_bytes([b[0], b[1]]).to_f32();
+            }
+        }
+        quantised => dequantise::row(quantised, raw, values)
+            .map_err(|why| Error::Dequantise { tensor: printable(tensor.name()), why })?,
+    }
+    Ok(())
+}
+
 /// ggml's dequantisers, where this build has them.
 mod dequantise {
     use crate::gguf::TensorType;
 
     /// Whether rows of this type can be turned into F32 here.
-    #[cfg(any())]
+    #[cfg(feature = "engine")]
     pub fn can(tensor_type: TensorType) -> bool {
-        llama_sys_patch::quant::can_dequantize(tensor_type.id())
+        llama_sys_patch::RowType::of(tensor_type.id()).is_ok_and(|t| t.to_f32)
     }
 
     /// One row of a quantised type as F32.
-    #[cfg(any())]
+    #[cfg(feature = "engine")]
     pub fn row(tensor_type: TensorType, raw: &[u8], values: &mut [f32]) -> Result<(), String> {
-        llama_sys_patch::quant::dequantize(tensor_type.id(), raw, values).map_err(|e| e.to_string())
+        llama_sys_patch::dequantize_rows(tensor_type.id(), raw, values.len(), values)
+            .map_err(|e| e.to_string())
     }
 
-    #[cfg(all())]
+    #[cfg(not(feature = "engine"))]
     pub fn can(_: TensorType) -> bool {
         false
     }
 
-    #[cfg(all())]
+    #[cfg(not(feature = "engine"))]
     pub fn row(_: TensorType, _: &[u8], _: &mut [f32]) -> Result<(), String> {
         unreachable!("a build without the engine feature refuses quantised tensors before it reads them")
     }
