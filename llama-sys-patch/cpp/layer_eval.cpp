@@ -438,6 +438,14 @@ void dim_stage::cut() {
     }
     if (i_end < 0 || (first > 0 && !takes_tokens && i_start < 0) || i_start >= i_end) unsupported("its blocks do not stand one after another");
 
+    if (labelling) {
+        for (uint32_t block = first; block < last; block++) {
+            if (!block_output[block]) unsupported("its graph does not name the blocks' outputs (l_out)");
+        }
+        if (start) check_link(start, (int) first);
+        for (uint32_t block = first; block + 1 < last; block++) check_link(block_output[block], (int) block + 1);
+    }
+
     const size_t max_nodes = (size_t) whole->get_max_nodes();
     memory.resize(8 * ggml_tensor_overhead() + ggml_graph_overhead_custom(max_nodes, false));
     ours.reset(ggml_init({ memory.size(), memory.data(), /*no_alloc =*/ true }));
@@ -475,13 +483,6 @@ void dim_stage::cut() {
     for (int i = 0; i < from->n_leafs; i++) {
         if (from->leafs[i]->flags & GGML_TENSOR_FLAG_INPUT) ggml_build_forward_expand(graph, from->leafs[i]);
     }
-    if (labelling) {
-        if (start) check_link(start, (int) first);
-        for (uint32_t block = first; block + 1 < last; block++) {
-            if (!block_output[block]) unsupported("its graph does not name the blocks' outputs (l_out)");
-            check_link(block_output[block], (int) block + 1);
-        }
-    }
     if (watching) {
         watched.clear();
         for (uint32_t block = first; block < last; block++) if (block_output[block]) watched[block_output[block]] = block - first;
@@ -508,18 +509,27 @@ void dim_stage::check_inputs() const {
     }
 }
 
-// Refuses graphs in which something other than block `block` reads what is meant to be its input: a slice that starts
-// with that block would miss it. Picking the wanted rows in the last block is no reading.
+// Refuses graphs in which `tensor` is not all that block `block` starts from, or is read by later ones: a slice that
+// starts there would miss a step between the two blocks, or a shortcut past them. A block reads its input through a norm,
+// which llama.cpp labels with the block, and for its residual sum, which it may not label; picking the wanted rows, in the
+// last block, is no reading.
 void dim_stage::check_link(const ggml_tensor * tensor, int block) const {
     const auto * from = whole->get_gf();
+    int  n_readers = 0, n_labelled = 0;
+    bool ended = false;
     for (int i = 0; i < from->n_nodes; i++) {
         const auto * node = from->nodes[i];
         const bool reads = std::any_of(std::begin(node->src), std::end(node->src), [&](const ggml_tensor * src) { return src == tensor; });
-        if (!reads || node->op == GGML_OP_GET_ROWS) continue;
-        const auto label = labels.find(node);
-        if (label == labels.end() || label->second != block) {
-            unsupported(("\"" + std::string(node->name) + "\" reads the input of block " + std::to_string(block) + " from outside it").c_str());
+        if (reads && node->op != GGML_OP_GET_ROWS) {
+            if (ended) unsupported("a later block reads the embedding, or an earlier block's output, past the one before it");
+            const auto label = labels.find(node);
+            n_readers++;
+            n_labelled += label != labels.end() && label->second == block;
         }
+        ended |= node == block_output[(size_t) block];
+    }
+    if (n_labelled == 0 || (n_readers == 1 && n_labelled != 1)) {
+        unsupported(("there is a step between blocks before block " + std::to_string(block)).c_str());
     }
 }
 
