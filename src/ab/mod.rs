@@ -1,0 +1,9 @@
+//! Is the split worth it here, how much, and is the answer the same?
+pub mod cgroup;
+pub mod energy;
+pub mod launch;
+pub mod link;
+pub mod machine;
+pub mod record;
+pub mod stats;
+pub mod usage;
