@@ -9,6 +9,7 @@ use std::{
 
 use clap::Parser;
 use gguf_tools::{
+    coreml::{self, CoremlArgs},
     gguf::{Gguf, TensorType},
     manifest::Manifest,
     plan::{BlockRange, Plan, PlanError, Request, Role},
@@ -56,6 +57,9 @@ struct Options {
     /// Print one JSON object on standard output.
     #[arg(long)]
     json: bool,
+
+    #[command(flatten)]
+    coreml: CoremlArgs,
 }
 
 fn tensor_type(text: &str) -> Result<TensorType, String> {
@@ -94,16 +98,22 @@ fn run(options: &Options) -> Result<(), (u8, String)> {
     let n_ctx = options.ctx.unwrap_or(plan.hparams.n_ctx_train.min(4096));
     let mut text = String::new();
     show_plan(&plan, n_ctx, &mut text).map_err(|e| bad_input(&e))?;
+    let packages = match options.coreml.options() {
+        Some(o) => coreml::plan_middles(&gguf, &options.middle, o).map_err(|e| bad_input(&e))?,
+        None => Vec::new(),
+    };
+    show_packages(&packages, &stem, &mut text).map_err(|e| bad_input(&e))?;
     eprint!("{text}");
 
     if options.dry_run {
         if options.json {
-            print_json(&plan, n_ctx, None, None)?;
+            print_json(&plan, n_ctx, None, None, &[])?;
         }
         return Ok(());
     }
 
     let out = options.out.clone().unwrap_or_else(|| parent(&options.model));
+    coreml::check_space(&packages, &out, plan.file_bytes()).map_err(|e| bad_input(&e))?;
     let started = Instant::now();
     let mut meter = Meter::new();
     let result = split::split(&plan, &out, &stem, |p| meter.show(p));
@@ -124,10 +134,67 @@ fn run(options: &Options) -> Result<(), (u8, String)> {
         result.map_err(|e| (FAILURE, e.to_string()))?;
         eprintln!("verified: every key and tensor of the slices equals the model's");
     }
+    let reports = write_packages(&packages, &manifest, &out, &stem)?;
     if options.json {
-        print_json(&plan, n_ctx, Some((&manifest, &out)), Some((seconds, options.verify)))?;
+        print_json(&plan, n_ctx, Some((&manifest, &out)), Some((seconds, options.verify)), &reports)?;
     }
     Ok(())
+}
+
+/// One line a middle: what the phone will get.
+fn show_packages(packages: &[coreml::Plan<'_>], stem: &str, out: &mut String) -> std::fmt::Result {
+    use std::fmt::Write as _;
+    for plan in packages {
+        let (n, directory) = (plan.n_packages(), coreml::directory_name(stem, &plan.blocks()));
+        let (weights, state) = (gib(plan.weight_bytes()), gib(plan.state_bytes()));
+        let packages = if n == 1 { "package" } else { "packages" };
+        writeln!(out, "  Core ML: {directory}: {n} {packages}, {weights} weights + {state} cache")?;
+    }
+    Ok(())
+}
+
+/// Writes what `--coreml` asks for, and says what its user should know.
+fn write_packages(
+    packages: &[coreml::Plan<'_>],
+    manifest: &Manifest,
+    out: &Path,
+    stem: &str,
+) -> Result<Vec<coreml::Report>, (u8, String)> {
+    let total = packages.iter().map(coreml::Plan::weight_bytes).sum();
+    let mut meter = Meter::new();
+    let mut done = 0;
+    let result = coreml::write_middles(packages, manifest, out, stem, &mut |progress| match progress {
+        coreml::Progress::Calibrating { n_tokens } => {
+            meter.clear();
+            eprintln!("evaluating {n_tokens} tokens of text up to the end of the middle, for the self-test");
+        }
+        coreml::Progress::Writing { index, bytes } => {
+            done += bytes;
+            meter.show(Progress::Writing(done, total, &coreml::package::directory_name(index)));
+        }
+    });
+    meter.clear();
+    let reports = result.map_err(|e| (if e.is_bad_input() { BAD_INPUT } else { FAILURE }, e.to_string()))?;
+    for report in &reports {
+        for notice in &report.notices {
+            eprintln!("{notice}");
+        }
+        if let Some(test) = &report.manifest.selftest {
+            let max_abs: Vec<_> = test.max_abs_hidden.iter().map(|x| format!("{x:.1}")).collect();
+            eprintln!(
+                "greatest |hidden| before the middle and after each of its blocks: {}",
+                max_abs.join(" ")
+            );
+        }
+        let seconds = report.write_time.as_secs_f64();
+        let rate = report.bytes as f64 / 1e9 / seconds.max(1e-9);
+        eprintln!(
+            "wrote {} in {seconds:.1} s ({rate:.2} GB/s): {}",
+            gib(report.bytes),
+            report.directory.display()
+        );
+    }
+    Ok(reports)
 }
 
 fn code_of(error: &SplitError) -> u8 {
@@ -212,6 +279,7 @@ fn print_json(
     n_ctx: u32,
     written: Option<(&Manifest, &Path)>,
     took: Option<(f64, bool)>,
+    packages: &[coreml::Report],
 ) -> Result<(), (u8, String)> {
     let slices: Vec<_> = plan
         .slices
@@ -245,10 +313,22 @@ fn print_json(
         "slices": slices,
         "out": written.map(|(_, out)| out.display().to_string()),
         "seconds": took.map(|(s, _)| s),
+        "coreml": packages.iter().map(coreml_json).collect::<Vec<_>>(),
         "verified": took.is_some_and(|(_, v)| v),
     });
     let mut out = std::io::stdout().lock();
     writeln!(out, "{object}").map_err(|e| (FAILURE, format!("cannot write to standard output: {e}")))
+}
+
+fn coreml_json(report: &coreml::Report) -> serde_json::Value {
+    serde_json::json!({
+        "directory": report.directory.display().to_string(),
+        "bytes": report.bytes,
+        "packages": report.manifest.packages.len(),
+        "residual_scale": report.manifest.residual_scale,
+        "max_abs_hidden": report.manifest.selftest.as_ref().map(|t| &t.max_abs_hidden),
+        "write_seconds": report.write_time.as_secs_f64(),
+    })
 }
 
 /// Shows progress on standard error: a line that is redrawn on a terminal, a line every ten seconds elsewhere.
@@ -261,7 +341,12 @@ struct Meter {
 
 impl Meter {
     fn new() -> Meter {
-        Meter { started: Instant::now(), shown: None, terminal: std::io::stderr().is_terminal(), drawn: false }
+        Meter {
+            started: Instant::now(),
+            shown: None,
+            terminal: std::io::stderr().is_terminal(),
+            drawn: false,
+        }
     }
 
     fn show(&mut self, progress: Progress<'_>) {

@@ -30,8 +30,12 @@ use std::fmt;
 use std::io;
 use std::ops::RangeInclusive;
 use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
 
 use crate::gguf::{self, Gguf, TensorType};
+use crate::os;
+use crate::plan::BlockRange;
+use crate::split::gib;
 pub use args::CoremlArgs;
 use graph::Context;
 use manifest::Manifest;
@@ -43,23 +47,15 @@ pub const SCALE_ABOVE: f32 = 30_000.0;
 /// What the scaled stream stays under: there its squares stay in fp16 too, see [`graph::NORM_SCALE`].
 pub const SCALED_BELOW: f32 = 16_320.0;
 
-/// What to write.
+/// Whose blocks they are, as the GGUF slices' manifest says.
 #[derive(Clone, Copy, Debug)]
-pub struct Request<'a> {
-    /// The whole model.
-    pub gguf: &'a Gguf,
-    /// The middle's blocks, inclusive.
-    pub blocks: (u32, u32),
-    /// The directory to be, `STEM.middle-A..B.coreml`.
-    pub target: &'a Path,
-    /// Name of the model, for the manifest.
+pub struct Identity<'a> {
+    /// Name of the model, for people.
     pub model_name: &'a str,
     /// Identity of the model, 64 hex digits.
     pub model_sha256: &'a str,
-    /// SHA-256 of the GGUF slice with the same blocks, or empty.
+    /// Digest of the GGUF slice with the same blocks, 64 hex digits, or empty.
     pub slice_sha256: &'a str,
-    /// How.
-    pub options: Options,
 }
 
 /// How to write it.
@@ -75,13 +71,16 @@ pub struct Options {
     pub selftest: bool,
 }
 
-/// A request that was found possible.
+/// One middle's packages, found possible.
 #[derive(Debug)]
 pub struct Plan<'a> {
-    request: Request<'a>,
+    gguf: &'a Gguf,
+    options: Options,
     shape: Shape,
+    blocks: RangeInclusive<u32>,
+    /// The blocks of each package.
     runs: Vec<RangeInclusive<u32>>,
-    bytes: u64,
+    weight_bytes: u64,
 }
 
 /// What is going on, for whoever shows it.
@@ -92,24 +91,26 @@ pub enum Progress {
         /// Its tokens.
         n_tokens: usize,
     },
-    /// Package `index` of `n` was begun.
-    Package {
-        /// From 0.
+    /// So many more bytes of a package were written.
+    Writing {
+        /// The package, from 0.
         index: usize,
-        /// How many there will be.
-        n: usize,
+        /// Bytes since the last call.
+        bytes: u64,
     },
-    /// So many more bytes were written.
-    Bytes(u64),
 }
 
 /// What was written, and what its user should know.
 #[derive(Debug)]
 pub struct Report {
+    /// Where.
+    pub directory: PathBuf,
     /// The manifest as written.
     pub manifest: Manifest,
     /// Bytes of all files.
     pub bytes: u64,
+    /// How long writing took, the evaluation of the text not counted.
+    pub write_time: Duration,
     /// In the order in which to show them.
     pub notices: Vec<Notice>,
 }
@@ -255,8 +256,8 @@ pub enum Error {
         /// The value.
         value: f32,
     },
-    /// Blocks the model does not have.
-    #[error("blocks {first}..{last}: the model has blocks 0..{}", n_blocks - 1)]
+    /// Blocks that are no middle.
+    #[error("blocks {first}..{last}: a middle of a model of {n_blocks} blocks is a range within 1..{}", n_blocks.saturating_sub(2))]
     Blocks {
         /// First asked for.
         first: u32,
@@ -289,6 +290,16 @@ pub enum Error {
         /// What it takes.
         bytes: u64,
     },
+    /// Not enough room on the disk.
+    #[error("need {}, have {} in {}; free some space, or name another folder with --out", gib(*.need), gib(*.have), path.display())]
+    Space {
+        /// Bytes all files take.
+        need: u64,
+        /// Bytes there are.
+        have: u64,
+        /// The folder.
+        path: PathBuf,
+    },
     /// Something else has the directory's name.
     #[error("\"{}\" is in the way, and is not a directory of packages that dim-split wrote: move it", .0.display())]
     InTheWay(PathBuf),
@@ -316,6 +327,18 @@ pub enum Error {
     },
 }
 
+impl Error {
+    /// The model or the request is at fault, not the machine.
+    pub fn is_bad_input(&self) -> bool {
+        match self {
+            Error::Io { .. } => false,
+            #[cfg(feature = "engine")]
+            Error::Engine(_) => false,
+            _ => true,
+        }
+    }
+}
+
 /// An [`io::Error`] with the path it is about.
 pub(crate) trait IoContext<T> {
     fn at(self, path: &Path) -> Result<T, Error>;
@@ -328,26 +351,25 @@ impl<T> IoContext<T> for io::Result<T> {
 }
 
 impl<'a> Plan<'a> {
-    /// Checks everything that can be checked before writing.
+    /// Checks everything that can be checked before writing. `blocks` is inclusive.
     ///
     /// # Errors
     /// Whatever the programs would not compute right, by name; options out of range.
-    pub fn new(request: Request<'a>) -> Result<Plan<'a>, Error> {
-        let Request {
-            gguf, blocks: (first, last), options: Options { n_ctx, n_prefill, max_bytes, .. }, ..
-        } = request;
-        if n_ctx % 64 != 0 || !(64..=16384).contains(&n_ctx) {
+    pub fn new(gguf: &'a Gguf, blocks: RangeInclusive<u32>, options: Options) -> Result<Plan<'a>, Error> {
+        let Options { n_ctx, n_prefill, max_bytes, .. } = options;
+        if !n_ctx.is_multiple_of(64) || !(64..=16384).contains(&n_ctx) {
             return Err(Error::Ctx { n_ctx });
         }
         if !(2..=512).contains(&n_prefill) || n_prefill > n_ctx {
             return Err(Error::Prefill { n_prefill, n_ctx });
         }
         let shape = Shape::read(gguf)?;
-        if first > last || last >= shape.n_blocks {
+        let (first, last) = (*blocks.start(), *blocks.end());
+        if first == 0 || first > last || last.saturating_add(1) >= shape.n_blocks {
             return Err(Error::Blocks { first, last, n_blocks: shape.n_blocks });
         }
-        let mut largest = 0;
-        for block in first..=last {
+        let mut largest = 1;
+        for block in blocks.clone() {
             shape.check_block(gguf, block)?;
             let bytes = WeightPlan::new(gguf, &shape, block..=block, 1.0).file_bytes;
             if bytes > max_bytes {
@@ -355,18 +377,29 @@ impl<'a> Plan<'a> {
             }
             largest = bytes.max(largest);
         }
+        weights::check_types(gguf, blocks.clone())?;
         let per_package = u32::try_from(max_bytes / largest).unwrap_or(u32::MAX);
-        let runs = graph::package_runs(first..=last, per_package);
-        for run in &runs {
-            weights::check_types(gguf, run.clone())?;
-        }
-        let bytes = runs.iter().map(|run| WeightPlan::new(gguf, &shape, run.clone(), 1.0).file_bytes).sum();
-        Ok(Plan { request, shape, runs, bytes })
+        let runs = graph::package_runs(blocks.clone(), per_package);
+        let file_bytes =
+            |run: &RangeInclusive<u32>| WeightPlan::new(gguf, &shape, run.clone(), 1.0).file_bytes;
+        let weight_bytes = runs.iter().map(file_bytes).sum();
+        Ok(Plan { gguf, options, shape, blocks, runs, weight_bytes })
     }
 
-    /// Bytes of the weight files; the rest is a few MB.
-    pub fn bytes(&self) -> u64 {
-        self.bytes
+    /// Its blocks, inclusive.
+    pub fn blocks(&self) -> RangeInclusive<u32> {
+        self.blocks.clone()
+    }
+
+    /// Bytes of the weight files. The other files are a few MB.
+    pub fn weight_bytes(&self) -> u64 {
+        self.weight_bytes
+    }
+
+    /// Bytes of the state on the phone.
+    pub fn state_bytes(&self) -> u64 {
+        let n_blocks = self.runs.iter().map(|run| u64::from(run.end() - run.start() + 1)).sum::<u64>();
+        2 * 2 * n_blocks * self.shape.n_head_kv * u64::from(self.options.n_ctx) * self.shape.head_dim
     }
 
     /// Packages there will be.
@@ -374,25 +407,30 @@ impl<'a> Plan<'a> {
         self.runs.len()
     }
 
-    /// Writes it all.
+    /// Writes it all as the directory `target`.
     ///
     /// # Errors
     /// Reading, writing or evaluating fails. Nothing is then left under the target's name that was not there before.
-    pub fn write(&self, progress: &mut dyn FnMut(Progress)) -> Result<Report, Error> {
-        let Request { gguf, options, .. } = self.request;
+    pub fn write(
+        &self,
+        target: &Path,
+        identity: &Identity<'_>,
+        progress: &mut dyn FnMut(Progress),
+    ) -> Result<Report, Error> {
         let mut notices = self.type_notices();
-        let staging = package::Staging::create(self.request.target)?;
+        let staging = package::Staging::create(target)?;
 
         let (selftest, residual_scale) = self.selftest(&staging, &mut notices, progress)?;
 
-        let context = Context { shape: &self.shape, n_ctx: options.n_ctx, residual_scale };
+        let started = Instant::now();
+        let context = Context { shape: &self.shape, n_ctx: self.options.n_ctx, residual_scale };
         let mut packages = Vec::new();
         for (index, run) in self.runs.iter().enumerate() {
-            progress(Progress::Package { index, n: self.runs.len() });
-            let weights = WeightPlan::new(gguf, &self.shape, run.clone(), residual_scale);
-            let model = context.model(&weights.weights, options.n_prefill, self.metadata(run));
-            let files = staging
-                .write_package(index, &model, &weights, gguf, &mut |n| progress(Progress::Bytes(n)))?;
+            let weights = WeightPlan::new(self.gguf, &self.shape, run.clone(), residual_scale);
+            let metadata = self.metadata(run, identity);
+            let model = context.model(&weights.weights, self.options.n_prefill, metadata);
+            let mut report = |bytes| progress(Progress::Writing { index, bytes });
+            let files = staging.write_package(index, &model, &weights, self.gguf, &mut report)?;
             packages.push(manifest::Package {
                 directory: package::directory_name(index),
                 first_block: *run.start(),
@@ -400,17 +438,17 @@ impl<'a> Plan<'a> {
                 state_shape: context.state_dims(weights.weights.len()).into(),
                 files,
                 weight_file: package::WEIGHT_FILE.into(),
-                weights: weights.blobs.iter().map(|blob| named_weight(gguf, blob)).collect(),
+                weights: weights.blobs.iter().map(|blob| named_weight(self.gguf, blob)).collect(),
             });
         }
-        let manifest = self.manifest(packages, residual_scale, selftest);
+        let manifest = self.manifest(identity, packages, residual_scale, selftest);
         let json = manifest.to_json();
         staging.write(package::MANIFEST, json.as_bytes())?;
         staging.publish()?;
 
         let files = manifest.packages.iter().flat_map(|p| &p.files).map(|f| f.bytes).sum::<u64>();
         let bytes = files + manifest.selftest.as_ref().map_or(0, |s| s.bytes) + json.len() as u64;
-        Ok(Report { manifest, bytes, notices })
+        Ok(Report { directory: target.into(), manifest, bytes, write_time: started.elapsed(), notices })
     }
 
     #[cfg(feature = "engine")]
@@ -420,11 +458,11 @@ impl<'a> Plan<'a> {
         notices: &mut Vec<Notice>,
         progress: &mut dyn FnMut(Progress),
     ) -> Result<(Option<manifest::SelfTest>, f32), Error> {
-        if !self.request.options.selftest {
+        if !self.options.selftest {
             notices.push(Notice::NoSelfTest { possible: true });
             return Ok((None, 1.0));
         }
-        let measured = selftest::measure(&self.request, &self.runs, progress)?;
+        let measured = selftest::measure(self.gguf, self.options, &self.runs, progress)?;
         let max_abs = measured.max_abs_hidden.iter().fold(0.0f32, |a, &b| a.max(b));
         let scale = residual_scale(max_abs);
         if scale != 1.0 {
@@ -445,8 +483,7 @@ impl<'a> Plan<'a> {
     }
 
     fn type_notices(&self) -> Vec<Notice> {
-        let (first, last) = self.request.blocks;
-        let types = weights::converted_types(self.request.gguf, first..=last);
+        let types = weights::converted_types(self.gguf, self.blocks.clone());
         let (quantised, rounded): (Vec<_>, Vec<_>) = types.into_iter().partition(|t| t.is_quantized());
         let mut notices = Vec::new();
         if !rounded.is_empty() {
@@ -459,14 +496,14 @@ impl<'a> Plan<'a> {
     }
 
     /// What a package says of itself to someone who opens it in Xcode. Nothing of it is the model file's text.
-    fn metadata(&self, run: &RangeInclusive<u32>) -> proto::Metadata {
-        let (shape, options) = (&self.shape, self.request.options);
+    fn metadata(&self, run: &RangeInclusive<u32>, identity: &Identity<'_>) -> proto::Metadata {
+        let (shape, options) = (&self.shape, self.options);
         let user_defined: BTreeMap<String, String> = [
             ("dim.arch", shape.arch.to_string()),
             ("dim.first_block", run.start().to_string()),
             ("dim.last_block", run.end().to_string()),
             ("dim.model.blocks", shape.n_blocks.to_string()),
-            ("dim.model.sha256", self.request.model_sha256.to_string()),
+            ("dim.model.sha256", identity.model_sha256.to_string()),
             ("dim.n_ctx", options.n_ctx.to_string()),
             ("dim.n_embd", shape.n_embd.to_string()),
             ("dim.n_prefill", options.n_prefill.to_string()),
@@ -484,24 +521,25 @@ impl<'a> Plan<'a> {
 
     fn manifest(
         &self,
+        identity: &Identity<'_>,
         packages: Vec<manifest::Package>,
         residual_scale: f32,
         selftest: Option<manifest::SelfTest>,
     ) -> Manifest {
-        let (shape, request) = (&self.shape, &self.request);
-        let (first_block, last_block) = request.blocks;
+        let shape = &self.shape;
+        let (first_block, last_block) = (*self.blocks.start(), *self.blocks.end());
         let mut ffn_bounds = vec![0];
         ffn_bounds.extend(graph::ffn_parts(shape.n_ff).into_iter().map(|part| part.end));
         Manifest {
             format: manifest::FORMAT.into(),
             version: manifest::VERSION,
             model: manifest::ModelIdentity {
-                name: request.model_name.into(),
-                sha256: request.model_sha256.into(),
+                name: identity.model_name.into(),
+                sha256: identity.model_sha256.into(),
                 arch: shape.arch.into(),
                 n_blocks: shape.n_blocks,
             },
-            slice: manifest::SliceIdentity { first_block, last_block, sha256: request.slice_sha256.into() },
+            slice: manifest::SliceIdentity { first_block, last_block, sha256: identity.slice_sha256.into() },
             dims: manifest::Dims {
                 n_embd: shape.n_embd,
                 n_head: shape.n_head,
@@ -521,14 +559,74 @@ impl<'a> Plan<'a> {
                 magnitude: shape.rope.magnitude,
                 inv_freq: shape.rope.inv_freq.clone(),
             },
-            n_ctx: request.options.n_ctx,
-            n_prefill: request.options.n_prefill,
+            n_ctx: self.options.n_ctx,
+            n_prefill: self.options.n_prefill,
             mask_value: graph::MASKED,
             residual_scale,
             packages,
             selftest,
         }
     }
+}
+
+/// Plans the packages of several middles.
+///
+/// # Errors
+/// As [`Plan::new`].
+pub fn plan_middles<'a>(
+    gguf: &'a Gguf,
+    middles: &[BlockRange],
+    options: Options,
+) -> Result<Vec<Plan<'a>>, Error> {
+    middles.iter().map(|m| Plan::new(gguf, m.first..=m.last, options)).collect()
+}
+
+/// Whether `folder`, or where it will be, has room for the packages and for `more` bytes.
+///
+/// # Errors
+/// It has not.
+pub fn check_space(plans: &[Plan<'_>], folder: &Path, more: u64) -> Result<(), Error> {
+    // per package a program, and per middle a manifest and vectors
+    let files = |plan: &Plan<'_>| {
+        let rows = u64::from(plan.options.n_prefill) + 64;
+        let vectors = 6 * plan.shape.n_embd * rows * (plan.runs.len() as u64 + 1);
+        plan.weight_bytes + vectors + (8 << 20)
+    };
+    let need = plans.iter().map(files).fold(more, u64::saturating_add);
+    let exists = folder.ancestors().find(|f| f.is_dir()).unwrap_or(Path::new("."));
+    match os::free_bytes(exists) {
+        Some(have) if have < need => Err(Error::Space { need, have, path: folder.into() }),
+        _ => Ok(()),
+    }
+}
+
+/// Name of the directory of a middle's packages.
+pub fn directory_name(stem: &str, blocks: &RangeInclusive<u32>) -> String {
+    format!("{stem}.middle-{}..{}.coreml", blocks.start(), blocks.end())
+}
+
+/// Writes the packages of several middles beside their GGUF slices, which `slices` describes.
+///
+/// # Errors
+/// As [`Plan::write`]. Middles before the one that failed are complete.
+pub fn write_middles(
+    plans: &[Plan<'_>],
+    slices: &crate::manifest::Manifest,
+    folder: &Path,
+    stem: &str,
+    progress: &mut dyn FnMut(Progress),
+) -> Result<Vec<Report>, Error> {
+    let write = |plan: &Plan<'_>| {
+        let blocks = plan.blocks();
+        let slice = slices.slices.iter().find(|s| s.first == *blocks.start() && s.last == *blocks.end());
+        let identity = Identity {
+            model_name: &slices.model.name,
+            model_sha256: &slices.model.sha256,
+            slice_sha256: slice.map_or("", |s| &s.sha256),
+        };
+        plan.write(&folder.join(directory_name(stem, &blocks)), &identity, progress)
+    };
+    plans.iter().map(write).collect()
 }
 
 /// The largest power of two that brings `max_abs` under [`SCALED_BELOW`], or 1 where fp16 has room enough.

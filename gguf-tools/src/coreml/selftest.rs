@@ -15,7 +15,8 @@ use llama_sys_patch::{ContextParams, FlashAttn, Input, Model, ModelParams, Outpu
 
 use super::manifest::{Boundary, SelfTest};
 use super::package::{SELF_TEST, Staging};
-use super::{Error, Progress, Request, weights};
+use super::{Error, Options, Progress};
+use crate::gguf::Gguf;
 
 /// Tokens of the calibration text, if the vectors need no more.
 const CALIBRATION_TOKENS: usize = 128;
@@ -62,16 +63,17 @@ pub(super) struct Measured {
 
 /// Evaluates the text up to the end of the last run.
 pub(super) fn measure(
-    request: &Request<'_>,
+    gguf: &Gguf,
+    options: Options,
     runs: &[RangeInclusive<u32>],
     progress: &mut dyn FnMut(Progress),
 ) -> Result<Measured, Error> {
-    let (n_ctx, n_prefill) = (request.options.n_ctx as usize, request.options.n_prefill as usize);
+    let (n_ctx, n_prefill) = (options.n_ctx as usize, options.n_prefill as usize);
     let n_rows = (n_prefill + DECODE_STEPS).min(n_ctx);
     let n_tokens = n_rows.max(CALIBRATION_TOKENS.min(n_ctx));
     progress(Progress::Calibrating { n_tokens });
 
-    let files: Vec<_> = request.gguf.files().collect();
+    let files: Vec<_> = gguf.files().collect();
     let model = Model::load(
         &files,
         ModelParams { gpu_layers: Some(0), use_mmap: true, no_lm_head: true, ..Default::default() },
@@ -81,12 +83,7 @@ pub(super) fn measure(
 
     let first = *runs[0].start();
     let mut rows = vec![0.0; n_tokens * n_embd];
-    if first == 0 {
-        // none of these architectures does anything to an embedding before the first block
-        weights::read_rows(request.gguf, "token_embd.weight", &tokens, &mut rows)?;
-    } else {
-        evaluate(&model, 0..first, Input::Tokens(&tokens), &mut rows)?;
-    }
+    evaluate(&model, 0..first, Input::Tokens(&tokens), &mut rows)?;
     let mut max_abs_hidden = vec![rows.iter().fold(0.0f32, |max, x| max.max(x.abs()))];
     let mut boundaries = vec![rows];
     for run in runs {

@@ -476,24 +476,6 @@ fn pairs_to_halves(data: &mut [u8], head_dim: usize, size: usize, scratch: &mut 
     }
 }
 
-/// Rows of a matrix as F32, by number: (numbers, row length) into `out`.
-///
-/// # Errors
-/// The tensor or a row is missing, its type cannot be read, or reading fails.
-#[cfg(feature = "engine")]
-pub(super) fn read_rows(gguf: &Gguf, name: &str, rows: &[i32], out: &mut [f32]) -> Result<(), Error> {
-    let tensor = gguf.tensor(name).ok_or_else(|| Error::TensorMissing(name.into()))?;
-    check_type(&tensor)?;
-    let mut raw = vec![0; tensor.row_bytes() as usize];
-    for (&row, out) in rows.iter().zip(out.chunks_exact_mut(tensor.dims()[0] as usize)) {
-        let row = u64::try_from(row).ok().filter(|&row| tensor.dims().get(1).is_some_and(|&n| row < n));
-        let row = row.ok_or_else(|| Error::TensorMissing(format!("{name} (a row of it)")))?;
-        tensor.read_at(row * tensor.row_bytes(), &mut raw)?;
-        to_f32(&tensor, &raw, out)?;
-    }
-    Ok(())
-}
-
 /// One row as F32.
 fn to_f32(tensor: &Tensor<'_>, raw: &[u8], values: &mut [f32]) -> Result<(), Error> {
     match tensor.tensor_type() {

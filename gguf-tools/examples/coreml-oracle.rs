@@ -1,0 +1,68 @@
+//! What llama.cpp computes for a run of blocks, in F32: the truth that the packages' evaluator is compared with.
+//!
+//! `coreml-oracle MODEL.gguf FIRST LAST STEPS.json OUT` feeds tokens through the blocks before FIRST, rounds the rows to
+//! fp16 as the wire does, and feeds those through FIRST..=LAST. STEPS.json is a list of {"session", "rewind" (optional),
+//! "tokens"}, done in order; OUT gets, per step, the rows fed and the rows computed, as fp32 (n, n_embd) each.
+
+use std::fs;
+use std::io::Write;
+
+use half::f16;
+use llama_sys_patch::{ContextParams, FlashAttn, Input, Model, ModelParams, Output, Row, Stage, StageParams};
+use serde::Deserialize;
+
+#[derive(Deserialize)]
+struct Step {
+    session: u32,
+    rewind: Option<u32>,
+    tokens: Vec<i32>,
+}
+
+type Result<T> = std::result::Result<T, Box<dyn std::error::Error>>;
+
+fn main() -> Result<()> {
+    let args: Vec<String> = std::env::args().skip(1).collect();
+    let [model, first, last, steps, out] = args.as_slice() else {
+        return Err("usage: coreml-oracle MODEL.gguf FIRST LAST STEPS.json OUT".into());
+    };
+    let (first, last): (u32, u32) = (first.parse()?, last.parse()?);
+    let steps: Vec<Step> = serde_json::from_slice(&fs::read(steps)?)?;
+    let model =
+        Model::load(&[model], ModelParams { gpu_layers: Some(0), use_mmap: true, no_lm_head: true, ..Default::default() })?;
+    let longest = steps.iter().map(|s| s.tokens.len()).max().unwrap_or(0);
+    let n_positions: usize = steps.iter().map(|s| s.tokens.len()).sum();
+    let n_sessions = steps.iter().map(|s| s.session + 1).max().unwrap_or(1);
+    let context = ContextParams {
+        n_ctx: n_positions as u32,
+        n_batch: longest.max(n_sessions as usize) as u32,
+        n_ubatch: longest.max(n_sessions as usize) as u32,
+        max_sessions: n_sessions,
+        flash_attn: FlashAttn::Off,
+        ..ContextParams::default()
+    };
+    let stage = |blocks: std::ops::Range<u32>| {
+        let takes_tokens = blocks.start == 0;
+        Stage::new(&model, StageParams { blocks, takes_tokens, has_lm_head: false, context: context.clone() })
+    };
+    let mut before = stage(0..first)?;
+    let mut middle = stage(first..last + 1)?;
+    let mut out = std::io::BufWriter::new(fs::File::create(out)?);
+    for step in steps {
+        if let Some(position) = step.rewind {
+            before.rewind(step.session, position)?;
+            middle.rewind(step.session, position)?;
+        }
+        let n = step.tokens.len();
+        let rows = Row::chunk(step.session, middle.length(step.session)?, n);
+        let mut hidden = vec![0.0f32; n * model.n_embd()];
+        before.evaluate(&rows, Input::Tokens(&step.tokens), Output::F32(&mut hidden))?;
+        hidden.iter_mut().for_each(|x| *x = f16::from_f32(*x).to_f32());
+        let mut computed = vec![0.0f32; hidden.len()];
+        middle.evaluate(&rows, Input::F32(&hidden), Output::F32(&mut computed))?;
+        for value in hidden.iter().chain(&computed) {
+            out.write_all(&value.to_le_bytes())?;
+        }
+    }
+    out.flush()?;
+    Ok(())
+}
