@@ -3,8 +3,12 @@
 //! The way of the data, and where each part of it stands: docs/ARCHITECTURE.md.
 #![forbid(unsafe_code)]
 
+pub mod device;
 pub mod failure;
 pub mod host;
 pub mod keys;
+pub mod progress;
 pub mod stage;
+pub mod transport;
 pub mod wire;
+pub mod worker;

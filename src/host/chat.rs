@@ -43,7 +43,7 @@ pub fn chat(
 ) -> Result<(), Failure> {
     let model = options.vocabulary;
     let template = ChatTemplate::new(
-        model.chat_template().unwrap_or_default().as_str(),
+        &model.chat_template().unwrap_or_default(),
         &special_text(model, model.bos()),
         &special_text(model, model.eos()),
     )
@@ -96,7 +96,7 @@ pub fn chat(
         engine.rewind(u32::try_from(common).unwrap_or(u32::MAX))?;
         held.truncate(common);
 
-        let mut sampler = Sampler::new(options.sampling, model.n_vocab() as usize).map_err(Failure::misuse)?;
+        let mut sampler = Sampler::new(options.sampling, model.n_vocab()).map_err(Failure::misuse)?;
         let request = Request {
             prompt: &prompt,
             cached: common,
@@ -140,5 +140,6 @@ fn tokenize(model: &Model, text: &str) -> Result<Vec<i32>, Failure> {
 }
 
 fn special_text(model: &Model, token: Option<i32>) -> String {
-    token.map(|t| String::from_utf8_lossy(&model.special_token_text(t)).into_owned()).unwrap_or_default()
+    let text = token.and_then(|t| model.token_name(t).ok());
+    text.map(|t| String::from_utf8_lossy(&t).into_owned()).unwrap_or_default()
 }

@@ -133,7 +133,7 @@ impl Engine for SplitEngine {
 
 /// Stock llama.cpp: the whole model in one `llama_context`.
 pub struct StockEngine {
-    context: llama_sys_patch::StockContext,
+    context: llama_sys_patch::Stock,
     n_vocab: usize,
     n_blocks: u32,
     n_batch: usize,
@@ -142,7 +142,7 @@ pub struct StockEngine {
 
 impl StockEngine {
     /// `context` is of a whole model with this vocabulary and these blocks; `n_batch` is its batch size.
-    pub fn new(context: llama_sys_patch::StockContext, n_vocab: usize, n_blocks: u32, n_batch: u32) -> StockEngine {
+    pub fn new(context: llama_sys_patch::Stock, n_vocab: usize, n_blocks: u32, n_batch: u32) -> StockEngine {
         StockEngine { context, n_vocab, n_blocks, n_batch: n_batch.max(1) as usize, compute: Duration::ZERO }
     }
 

@@ -85,7 +85,7 @@ pub fn generate(
         }
 
         // token -> text
-        let piece = stream.push(&vocabulary.token_bytes(token));
+        let piece = stream.push(&vocabulary.token_bytes(token).unwrap_or_default());
         if !piece.is_empty() {
             on_text(&piece);
             text.push_str(&piece);

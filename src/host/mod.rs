@@ -5,9 +5,15 @@
 //!                                                                                            -> sampler -> token
 //! ```
 
+pub mod chat;
+pub mod commands;
+pub mod engine;
+pub mod generate;
+pub mod interrupt;
 pub mod pipeline;
 pub mod report;
 pub mod sampler;
 pub mod schedule;
+pub mod setup;
 pub mod template;
 pub mod text;

@@ -291,7 +291,7 @@ impl Pipeline {
             StageSlot::Local(stage) => {
                 let before = job.hidden.take();
                 let input = match &before {
-                    Some(hidden) => StageInput::Hidden(hidden),
+                    Some(hidden) => hidden.as_input(),
                     None => StageInput::Tokens(&job.step.tokens),
                 };
                 let mut logits = Vec::new();
@@ -438,7 +438,9 @@ fn replay(stage: &mut dyn RemoteStage, log: &ReplayLog, dtype: Dtype) -> Result<
 }
 
 /// Steps a worker may hold: the one it computes, and the next one already in its socket.
-const REMOTE_WINDOW: usize = 2;
+const REMOTE_WINDOW: usize = REMOTE_WINDOW_U32 as usize;
+/// The same, as it is agreed with a worker.
+pub const REMOTE_WINDOW_U32: u32 = 2;
 
 #[cfg(test)]
 mod tests {
@@ -494,7 +496,8 @@ mod tests {
         ) -> Result<Duration, StageError> {
             let values = match input {
                 StageInput::Tokens(t) => t.iter().map(|&t| t as f32).collect(),
-                StageInput::Hidden(h) => floats(h),
+                StageInput::F32(v) => v.to_vec(),
+                StageInput::F16(v) => v.iter().map(|x| x.to_f32()).collect(),
             };
             let results = self.0.step(spans, &values);
             match output {

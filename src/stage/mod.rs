@@ -4,22 +4,16 @@
 //! on where that session stands. The rows are tokens (only into the head), hidden rows, or logits (only out
 //! of the tail).
 
+pub mod local;
+pub mod remote;
 pub mod replay;
+pub mod verified;
 
 use std::time::Duration;
 
 use half::f16;
 
-/// Consecutive rows of one session in a step.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Span {
-    /// The session's number.
-    pub session: u32,
-    /// The position of the first row: how many tokens this session has before it.
-    pub position: u32,
-    /// How many rows.
-    pub count: u32,
-}
+pub use crate::wire::Span;
 
 /// The number format of hidden rows between stages.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -55,6 +49,14 @@ impl Hidden {
         match dtype {
             Dtype::F16 => Hidden::F16(Vec::new()),
             Dtype::F32 => Hidden::F32(Vec::new()),
+        }
+    }
+
+    /// The rows as a stage takes them.
+    pub fn as_input(&self) -> StageInput<'_> {
+        match self {
+            Hidden::F16(v) => StageInput::F16(v),
+            Hidden::F32(v) => StageInput::F32(v),
         }
     }
 
@@ -105,7 +107,9 @@ pub enum StageInput<'a> {
     /// Token ids, one a row: into the head.
     Tokens(&'a [i32]),
     /// Hidden rows (n_rows, n_embd).
-    Hidden(&'a Hidden),
+    F16(&'a [f16]),
+    /// Hidden rows (n_rows, n_embd).
+    F32(&'a [f32]),
 }
 
 /// What comes out of a stage.

@@ -8,7 +8,7 @@ use crate::host::commands::generate::Run;
 use crate::host::commands::{MachineArgs, PromptArgs};
 use crate::host::engine::StockEngine;
 use crate::host::interrupt::Interrupt;
-use crate::host::setup::{context_params, load_model, set_log, model_name};
+use crate::host::setup::{load_model, model_name, set_log, stock_params};
 
 /// Arguments of `dim-host stock`.
 #[derive(Debug, clap::Args)]
@@ -31,12 +31,12 @@ pub fn run(args: &Args, process_start: Instant) -> Result<(), Failure> {
     args.prompt.sampling.check().map_err(Failure::misuse)?;
     set_log(&args.machine);
     let interrupt = Interrupt::watch();
-    let model = load_model(&args.model, &args.machine, !args.no_mmap, true)?;
+    let model = load_model(&args.model, &args.machine, !args.no_mmap)?;
     let n_ctx = args.machine.n_ctx_for(model.n_ctx_train());
-    let params = context_params(&args.machine, n_ctx, 1);
-    let n_batch = params.n_batch;
-    let context = llama_sys_patch::StockContext::new(&model, &params).map_err(Failure::failed)?;
-    let mut engine = StockEngine::new(context, model.n_vocab() as usize, model.n_blocks(), n_batch);
+    let params = stock_params(&args.machine, n_ctx);
+    let context = llama_sys_patch::Stock::new(&model, &params, None).map_err(Failure::failed)?;
+    let n_batch = context.info().n_batch;
+    let mut engine = StockEngine::new(context, model.n_vocab(), model.n_blocks(), n_batch);
     let name = model_name(&args.model);
     Run { vocabulary: &model, n_ctx, model_name: &name }.run(&mut engine, &args.prompt, &interrupt, process_start)
 }

@@ -1,0 +1,174 @@
+//! `dim-worker`: serves a slice of a split model to one host at a time. See `dim-worker --help`.
+#![forbid(unsafe_code)]
+
+use std::io::Write as _;
+use std::path::PathBuf;
+use std::process::ExitCode;
+use std::sync::Arc;
+
+use clap::Parser;
+use dim::failure::Failure;
+use dim::host::commands::MachineArgs;
+use dim::host::setup::{load_stage, set_log};
+use dim::keys::{Key, KeyStore};
+use dim::stage::verified::{Verify, open_slice};
+use dim::transport::{KeyRing, LinkError, Listener, ListenerConfig, Notice, Readiness, Timing};
+use dim::wire::DType;
+use dim::wire::message::Farewell;
+use dim::wire::terms::{Reason, SliceRole, Terms};
+use dim::{device, worker};
+use gguf_tools::plan::Role;
+use gguf_tools::slice::SliceInfo;
+
+/// Serve a slice of a split model to one host at a time.
+///
+/// Prints `listening on ADDR:PORT` when it is ready. The first time it shows a pairing code for `dim-host pair`.
+#[derive(Parser)]
+#[command(name = "dim-worker", version, max_term_width = 100)]
+struct Args {
+    /// The slice, as dim-split wrote it: STEM.middle-A..B.gguf
+    slice: PathBuf,
+    /// Where to listen; port 0 takes any that is free
+    #[arg(long, value_name = "ADDR:PORT", default_value = "0.0.0.0:7878")]
+    listen: String,
+    /// The key shared with the host: one line, 64 hex digits (default: the ones from pairing)
+    #[arg(long, value_name = "FILE", conflicts_with = "pair")]
+    key_file: Option<PathBuf>,
+    /// Show a pairing code even if a host is paired already
+    #[arg(long)]
+    pair: bool,
+    /// Conversations at once, each with a context of its own
+    #[arg(long = "parallel", value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..=64))]
+    max_sessions: u32,
+    /// When to compare the slice's weights with their digests
+    #[arg(long, value_enum, value_name = "WHEN", default_value = "once")]
+    verify: Verify,
+    /// Map the slice instead of reading it: it must not change while this runs
+    #[arg(long)]
+    mmap: bool,
+    #[command(flatten)]
+    machine: MachineArgs,
+}
+
+fn main() -> ExitCode {
+    match run(&Args::parse()) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(failure) => failure.report(),
+    }
+}
+
+fn run(args: &Args) -> Result<(), Failure> {
+    args.machine.check()?;
+    set_log(&args.machine);
+    let keys = keys(args)?;
+    let info = open_slice(&args.slice, args.verify).map_err(Failure::misuse)?;
+    if info.role != Role::Middle {
+        return Err(Failure::misuse(format!("{} is a {} slice; a worker serves a middle", args.slice.display(), info.role))
+            .hint("the head and the tail stay with dim-host"));
+    }
+    let n_ctx = args.machine.n_ctx_for(info.hparams.n_ctx_train);
+    let terms = terms(args, &info, n_ctx);
+
+    // the door opens before the slice is loaded: an address that cannot be had is known at once, and a host is
+    // told that this worker is loading
+    let loading = Readiness::NotReady(terms.clone(), Reason::NotReady, "still loading its slice".to_owned());
+    let notice = Box::new(|notice: &Notice| eprintln!("{notice}"));
+    let config = ListenerConfig { keys, readiness: loading, timing: Timing::default(), notice };
+    let listener = Arc::new(Listener::bind(&args.listen, config).map_err(cannot_listen)?);
+    end_on_signals(Arc::clone(&listener));
+
+    let mut stage = load_stage(&args.slice, &info, &args.machine, args.mmap, n_ctx, args.machine.n_ubatch, args.max_sessions)?;
+    listener.set_readiness(Readiness::Ready(terms));
+    let count = info.blocks.count();
+    eprintln!(
+        "{}: blocks {}..{} of {} ({count} block{}), {:.2} GiB, context {n_ctx}",
+        info.model_name,
+        info.blocks.first,
+        info.blocks.last,
+        info.model_blocks,
+        if count == 1 { "" } else { "s" },
+        info.file_bytes as f64 / f64::from(1u32 << 30),
+    );
+    if args.key_file.is_none() && (args.pair || KeyStore::of_user().and_then(|s| s.list()).is_ok_and(|l| l.is_empty())) {
+        let code = listener.open_pairing().map_err(Failure::failed)?;
+        eprintln!("pairing code, good for 5 minutes and one host:\n\n    {code}\n\non the host: dim-host pair {}", listener.address());
+    }
+    // a script waits for this line; who does not read it should not end the worker
+    let _ = writeln!(std::io::stdout(), "listening on {}", listener.address());
+    let _ = std::io::stdout().flush();
+
+    while let Some(link) = listener.accept(None) {
+        let host = link.peer().to_owned();
+        eprintln!("serving {host}");
+        match worker::serve(&mut stage, link) {
+            LinkError::Goodbye { why: Farewell::Finished, .. } => eprintln!("{host} has finished"),
+            LinkError::Stopped => {}
+            error => eprintln!("{error}"),
+        }
+    }
+    Ok(())
+}
+
+fn keys(args: &Args) -> Result<Arc<dyn KeyRing>, Failure> {
+    Ok(match &args.key_file {
+        Some(path) => Arc::new(Key::from_file(path).map_err(Failure::misuse)?),
+        None => Arc::new(KeyStore::of_user().map_err(Failure::misuse)?),
+    })
+}
+
+fn cannot_listen(error: LinkError) -> Failure {
+    let text = match &error {
+        LinkError::Unreachable { address, text } => format!("cannot listen on {address}: {text}"),
+        other => other.to_string(),
+    };
+    Failure::misuse(text).hint("--listen takes an address of this machine and a port, as 0.0.0.0:7878")
+}
+
+/// What this worker holds and can do.
+fn terms(args: &Args, info: &SliceInfo, n_ctx: u32) -> Terms {
+    Terms {
+        dtypes: DType::F16.bit() | DType::F32.bit(),
+        role: SliceRole::Middle,
+        instance: u64::from(std::process::id()),
+        n_embd: info.hparams.n_embd,
+        n_blocks: info.model_blocks,
+        first_block: info.blocks.first,
+        last_block: info.blocks.last,
+        n_ctx,
+        max_rows: args.machine.n_ubatch,
+        max_sessions: args.max_sessions,
+        max_in_flight: MAX_IN_FLIGHT,
+        model: info.model_sha256.0,
+        slice: info.slice_sha256.0,
+        arch: info.hparams.arch.clone(),
+        ..Terms::blank(0, &device::software("dim-worker"), &device::name())
+    }
+}
+
+/// SIGINT and SIGTERM: the host is told, the door closes, the program ends. The second one ends it at once.
+fn end_on_signals(listener: Arc<Listener>) {
+    let Ok(runtime) = tokio::runtime::Builder::new_current_thread().enable_io().build() else { return };
+    std::thread::spawn(move || {
+        runtime.block_on(async {
+            signal().await;
+            listener.close(Farewell::ShuttingDown);
+            signal().await;
+            std::process::exit(1);
+        });
+    });
+}
+
+async fn signal() {
+    #[cfg(unix)]
+    if let Ok(mut terminate) = tokio::signal::unix::signal(tokio::signal::unix::SignalKind::terminate()) {
+        tokio::select! {
+            _ = terminate.recv() => {}
+            _ = tokio::signal::ctrl_c() => {}
+        }
+        return;
+    }
+    let _ = tokio::signal::ctrl_c().await;
+}
+
+/// Steps a host may send ahead.
+const MAX_IN_FLIGHT: u32 = 4;

@@ -1,0 +1,454 @@
+//! From file names and addresses to a pipeline that is ready: slices checked and loaded, workers dialled, every
+//! block of the model in exactly one stage.
+
+use std::fmt::Write as _;
+use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
+
+use gguf_tools::gguf::{Gguf, check};
+use gguf_tools::manifest::Manifest;
+use gguf_tools::plan::Role;
+use gguf_tools::slice::SliceInfo;
+use llama_sys_patch::{ContextParams, FlashAttn, LogLevel, Model, ModelParams, Stage, StageParams};
+
+use crate::device;
+use crate::failure::Failure;
+use crate::host::commands::MachineArgs;
+use crate::host::pipeline::{Patience, Pipeline, StageSlot};
+use crate::keys::{Key, KeyStore};
+use crate::progress::Progress;
+use crate::stage::Dtype;
+use crate::stage::local::LlamaStage;
+use crate::stage::remote::WorkerStage;
+use crate::stage::verified::{Verify, open_slice};
+use crate::transport::{LinkError, Timing, inquire};
+use crate::wire::DType;
+use crate::wire::terms::{SliceRole, Terms};
+
+/// The parts of a split model and where they are.
+#[derive(Clone, Debug, clap::Args)]
+pub struct SplitArgs {
+    /// What dim-split wrote: names the head and the tail, and the middles for stages that are to run here
+    #[arg(long, value_name = "STEM.split.json", conflicts_with_all = ["head", "tail", "middle"], required_unless_present = "head")]
+    split: Option<PathBuf>,
+    /// The head slice
+    #[arg(long, value_name = "FILE", requires = "tail")]
+    head: Option<PathBuf>,
+    /// The tail slice
+    #[arg(long, value_name = "FILE", requires = "head")]
+    tail: Option<PathBuf>,
+    /// A middle slice to run in this process
+    #[arg(long, value_name = "FILE")]
+    middle: Vec<PathBuf>,
+    /// A worker that holds a middle slice (repeat for more; their order does not matter)
+    #[arg(long, value_name = "ADDR:PORT")]
+    worker: Vec<String>,
+    /// Number format of the rows that cross the network
+    #[arg(long, value_enum, value_name = "TYPE", default_value = "f16")]
+    wire: WireType,
+    /// The key shared with the workers: one line, 64 hex digits (default: the one from pairing)
+    #[arg(long, value_name = "FILE")]
+    key_file: Option<PathBuf>,
+    /// When to compare the slices' weights with their digests
+    #[arg(long, value_enum, value_name = "WHEN", default_value = "once")]
+    verify: Verify,
+    /// Map the slices instead of reading them: they must not change while this runs
+    #[arg(long)]
+    mmap: bool,
+    /// Longest time a worker may take for one step
+    #[arg(long, value_name = "SECONDS", default_value_t = 120, value_parser = clap::value_parser!(u64).range(1..=86_400))]
+    step_timeout: u64,
+}
+
+#[derive(Clone, Copy, Debug, clap::ValueEnum)]
+enum WireType {
+    /// 2 bytes a value
+    F16,
+    /// 4 bytes a value: bit-exact
+    F32,
+}
+
+/// A split model, ready.
+pub struct Split {
+    /// Its stages.
+    pub pipeline: Pipeline,
+    /// The head, for its vocabulary and chat template.
+    pub vocabulary: Model,
+    /// Positions of a conversation.
+    pub n_ctx: u32,
+    /// Rows per chunk.
+    pub n_ubatch: u32,
+    /// The model's name.
+    pub model_name: String,
+}
+
+/// Where a stage is to run.
+enum Place {
+    File { path: PathBuf, info: SliceInfo },
+    Worker { address: String, key: Key, first: u32, last: u32, slice: [u8; 32] },
+}
+
+impl Place {
+    fn blocks(&self) -> (u32, u32) {
+        match self {
+            Place::File { info, .. } => (info.blocks.first, info.blocks.last),
+            Place::Worker { first, last, .. } => (*first, *last),
+        }
+    }
+}
+
+/// Opens everything and dials everyone.
+pub fn open_split(args: &SplitArgs, machine: &MachineArgs) -> Result<Split, Failure> {
+    set_log(machine);
+    let files = Files::of(args)?;
+    let head = open(&files.head, Role::Head, args.verify)?;
+    let tail = open(&files.tail, Role::Tail, args.verify)?;
+    same_model(&files.head, &head, &files.tail, &tail)?;
+    let n_ctx = machine.n_ctx_for(head.hparams.n_ctx_train);
+
+    // who holds what
+    let mut places = vec![Place::File { path: files.head.clone(), info: head.clone() }];
+    for address in &args.worker {
+        let key = key_for(address, args.key_file.as_deref())?;
+        let offer = keep_trying(address, || inquire(address, &key, &Timing::default()))?;
+        if offer.model != head.model_sha256.0 {
+            return Err(Failure::misuse(format!(
+                "the worker at {address} holds a slice of another model ({}); {} is of {}",
+                describe_offer(&offer), files.head.display(), head.model_name
+            ))
+            .hint("start it with the middle slice that dim-split wrote beside this head"));
+        }
+        let known = files.middles.iter().find(|m| (m.first, m.last) == (offer.first_block, offer.last_block));
+        let slice = known.map_or([0; 32], |m| m.sha256);
+        places.push(Place::Worker { address: address.clone(), key, first: offer.first_block, last: offer.last_block, slice });
+    }
+    let covered = |first: u32, places: &[Place]| places.iter().any(|p| p.blocks().0 == first);
+    for middle in &files.middles {
+        // a middle that no worker holds runs here, if its file is at hand
+        if covered(middle.first, &places) {
+            continue;
+        }
+        if !middle.path.is_file() {
+            return Err(Failure::misuse(format!(
+                "nobody has blocks {}..{}: no worker holds them, and {} is not here",
+                middle.first, middle.last, middle.path.display()
+            ))
+            .hint("name the worker with --worker ADDR:PORT"));
+        }
+        let info = open(&middle.path, Role::Middle, args.verify)?;
+        same_model(&files.head, &head, &middle.path, &info)?;
+        places.push(Place::File { path: middle.path.clone(), info });
+    }
+    places.push(Place::File { path: files.tail.clone(), info: tail });
+    places.sort_by_key(|p| p.blocks().0);
+    check_chain(&places, head.model_blocks)?;
+
+    // loaded and dialled
+    let dtype = match args.wire {
+        WireType::F16 => Dtype::F16,
+        WireType::F32 => Dtype::F32,
+    };
+    let mut n_ubatch = machine.n_ubatch;
+    let mut slots: Vec<Option<StageSlot>> = Vec::new();
+    for place in &places {
+        slots.push(match place {
+            Place::File { .. } => None,
+            Place::Worker { address, key, first, last, slice } => {
+                let terms = Terms {
+                    dtypes: match dtype {
+                        Dtype::F16 => DType::F16.bit(),
+                        Dtype::F32 => DType::F32.bit(),
+                    },
+                    role: SliceRole::Middle,
+                    instance: random_instance(),
+                    n_embd: head.hparams.n_embd,
+                    n_blocks: head.model_blocks,
+                    first_block: *first,
+                    last_block: *last,
+                    n_ctx,
+                    max_rows: n_ubatch,
+                    max_sessions: 1,
+                    max_in_flight: crate::host::pipeline::REMOTE_WINDOW_U32,
+                    model: head.model_sha256.0,
+                    slice: *slice,
+                    arch: head.hparams.arch.clone(),
+                    ..Terms::blank(0, &device::software("dim-host"), &device::name())
+                };
+                let limit = Duration::from_secs(args.step_timeout);
+                let stage = keep_trying(address, || {
+                    WorkerStage::connect(address, key, terms.clone(), Timing::default(), limit)
+                })?;
+                if let Some(link) = stage.link() {
+                    n_ubatch = n_ubatch.min(link.agreed().max_rows);
+                }
+                Some(StageSlot::Remote(Box::new(stage)))
+            }
+        });
+    }
+    let mut vocabulary = None;
+    let mut stages = Vec::new();
+    for (place, slot) in places.iter().zip(slots) {
+        stages.push(match (place, slot) {
+            (_, Some(remote)) => remote,
+            (Place::File { path, info }, None) => {
+                let stage = load_stage(path, info, machine, args.mmap, n_ctx, n_ubatch, 1)?;
+                if info.role == Role::Head {
+                    vocabulary = Some(stage.inner().model().clone());
+                }
+                StageSlot::Local(Box::new(stage))
+            }
+            (Place::Worker { .. }, None) => unreachable!("every worker was dialled above"),
+        });
+    }
+    let vocabulary = vocabulary.expect("the head is a file");
+    let pipeline = Pipeline::new(stages, dtype, Patience::default());
+    eprintln!("{}", picture(&places, head.model_blocks));
+    Ok(Split { pipeline, vocabulary, n_ctx, n_ubatch, model_name: head.model_name })
+}
+
+/// A middle that a manifest or an argument names.
+struct MiddleFile {
+    path: PathBuf,
+    first: u32,
+    last: u32,
+    sha256: [u8; 32],
+}
+
+/// The files of a split model.
+struct Files {
+    head: PathBuf,
+    tail: PathBuf,
+    middles: Vec<MiddleFile>,
+}
+
+impl Files {
+    fn of(args: &SplitArgs) -> Result<Files, Failure> {
+        if let Some(path) = &args.split {
+            let manifest = Manifest::read(path).map_err(Failure::misuse)?;
+            let file = |i: usize| Manifest::slice_path(path, &manifest.slices[i]);
+            let last = manifest.slices.len() - 1;
+            let middles = (1..last).map(|i| {
+                let slice = &manifest.slices[i];
+                let sha256 = gguf_tools::digest::Sha::parse(&slice.sha256).map_or([0; 32], |s| s.0);
+                MiddleFile { path: file(i), first: slice.first, last: slice.last, sha256 }
+            });
+            return Ok(Files { head: file(0), tail: file(last), middles: middles.collect() });
+        }
+        let (Some(head), Some(tail)) = (&args.head, &args.tail) else {
+            return Err(Failure::misuse("give --split STEM.split.json, or --head FILE and --tail FILE"));
+        };
+        let middles = args.middle.iter().map(|path| {
+            let info = open(path, Role::Middle, Verify::Never)?;
+            let (first, last) = (info.blocks.first, info.blocks.last);
+            Ok(MiddleFile { path: path.clone(), first, last, sha256: info.slice_sha256.0 })
+        });
+        Ok(Files { head: head.clone(), tail: tail.clone(), middles: middles.collect::<Result<_, Failure>>()? })
+    }
+}
+
+/// Reads and checks a slice that has to be a `role`.
+fn open(path: &Path, role: Role, verify: Verify) -> Result<SliceInfo, Failure> {
+    let info = open_slice(path, verify).map_err(Failure::misuse)?;
+    if info.role != role {
+        return Err(Failure::misuse(format!("{} is a {} slice, not a {role}", path.display(), info.role))
+            .hint("--split STEM.split.json names all files at once"));
+    }
+    Ok(info)
+}
+
+fn same_model(path: &Path, a: &SliceInfo, other: &Path, b: &SliceInfo) -> Result<(), Failure> {
+    if a.model_sha256 == b.model_sha256 {
+        return Ok(());
+    }
+    Err(Failure::misuse(format!(
+        "{} and {} are slices of different models ({} {:.8}, {} {:.8})",
+        path.display(), other.display(),
+        a.model_name, a.model_sha256.to_string(), b.model_name, b.model_sha256.to_string()
+    ))
+    .hint("take the slices of one dim-split run"))
+}
+
+/// Every block in exactly one stage, in order.
+fn check_chain(places: &[Place], n_blocks: u32) -> Result<(), Failure> {
+    let mut next = 0;
+    for place in places {
+        let (first, last) = place.blocks();
+        if first > next {
+            return Err(Failure::misuse(format!("nobody has blocks {next}..{}", first - 1))
+                .hint("name the worker that holds them with --worker ADDR:PORT, or the file with --middle FILE"));
+        }
+        if first < next {
+            return Err(Failure::misuse(format!("two stages have block {first}"))
+                .hint("head, middles and tail must follow each other: take the slices of one dim-split run"));
+        }
+        next = last + 1;
+    }
+    if next != n_blocks {
+        return Err(Failure::misuse(format!("nobody has blocks {next}..{}", n_blocks - 1)));
+    }
+    Ok(())
+}
+
+/// Loads a slice as a stage.
+pub fn load_stage(
+    path: &Path,
+    info: &SliceInfo,
+    machine: &MachineArgs,
+    mmap: bool,
+    n_ctx: u32,
+    n_ubatch: u32,
+    max_sessions: u32,
+) -> Result<LlamaStage, Failure> {
+    let is_tail = info.role == Role::Tail;
+    let model = load(&[path.to_owned()], machine, mmap, is_tail)?;
+    let context = ContextParams {
+        n_ctx,
+        n_batch: n_ubatch,
+        n_ubatch,
+        n_threads: machine.n_threads(),
+        max_sessions,
+        flash_attn: FlashAttn::Auto,
+    };
+    let params = StageParams {
+        blocks: 0..model.n_blocks(),
+        takes_tokens: info.role == Role::Head,
+        has_lm_head: is_tail,
+        context,
+    };
+    let stage = Stage::new(&model, params)
+        .map_err(|e| Failure::failed(format!("{}: {e}", path.display())).hint("a smaller --ctx needs less memory"))?;
+    Ok(LlamaStage::new(stage, info.role.as_str(), info.blocks.first))
+}
+
+/// Loads a whole model, after this project's own checks: llama.cpp aborts on some files that these refuse.
+pub fn load_model(path: &Path, machine: &MachineArgs, mmap: bool) -> Result<Model, Failure> {
+    let gguf = Gguf::open(path).map_err(Failure::misuse)?;
+    check::model(&gguf).map_err(Failure::misuse)?;
+    let files: Vec<PathBuf> = gguf.files().map(Path::to_owned).collect();
+    drop(gguf);
+    load(&files, machine, mmap, true)
+}
+
+fn load(files: &[PathBuf], machine: &MachineArgs, mmap: bool, lm_head: bool) -> Result<Model, Failure> {
+    let name = files[0].file_name().unwrap_or_default().to_string_lossy().into_owned();
+    let bytes: u64 = files.iter().filter_map(|f| std::fs::metadata(f).ok()).map(|m| m.len()).sum();
+    let mut progress = Progress::new(format!("loading {name}"));
+    let mut on_progress = |fraction: f32| {
+        progress.update((f64::from(fraction) * bytes as f64) as u64, bytes);
+        true
+    };
+    let params = ModelParams {
+        gpu_layers: machine.gpu_layers,
+        use_mmap: mmap,
+        no_lm_head: !lm_head,
+        device: None,
+        progress: Some(&mut on_progress),
+    };
+    Model::load(files, params).map_err(Failure::failed)
+}
+
+/// Settings of a stock context.
+pub fn stock_params(machine: &MachineArgs, n_ctx: u32) -> ContextParams {
+    ContextParams {
+        n_ctx,
+        n_batch: 2048.max(machine.n_ubatch),
+        n_ubatch: machine.n_ubatch,
+        n_threads: machine.n_threads(),
+        max_sessions: 1,
+        flash_attn: FlashAttn::Auto,
+    }
+}
+
+/// How much of llama.cpp's log is shown.
+pub fn set_log(machine: &MachineArgs) {
+    llama_sys_patch::set_log(if machine.verbose { LogLevel::Everything } else { LogLevel::Silent });
+}
+
+/// The key for a worker: from a file, or from pairing.
+pub fn key_for(address: &str, file: Option<&Path>) -> Result<Key, Failure> {
+    match file {
+        Some(path) => Key::from_file(path).map_err(Failure::misuse),
+        None => KeyStore::of_user().and_then(|store| store.for_address(address)).map_err(|e| {
+            Failure::misuse(e).hint(format!("dim-host pair {address}, with the code that the worker shows"))
+        }),
+    }
+}
+
+/// Dials until it works, for as long as a lost worker is looked for: the two sides may be started in any order.
+fn keep_trying<T>(address: &str, mut attempt: impl FnMut() -> Result<T, LinkError>) -> Result<T, Failure> {
+    let patience = Patience::default();
+    let start = Instant::now();
+    let mut pause = patience.first_pause;
+    let mut told = false;
+    loop {
+        let error = match attempt() {
+            Ok(done) => return Ok(done),
+            Err(e) => e,
+        };
+        let waited = start.elapsed();
+        if !error.may_pass() || waited >= patience.give_up_after {
+            return Err(refused(&error));
+        }
+        if !told {
+            eprintln!("{error}; trying for up to {} s", patience.give_up_after.as_secs());
+            told = true;
+        }
+        std::thread::sleep(pause.min(patience.give_up_after - waited));
+        pause = (pause * 2).min(patience.longest_pause);
+        let _ = address;
+    }
+}
+
+/// A link's error with the way out.
+pub fn refused(error: &LinkError) -> Failure {
+    use crate::wire::HandshakeError;
+    match error {
+        LinkError::Refused { .. } => Failure::misuse(error).hint("the line above names the side to fix"),
+        LinkError::Handshake { error: HandshakeError::Key { .. }, .. } => {
+            Failure::misuse(error).hint("pair again: `dim-worker --pair`, then `dim-host pair ADDR:PORT`; or give both the same --key-file")
+        }
+        LinkError::Busy { .. } => Failure::failed(error).hint("stop the other host, or use another worker"),
+        LinkError::Unreachable { .. } => {
+            Failure::failed(error).hint("is dim-worker running there, on the same network, and its port open?")
+        }
+        other if other.may_pass() => Failure::failed(other),
+        other => Failure::misuse(other),
+    }
+}
+
+fn describe_offer(offer: &Terms) -> String {
+    if offer.role == SliceRole::None {
+        return "no slice at all".to_owned();
+    }
+    format!("{} blocks {}..{} of {}", offer.arch, offer.first_block, offer.last_block, offer.n_blocks)
+}
+
+/// One line: which blocks run where.
+fn picture(places: &[Place], n_blocks: u32) -> String {
+    let mut line = format!("{n_blocks} blocks: ");
+    for (i, place) in places.iter().enumerate() {
+        let (first, last) = place.blocks();
+        let count = last - first + 1;
+        let plural = if count == 1 { "" } else { "s" };
+        let _ = match place {
+            Place::File { info, .. } => write!(line, "{} {first}..{last} here ({count} block{plural})", info.role),
+            Place::Worker { address, .. } => write!(line, "{first}..{last} on {address} ({count} block{plural})"),
+        };
+        if i + 1 < places.len() {
+            line.push_str(" -> ");
+        }
+    }
+    line
+}
+
+/// The file's name without its folder and `.gguf`.
+pub fn model_name(path: &Path) -> String {
+    path.file_stem().unwrap_or_default().to_string_lossy().into_owned()
+}
+
+fn random_instance() -> u64 {
+    let mut bytes = [0; 8];
+    // zero is allowed: it only keeps the worker from recognising a ghost of this process
+    let _ = getrandom::fill(&mut bytes);
+    u64::from_le_bytes(bytes)
+}

@@ -1,0 +1,45 @@
+//! Progress of something slow, on stderr: a line that renews itself on a terminal, nothing elsewhere.
+
+use std::io::{IsTerminal, Write};
+use std::time::{Duration, Instant};
+
+/// A line such as `loading head.gguf  42 %  1.3 GiB/s`.
+pub struct Progress {
+    what: String,
+    shown: bool,
+    terminal: bool,
+    start: Instant,
+    last: Option<Instant>,
+}
+
+impl Progress {
+    /// Nothing is shown before the first [`update`](Self::update), and nothing in the first half second.
+    pub fn new(what: impl Into<String>) -> Progress {
+        Progress { what: what.into(), shown: false, terminal: std::io::stderr().is_terminal(), start: Instant::now(), last: None }
+    }
+
+    /// `done` of `total` bytes.
+    pub fn update(&mut self, done: u64, total: u64) {
+        let now = Instant::now();
+        let due = self.last.is_none_or(|t| now - t >= Duration::from_millis(100));
+        if !self.terminal || now - self.start < Duration::from_millis(500) || !due {
+            return;
+        }
+        self.last = Some(now);
+        self.shown = true;
+        let percent = if total == 0 { 100.0 } else { done as f64 / total as f64 * 100.0 };
+        let rate = done as f64 / (now - self.start).as_secs_f64();
+        let left = (total.saturating_sub(done)) as f64 / rate.max(1.0);
+        let gib = rate / f64::from(1u32 << 30);
+        eprint!("\r\x1b[K{}  {percent:.0} %  {gib:.2} GiB/s  {left:.0} s left", self.what);
+        let _ = std::io::stderr().flush();
+    }
+}
+
+impl Drop for Progress {
+    fn drop(&mut self) {
+        if self.shown {
+            eprint!("\r\x1b[K");
+        }
+    }
+}

@@ -1,0 +1,111 @@
+//! A stage in this process: a slice evaluated by llama.cpp.
+
+use std::time::{Duration, Instant};
+
+use llama_sys_patch::{Error, Input, Output, Row, Stage};
+
+use crate::stage::{Hidden, LocalStage, Span, StageError, StageInput, StageOutput};
+
+/// A slice, loaded, with its place in the model.
+pub struct LlamaStage {
+    stage: Stage,
+    role: &'static str,
+    /// the model's number of the slice's block 0
+    first_block: u32,
+    rows: Vec<Row>,
+}
+
+impl LlamaStage {
+    /// `first_block` is the model's number of the slice's first block: errors name blocks as the model does.
+    pub fn new(stage: Stage, role: &'static str, first_block: u32) -> LlamaStage {
+        LlamaStage { stage, role, first_block, rows: Vec::new() }
+    }
+
+    /// The stage itself.
+    pub fn inner(&self) -> &Stage {
+        &self.stage
+    }
+
+    /// Runs one step; as [`LocalStage::evaluate`], with llama.cpp's error.
+    pub fn run(&mut self, spans: &[Span], input: StageInput<'_>, output: StageOutput<'_>) -> Result<Duration, Error> {
+        let start = Instant::now();
+        self.rows.clear();
+        for span in spans {
+            let row = |i| Row { session: span.session, position: span.position + i, want_output: false };
+            self.rows.extend((0..span.count).map(row));
+        }
+        let n_embd = self.stage.model().n_embd();
+        let input = match input {
+            StageInput::Tokens(tokens) => Input::Tokens(tokens),
+            StageInput::F16(rows) => Input::F16(rows),
+            StageInput::F32(rows) => Input::F32(rows),
+        };
+        match output {
+            StageOutput::Hidden(hidden) => {
+                hidden.resize(self.rows.len() * n_embd);
+                let output = match hidden {
+                    Hidden::F16(rows) => Output::F16(rows),
+                    Hidden::F32(rows) => Output::F32(rows),
+                };
+                self.stage.evaluate(&self.rows, input, output)?;
+            }
+            StageOutput::Logits { rows, out } => {
+                self.rows.iter_mut().zip(rows).for_each(|(row, &wanted)| row.want_output = wanted);
+                let n_wanted = rows.iter().filter(|w| **w).count();
+                out.resize(n_wanted * self.stage.model().n_vocab(), 0.0);
+                self.stage.evaluate(&self.rows, input, Output::Logits(out))?;
+            }
+        }
+        Ok(start.elapsed())
+    }
+
+    /// The error in the model's words: its block numbers, and what to do.
+    pub fn explain(&self, error: &Error) -> String {
+        match error {
+            Error::OutputNotFinite { block, count, .. } => {
+                format!("block {} gave {count} values that are not finite", self.first_block + block)
+            }
+            Error::OutputOverflows { block, count, max_abs, .. } => format!(
+                "block {} gave {count} values beyond 65504, the largest F16 number (up to {max_abs:.0})",
+                self.first_block + block
+            ),
+            other => other.to_string(),
+        }
+    }
+
+    /// The model's number of the slice's first block.
+    pub fn first_block(&self) -> u32 {
+        self.first_block
+    }
+
+    /// Forgets the rows of `session` from `position` on; nothing, where it has none.
+    pub fn rewind_session(&mut self, session: u32, position: u32) -> Result<(), Error> {
+        let length = self.stage.length(session)?;
+        if position < length { self.stage.rewind(session, position) } else { Ok(()) }
+    }
+}
+
+impl LocalStage for LlamaStage {
+    fn name(&self) -> String {
+        self.role.to_owned()
+    }
+
+    fn blocks(&self) -> Option<(u32, u32)> {
+        let range = &self.stage.params().blocks;
+        let last = range.end.checked_sub(1)?;
+        (range.start < range.end).then_some((self.first_block + range.start, self.first_block + last))
+    }
+
+    fn evaluate(
+        &mut self,
+        spans: &[Span],
+        input: StageInput<'_>,
+        output: StageOutput<'_>,
+    ) -> Result<Duration, StageError> {
+        self.run(spans, input, output).map_err(|e| StageError::Failed(self.explain(&e)))
+    }
+
+    fn rewind(&mut self, session: u32, position: u32) -> Result<(), StageError> {
+        self.rewind_session(session, position).map_err(|e| StageError::Failed(e.to_string()))
+    }
+}
