@@ -184,7 +184,7 @@ impl Store {
             n if n < ALIGN => n,
             _ => 0,
         };
-        if used > 0 {
+        if used > 0 && !self.bytes.is_empty() {
             bytes[base..base + used].copy_from_slice(&self.bytes[self.base..self.base + used]);
         }
         (self.bytes, self.base) = (bytes, base);

@@ -653,6 +653,33 @@ impl<'a> Message<'a> {
         Ok(message)
     }
 
+    /// The message without its borrow. `None` for STEP, STEP_DONE and PUSH_DATA, whose bytes stay where they are.
+    pub fn into_owned(self) -> Option<Message<'static>> {
+        Some(match self {
+            Message::Step(_) | Message::StepDone(_) | Message::PushData { .. } => return None,
+            Message::Hello(terms) => Message::Hello(terms),
+            Message::Accept(terms) => Message::Accept(terms),
+            Message::Refuse { reason, terms, text } => Message::Refuse { reason, terms, text },
+            Message::Busy { since_ms, name } => Message::Busy { since_ms, name },
+            Message::Inquire => Message::Inquire,
+            Message::Offer(terms) => Message::Offer(terms),
+            Message::PairRequest { name, software } => Message::PairRequest { name, software },
+            Message::PairGrant { key, name, software } => Message::PairGrant { key, name, software },
+            Message::PairStored => Message::PairStored,
+            Message::Rewind { session, position } => Message::Rewind { session, position },
+            Message::EndSession { session } => Message::EndSession { session },
+            Message::Heartbeat(status) => Message::Heartbeat(status),
+            Message::Ping(number) => Message::Ping(number),
+            Message::Pong(number) => Message::Pong(number),
+            Message::Error(fault) => Message::Error(fault),
+            Message::Goodbye(why) => Message::Goodbye(why),
+            Message::PushOffer(offer) => Message::PushOffer(offer),
+            Message::PushNeed(have) => Message::PushNeed(have),
+            Message::PushStored { item, bytes } => Message::PushStored { item, bytes },
+            Message::PushResult { outcome, item, text } => Message::PushResult { outcome, item, text },
+        })
+    }
+
     /// Appends the message's bytes.
     pub fn encode(&self, out: &mut Vec<u8>) {
         let start = out.len();
