@@ -10,5 +10,6 @@ pub mod keys;
 pub mod progress;
 pub mod stage;
 pub mod transport;
+pub mod transport;
 pub mod wire;
 pub mod worker;

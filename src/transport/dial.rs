@@ -32,7 +32,8 @@ pub fn dial(address: &str, key: &Key, need: &Terms, timing: &Timing) -> Result<L
                 opening.deadline = preparing_ends.min(Instant::now() + timing.silence);
             }
             Message::Refuse { reason, terms, text } => {
-                let mismatches = terms::agree(&hello, &terms).err().filter(|_| is_comparison(reason)).unwrap_or_default();
+                let mismatches =
+                    terms::agree(&hello, &terms).err().filter(|_| is_comparison(reason)).unwrap_or_default();
                 let peer = described(&terms, address);
                 return Err(LinkError::Refused { peer, reason, mismatches, text });
             }
@@ -140,7 +141,9 @@ impl Opening {
             address: address.to_owned(),
             text: match e.kind() {
                 ErrorKind::ConnectionRefused => "nothing listens there: is the worker running?".to_owned(),
-                ErrorKind::TimedOut => "no answer: is the worker running, and is this the right network?".to_owned(),
+                ErrorKind::TimedOut => {
+                    "no answer: is the worker running, and is this the right network?".to_owned()
+                }
                 _ => e.to_string(),
             },
         };
@@ -215,7 +218,8 @@ impl Opening {
         self.out.clear();
         let mut outgoing = Outgoing::new(&plain, &[]);
         let broken = |peer: &str, text: String| LinkError::Broken { peer: peer.to_owned(), text };
-        while self.sealer.seal(&mut outgoing, &mut self.out).map_err(|e| broken(&self.peer, e.to_string()))? {}
+        while self.sealer.seal(&mut outgoing, &mut self.out).map_err(|e| broken(&self.peer, e.to_string()))? {
+        }
         zeroize::Zeroize::zeroize(&mut plain);
         tcp::write_until(&self.stream, &self.out, self.deadline.max(Instant::now() + LAST_WORDS))
             .map_err(|e| broken(&self.peer, e.to_string()))?;

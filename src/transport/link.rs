@@ -413,7 +413,9 @@ impl Receiver {
         loop {
             match self.receive(Some(deadline)) {
                 Ok(_) => {}
-                Err(said @ (LinkError::Fault { .. } | LinkError::Goodbye { .. } | LinkError::Refused { .. })) => {
+                Err(
+                    said @ (LinkError::Fault { .. } | LinkError::Goodbye { .. } | LinkError::Refused { .. }),
+                ) => {
                     return said;
                 }
                 Err(_) => return error,
@@ -456,7 +458,8 @@ pub(super) struct Parts {
 
 /// Takes a connection over at the moment of agreement. `place` is dropped when the receiver is.
 pub(super) fn start(parts: Parts, place: Option<Box<dyn Send>>) -> Result<Link, LinkError> {
-    let Parts { stream, peer, label, agreed, peer_terms, timing, mut connection, sealer, mut inbox, .. } = parts;
+    let Parts { stream, peer, label, agreed, peer_terms, timing, mut connection, sealer, mut inbox, .. } =
+        parts;
     let broken = |e: std::io::Error| LinkError::Broken { peer: peer.clone(), text: e.to_string() };
     tcp::tick(&stream).map_err(broken)?;
     connection.begin_serving(agreed.clone());
@@ -573,7 +576,8 @@ impl Shared {
             }
             // the link's thread is reading: what it finds is for us
             intake.owner_waits = true;
-            let left = deadline.map_or(Duration::from_secs(3600), |d| d.saturating_duration_since(Instant::now()));
+            let left =
+                deadline.map_or(Duration::from_secs(3600), |d| d.saturating_duration_since(Instant::now()));
             if left.is_zero() {
                 intake.owner_waits = false;
                 return Err(self.too_late(begun));
@@ -819,7 +823,8 @@ impl Shared {
 
 /// Rows of a message from an [`Inbox`], which lie aligned by its construction.
 fn aligned(dtype: crate::wire::DType, hidden: &[u8]) -> RowsRef<'_> {
-    RowsRef::from_bytes(dtype, hidden).expect("an inbox's messages begin at a multiple of 64, their rows at one of 8")
+    RowsRef::from_bytes(dtype, hidden)
+        .expect("an inbox's messages begin at a multiple of 64, their rows at one of 8")
 }
 
 fn micros(time: Duration) -> u32 {

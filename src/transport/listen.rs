@@ -158,7 +158,9 @@ impl Listener {
         let unreachable = |e: std::io::Error| LinkError::Unreachable {
             address: address.to_owned(),
             text: match e.kind() {
-                std::io::ErrorKind::AddrInUse => "another program listens there: choose another --listen".to_owned(),
+                std::io::ErrorKind::AddrInUse => {
+                    "another program listens there: choose another --listen".to_owned()
+                }
                 _ => e.to_string(),
             },
         };
@@ -206,7 +208,8 @@ impl Listener {
                 None => Duration::from_secs(3600),
                 Some(d) => d.checked_duration_since(Instant::now()).filter(|l| !l.is_zero())?,
             };
-            (place, _) = self.door.place_changed.wait_timeout(place, left).unwrap_or_else(PoisonError::into_inner);
+            (place, _) =
+                self.door.place_changed.wait_timeout(place, left).unwrap_or_else(PoisonError::into_inner);
         }
     }
 
@@ -433,8 +436,12 @@ impl Door {
         };
         let sent = verdict.answer.len() as u64;
         if !verdict.answer.is_empty() {
-            tcp::write_until(stream, &verdict.answer, deadline.max(Instant::now() + Duration::from_millis(200)))
-                .map_err(|e| e.to_string())?;
+            tcp::write_until(
+                stream,
+                &verdict.answer,
+                deadline.max(Instant::now() + Duration::from_millis(200)),
+            )
+            .map_err(|e| e.to_string())?;
         }
         match verdict.outcome {
             Ok(established) => {
@@ -537,7 +544,11 @@ impl Door {
             return Err(LinkError::Keys(why));
         }
         let terms = lock(&self.readiness).terms(opening.version);
-        opening.send(&Message::PairGrant { key: *key.bytes(), name: terms.name, software: terms.software })?;
+        opening.send(&Message::PairGrant {
+            key: *key.bytes(),
+            name: terms.name,
+            software: terms.software,
+        })?;
         let stored = opening.receive("store its key").map(|_| ());
         match &stored {
             Ok(()) => (self.notice)(&Notice::Paired { name, key: key.id() }),
@@ -579,7 +590,9 @@ impl Door {
         if opening.send(&Message::Accept(held)).is_err() {
             return;
         }
-        let Ok(link) = link::start(opening.into_parts(host, agreed, hello), Some(Box::new(occupied))) else { return };
+        let Ok(link) = link::start(opening.into_parts(host, agreed, hello), Some(Box::new(occupied))) else {
+            return;
+        };
         let mut place = lock(&self.place);
         if let Some(serving) = place.serving.as_mut().filter(|s| s.number == number) {
             serving.link = Some(link::stopper(&link));
@@ -620,7 +633,8 @@ impl Door {
                 if left.is_zero() {
                     break;
                 }
-                (place, _) = self.place_changed.wait_timeout(place, left).unwrap_or_else(PoisonError::into_inner);
+                (place, _) =
+                    self.place_changed.wait_timeout(place, left).unwrap_or_else(PoisonError::into_inner);
             }
         }
         if let Some(serving) = &place.serving {
