@@ -10,6 +10,5 @@ pub mod keys;
 pub mod progress;
 pub mod stage;
 pub mod transport;
-pub mod transport;
 pub mod wire;
 pub mod worker;
