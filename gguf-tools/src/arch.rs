@@ -86,9 +86,21 @@ pub const SUPPORTED: &[Arch] = &[
     Arch { name: "phi3", models: "Phi 3 and 4", rope_whole_head: false, ..PLAIN },
     Arch { name: "phi2", models: "Phi 2", lm_head: LmHead::Own, rope_whole_head: false, ..PLAIN },
     // from 64 blocks on it is refused, see `refuse_by_keys`
-    Arch { name: "command-r", models: "Command R", lm_head: LmHead::Embedding, rope_whole_head: false, ..PLAIN },
+    Arch {
+        name: "command-r",
+        models: "Command R",
+        lm_head: LmHead::Embedding,
+        rope_whole_head: false,
+        ..PLAIN
+    },
     Arch { name: "falcon", models: "Falcon", ..PLAIN },
-    Arch { name: "gptneox", models: "Pythia, GPT-NeoX", lm_head: LmHead::Own, rope_whole_head: false, ..PLAIN },
+    Arch {
+        name: "gptneox",
+        models: "Pythia, GPT-NeoX",
+        lm_head: LmHead::Own,
+        rope_whole_head: false,
+        ..PLAIN
+    },
     Arch { name: "exaone", models: "EXAONE 3", ..PLAIN },
     Arch { name: "chatglm", models: "ChatGLM 3, GLM 4 9B", rope_whole_head: false, ..PLAIN },
     Arch { name: "seed_oss", models: "Seed-OSS", ..PLAIN },

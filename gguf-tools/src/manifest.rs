@@ -112,11 +112,14 @@ impl Manifest {
         // a manifest has a line per slice: a larger file is something else
         let len = fs::metadata(path).map_err(io)?.len();
         if len > MAX_BYTES {
-            return Err(io(io::Error::new(io::ErrorKind::InvalidData, format!("{len} bytes is no manifest"))));
+            return Err(io(io::Error::new(
+                io::ErrorKind::InvalidData,
+                format!("{len} bytes is no manifest"),
+            )));
         }
         let text = fs::read(path).map_err(io)?;
-        let manifest: Manifest =
-            serde_json::from_slice(&text).map_err(|source| ManifestError::Json { path: path.to_owned(), source })?;
+        let manifest: Manifest = serde_json::from_slice(&text)
+            .map_err(|source| ManifestError::Json { path: path.to_owned(), source })?;
         if manifest.version != VERSION {
             return Err(ManifestError::Version { path: path.to_owned(), found: manifest.version });
         }
@@ -154,7 +157,10 @@ impl Manifest {
                 return Err(format!("slice {i} is the {}, not the {role}", slice.role));
             }
             if Some(slice.first) != next || slice.last < slice.first {
-                return Err(format!("slice {i} has blocks {}..{}, which do not follow", slice.first, slice.last));
+                return Err(format!(
+                    "slice {i} has blocks {}..{}, which do not follow",
+                    slice.first, slice.last
+                ));
             }
             // a name, not a path: a manifest cannot point outside its folder
             let plain = !slice.file.is_empty() && !slice.file.contains(['/', '\\', '\0']);

@@ -259,10 +259,14 @@ pub enum PlanError {
     #[error("--middle {0} and --middle {1} share blocks")]
     Overlap(BlockRange, BlockRange),
     /// Blocks between two middles belong to nobody.
-    #[error("blocks between --middle {0} and --middle {1} would be in no slice; let one begin where the other ends")]
+    #[error(
+        "blocks between --middle {0} and --middle {1} would be in no slice; let one begin where the other ends"
+    )]
     Gap(BlockRange, BlockRange),
     /// A tensor that no slice has a place for.
-    #[error("{file}: tensor '{tensor}' has no place in a slice; the model has more than this program knows of")]
+    #[error(
+        "{file}: tensor '{tensor}' has no place in a slice; the model has more than this program knows of"
+    )]
     UnknownTensor {
         /// The file.
         file: String,
@@ -278,7 +282,9 @@ pub enum PlanError {
         key: String,
     },
     /// Requantising without ggml.
-    #[error("changing types needs ggml's quantisers: build gguf-tools with its `engine` feature (the default)")]
+    #[error(
+        "changing types needs ggml's quantisers: build gguf-tools with its `engine` feature (the default)"
+    )]
     NeedsEngine,
     /// The type asked for does not fit.
     #[error("tensor '{tensor}' cannot be stored as {to}: {why}")]
@@ -320,7 +326,8 @@ impl<'a> Plan<'a> {
         let ranges = ranges(&request.middles, hparams.n_blocks)?;
         let model_name = hparams.name.clone().unwrap_or_else(|| request.stem.clone());
         let cutter = Cutter { gguf, arch, hparams: &hparams, request, model_name: &model_name };
-        let slices = ranges.into_iter().map(|(role, blocks)| cutter.slice(role, blocks)).collect::<Result<_, _>>()?;
+        let slices =
+            ranges.into_iter().map(|(role, blocks)| cutter.slice(role, blocks)).collect::<Result<_, _>>()?;
         Ok(Plan { gguf, hparams, model_name, slices })
     }
 
@@ -331,7 +338,10 @@ impl<'a> Plan<'a> {
 
     /// Whether anything changes its type.
     pub fn requantises(&self) -> bool {
-        self.slices.iter().flat_map(|s| &s.tensors).any(|(_, source)| matches!(source, Source::Requantised(_)))
+        self.slices
+            .iter()
+            .flat_map(|s| &s.tensors)
+            .any(|(_, source)| matches!(source, Source::Requantised(_)))
     }
 }
 
@@ -417,11 +427,17 @@ impl<'a> Cutter<'a, '_> {
             let value = match (key, below_arch) {
                 // how the source was spread over files is no concern of a slice
                 _ if key.starts_with("split.") => continue,
-                _ if role == Role::Middle && key.starts_with("tokenizer.") && key != "tokenizer.ggml.model" => continue,
+                _ if role == Role::Middle
+                    && key.starts_with("tokenizer.")
+                    && key != "tokenizer.ggml.model" =>
+                {
+                    continue;
+                }
                 ("tokenizer.ggml.model", _) if role == Role::Middle => Value::string("none"),
                 (_, Some("block_count")) => Value::U32(blocks.count()),
                 (_, Some("vocab_size")) if role == Role::Middle => Value::U32(1),
-                (_, Some("embedding_scale")) if role != Role::Head => match self.arch.neutral_embedding_scale {
+                (_, Some("embedding_scale")) if role != Role::Head => match self.arch.neutral_embedding_scale
+                {
                     Some(scale) => Value::F32(scale),
                     None => entry.value,
                 },
@@ -446,28 +462,40 @@ impl<'a> Cutter<'a, '_> {
             set("residual_scale", Value::F32(scale.of(self.hparams.n_blocks)));
         }
         let zeros = "0".repeat(64);
-        out.extend([
-            (keys::VERSION, Value::U32(VERSION)),
-            (keys::ROLE, Value::string(role.as_str())),
-            (keys::FIRST_BLOCK, Value::U32(blocks.first)),
-            (keys::LAST_BLOCK, Value::U32(blocks.last)),
-            (keys::MODEL_BLOCKS, Value::U32(self.hparams.n_blocks)),
-            (keys::MODEL_NAME, Value::string(self.model_name)),
-            (keys::MODEL_SHA256, Value::string(zeros.as_str())),
-            (keys::SLICE_SHA256, Value::string(zeros.as_str())),
-            (keys::TENSOR_SHA256, Value::Array(Array::of_strings(std::iter::repeat_n(&zeros, n_tensors)))),
-        ]
-        .map(|(key, value)| (Cow::Borrowed(key), value)));
+        out.extend(
+            [
+                (keys::VERSION, Value::U32(VERSION)),
+                (keys::ROLE, Value::string(role.as_str())),
+                (keys::FIRST_BLOCK, Value::U32(blocks.first)),
+                (keys::LAST_BLOCK, Value::U32(blocks.last)),
+                (keys::MODEL_BLOCKS, Value::U32(self.hparams.n_blocks)),
+                (keys::MODEL_NAME, Value::string(self.model_name)),
+                (keys::MODEL_SHA256, Value::string(zeros.as_str())),
+                (keys::SLICE_SHA256, Value::string(zeros.as_str())),
+                (
+                    keys::TENSOR_SHA256,
+                    Value::Array(Array::of_strings(std::iter::repeat_n(&zeros, n_tensors))),
+                ),
+            ]
+            .map(|(key, value)| (Cow::Borrowed(key), value)),
+        );
         Ok(out)
     }
 
     /// An array with a value per block, cut to the slice's blocks; anything else as it is.
-    fn per_block(&self, key: &str, name: &str, value: Value<'a>, blocks: BlockRange) -> Result<Value<'a>, PlanError> {
+    fn per_block(
+        &self,
+        key: &str,
+        name: &str,
+        value: Value<'a>,
+        blocks: BlockRange,
+    ) -> Result<Value<'a>, PlanError> {
         let Value::Array(array) = &value else { return Ok(value) };
         if array.len() != u64::from(self.hparams.n_blocks) || NOT_PER_BLOCK.contains(&name) {
             return Ok(value);
         }
-        if !PER_BLOCK.contains(&name) || matches!(array.element_type(), ValueType::String | ValueType::Array) {
+        if !PER_BLOCK.contains(&name) || matches!(array.element_type(), ValueType::String | ValueType::Array)
+        {
             return Err(PlanError::UnknownArray {
                 file: self.gguf.path().display().to_string(),
                 key: Shown(key).to_string(),
@@ -500,7 +528,10 @@ impl<'a> Cutter<'a, '_> {
                 ("token_embd.weight" | "output.weight", Role::Middle) => {
                     // one row, for the loader; the tail's or head's own type
                     if name == "token_embd.weight" || own_head {
-                        out.push((TensorSpec::new(name, tensor.tensor_type(), [tensor.dims()[0], 1]), Source::Start(tensor)));
+                        out.push((
+                            TensorSpec::new(name, tensor.tensor_type(), [tensor.dims()[0], 1]),
+                            Source::Start(tensor),
+                        ));
                     }
                 }
                 ("token_embd.weight", Role::Tail) if own_head => out.push(placeholder(tensor)),
@@ -535,7 +566,8 @@ impl<'a> Cutter<'a, '_> {
     /// Whether the lm_head must stay `output.weight` in every file: the loader demands that name, or there is a
     /// scale to it, which the loader refuses (by ending the process) for an lm_head that is the embedding.
     fn needs_own_head(&self) -> bool {
-        let scaled = ["output.scale", "output.input_scale"].iter().any(|name| self.gguf.tensor(name).is_some());
+        let scaled =
+            ["output.scale", "output.input_scale"].iter().any(|name| self.gguf.tensor(name).is_some());
         self.arch.lm_head == LmHead::Own || scaled && self.gguf.tensor("output.weight").is_some()
     }
 
@@ -601,7 +633,20 @@ mod tests {
         assert_eq!("11..=16".parse(), Ok(range(11, 16)));
         assert_eq!(range(11, 16).count(), 6);
         assert_eq!(range(3, 3).to_string(), "3..3");
-        for bad in ["", "3", "..", "3..", "..3", "4..3", "a..b", "+1..2", "1..-2", "1...2", "1..==2", "1..4294967295"] {
+        for bad in [
+            "",
+            "3",
+            "..",
+            "3..",
+            "..3",
+            "4..3",
+            "a..b",
+            "+1..2",
+            "1..-2",
+            "1...2",
+            "1..==2",
+            "1..4294967295",
+        ] {
             assert!(bad.parse::<BlockRange>().is_err(), "{bad}");
         }
     }

@@ -16,7 +16,11 @@ use crate::{
 pub(crate) fn check(tensor: &Tensor<'_>, to: TensorType) -> Result<(), PlanError> {
     let refuse = |why: String| Err(PlanError::Type { tensor: tensor.name().to_owned(), to, why });
     if !tensor.dims()[0].is_multiple_of(to.block_len()) {
-        return refuse(format!("its rows have {} values, not a multiple of {}", tensor.dims()[0], to.block_len()));
+        return refuse(format!(
+            "its rows have {} values, not a multiple of {}",
+            tensor.dims()[0],
+            to.block_len()
+        ));
     }
     if !cfg!(feature = "engine") {
         return Err(PlanError::NeedsEngine);
@@ -61,7 +65,8 @@ pub(crate) fn rows(
         let from = &mut from[..(n * row_bytes) as usize];
         let values = &mut values[..n as usize * n_per_row];
         tensor.read_at(row * row_bytes, from)?;
-        llama_sys_patch::dequantize_rows(tensor.tensor_type().id(), from, n_per_row, values).map_err(failed)?;
+        llama_sys_patch::dequantize_rows(tensor.tensor_type().id(), from, n_per_row, values)
+            .map_err(failed)?;
         let out = llama_sys_patch::quantize_rows(to.id(), values, n_per_row).map_err(failed)?;
         each(from, &out)?;
         row += n;

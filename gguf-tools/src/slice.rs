@@ -97,7 +97,11 @@ impl SliceInfo {
         if blocks.count() != hparams.n_blocks {
             let says = format!("{} blocks", hparams.n_blocks);
             let key = format!("{}.block_count", hparams.arch);
-            return Err(refuse(&key, says, &format!("{}, as many as dim.first_block to dim.last_block", blocks.count())));
+            return Err(refuse(
+                &key,
+                says,
+                &format!("{}, as many as dim.first_block to dim.last_block", blocks.count()),
+            ));
         }
         Ok(SliceInfo {
             role,
@@ -153,7 +157,28 @@ pub fn verify_opened(gguf: &Gguf, mut progress: impl FnMut(u64, u64)) -> Result<
             return Err(SliceError::Tensor { file: file(), tensor: Shown(tensor.name()).to_string() });
         }
     }
+    padding(gguf, &mut buf)?;
     Ok(info)
+}
+
+/// What stands between the tensors and behind the last one: zeros up to the alignment, as they were written.
+fn padding(gguf: &Gguf, buf: &mut [u8]) -> Result<(), SliceError> {
+    let changed = || SliceError::Padding { file: gguf.path().display().to_string() };
+    let mut end = gguf.data_offset();
+    for tensor in gguf.tensors() {
+        if tensor.file_offset() != end {
+            return Err(changed());
+        }
+        let data_end = end + tensor.n_bytes();
+        end += tensor.n_bytes().next_multiple_of(gguf.alignment());
+        // an alignment is at most as large as the buffer
+        let pad = &mut buf[..(end.min(gguf.file_bytes()) - data_end) as usize];
+        gguf.read_file_at(data_end, pad)?;
+        if pad.iter().any(|&b| b != 0) {
+            return Err(changed());
+        }
+    }
+    if end == gguf.file_bytes() { Ok(()) } else { Err(changed()) }
 }
 
 /// The digest of everything before the tensor data.
@@ -188,7 +213,9 @@ pub enum SliceError {
     #[error("{0}: not a slice; cut the model with dim-split")]
     NotASlice(String),
     /// Cut by a later version of this program.
-    #[error("{file}: a slice of version {found:?}, this program reads version {VERSION}; cut the model again")]
+    #[error(
+        "{file}: a slice of version {found:?}, this program reads version {VERSION}; cut the model again"
+    )]
     Version {
         /// The file.
         file: String,
@@ -198,6 +225,12 @@ pub enum SliceError {
     /// Metadata or tensor descriptions were changed.
     #[error("{file}: hash mismatch in its metadata: the file was changed or damaged; copy it again")]
     Header {
+        /// The file.
+        file: String,
+    },
+    /// Bytes between or behind the tensors were changed.
+    #[error("{file}: bytes between its tensors or behind them were changed; copy it again")]
+    Padding {
         /// The file.
         file: String,
     },

@@ -244,7 +244,8 @@ fn compare(
     plan: &Plan<'_>,
 ) -> Result<(), SplitError> {
     let differs = |what: &str| Err(SplitError::Differs { file: slice.file.clone(), what: what.to_owned() });
-    if info.model_sha256.to_string() != manifest.model.sha256 || info.slice_sha256.to_string() != entry.sha256 {
+    if info.model_sha256.to_string() != manifest.model.sha256 || info.slice_sha256.to_string() != entry.sha256
+    {
         return differs("its identity");
     }
     if gguf.metadata().len() != slice.metadata.len() || gguf.n_tensors() != slice.tensors.len() {
@@ -260,7 +261,8 @@ fn compare(
     let digests = digests.as_ref().and_then(Value::as_array);
     let digests: Vec<&[u8]> = digests.map(|a| a.strings().collect()).unwrap_or_default();
     for (i, (found, (spec, source))) in gguf.tensors().zip(&slice.tensors).enumerate() {
-        let described = found.name() == spec.name && found.tensor_type() == spec.tensor_type && found.dims() == spec.dims;
+        let described =
+            found.name() == spec.name && found.tensor_type() == spec.tensor_type && found.dims() == spec.dims;
         let carried = match source {
             // equal digests of what was just read from both
             Source::Whole(tensor) => {

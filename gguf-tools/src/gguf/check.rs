@@ -92,7 +92,9 @@ impl<'a> Keys<'a> {
         let plain = |s: &&str| !s.is_empty() && s.len() <= 64 && s.bytes().all(|b| b.is_ascii_graphic());
         match value.as_str().filter(plain) {
             Some(arch) => Ok(Keys { gguf, arch: arch.to_owned() }),
-            None => Err(gguf.key_error(key, Rule::KeyType { found: kind, must: "the name of an architecture" })),
+            None => {
+                Err(gguf.key_error(key, Rule::KeyType { found: kind, must: "the name of an architecture" }))
+            }
         }
     }
 
@@ -179,14 +181,20 @@ impl<'a> Keys<'a> {
         let out_of_range = |n: u64| n < u64::from(least) || n > u64::from(most);
         match self.gguf.get(&self.key(name)) {
             None => Ok(None),
-            Some(Value::U32(n)) if out_of_range(n.into()) => self.refuse(name, n, format!("{least} to {most}")),
+            Some(Value::U32(n)) if out_of_range(n.into()) => {
+                self.refuse(name, n, format!("{least} to {most}"))
+            }
             Some(Value::U32(n)) => Ok(Some(vec![n; n_blocks as usize])),
             Some(Value::Array(a)) => {
                 if !matches!(a.element_type(), ValueType::U32 | ValueType::I32) {
                     return Err(self.wrong_type(name, &Value::Array(a), "u32, or an array of u32 or i32"));
                 }
                 if a.len() != u64::from(n_blocks) {
-                    return self.refuse(name, format!("{} values", a.len()), format!("{n_blocks}, one per block"));
+                    return self.refuse(
+                        name,
+                        format!("{} values", a.len()),
+                        format!("{n_blocks}, one per block"),
+                    );
                 }
                 // a block of some unsupported architectures has no attention, and so no heads
                 let least = if arch::is_supported(&self.arch) { least } else { 0 };
@@ -287,7 +295,11 @@ impl<'a> Keys<'a> {
         }
         if groups > 1 {
             if !n_expert.is_multiple_of(groups) {
-                return self.refuse("expert_group_count", groups, format!("a divisor of expert_count, {n_expert}"));
+                return self.refuse(
+                    "expert_group_count",
+                    groups,
+                    format!("a divisor of expert_count, {n_expert}"),
+                );
             }
             if groups_used == 0 || groups_used >= groups {
                 return self.refuse("expert_group_used_count", groups_used, format!("1 to {}", groups - 1));
@@ -305,13 +317,21 @@ impl<'a> Keys<'a> {
         let key = self.within("attention.key_length", 1, 1 << 16)?;
         let value = self.within("attention.value_length", 1, 1 << 16)?;
         if (key.is_none() || value.is_none()) && !n_embd.is_multiple_of(n_head) {
-            return self.refuse("attention.head_count", n_head, format!("a divisor of embedding_length, {n_embd}"));
+            return self.refuse(
+                "attention.head_count",
+                n_head,
+                format!("a divisor of embedding_length, {n_embd}"),
+            );
         }
         let (key, value) = (key.unwrap_or(n_embd / n_head), value.unwrap_or(n_embd / n_head));
         let rope = self.within("rope.dimension_count", 0, key)?.unwrap_or(key);
         if let Some(arch) = arch::find(&self.arch).ok() {
             if key != value {
-                return self.refuse("attention.value_length", value, format!("{key}, the same as key_length"));
+                return self.refuse(
+                    "attention.value_length",
+                    value,
+                    format!("{key}, the same as key_length"),
+                );
             }
             if !rope.is_multiple_of(2) || rope == 0 {
                 return self.refuse("rope.dimension_count", rope, "even, and at least 2");
@@ -359,7 +379,8 @@ impl<'a> Keys<'a> {
 
 /// The tokenizer, and how many tokens there are.
 fn vocabulary(gguf: &Gguf, keys: &Keys<'_>, hparams: &Hparams) -> Result<u32, Error> {
-    let refuse = |key: &str, says: String, must: String| Err(gguf.key_error(key, Rule::Hparam { says, must }));
+    let refuse =
+        |key: &str, says: String, must: String| Err(gguf.key_error(key, Rule::Hparam { says, must }));
     let kind = match gguf.get("tokenizer.ggml.model") {
         None => return Err(gguf.key_error("tokenizer.ggml.model", Rule::KeyMissing)),
         Some(Value::String(s)) => String::from_utf8_lossy(&s).into_owned(),
@@ -377,7 +398,10 @@ fn vocabulary(gguf: &Gguf, keys: &Keys<'_>, hparams: &Hparams) -> Result<u32, Er
         Some(t) => t.dims().get(1).copied().unwrap_or(1),
         None => {
             let rule = Rule::TensorMissing { blocks: hparams.n_blocks.into() };
-            return Err(Error { place: super::Place::Tensor("token_embd.weight".into()), ..Error::file(gguf.path(), rule) });
+            return Err(Error {
+                place: super::Place::Tensor("token_embd.weight".into()),
+                ..Error::file(gguf.path(), rule)
+            });
         }
     };
     let Ok(rows) = u32::try_from(rows) else {
@@ -462,8 +486,7 @@ fn token_arrays(gguf: &Gguf, tokens: &Array<'_>, kind: &str) -> Result<(), Error
         }
         Some(other) => Err(gguf.key_error(key, Rule::KeyType { found: other.value_type(), must })),
     };
-    let scores =
-        array("tokenizer.ggml.scores", &[ValueType::F32, ValueType::I32], "an array of f32 or i32")?;
+    let scores = array("tokenizer.ggml.scores", &[ValueType::F32, ValueType::I32], "an array of f32 or i32")?;
     if let Some(i) = scores.iter().flat_map(|a| a.iter()).position(|v| v.as_f64().is_some_and(f64::is_nan)) {
         let rule = Rule::Hparam { says: format!("NaN for token {i}"), must: "a number".into() };
         return Err(gguf.key_error("tokenizer.ggml.scores", rule));
@@ -471,7 +494,9 @@ fn token_arrays(gguf: &Gguf, tokens: &Array<'_>, kind: &str) -> Result<(), Error
     let types = array("tokenizer.ggml.token_type", &[ValueType::I32], "an array of i32")?;
     if let Some(types) = &types {
         const BYTE: Value<'_> = Value::I32(6);
-        for (i, (text, _)) in tokens.strings().zip(types.iter()).enumerate().filter(|(_, (_, ty))| *ty == BYTE) {
+        for (i, (text, _)) in
+            tokens.strings().zip(types.iter()).enumerate().filter(|(_, (_, ty))| *ty == BYTE)
+        {
             if !is_byte_token(text) {
                 let rule = Rule::Hparam {
                     says: format!("{:?} for byte token {i}", String::from_utf8_lossy(text)),
@@ -488,7 +513,8 @@ fn token_arrays(gguf: &Gguf, tokens: &Array<'_>, kind: &str) -> Result<(), Error
             match text {
                 [b] => has[*b as usize] = true,
                 _ if is_byte_token(text) => {
-                    let hex = std::str::from_utf8(&text[3..5]).ok().and_then(|h| u8::from_str_radix(h, 16).ok());
+                    let hex =
+                        std::str::from_utf8(&text[3..5]).ok().and_then(|h| u8::from_str_radix(h, 16).ok());
                     has[hex.unwrap_or(0) as usize] = true;
                 }
                 _ => {}
@@ -558,7 +584,8 @@ fn tensors(gguf: &Gguf, hparams: &Hparams) -> Result<(), Error> {
             match blocks.get_mut(block as usize) {
                 Some(seen) => *seen = true,
                 None => {
-                    let must = format!("in one of the {} blocks, 0 to {}", hparams.n_blocks, hparams.n_blocks - 1);
+                    let must =
+                        format!("in one of the {} blocks, 0 to {}", hparams.n_blocks, hparams.n_blocks - 1);
                     return Err(tensor.error(Rule::Hparam { says: format!("block {block}"), must }));
                 }
             }
@@ -586,7 +613,9 @@ fn tensor_type(tensor: &Tensor<'_>) -> Result<(), Error> {
     let found = tensor.tensor_type();
     if matches!(found, I8 | I16 | I32 | I64 | F64 | Q8_1 | Q8_K) {
         // ggml has them for intermediate results: no operation on weights takes them
-        return Err(tensor.error(Rule::TensorTypeForbidden { found, must: "a type for weights, such as F16" }));
+        return Err(
+            tensor.error(Rule::TensorTypeForbidden { found, must: "a type for weights, such as F16" })
+        );
     }
     if needs_f32(tensor.name()) && found != F32 {
         return Err(tensor.error(Rule::TensorTypeForbidden { found, must: "F32" }));
@@ -608,7 +637,10 @@ fn needs_f32(name: &str) -> bool {
 pub fn block_of(name: &str) -> Option<u32> {
     let (number, _) = name.strip_prefix("blk.")?.split_once('.')?;
     // as ggml writes it: no sign, no leading zero
-    if number.is_empty() || number.len() > 1 && number.starts_with('0') || !number.bytes().all(|b| b.is_ascii_digit()) {
+    if number.is_empty()
+        || number.len() > 1 && number.starts_with('0')
+        || !number.bytes().all(|b| b.is_ascii_digit())
+    {
         return None;
     }
     Some(number.parse().unwrap_or(u32::MAX))

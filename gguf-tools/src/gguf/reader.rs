@@ -202,7 +202,8 @@ impl Gguf {
     /// Byte offset of a key's value in the first file.
     pub fn value_offset(&self, key: &str) -> Option<u64> {
         let part = &self.parts[0];
-        let at = part.entries_by_key.binary_search_by(|&i| part.key(&part.entries[i as usize]).cmp(key)).ok()?;
+        let at =
+            part.entries_by_key.binary_search_by(|&i| part.key(&part.entries[i as usize]).cmp(key)).ok()?;
         Some(part.entries[part.entries_by_key[at] as usize].value_start)
     }
 
