@@ -4,6 +4,26 @@
 
 namespace dim {
 
+// Most positions of all sessions together: llama.cpp keeps some 60 bytes of bookkeeping for each.
+constexpr uint64_t max_positions = 1u << 22;
+
+// Refuses a KV cache larger than the machine: the allocation would succeed, and writing to it would end the process.
+static void check_kv_fits(const llama_model & model, uint64_t n_positions) {
+    auto * cpu = ggml_backend_dev_by_type(GGML_BACKEND_DEVICE_TYPE_CPU);
+    if (!cpu) return;
+    size_t free = 0, total = 0;
+    ggml_backend_dev_memory(cpu, &free, &total);
+    uint64_t bytes = 0;
+    for (uint32_t block = 0; block < model.hparams.n_layer(); block++) {
+        if (model.dev_layer((int) block) != cpu || !model.hparams.has_kv(block)) continue;
+        bytes += n_positions * (model.hparams.n_embd_k_gqa(block) + model.hparams.n_embd_v_gqa(block)) * sizeof(ggml_fp16_t);
+    }
+    if (total > 0 && bytes > total) {
+        fail(DIM_OUT_OF_MEMORY, "a context of %llu positions needs %.1f GiB for keys and values; this machine has %.1f GiB",
+             (unsigned long long) n_positions, (double) bytes / (1 << 30), (double) total / (1 << 30));
+    }
+}
+
 llama_context_ptr make_context(llama_model * model, const dim_context_params & params, uint32_t n_outputs_max) {
     const auto range = [](const char * name, uint64_t value, uint64_t least, uint64_t most) {
         if (value < least || value > most) {
@@ -12,11 +32,13 @@ llama_context_ptr make_context(llama_model * model, const dim_context_params & p
         }
     };
     range("max_sessions", params.max_sessions, 1, LLAMA_MAX_SEQ);
-    range("n_ctx",        params.n_ctx,        1, (1u << 30) / params.max_sessions);
+    range("n_ctx",        params.n_ctx,        1, max_positions / params.max_sessions);
     range("n_batch",      params.n_batch,      1, 1u << 20);
     range("n_ubatch",     params.n_ubatch,     1, params.n_batch);
     range("n_ubatch",     params.n_ubatch,     params.max_sessions, params.n_batch);   // a chunk has a row of each session
     range("n_threads",    params.n_threads,    1, GGML_MAX_N_THREADS);
+
+    check_kv_fits(*model, (uint64_t) params.n_ctx * params.max_sessions);
 
     auto p = llama_context_default_params();
     // Without one session more than asked for, and each with its own cells: the arithmetic of one session then is
