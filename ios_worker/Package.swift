@@ -21,12 +21,23 @@ import PackageDescription
 let package = Package(
     name: "DIMWorker",
     platforms: [.iOS(.v18), .macOS(.v15)],
-    products: [.library(name: "DIMWorkerKit", targets: ["DIMWire"])],
+    products: [
+        .library(name: "DIMWorkerKit", targets: ["DIMWire", "DIMCrypto", "DIMStage", "DIMCoreML", "DIMServer"]),
+        .executable(name: "dim-worker-swift", targets: ["dim-worker-swift"]),
+    ],
     targets: systemTargets + [
         .target(name: "DIMCrypto", dependencies: cryptoDependencies),
         .target(name: "DIMWire", dependencies: ["DIMCrypto"]),
+        .target(name: "DIMStage", dependencies: ["DIMWire"]),
+        .target(name: "DIMReference", dependencies: ["DIMStage"]),
+        .target(name: "DIMCoreML", dependencies: ["DIMStage"]),
+        .target(name: "DIMServer", dependencies: ["DIMWire", "DIMStage"]),
+        .executableTarget(
+            name: "dim-worker-swift", dependencies: ["DIMServer", "DIMReference", "DIMCoreML"]),
         .testTarget(name: "DIMCryptoTests", dependencies: ["DIMCrypto"]),
         .testTarget(name: "DIMWireTests", dependencies: ["DIMWire"]),
+        .testTarget(name: "DIMStageTests", dependencies: ["DIMStage", "DIMReference"]),
+        .testTarget(name: "DIMServerTests", dependencies: ["DIMServer"]),
     ],
     swiftLanguageModes: [.v6]
 )

@@ -1,0 +1,128 @@
+// What a server is told by the program around it, and what it tells back.
+import DIMCrypto
+import DIMStage
+import DIMWire
+import Foundation
+
+/// How the device is at this moment.
+public struct DeviceState: Equatable, Sendable {
+    public var temperature = Heartbeat.Temperature.unknown
+    /// per cent
+    public var battery: UInt8?
+    /// what the process may still take: bytes
+    public var memory: UInt64?
+
+    public init() {}
+}
+
+/// Keys of paired hosts, wherever a system keeps secrets.
+public protocol KeyStore: Sendable {
+    func keys() -> [PairKey]
+    /// Keeps `key` for the host called `name`.
+    func add(_ key: PairKey, name: String) throws
+}
+
+public struct ServerConfiguration: Sendable {
+    /// "ADDR:PORT"; port 0: any
+    public var listen = "0.0.0.0:7878"
+    /// of this device, for people
+    public var name = "worker"
+    public var software = "dim-worker-swift 0.1.0"
+    public var maxInFlight: UInt32 = 4
+    /// where pushed packages go; nil = none are taken
+    public var pushStore: PushStore?
+    public var keys: any KeyStore
+    public var device: @Sendable () -> DeviceState = { DeviceState() }
+    /// Called from the server's threads.
+    public var report: @Sendable (ServerEvent) -> Void = { _ in }
+
+    public init(keys: any KeyStore) { self.keys = keys }
+}
+
+/// What a person may want to know.
+public enum ServerEvent: Sendable, Equatable {
+    case listening(String)
+    /// the listener is gone, and not because it was told to stop
+    case listenerLost
+    case connected(host: String, address: String, connection: String)
+    case disconnected(host: String, why: String)
+    /// somebody was turned away
+    case refused(address: String, why: String)
+    /// rows evaluated in one step, and how long it took
+    case step(rows: Int, microseconds: UInt64)
+    case paired(host: String)
+    /// the pairing window closed: expired, used, or spent
+    case pairingClosed
+    case pushing(bytes: UInt64, of: UInt64)
+    /// a push is complete and verified, at this place
+    case pushed(URL)
+}
+
+/// What the server has to serve.
+public enum StageState: Sendable {
+    case none
+    /// it is being loaded or tested; the text says what
+    case loading(StageShape, String)
+    case ready(any Stage)
+    /// it must not be used; the text says why
+    case failed(StageShape, String)
+
+    var shape: StageShape? {
+        switch self {
+        case .none: nil
+        case .loading(let shape, _), .failed(let shape, _): shape
+        case .ready(let stage): stage.shape
+        }
+    }
+}
+
+/// A key that a file holds: one line of 64 hexadecimal digits.
+public struct KeyFile: KeyStore {
+    private let key: PairKey
+
+    public init?(contentsOf path: String) {
+        guard let text = try? String(contentsOfFile: path, encoding: .utf8), let key = PairKey(line: text) else {
+            return nil
+        }
+        self.key = key
+    }
+
+    public func keys() -> [PairKey] { [key] }
+
+    public func add(_ key: PairKey, name: String) throws {
+        throw KeyStoreError("this worker was started with --key-file: it does not pair")
+    }
+}
+
+/// Keys in a directory, one file each, readable by their owner only.
+public struct KeyDirectory: KeyStore {
+    private let directory: URL
+
+    public init(_ directory: URL) { self.directory = directory }
+
+    public func keys() -> [PairKey] {
+        let names = (try? FileManager.default.contentsOfDirectory(atPath: directory.path)) ?? []
+        return names.filter { $0.hasSuffix(".key") }.sorted().compactMap { name in
+            let file = directory.appendingPathComponent(name)
+            let text = try? String(contentsOf: file, encoding: .utf8)
+            return text.flatMap { PairKey(line: String($0.prefix { $0 != "\n" })) }
+        }
+    }
+
+    public func add(_ key: PairKey, name: String) throws {
+        try FileManager.default.createDirectory(
+            at: directory, withIntermediateDirectories: true, attributes: [.posixPermissions: 0o700])
+        // the file is named by the key's id: the host's name is only written into it
+        let file = directory.appendingPathComponent(hex(key.id.bytes) + ".key")
+        let content = Data("\(key.line)\n# \(shown(name))\n".utf8)
+        guard
+            FileManager.default.createFile(
+                atPath: file.path, contents: content, attributes: [.posixPermissions: 0o600])
+        else { throw KeyStoreError("\(file.path) cannot be written") }
+    }
+}
+
+public struct KeyStoreError: Error, CustomStringConvertible {
+    public let description: String
+    public init(_ description: String) { self.description = description }
+}

@@ -1,0 +1,292 @@
+// Listens, admits one host at a time, and lets each connection run on a thread of its own.
+//
+//     accept thread -> connection thread: bytes <-> WorkerConnection <-> Stage
+//     ticker thread:   heartbeats while a connection thread computes; the end of the pairing window
+//
+// `start` and `stop` may follow each other as often as an app goes to the background and comes back: a suspended app has
+// lost every listener and connection, so `start` always makes a new listener.
+import DIMCrypto
+import DIMStage
+import DIMWire
+import Foundation
+
+public final class Server: @unchecked Sendable {
+    let configuration: ServerConfiguration
+    /// random, per process
+    private let instance = UInt64.random(in: .min ... .max)
+    private let lock = NSLock()
+
+    // Everything below is touched under `lock` only.
+    private var stage = StageState.none
+    private var listener: Socket?
+    private var connections: [ObjectIdentifier: Connection] = [:]
+    private var serving: Serving?
+    private var window: PairingWindow?
+    private var lastLog: [String: Milliseconds] = [:]
+    private var ticking = false
+
+    /// The host that has the worker.
+    private struct Serving {
+        let connection: Connection
+        let key: KeyID
+        let instance: UInt64
+        let host: String
+        let since: Milliseconds
+    }
+
+    private struct PairingWindow {
+        let code: PairingCode
+        let until: Milliseconds
+        var tries: Int
+    }
+
+    /// Whether a connection may have the worker.
+    enum Admission {
+        case admitted(any Stage)
+        case busy(Busy)
+        /// a dead connection of the same host has it: it was told to end, ask again
+        case replacing
+        case refused(RefusalReason, String)
+        case failed(ErrorReport)
+    }
+
+    public init(_ configuration: ServerConfiguration) { self.configuration = configuration }
+
+    // MARK: for the program around it
+
+    /// Listens. Returns the address, with the real port.
+    @discardableResult
+    public func start() throws(SocketError) -> String {
+        let socket = try Socket.listen(configuration.listen)
+        let address = socket.address(ofPeer: false)
+        let tick: Bool = locked {
+            listener?.shutDown()
+            listener = socket
+            defer { ticking = true }
+            return !ticking
+        }
+        Thread.start("dim accept") { self.accept(socket) }
+        if tick { Thread.start("dim tick") { self.tick() } }
+        configuration.report(.listening(address))
+        return address
+    }
+
+    /// Says GOODBYE to whoever is connected and stops listening.
+    public func stop(_ reason: GoodbyeReason) {
+        let (socket, open) = locked {
+            defer { listener = nil }
+            return (listener, Array(connections.values))
+        }
+        socket?.shutDown()
+        for connection in open { connection.leave(reason) }
+    }
+
+    public var isListening: Bool { locked { listener != nil } }
+
+    /// What is served from now on. A host that is being served by another stage is told to come back.
+    public func serve(_ stage: StageState) {
+        let old = locked {
+            self.stage = stage
+            return serving?.connection
+        }
+        old?.leave(.shuttingDown)
+    }
+
+    /// Opens the pairing window: a new code, for 5 minutes, one use and 5 wrong tries.
+    public func openPairing() -> PairingCode {
+        let code = PairingCode.random()
+        locked {
+            window = PairingWindow(
+                code: code, until: monotonicMilliseconds() + Time.pairing, tries: Limit.pairingTries)
+        }
+        return code
+    }
+
+    public func closePairing() {
+        let was = locked {
+            defer { window = nil }
+            return window != nil
+        }
+        if was { configuration.report(.pairingClosed) }
+    }
+
+    // MARK: for connections
+
+    /// What the worker holds and can, as of now.
+    func terms() -> Terms {
+        var terms = Terms()
+        let shape = locked { stage.shape }
+        terms.instance = instance
+        terms.software = configuration.software
+        terms.name = configuration.name
+        terms.features = configuration.pushStore == nil ? [] : .push
+        guard let shape else { return terms }
+        terms.dtypes = shape.dtypes
+        terms.role = .middle
+        terms.nEmbd = UInt32(shape.nEmbd)
+        terms.modelBlocks = UInt32(shape.modelBlocks)
+        terms.firstBlock = UInt32(shape.firstBlock)
+        terms.lastBlock = UInt32(shape.lastBlock)
+        terms.nCtx = UInt32(min(shape.hostContext ?? shape.nCtx, shape.nCtx))
+        terms.maxRows = UInt32(shape.maxRows)
+        terms.maxSessions = UInt32(shape.maxSessions)
+        terms.maxInFlight = configuration.maxInFlight
+        terms.model = shape.model
+        terms.slice = shape.slice
+        terms.parameters = shape.parameters
+        terms.arch = shape.arch
+        return terms
+    }
+
+    func secrets() -> WorkerSecrets {
+        let pairing = locked { openWindow().map { PairKey(code: $0.code) } }
+        return WorkerSecrets(keys: configuration.keys.keys(), pairing: pairing)
+    }
+
+    /// Whether the host of `terms` may have the worker, for steps.
+    func admit(_ connection: Connection, key: KeyID, host: Terms) -> Admission {
+        locked {
+            switch stage {
+            case .none: return .refused(.noSlice, "the worker has no slice: give it one")
+            case .loading(_, let text): return .refused(.notReady, text)
+            case .failed(_, let text):
+                return .failed(ErrorReport(code: .selfTest, text: text))
+            case .ready(let ready):
+                if let taken = taken(key, host.instance) { return taken }
+                if configuration.device().temperature == .critical {
+                    return .failed(ErrorReport(code: .tooHot, text: "\(configuration.name) is too hot: let it cool down"))
+                }
+                serving = Serving(
+                    connection: connection, key: key, instance: host.instance, host: host.name,
+                    since: monotonicMilliseconds())
+                return .admitted(ready)
+            }
+        }
+    }
+
+    /// Whether a host may have the worker, for a push; nil = yes.
+    func admitPush(_ connection: Connection, key: KeyID, offer: PushOffer) -> Busy? {
+        locked {
+            if case .busy(let busy)? = taken(key, nil) { return busy }
+            serving = Serving(
+                connection: connection, key: key, instance: 0, host: offer.name, since: monotonicMilliseconds())
+            return nil
+        }
+    }
+
+    /// nil if nobody has the worker.
+    private func taken(_ key: KeyID, _ instance: UInt64?) -> Admission? {
+        guard let serving else { return nil }
+        if let instance, serving.key == key, serving.instance == instance {
+            // the same process with a new connection: the old one is a ghost
+            let ghost = serving.connection
+            Thread.start("dim replace") { ghost.leave(.replaced) }
+            return .replacing
+        }
+        let since = UInt64(max(0, monotonicMilliseconds() - serving.since))
+        return .busy(Busy(since: since, host: serving.host))
+    }
+
+    /// The connection ended, or gives the worker back.
+    func release(_ connection: Connection) {
+        locked { if serving?.connection === connection { serving = nil } }
+    }
+
+    func ended(_ connection: Connection) {
+        release(connection)
+        locked { _ = connections.removeValue(forKey: ObjectIdentifier(connection)) }
+    }
+
+    func wrongTry() {
+        let spent = locked {
+            guard var open = openWindow() else { return false }
+            open.tries -= 1
+            window = open.tries > 0 ? open : nil
+            return open.tries == 0
+        }
+        if spent { configuration.report(.pairingClosed) }
+    }
+
+    /// A key for a host that knew the code: kept before it is given. nil if the window closed meanwhile.
+    func grant(to host: String) throws -> PairKey? {
+        let used = locked {
+            guard openWindow() != nil else { return false }
+            window = nil
+            return true
+        }
+        guard used else { return nil }
+        let key = PairKey.random()
+        try configuration.keys.add(key, name: host)
+        configuration.report(.pairingClosed)
+        return key
+    }
+
+    /// One line per address and minute.
+    func refused(_ address: String, _ why: String) {
+        let host = Socket.split(address)?.host ?? address
+        let now = monotonicMilliseconds()
+        let say = locked {
+            if lastLog.count > 1000 { lastLog.removeAll() }
+            if let last = lastLog[host], now - last < 60_000 { return false }
+            lastLog[host] = now
+            return true
+        }
+        if say { configuration.report(.refused(address: address, why: why)) }
+    }
+
+    // MARK: threads
+
+    private func accept(_ socket: Socket) {
+        while let accepted = socket.accept() {
+            let room: Connection? = locked {
+                guard listener === socket, connections.count < 4 * Limit.handshakes else { return nil }
+                let handshakes = connections.values.filter(\.isHandshaking).count
+                let connection = Connection(self, accepted, crowded: handshakes >= Limit.handshakes)
+                connections[ObjectIdentifier(connection)] = connection
+                return connection
+            }
+            guard let room else { continue }
+            Thread.start("dim connection") { room.run() }
+        }
+        let lost = locked {
+            guard listener === socket else { return false }
+            listener = nil
+            return true
+        }
+        if lost { configuration.report(.listenerLost) }
+    }
+
+    private func tick() {
+        while true {
+            Thread.sleep(forTimeInterval: 0.1)
+            let (computing, expired) = locked {
+                let had = window != nil
+                return (serving?.connection, had && openWindow() == nil)
+            }
+            computing?.heartbeatWhileComputing()
+            if expired { configuration.report(.pairingClosed) }
+        }
+    }
+
+    private func openWindow() -> PairingWindow? {
+        if let open = window, monotonicMilliseconds() >= open.until { window = nil }
+        return window
+    }
+
+    private func locked<R>(_ body: () -> R) -> R {
+        lock.lock()
+        defer { lock.unlock() }
+        return body()
+    }
+}
+
+extension Thread {
+    /// Runs `body` on a new thread of 1 MiB stack.
+    static func start(_ name: String, _ body: @escaping @Sendable () -> Void) {
+        let thread = Thread(block: body)
+        thread.name = name
+        thread.stackSize = 1 << 20
+        thread.qualityOfService = .userInteractive
+        thread.start()
+    }
+}

@@ -1,0 +1,271 @@
+// The one file that calls the socket interface, for Linux and Darwin alike (Network.framework would do on Apple systems
+// only, and then nothing of the server could be run on Linux). Blocking sockets, absolute times in milliseconds.
+import DIMWire
+import Foundation
+
+#if canImport(Darwin)
+    import Darwin
+#else
+    import Glibc
+#endif
+
+/// A clock that only goes forward.
+public func monotonicMilliseconds() -> Milliseconds { Milliseconds(monotonicMicroseconds() / 1000) }
+
+func monotonicMicroseconds() -> UInt64 {
+    var time = timespec()
+    clock_gettime(CLOCK_MONOTONIC, &time)
+    return UInt64(time.tv_sec) * 1_000_000 + UInt64(time.tv_nsec) / 1000
+}
+
+/// A call of the system failed: which, and with what.
+public struct SocketError: Error, Equatable, CustomStringConvertible {
+    public let call: String
+    public let code: Int32
+
+    init(_ call: String) {
+        self.call = call
+        code = errno
+    }
+
+    init(_ call: String, code: Int32) {
+        self.call = call
+        self.code = code
+    }
+
+    public var description: String { "\(call): \(String(cString: strerror(code)))" }
+    public var isAddressInUse: Bool { code == EADDRINUSE }
+}
+
+/// Owns a file descriptor. A class on purpose: noncopyable owners crash Swift 6.0's optimiser across modules.
+final class Socket: @unchecked Sendable {
+    enum Received: Equatable {
+        case bytes(Int)
+        /// the peer closed, or the connection broke
+        case ended
+        /// nothing came in time
+        case nothing
+    }
+
+    let descriptor: Int32
+
+    init(_ descriptor: Int32) { self.descriptor = descriptor }
+
+    deinit { close(descriptor) }
+
+    /// A listening socket at `address`, "ADDR:PORT" or "[ADDR]:PORT".
+    static func listen(_ address: String) throws(SocketError) -> Socket {
+        guard let (host, port) = split(address) else { throw SocketError("\(address) is no ADDR:PORT", code: EINVAL) }
+        var hints = addrinfo()
+        hints.ai_flags = AI_PASSIVE | AI_NUMERICHOST | AI_NUMERICSERV
+        hints.ai_socktype = streamType
+        var found: UnsafeMutablePointer<addrinfo>?
+        guard getaddrinfo(host, port, &hints, &found) == 0, let info = found else {
+            throw SocketError("\(address) is no ADDR:PORT", code: EINVAL)
+        }
+        defer { freeaddrinfo(found) }
+        let descriptor = socket(info.pointee.ai_family, info.pointee.ai_socktype, info.pointee.ai_protocol)
+        guard descriptor >= 0 else { throw SocketError("socket") }
+        let listener = Socket(descriptor)
+        listener.set(SOL_SOCKET, SO_REUSEADDR, 1)
+        if info.pointee.ai_family == AF_INET6 { listener.set(Int32(IPPROTO_IPV6), IPV6_V6ONLY, 0) }
+        guard bind(descriptor, info.pointee.ai_addr, info.pointee.ai_addrlen) == 0 else {
+            throw SocketError("bind \(address)")
+        }
+        #if canImport(Darwin)
+            let listening = Darwin.listen(descriptor, 64)
+        #else
+            let listening = Glibc.listen(descriptor, 64)
+        #endif
+        guard listening == 0 else { throw SocketError("listen \(address)") }
+        return listener
+    }
+
+    /// A connection to `address`, made by `deadline`: for tests.
+    static func connect(_ address: String) throws(SocketError) -> Socket {
+        guard let (host, port) = split(address) else { throw SocketError("\(address) is no ADDR:PORT", code: EINVAL) }
+        var hints = addrinfo()
+        hints.ai_flags = AI_NUMERICHOST | AI_NUMERICSERV
+        hints.ai_socktype = streamType
+        var found: UnsafeMutablePointer<addrinfo>?
+        guard getaddrinfo(host, port, &hints, &found) == 0, let info = found else {
+            throw SocketError("\(address) is no ADDR:PORT", code: EINVAL)
+        }
+        defer { freeaddrinfo(found) }
+        let descriptor = socket(info.pointee.ai_family, info.pointee.ai_socktype, info.pointee.ai_protocol)
+        guard descriptor >= 0 else { throw SocketError("socket") }
+        let connection = Socket(descriptor)
+        #if canImport(Darwin)
+            let connected = Darwin.connect(descriptor, info.pointee.ai_addr, info.pointee.ai_addrlen)
+        #else
+            let connected = Glibc.connect(descriptor, info.pointee.ai_addr, info.pointee.ai_addrlen)
+        #endif
+        guard connected == 0 else { throw SocketError("connect \(address)") }
+        connection.configure()
+        return connection
+    }
+
+    /// The next connection; nil once the listener was shut down.
+    func accept() -> Socket? {
+        while true {
+            #if canImport(Darwin)
+                let accepted = Darwin.accept(descriptor, nil, nil)
+            #else
+                let accepted = Glibc.accept(descriptor, nil, nil)
+            #endif
+            if accepted >= 0 {
+                let connection = Socket(accepted)
+                connection.configure()
+                return connection
+            }
+            switch errno {
+            case EINTR, ECONNABORTED: continue
+            case EMFILE, ENFILE, ENOBUFS, ENOMEM:
+                // out of descriptors for the moment: connections that end give some back
+                usleep(50_000)
+            default: return nil
+            }
+        }
+    }
+
+    /// The options of PROTOCOL.md section 12.
+    private func configure() {
+        set(Int32(IPPROTO_TCP), TCP_NODELAY, 1)
+        set(SOL_SOCKET, SO_KEEPALIVE, 1)
+        #if canImport(Darwin)
+            set(SOL_SOCKET, SO_NOSIGPIPE, 1)
+            set(Int32(IPPROTO_TCP), TCP_KEEPALIVE, 1)
+            set(Int32(IPPROTO_TCP), TCP_RXT_CONNDROPTIME, 3)
+        #else
+            set(Int32(IPPROTO_TCP), TCP_KEEPIDLE, 1)
+            set(Int32(IPPROTO_TCP), TCP_USER_TIMEOUT, 3000)
+        #endif
+        set(Int32(IPPROTO_TCP), TCP_KEEPINTVL, 1)
+        set(Int32(IPPROTO_TCP), TCP_KEEPCNT, 3)
+        // a peer that takes nothing for as long as silence may last is lost
+        setTimeout(SO_SNDTIMEO, Time.silence)
+        setTimeout(SO_RCVTIMEO, Socket.patience)
+    }
+
+    /// How long one blocking receive waits before the caller looks at its clock again.
+    static let patience: Milliseconds = 100
+
+    private func set(_ level: Int32, _ option: Int32, _ value: Int32) {
+        var value = value
+        setsockopt(descriptor, level, option, &value, socklen_t(MemoryLayout<Int32>.size))
+    }
+
+    private func setTimeout(_ option: Int32, _ time: Milliseconds) {
+        var value = timeval()
+        value.tv_sec = .init(time / 1000)
+        value.tv_usec = .init(time % 1000 * 1000)
+        setsockopt(descriptor, SOL_SOCKET, option, &value, socklen_t(MemoryLayout<timeval>.size))
+    }
+
+    /// Receives what is there, waiting up to `patience` (or not at all) for the first byte.
+    func receive(into buffer: UnsafeMutableRawBufferPointer, waiting: Bool) -> Received {
+        while true {
+            let count = recv(descriptor, buffer.baseAddress, buffer.count, waiting ? 0 : Int32(MSG_DONTWAIT.rawInt))
+            if count > 0 { return .bytes(count) }
+            if count == 0 { return .ended }
+            switch errno {
+            case EINTR: continue
+            case EAGAIN, EWOULDBLOCK: return .nothing
+            default: return .ended
+            }
+        }
+    }
+
+    /// Whether something can be received, waiting up to `time` for it.
+    func waitReadable(_ time: Milliseconds) -> Bool {
+        var waiting = pollfd(fd: descriptor, events: Int16(POLLIN), revents: 0)
+        return poll(&waiting, 1, Int32(clamping: max(0, time))) > 0
+    }
+
+    /// Sends everything; false if the connection broke or the peer takes nothing.
+    func send(_ bytes: [UInt8]) -> Bool {
+        bytes.withUnsafeBytes { whole in
+            var sent = 0
+            while sent < whole.count {
+                #if canImport(Darwin)
+                    let count = Darwin.send(descriptor, whole.baseAddress! + sent, whole.count - sent, 0)
+                #else
+                    let count = Glibc.send(
+                        descriptor, whole.baseAddress! + sent, whole.count - sent, Int32(MSG_NOSIGNAL.rawInt))
+                #endif
+                if count > 0 {
+                    sent += count
+                } else if errno != EINTR {
+                    return false
+                }
+            }
+            return true
+        }
+    }
+
+    /// Wakes whoever waits in `accept` or `receive`.
+    func shutDown() {
+        #if canImport(Darwin)
+            _ = shutdown(descriptor, SHUT_RDWR)
+        #else
+            _ = shutdown(descriptor, Int32(SHUT_RDWR.rawInt))
+        #endif
+    }
+
+    /// The end of what this side sends; the peer reads it all before it sees the end.
+    func finishSending() {
+        #if canImport(Darwin)
+            _ = shutdown(descriptor, SHUT_WR)
+        #else
+            _ = shutdown(descriptor, Int32(SHUT_WR.rawInt))
+        #endif
+    }
+
+    /// "ADDR:PORT" of this end or of the other.
+    func address(ofPeer: Bool) -> String {
+        var storage = sockaddr_storage()
+        var length = socklen_t(MemoryLayout<sockaddr_storage>.size)
+        return withUnsafeMutablePointer(to: &storage) { pointer in
+            pointer.withMemoryRebound(to: sockaddr.self, capacity: 1) { address in
+                let got =
+                    ofPeer
+                    ? getpeername(descriptor, address, &length) : getsockname(descriptor, address, &length)
+                guard got == 0 else { return "?" }
+                var host = [CChar](repeating: 0, count: Int(NI_MAXHOST))
+                var port = [CChar](repeating: 0, count: Int(NI_MAXSERV))
+                let flags = NI_NUMERICHOST | NI_NUMERICSERV
+                guard
+                    getnameinfo(
+                        address, length, &host, socklen_t(host.count), &port, socklen_t(port.count), flags) == 0
+                else { return "?" }
+                let (hostText, portText) = (text(host), text(port))
+                return hostText.contains(":") ? "[\(hostText)]:\(portText)" : "\(hostText):\(portText)"
+            }
+        }
+    }
+
+    /// Host and port of "ADDR:PORT" or "[ADDR]:PORT".
+    static func split(_ address: String) -> (host: String, port: String)? {
+        guard let colon = address.lastIndex(of: ":") else { return nil }
+        var host = String(address[..<colon])
+        let port = String(address[address.index(after: colon)...])
+        if host.hasPrefix("["), host.hasSuffix("]") { host = String(host.dropFirst().dropLast()) }
+        guard !host.isEmpty, UInt16(port) != nil else { return nil }
+        return (host, port)
+    }
+}
+
+private func text(_ characters: [CChar]) -> String {
+    String(decoding: characters.prefix { $0 != 0 }.map { UInt8(bitPattern: $0) }, as: UTF8.self)
+}
+
+#if canImport(Darwin)
+    private let streamType = SOCK_STREAM
+#else
+    private let streamType = Int32(SOCK_STREAM.rawValue)
+#endif
+
+// Glibc imports some of these constants as Int32, some as Int and some as an enum.
+extension BinaryInteger {
+    fileprivate var rawInt: Int { Int(self) }
+}
