@@ -10,7 +10,8 @@
 //! * [`terms`]: what both sides compare, what they agree on, and who has to fix a difference.
 //! * [`connection`]: which message may come when, and the books of sessions and positions.
 //! * [`error`]: every rule of the protocol as a variant, with the name it has in PROTOCOL.md.
-//! * [`vectors`]: writes docs/vectors/.
+//!
+//! docs/vectors/ holds golden bytes for all of it; tests/vectors.rs writes and checks them.
 
 pub mod codec;
 pub mod connection;
@@ -20,7 +21,6 @@ pub mod handshake;
 pub mod message;
 pub mod rows;
 pub mod terms;
-pub mod vectors;
 
 pub use connection::{Connection, Role};
 pub use error::{HandshakeError, Malformed, Misbehaved};
