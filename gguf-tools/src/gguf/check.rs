@@ -287,7 +287,7 @@ impl<'a> Keys<'a> {
         if most_used > n_expert {
             return self.refuse("expert_used_count", most_used, format!("at most expert_count, {n_expert}"));
         }
-        if n_expert > 0 && used.iter().any(|&n| n == 0) || n_expert > 0 && used.is_empty() {
+        if n_expert > 0 && (used.is_empty() || used.contains(&0)) {
             return self.refuse("expert_used_count", 0, format!("1 to expert_count, {n_expert}"));
         }
         if groups > 0 && groups >= n_expert {
@@ -325,7 +325,7 @@ impl<'a> Keys<'a> {
         }
         let (key, value) = (key.unwrap_or(n_embd / n_head), value.unwrap_or(n_embd / n_head));
         let rope = self.within("rope.dimension_count", 0, key)?.unwrap_or(key);
-        if let Some(arch) = arch::find(&self.arch).ok() {
+        if let Ok(arch) = arch::find(&self.arch) {
             if key != value {
                 return self.refuse(
                     "attention.value_length",

@@ -9,6 +9,8 @@
 
 pub mod check;
 mod error;
+#[doc(hidden)]
+pub mod fuzz;
 mod parts;
 mod reader;
 mod types;

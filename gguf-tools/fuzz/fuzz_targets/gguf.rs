@@ -1,0 +1,6 @@
+//! Any bytes, read as a GGUF. The body stands beside the parser: `gguf-tools/src/gguf/fuzz.rs`.
+#![no_main]
+
+libfuzzer_sys::fuzz_target!(|bytes: &[u8]| {
+    gguf_tools::gguf::fuzz::exercise(bytes);
+});
