@@ -56,9 +56,6 @@ pub struct Record {
     pub energy: Option<Energy>,
     /// Whether the page cache was emptied of this arm's files before.
     pub cold_cache: bool,
-    /// Where its tokens first differ from those of stock llama.cpp on the same file, if they do.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub first_difference: Option<usize>,
     /// The machine.
     pub machine: Machine,
     /// What was run.
