@@ -1,0 +1,846 @@
+//! The protocol in memory, without sockets or time: frames split, garbled, repeated and reflected; any bytes where messages should
+//! be; and host and worker through random lives with a hostile network between them.
+
+use std::collections::VecDeque;
+
+use dim::keys::Key;
+use dim::wire::connection::{Connection, Heartbeats, Role, Silence};
+use dim::wire::error::{FrameError, ReceiveError};
+use dim::wire::frame::{Inbox, MAX_BODY, Opener, Outgoing, Sealer, Store, wire_bytes};
+use dim::wire::handshake::{Established, HostHandshake, Lookup, Purpose, WorkerHandshake};
+use dim::wire::message::{Kind, Message, Span, encode_step_done_head, encode_step_head};
+use dim::wire::rows::{Rows, RowsRef};
+use dim::wire::terms::{self, Agreed, Reason, SliceRole, Terms};
+use half::f16;
+use proptest::prelude::*;
+
+// --- frames ----------------------------------------------------------------------------------------------
+
+fn message(length: usize, seed: u8) -> Vec<u8> {
+    let mut m: Vec<u8> = (0..length).map(|i| (i as u8).wrapping_mul(31) ^ seed).collect();
+    m[4..8].copy_from_slice(&(length as u32).to_le_bytes());
+    m
+}
+
+fn seal_into(sealer: &mut Sealer, head: &[u8], rows: &[u8], out: &mut Vec<u8>) {
+    let mut outgoing = Outgoing::new(head, rows);
+    while sealer.seal(&mut outgoing, out).unwrap() {}
+}
+
+fn sealed(key: &[u8; 32], messages: &[Vec<u8>]) -> Vec<u8> {
+    let mut sealer = Sealer::new(key);
+    let mut stream = Vec::new();
+    for m in messages {
+        let (head, rows) = m.split_at(8);
+        seal_into(&mut sealer, head, rows, &mut stream);
+    }
+    stream
+}
+
+const KEY: [u8; 32] = [9; 32];
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(256))]
+
+    /// However a stream is cut into reads, and whether messages are released in place or taken out, the same comes out.
+    #[test]
+    fn a_stream_split_anywhere_is_the_same_messages(
+        lengths in prop::collection::vec(prop_oneof![8usize..64, 8usize..4096, 65_500usize..65_540, 131_000usize..131_100], 1..6),
+        reads in prop::collection::vec(prop_oneof![1usize..40, 1usize..70_000], 1..40),
+        take in any::<bool>(),
+    ) {
+        let messages: Vec<Vec<u8>> = lengths.iter().enumerate().map(|(i, &n)| message(n, i as u8)).collect();
+        let stream = sealed(&KEY, &messages);
+        prop_assert_eq!(stream.len(), lengths.iter().map(|&n| wire_bytes(n)).sum::<usize>());
+        let mut inbox = Inbox::new(Opener::new(&KEY), 200_000);
+        let mut store = Store::default();
+        let (mut rest, mut got) = (&stream[..], Vec::new());
+        let mut reads = reads.iter().cycle();
+        loop {
+            while inbox.poll().unwrap() {
+                prop_assert_eq!(inbox.message().as_ptr().align_offset(64), 0);
+                if take {
+                    inbox.take(&mut store);
+                    got.push(store.message().to_vec());
+                } else {
+                    got.push(inbox.message().to_vec());
+                    inbox.release();
+                }
+            }
+            if rest.is_empty() {
+                break;
+            }
+            let n = (*reads.next().unwrap()).min(rest.len());
+            let n = inbox.fill(&rest[..n]);
+            prop_assert!(n > 0, "no room though no message waits");
+            rest = &rest[n..];
+        }
+        prop_assert!(got == messages);
+        prop_assert!(inbox.is_between_messages());
+    }
+
+    /// Any bytes at all: an error or silence, never a message.
+    #[test]
+    fn garbage_is_never_a_message(bytes in prop::collection::vec(any::<u8>(), 0..5000), limit in 0usize..10_000) {
+        let mut inbox = Inbox::new(Opener::new(&KEY), limit);
+        let mut rest = &bytes[..];
+        while !rest.is_empty() {
+            let n = inbox.fill(rest);
+            rest = &rest[n..];
+            match inbox.poll() {
+                Ok(complete) => prop_assert!(!complete),
+                Err(first) => {
+                    prop_assert_eq!(inbox.poll(), Err(first), "an error stays");
+                    prop_assert!(inbox.space().is_empty());
+                    break;
+                }
+            }
+        }
+    }
+
+    /// A message above the limit is refused from its first frame's two clear bytes, or from its header.
+    #[test]
+    fn what_is_longer_than_the_limit_is_refused_before_it_arrives(limit in 8usize..150_000, over in 1usize..100_000) {
+        let length = limit + over;
+        let stream = sealed(&KEY, &[message(length, 1)]);
+        let mut inbox = Inbox::new(Opener::new(&KEY), limit);
+        let first_frame = wire_bytes(length.min(MAX_BODY));
+        let mut fed = 0;
+        let error = loop {
+            match inbox.poll() {
+                Err(error) => break error,
+                Ok(complete) => prop_assert!(!complete),
+            }
+            prop_assert!(fed < first_frame, "the second frame was waited for");
+            fed += inbox.fill(&stream[fed..(fed + 1000).min(first_frame)]);
+        };
+        prop_assert!(matches!(error, FrameError::TooLong { .. }), "{:?}", error);
+    }
+
+    /// Messages survive writing and reading; reading never panics and never reads past the end.
+    #[test]
+    fn any_bytes_are_a_message_or_a_named_error(
+        kind in prop_oneof![prop::sample::select(Kind::ALL.map(|k| k as u8).to_vec()), any::<u8>()],
+        a in prop_oneof![Just(0u8), 1u8..4, any::<u8>()],
+        b in prop_oneof![Just(0u16), 1u16..70, any::<u16>()],
+        body in prop::collection::vec(prop_oneof![Just(0u8), any::<u8>()], 0..400),
+        n_embd in prop_oneof![Just(0u32), 1u32..16, any::<u32>()],
+    ) {
+        let mut bytes = vec![kind, a];
+        bytes.extend(b.to_le_bytes());
+        bytes.extend((8 + body.len() as u32).to_le_bytes());
+        bytes.extend(&body);
+        if let Ok(message) = Message::decode(&bytes, n_embd) {
+            let mut again = Vec::new();
+            message.encode(&mut again);
+            let text_was_made_safe = again.len() != bytes.len() || matches!(message.kind(), Kind::Error);
+            if !text_was_made_safe {
+                prop_assert_eq!(Message::decode(&again, n_embd), Ok(message));
+            }
+        }
+    }
+}
+
+#[test]
+fn every_flipped_bit_of_a_thousand_frames_is_noticed() {
+    let mut sealer = Sealer::new(&KEY);
+    for number in 0..1000u64 {
+        let plain = message(16 + (number as usize % 5), number as u8);
+        let mut stream = Vec::new();
+        let mut fresh = Sealer::new(&[number as u8; 32]);
+        seal_into(&mut fresh, &plain, &[], &mut stream);
+        seal_into(&mut sealer, &plain, &[], &mut Vec::new());
+        for bit in 0..stream.len() * 8 {
+            stream[bit / 8] ^= 1 << (bit % 8);
+            let mut inbox = Inbox::new(Opener::new(&[number as u8; 32]), 4096);
+            inbox.fill(&stream);
+            // a length made larger waits for bytes that never come: the caller's deadline
+            assert_ne!(inbox.poll(), Ok(true), "bit {bit} of frame {number}");
+            stream[bit / 8] ^= 1 << (bit % 8);
+        }
+        let mut inbox = Inbox::new(Opener::new(&[number as u8; 32]), 4096);
+        inbox.fill(&stream);
+        assert_eq!(inbox.poll(), Ok(true), "the frame itself is good");
+    }
+}
+
+#[test]
+fn frames_repeated_reordered_reflected_or_spliced_are_refused() {
+    let frames: Vec<Vec<u8>> = {
+        let mut sealer = Sealer::new(&KEY);
+        (0..4)
+            .map(|i| {
+                let mut out = Vec::new();
+                seal_into(&mut sealer, &message(20, i), &[], &mut out);
+                out
+            })
+            .collect()
+    };
+    let other = sealed(&[8; 32], &[message(20, 0)]);
+    let orders: [(&str, Vec<&Vec<u8>>, usize); 6] = [
+        ("as sent", vec![&frames[0], &frames[1], &frames[2], &frames[3]], 4),
+        ("repeated", vec![&frames[0], &frames[0]], 1),
+        ("reordered", vec![&frames[0], &frames[2], &frames[1]], 1),
+        ("one left out", vec![&frames[0], &frames[1], &frames[3]], 2),
+        ("another connection's", vec![&frames[0], &other], 1),
+        ("first again at the end", vec![&frames[0], &frames[1], &frames[2], &frames[3], &frames[0]], 4),
+    ];
+    for (name, order, expected) in orders {
+        let mut inbox = Inbox::new(Opener::new(&KEY), 4096);
+        let mut messages = 0;
+        for frame in order {
+            inbox.fill(frame);
+            match inbox.poll() {
+                Ok(true) => messages += 1,
+                other => {
+                    assert!(matches!(other, Err(FrameError::BadTag { .. })), "{name}: {other:?}");
+                    break;
+                }
+            }
+            inbox.release();
+        }
+        assert_eq!(messages, expected, "{name}");
+    }
+    // reflected: the sender's own inbox opens with the other direction's key
+    let (host, _) = shake();
+    let mut host_sealer = host.sealer;
+    let mut inbox = Inbox::new(host.opener, 4096);
+    let mut own = Vec::new();
+    seal_into(&mut host_sealer, &message(20, 0), &[], &mut own);
+    inbox.fill(&own);
+    assert!(matches!(inbox.poll(), Err(FrameError::BadTag { number: 0 })));
+}
+
+#[test]
+fn a_limit_is_checked_before_memory_is_taken() {
+    // a first frame whose header says 2 GiB less one byte, under a limit of 1 MiB
+    let mut head = message(100, 0);
+    head[4..8].copy_from_slice(&(u32::MAX / 2).to_le_bytes());
+    let mut out = Vec::new();
+    let mut sealer = Sealer::new(&KEY);
+    assert!(sealer.seal(&mut Outgoing::new(&head, &[]), &mut out).unwrap());
+    let mut inbox = Inbox::new(Opener::new(&KEY), 1 << 20);
+    inbox.fill(&out);
+    assert!(matches!(inbox.poll(), Err(FrameError::TooLong { length: 0x7FFF_FFFF, limit: 0x10_0000 })));
+}
+
+// --- handshake -------------------------------------------------------------------------------------------
+
+fn shake() -> (Established, Established) {
+    let key = Key::from_bytes([3; 32]);
+    let mut host = HostHandshake::new(&key, Purpose::Key, 1..=1).unwrap();
+    let mut worker = WorkerHandshake::new(1..=1);
+    let verdict = worker.receive(&mut &host.first_flight()[..], |_, _| Lookup::Found(key.clone())).unwrap();
+    let established = host.receive(&mut &verdict.answer[..]).unwrap().unwrap();
+    (established, verdict.outcome.unwrap())
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(64))]
+
+    /// Bytes of the handshake may come in any pieces, and what follows it is left alone.
+    #[test]
+    fn a_handshake_split_anywhere_is_the_same(pieces in prop::collection::vec(1usize..30, 1..20)) {
+        let key = Key::from_bytes([3; 32]);
+        let mut host = HostHandshake::new(&key, Purpose::Key, 1..=3).unwrap();
+        let mut worker = WorkerHandshake::new(1..=2);
+        let mut flight = host.first_flight().to_vec();
+        flight.extend(b"what follows");
+        let (mut at, mut pieces) = (0, pieces.iter().cycle());
+        let verdict = loop {
+            let end = (at + pieces.next().unwrap()).min(flight.len());
+            let mut input = &flight[at..end];
+            let verdict = worker.receive(&mut input, |_, _| Lookup::Found(key.clone()));
+            at = end - input.len();
+            if let Some(verdict) = verdict {
+                break verdict;
+            }
+        };
+        prop_assert_eq!(&flight[at..], b"what follows");
+        let mut answer = verdict.answer.clone();
+        answer.extend(b"what follows");
+        let mut at = 0;
+        let established = loop {
+            let end = (at + pieces.next().unwrap()).min(answer.len());
+            let mut input = &answer[at..end];
+            let done = host.receive(&mut input).unwrap();
+            at = end - input.len();
+            if let Some(established) = done {
+                break established;
+            }
+        };
+        prop_assert_eq!(&answer[at..], b"what follows");
+        prop_assert_eq!(established.version, 2);
+        prop_assert_eq!(established.hash, verdict.outcome.unwrap().hash);
+    }
+
+    #[test]
+    fn garbage_is_never_a_handshake(bytes in prop::collection::vec(any::<u8>(), 0..200), magic in any::<bool>()) {
+        let mut flight = if magic { dim::wire::handshake::MAGIC.to_vec() } else { Vec::new() };
+        flight.extend(bytes);
+        let mut worker = WorkerHandshake::new(1..=1);
+        let key = Key::from_bytes([3; 32]);
+        if let Some(verdict) = worker.receive(&mut &flight[..], |_, _| Lookup::Found(key)) {
+            prop_assert!(verdict.outcome.is_err());
+        }
+        prop_assert_eq!(worker.curve_work(), 0);
+        let mut host = HostHandshake::new(&Key::from_bytes([3; 32]), Purpose::Key, 1..=1).unwrap();
+        prop_assert!(!matches!(host.receive(&mut &flight[..]), Ok(Some(_))));
+    }
+}
+
+#[test]
+fn every_flipped_bit_of_a_handshake_is_noticed() {
+    let key = Key::from_bytes([3; 32]);
+    let mut refused_by = [0; 2];
+    for bit in 0..74 * 8 {
+        let host = HostHandshake::new(&key, Purpose::Key, 1..=1).unwrap();
+        let mut flight = host.first_flight().to_vec();
+        flight[bit / 8] ^= 1 << (bit % 8);
+        let mut worker = WorkerHandshake::new(1..=1);
+        // a worker that finds the key under any id: the id is bound too
+        let verdict = worker.receive(&mut &flight[..], |_, _| Lookup::Found(key.clone())).unwrap();
+        // X25519 ignores the top bit of a public key, but the tag covers it
+        assert!(verdict.outcome.is_err(), "bit {bit} of the host's flight");
+        assert_eq!(worker.curve_work(), 0);
+        refused_by[0] += 1;
+    }
+    for bit in 0..98 * 8 {
+        let mut host = HostHandshake::new(&key, Purpose::Key, 1..=1).unwrap();
+        let mut worker = WorkerHandshake::new(1..=1);
+        let verdict =
+            worker.receive(&mut &host.first_flight()[..], |_, _| Lookup::Found(key.clone())).unwrap();
+        let mut answer = verdict.answer;
+        answer[bit / 8] ^= 1 << (bit % 8);
+        assert!(host.receive(&mut &answer[..]).is_err(), "bit {bit} of the worker's answer");
+        refused_by[1] += 1;
+    }
+    assert_eq!(refused_by, [592, 784]);
+}
+
+#[test]
+fn a_hundred_thousand_strangers_get_nothing_and_cost_no_curve_work() {
+    // none, wrong and old keys; a host's flight is costly, so each is used under many wrong keys
+    let ours = Key::from_bytes([1; 32]);
+    let flights: Vec<_> = (0..100u8)
+        .map(|n| {
+            *HostHandshake::new(&Key::from_bytes([100 + n % 100; 32]), Purpose::Key, 1..=1)
+                .unwrap()
+                .first_flight()
+        })
+        .collect();
+    let mut accepted = 0;
+    for n in 0..100_000usize {
+        let mut flight = flights[n % flights.len()];
+        flight[26 + n % 48] ^= (n / 4800) as u8;
+        let mut worker = WorkerHandshake::new(1..=1);
+        let verdict = worker.receive(&mut &flight[..], |_, _| Lookup::Found(ours.clone())).unwrap();
+        accepted += u32::from(verdict.outcome.is_ok());
+        assert_eq!(worker.curve_work(), 0);
+        assert_eq!(verdict.answer.len(), 24);
+    }
+    assert_eq!(accepted, 0);
+}
+
+// --- messages and terms ----------------------------------------------------------------------------------
+
+fn host_terms() -> Terms {
+    Terms {
+        dtypes: 2,
+        role: SliceRole::Middle,
+        n_embd: 4,
+        n_blocks: 12,
+        first_block: 3,
+        last_block: 5,
+        n_ctx: 64,
+        max_rows: 16,
+        max_sessions: 3,
+        max_in_flight: 4,
+        model: [1; 32],
+        slice: [2; 32],
+        params: [3; 32],
+        arch: "llama".into(),
+        ..Terms::blank(1, "test", "host")
+    }
+}
+
+fn agreed() -> Agreed {
+    terms::agree(&host_terms(), &host_terms()).unwrap()
+}
+
+#[test]
+fn a_token_costs_at_most_64_bytes_more_than_its_values_each_way() {
+    for n_embd in [1usize, 64, 896, 1536, 3584, 8192, 16384] {
+        let values = vec![f16::ONE; n_embd];
+        for exponents in [&[][..], &[1i8][..]] {
+            let mut head = Vec::new();
+            encode_step_head(
+                &mut head,
+                1,
+                &[Span { session: 0, position: 0, count: 1 }],
+                exponents,
+                &RowsRef::F16(&values),
+            );
+            let there = wire_bytes(head.len() + 2 * n_embd);
+            head.clear();
+            encode_step_done_head(&mut head, 1, 1, 0, 0, exponents, &RowsRef::F16(&values));
+            let back = wire_bytes(head.len() + 2 * n_embd);
+            assert!(there <= 2 * n_embd + 64 && back <= 2 * n_embd + 64, "{n_embd}: {there} {back}");
+            if exponents.is_empty() {
+                assert_eq!((there, back), (2 * n_embd + 50, 2 * n_embd + 42), "PROTOCOL.md, section 13");
+            }
+        }
+    }
+}
+
+#[test]
+fn the_longest_step_is_exactly_the_limit() {
+    let a = agreed();
+    let values = vec![1f32; 16 * 4];
+    let spans: Vec<Span> = (0..3).map(|session| Span { session, position: 0, count: 1 }).collect();
+    let mut head = Vec::new();
+    encode_step_head(&mut head, 1, &spans, &[], &RowsRef::F32(&values));
+    assert!(a.host_limit() >= head.len() + values.len() * 4);
+    let wide = Agreed { n_embd: 4096, ..a };
+    assert_eq!(wide.host_limit(), head.len() + 16 * 4096 * 4);
+}
+
+#[test]
+fn every_combination_of_mismatches_is_refused_by_both_sides_alike() {
+    type Change = (Reason, fn(&mut Terms));
+    let changes: [Change; 12] = [
+        (Reason::Version, |t| t.version += 1),
+        (Reason::Arch, |t| t.arch.push('x')),
+        (Reason::Model, |t| t.model[0] ^= 1),
+        (Reason::Params, |t| t.params[0] ^= 1),
+        (Reason::NBlocks, |t| t.n_blocks += 1),
+        (Reason::NEmbd, |t| t.n_embd += 1),
+        (Reason::Role, |t| t.role = SliceRole::Tail),
+        (Reason::Blocks, |t| t.first_block -= 1),
+        (Reason::Slice, |t| t.slice[0] ^= 1),
+        (Reason::DType, |t| t.dtypes = 1),
+        (Reason::Context, |t| t.n_ctx -= 1),
+        (Reason::Sessions, |t| t.max_sessions -= 1),
+    ];
+    for set in 0..1u32 << changes.len() {
+        let host = host_terms();
+        let mut worker = host_terms();
+        let wanted: Vec<Reason> = changes
+            .iter()
+            .enumerate()
+            .filter(|(i, _)| set >> i & 1 == 1)
+            .map(|(_, (reason, change))| {
+                change(&mut worker);
+                *reason
+            })
+            .collect();
+        let found: Vec<Reason> =
+            terms::agree(&host, &worker).err().unwrap_or_default().iter().map(|m| m.reason).collect();
+        assert_eq!(found, wanted);
+    }
+}
+
+#[test]
+fn every_mismatch_says_both_values_and_which_side_to_fix() {
+    let mut worker = host_terms();
+    worker.n_ctx = 32;
+    worker.last_block = 6;
+    let text: Vec<String> =
+        terms::agree(&host_terms(), &worker).unwrap_err().into_iter().map(|m| m.text).collect();
+    assert!(text[0].contains("3..5") && text[0].contains("3..6"), "{text:?}");
+    assert!(text[1].contains("64") && text[1].contains("32") && text[1].contains("--ctx"), "{text:?}");
+}
+
+// --- time ------------------------------------------------------------------------------------------------
+
+#[test]
+fn heartbeats_and_silence_go_by_the_callers_clock() {
+    let mut beats = Heartbeats::new(1000);
+    assert_eq!(beats.due_in_ms(1000), 500);
+    beats.sent(1200);
+    assert_eq!((beats.due_in_ms(1600), beats.due_in_ms(1700), beats.due_in_ms(9999)), (100, 0, 0));
+    let mut silence = Silence::begin(0, Silence::LIMIT_MS);
+    assert!(!silence.is_over(2999) && silence.is_over(3000));
+    silence.heard(2999);
+    assert!(!silence.is_over(5998) && silence.is_over(5999));
+}
+
+// --- lives -----------------------------------------------------------------------------------------------
+
+/// A small deterministic source of choices, so that a failure can be told by its seed.
+struct Dice(u64);
+
+impl Dice {
+    fn next(&mut self) -> u64 {
+        self.0 = self.0.wrapping_add(0x9E37_79B9_7F4A_7C15);
+        let mut z = self.0;
+        z = (z ^ (z >> 30)).wrapping_mul(0xBF58_476D_1CE4_E5B9);
+        z = (z ^ (z >> 27)).wrapping_mul(0x94D0_49BB_1331_11EB);
+        z ^ (z >> 31)
+    }
+
+    fn below(&mut self, n: usize) -> usize {
+        (self.next() % n as u64) as usize
+    }
+}
+
+/// One end: what `transport` does, without the socket.
+struct End {
+    connection: Connection,
+    sealer: Sealer,
+    inbox: Inbox,
+}
+
+impl End {
+    fn new(role: Role, send: &[u8; 32], receive: &[u8; 32]) -> End {
+        let mut connection = Connection::new(role, Purpose::Key);
+        connection.begin_serving(agreed());
+        let inbox = Inbox::new(Opener::new(receive), connection.limit());
+        End { connection, sealer: Sealer::new(send), inbox }
+    }
+}
+
+/// A host, a worker and the network between them, in one epoch after another. A token is a number; a worker's cache is
+/// the tokens it was given, and its answer to a row is a digest of the cache up to it: so an answer is right only if the
+/// cache was.
+struct World {
+    dice: Dice,
+    epoch: u32,
+    /// each epoch has keys of its own; the control experiment uses the same for all
+    keys_change: bool,
+    host: End,
+    worker: End,
+    /// what the host has sent and not rewound, by session
+    told: Vec<Vec<u32>>,
+    /// digests due for each step under way
+    due: VecDeque<Vec<f32>>,
+    cache: Vec<Vec<u32>>,
+    to_worker: VecDeque<Vec<u8>>,
+    to_host: VecDeque<Vec<u8>>,
+    /// frames of all times, for those who kept them
+    kept: Vec<Vec<u8>>,
+    answers: u64,
+    refused: u64,
+    wrong: u64,
+}
+
+impl World {
+    fn new(seed: u64, keys_change: bool) -> World {
+        let (host, worker) = World::ends(0, keys_change);
+        World {
+            dice: Dice(seed),
+            epoch: 0,
+            keys_change,
+            host,
+            worker,
+            told: vec![Vec::new(); 3],
+            due: VecDeque::new(),
+            cache: vec![Vec::new(); 3],
+            to_worker: VecDeque::new(),
+            to_host: VecDeque::new(),
+            kept: Vec::new(),
+            answers: 0,
+            refused: 0,
+            wrong: 0,
+        }
+    }
+
+    fn ends(epoch: u32, keys_change: bool) -> (End, End) {
+        let mut key = [0; 32];
+        key[..4].copy_from_slice(&if keys_change { epoch } else { 0 }.to_le_bytes());
+        let mut other = key;
+        other[31] = 1;
+        (End::new(Role::Host, &key, &other), End::new(Role::Worker, &other, &key))
+    }
+
+    fn digest(tokens: &[u32]) -> f32 {
+        // exact in an f32
+        (tokens.iter().fold(7u32, |h, &t| h.wrapping_mul(0x0100_0193) ^ t) >> 9) as f32
+    }
+
+    fn step(&mut self) {
+        match self.dice.below(100) {
+            0..=29 => self.host_sends_rows(),
+            30..=35 => self.host_rewinds(),
+            36..=37 => self.host_ends_a_session(),
+            38..=67 => self.worker_hears(),
+            68..=93 => self.host_hears(),
+            94 => self.duplicate(),
+            95 => self.swap(),
+            96 => self.late_frame(),
+            97 => self.flip(),
+            98 => self.lose(),
+            _ => self.reconnect(),
+        }
+    }
+
+    fn host_sends_rows(&mut self) {
+        let mut sessions = [0u32, 1, 2];
+        let n_spans = 1 + self.dice.below(3);
+        for i in 0..3 {
+            sessions.swap(i, self.dice.below(3));
+        }
+        let mut spans = Vec::new();
+        let mut tokens = Vec::new();
+        for &session in &sessions[..n_spans] {
+            let count = 1 + self.dice.below(5) as u32;
+            let position = self.told[session as usize].len() as u32;
+            spans.push(Span { session, position, count });
+            tokens.extend((0..count).map(|_| self.dice.next() as u32 % 1000));
+        }
+        let values: Vec<f32> = tokens.iter().flat_map(|&t| [t as f32, 0.0, 0.0, 0.0]).collect();
+        let rows = Rows::from(values.as_slice());
+        // the host's own books refuse a context that is full, and too many under way
+        let Ok(step) = self.host.connection.send_step(&spans, &rows) else { return };
+        let mut frame = Vec::new();
+        let mut head = Vec::new();
+        encode_step_head(&mut head, step, &spans, &[], &rows.values);
+        seal_into(&mut self.host.sealer, &head, rows.values.as_bytes(), &mut frame);
+        self.to_worker.push_back(frame);
+        let mut digests = Vec::new();
+        let mut tokens = tokens.into_iter();
+        for span in spans {
+            for _ in 0..span.count {
+                let told = &mut self.told[span.session as usize];
+                told.extend(tokens.next());
+                digests.push(World::digest(told));
+            }
+        }
+        self.due.push_back(digests);
+    }
+
+    fn host_says(&mut self, message: Message<'_>) {
+        self.host.connection.send(&message).unwrap();
+        let (mut plain, mut frame) = (Vec::new(), Vec::new());
+        message.encode(&mut plain);
+        seal_into(&mut self.host.sealer, &plain, &[], &mut frame);
+        self.to_worker.push_back(frame);
+    }
+
+    fn host_rewinds(&mut self) {
+        let session = self.dice.below(3);
+        let position = self.dice.below(self.told[session].len() + 1);
+        self.told[session].truncate(position);
+        self.host_says(Message::Rewind { session: session as u32, position: position as u32 });
+    }
+
+    fn host_ends_a_session(&mut self) {
+        let session = self.dice.below(3);
+        self.told[session].clear();
+        self.host_says(Message::EndSession { session: session as u32 });
+    }
+
+    fn worker_hears(&mut self) {
+        let Some(frame) = self.to_worker.pop_front() else { return };
+        self.keep(&frame);
+        let worker = &mut self.worker;
+        worker.inbox.fill(&frame);
+        let heard = match worker.inbox.poll() {
+            Ok(true) => worker.connection.receive(worker.inbox.message()),
+            Ok(false) => return,
+            Err(error) => Err(error.into()),
+        };
+        let answer = match heard {
+            Ok(Message::Step(s)) => {
+                let values: Vec<f32> =
+                    s.hidden.chunks(4).map(|b| f32::from_le_bytes([b[0], b[1], b[2], b[3]])).collect();
+                let mut rows = values.chunks(4);
+                let mut out = Vec::new();
+                for span in s.spans() {
+                    let cache = &mut self.cache[span.session as usize];
+                    // the invariant: what the worker's cache holds is what the books say
+                    assert_eq!(cache.len(), span.position as usize);
+                    for _ in 0..span.count {
+                        cache.push(rows.next().unwrap()[0] as u32);
+                        out.extend([World::digest(cache), 0.0, 0.0, 0.0]);
+                    }
+                }
+                Some((s.step, s.n_rows, out))
+            }
+            Ok(Message::Rewind { session, position }) => {
+                self.cache[session as usize].truncate(position as usize);
+                None
+            }
+            Ok(Message::EndSession { session }) => {
+                self.cache[session as usize].clear();
+                None
+            }
+            Ok(other) => panic!("{other:?}"),
+            Err(error) => {
+                self.refuse(error);
+                return;
+            }
+        };
+        self.worker.inbox.release();
+        if let Some((step, n_rows, values)) = answer {
+            let rows = Rows::from(values.as_slice());
+            self.worker.connection.send_step_done(step, n_rows, &rows).unwrap();
+            let (mut head, mut frame) = (Vec::new(), Vec::new());
+            encode_step_done_head(&mut head, step, n_rows, 0, 0, &[], &rows.values);
+            seal_into(&mut self.worker.sealer, &head, rows.values.as_bytes(), &mut frame);
+            self.to_host.push_back(frame);
+        }
+        let books = self.worker.connection.books().unwrap();
+        for (session, cache) in self.cache.iter().enumerate() {
+            assert_eq!(books.length(session as u32), Some(cache.len() as u32));
+        }
+    }
+
+    fn host_hears(&mut self) {
+        let Some(frame) = self.to_host.pop_front() else { return };
+        self.keep(&frame);
+        let host = &mut self.host;
+        host.inbox.fill(&frame);
+        let heard = match host.inbox.poll() {
+            Ok(true) => host.connection.receive(host.inbox.message()),
+            Ok(false) => return,
+            Err(error) => Err(error.into()),
+        };
+        match heard {
+            Ok(Message::StepDone(s)) => {
+                let digests: Vec<f32> =
+                    s.hidden.chunks(16).map(|b| f32::from_le_bytes([b[0], b[1], b[2], b[3]])).collect();
+                self.answers += 1;
+                if Some(digests) != self.due.pop_front() {
+                    self.wrong += 1;
+                }
+                self.host.inbox.release();
+            }
+            Ok(other) => panic!("{other:?}"),
+            Err(error) => self.refuse(error),
+        }
+    }
+
+    /// A side has refused what came: the connection is over.
+    fn refuse(&mut self, error: ReceiveError) {
+        assert!(
+            matches!(error, ReceiveError::Frame(_)),
+            "the network cannot make a message that is read: {error}"
+        );
+        self.refused += 1;
+        self.reconnect();
+    }
+
+    /// A new epoch: new keys, an empty worker, and the host replays what it kept.
+    fn reconnect(&mut self) {
+        self.epoch += 1;
+        (self.host, self.worker) = World::ends(self.epoch, self.keys_change);
+        self.cache = vec![Vec::new(); 3];
+        self.due.clear();
+        self.to_worker.clear();
+        self.to_host.clear();
+        for session in 0..3usize {
+            let tokens = std::mem::take(&mut self.told[session]);
+            for chunk in tokens.chunks(16) {
+                let spans = [Span {
+                    session: session as u32,
+                    position: self.told[session].len() as u32,
+                    count: chunk.len() as u32,
+                }];
+                let values: Vec<f32> = chunk.iter().flat_map(|&t| [t as f32, 0.0, 0.0, 0.0]).collect();
+                let rows = Rows::from(values.as_slice());
+                while self.host.connection.books().unwrap().in_flight() == 4 {
+                    let epoch = self.epoch;
+                    self.worker_hears();
+                    self.host_hears();
+                    assert_eq!(epoch, self.epoch, "a replay was refused");
+                }
+                let step = self.host.connection.send_step(&spans, &rows).unwrap();
+                let (mut head, mut frame) = (Vec::new(), Vec::new());
+                encode_step_head(&mut head, step, &spans, &[], &rows.values);
+                seal_into(&mut self.host.sealer, &head, rows.values.as_bytes(), &mut frame);
+                self.to_worker.push_back(frame);
+                let mut digests = Vec::new();
+                for &t in chunk {
+                    self.told[session].push(t);
+                    digests.push(World::digest(&self.told[session]));
+                }
+                self.due.push_back(digests);
+            }
+        }
+    }
+
+    fn keep(&mut self, frame: &[u8]) {
+        if self.kept.len() < 64 {
+            self.kept.push(frame.to_vec());
+        } else {
+            let at = self.dice.below(64);
+            self.kept[at] = frame.to_vec();
+        }
+    }
+
+    fn direction(&mut self) -> &mut VecDeque<Vec<u8>> {
+        if self.dice.below(2) == 0 { &mut self.to_worker } else { &mut self.to_host }
+    }
+
+    fn duplicate(&mut self) {
+        let way = self.direction();
+        if let Some(frame) = way.front().cloned() {
+            way.push_front(frame);
+        }
+    }
+
+    fn swap(&mut self) {
+        let way = self.direction();
+        if way.len() >= 2 {
+            way.swap(0, 1);
+        }
+    }
+
+    /// A frame of any time, this epoch's or another's, either direction's.
+    fn late_frame(&mut self) {
+        if !self.kept.is_empty() {
+            let at = self.dice.below(self.kept.len());
+            let frame = self.kept[at].clone();
+            self.direction().push_front(frame);
+        }
+    }
+
+    fn flip(&mut self) {
+        let bit = self.dice.next() as usize;
+        if let Some(frame) = self.direction().front_mut() {
+            // past the length: a longer one would just be waited for
+            let body = (frame.len() - 2) * 8;
+            frame[2 + bit % body / 8] ^= 1 << (bit % 8);
+        }
+    }
+
+    fn lose(&mut self) {
+        self.direction().pop_front();
+    }
+}
+
+#[test]
+fn whatever_the_network_does_positions_and_answers_stay_right() {
+    // DIM_EVENTS=10000000 for the long run
+    let events = std::env::var("DIM_EVENTS").ok().and_then(|n| n.parse().ok()).unwrap_or(400_000u64);
+    let (mut answers, mut refused) = (0, 0);
+    for seed in 0..8 {
+        let mut world = World::new(seed, true);
+        for _ in 0..events / 8 {
+            world.step();
+        }
+        assert_eq!(world.wrong, 0, "seed {seed}");
+        answers += world.answers;
+        refused += world.refused;
+    }
+    println!("{events} events: {answers} answers, all right; {refused} connections ended by refused frames");
+    assert!(answers > events / 20 && refused > events / 200, "the network was too kind to show anything");
+}
+
+/// The control experiment: with the same keys in every epoch, frames of an earlier one are taken for this one's, and
+/// the world above notices.
+#[test]
+fn without_epochs_the_same_test_fails() {
+    let noticed = (0..20).any(|seed| {
+        std::panic::catch_unwind(|| {
+            let mut world = World::new(seed, false);
+            for _ in 0..50_000 {
+                world.step();
+            }
+            world.wrong
+        })
+        .map_or(true, |wrong| wrong > 0)
+    });
+    assert!(noticed, "old frames were never taken for new ones: the test above shows nothing");
+}
