@@ -9,7 +9,7 @@ use dim::host::commands::{chat, demo, generate, pair, stock};
 
 /// One model across your machines: the host runs the head and the tail of a split GGUF, workers run the middle.
 #[derive(Parser)]
-#[command(name = "dim-host", version, max_term_width = 100)]
+#[command(name = "dim-host", version, max_term_width = 100, args_override_self = true)]
 struct Cli {
     #[command(subcommand)]
     command: Command,

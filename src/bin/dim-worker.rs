@@ -24,7 +24,7 @@ use gguf_tools::slice::SliceInfo;
 ///
 /// Prints `listening on ADDR:PORT` when it is ready. The first time it shows a pairing code for `dim-host pair`.
 #[derive(Parser)]
-#[command(name = "dim-worker", version, max_term_width = 100)]
+#[command(name = "dim-worker", version, max_term_width = 100, args_override_self = true)]
 struct Args {
     /// The slice, as dim-split wrote it: STEM.middle-A..B.gguf
     slice: PathBuf,

@@ -58,6 +58,15 @@ pub struct SplitArgs {
     /// Longest time a worker may take for one step
     #[arg(long, value_name = "SECONDS", default_value_t = 120, value_parser = clap::value_parser!(u64).range(1..=86_400))]
     step_timeout: u64,
+    /// How long a lost worker is looked for before the reply ends
+    #[arg(long, value_name = "SECONDS", default_value_t = 30, value_parser = clap::value_parser!(u64).range(0..=86_400))]
+    give_up_after: u64,
+}
+
+impl SplitArgs {
+    fn patience(&self) -> Patience {
+        Patience { give_up_after: Duration::from_secs(self.give_up_after), ..Patience::default() }
+    }
 }
 
 #[derive(Clone, Copy, Debug, clap::ValueEnum)]
@@ -110,7 +119,7 @@ pub fn open_split(args: &SplitArgs, machine: &MachineArgs) -> Result<Split, Fail
     let mut places = vec![Place::File { path: files.head.clone(), info: head.clone() }];
     for address in &args.worker {
         let key = key_for(address, args.key_file.as_deref())?;
-        let offer = keep_trying(address, || inquire(address, &key, &Timing::default()))?;
+        let offer = keep_trying(args.patience(), || inquire(address, &key, &Timing::default()))?;
         if offer.model != head.model_sha256.0 {
             return Err(Failure::misuse(format!(
                 "the worker at {address} holds a slice of another model ({}); {} is of {}",
@@ -175,7 +184,7 @@ pub fn open_split(args: &SplitArgs, machine: &MachineArgs) -> Result<Split, Fail
                     ..Terms::blank(0, &device::software("dim-host"), &device::name())
                 };
                 let limit = Duration::from_secs(args.step_timeout);
-                let stage = keep_trying(address, || {
+                let stage = keep_trying(args.patience(), || {
                     WorkerStage::connect(address, key, terms.clone(), Timing::default(), limit)
                 })?;
                 if let Some(link) = stage.link() {
@@ -201,7 +210,7 @@ pub fn open_split(args: &SplitArgs, machine: &MachineArgs) -> Result<Split, Fail
         });
     }
     let vocabulary = vocabulary.expect("the head is a file");
-    let pipeline = Pipeline::new(stages, dtype, Patience::default());
+    let pipeline = Pipeline::new(stages, dtype, args.patience());
     eprintln!("{}", picture(&places, head.model_blocks));
     Ok(Split { pipeline, vocabulary, n_ctx, n_ubatch, model_name: head.model_name })
 }
@@ -375,8 +384,10 @@ pub fn key_for(address: &str, file: Option<&Path>) -> Result<Key, Failure> {
 }
 
 /// Dials until it works, for as long as a lost worker is looked for: the two sides may be started in any order.
-fn keep_trying<T>(address: &str, mut attempt: impl FnMut() -> Result<T, LinkError>) -> Result<T, Failure> {
-    let patience = Patience::default();
+fn keep_trying<T>(
+    patience: Patience,
+    mut attempt: impl FnMut() -> Result<T, LinkError>,
+) -> Result<T, Failure> {
     let start = Instant::now();
     let mut pause = patience.first_pause;
     let mut told = false;
@@ -395,7 +406,6 @@ fn keep_trying<T>(address: &str, mut attempt: impl FnMut() -> Result<T, LinkErro
         }
         std::thread::sleep(pause.min(patience.give_up_after - waited));
         pause = (pause * 2).min(patience.longest_pause);
-        let _ = address;
     }
 }
 

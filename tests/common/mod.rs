@@ -1,0 +1,316 @@
+//! What the tests with real processes have in common: a cut model, workers, hosts, and a relay between them.
+#![allow(dead_code, reason = "each test program uses a part of it")]
+
+use std::io::{BufRead, BufReader, Read, Write};
+use std::net::{Shutdown, SocketAddr, TcpListener, TcpStream};
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Output, Stdio};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex};
+use std::thread::JoinHandle;
+
+use dim::host::report::Report;
+use gguf_tools::gguf::Gguf;
+use gguf_tools::manifest::Manifest;
+use gguf_tools::plan::{Plan, Request};
+use gguf_tools::split::split;
+use gguf_tools::synth::Spec;
+
+pub const HOST: &str = env!("CARGO_BIN_EXE_dim-host");
+pub const WORKER: &str = env!("CARGO_BIN_EXE_dim-worker");
+
+/// At least 128 tokens for a byte-level tokenizer, whatever it merges.
+pub const PROMPT: &str = "The quick brown fox jumps over the lazy dog, and then the dog, who is not as lazy as people say, \
+gets up, walks around the fence twice, and lies down again in the shade of the old pear tree, where nobody jumps over anybody. \
+In the evening both of them sit at the river and count the boats: seven, eight, nine. Tomorrow there will be more of them!";
+
+/// A synthetic model and its slices in a folder of their own, with a key.
+pub struct Cut {
+    pub folder: tempfile::TempDir,
+    pub model: PathBuf,
+    pub split: PathBuf,
+    pub manifest: Manifest,
+    pub key: PathBuf,
+}
+
+impl Cut {
+    pub fn new(spec: &Spec, middles: &[&str]) -> Cut {
+        let folder = tempfile::tempdir().unwrap();
+        let model = folder.path().join("model.gguf");
+        spec.write(&model).unwrap();
+        let gguf = Gguf::open(&model).unwrap();
+        let request = Request {
+            middles: middles.iter().map(|m| m.parse().unwrap()).collect(),
+            stem: "model".into(),
+            ..Request::default()
+        };
+        let plan = Plan::new(&gguf, &request).unwrap();
+        let manifest = split(&plan, folder.path(), "model", |_| {}).unwrap();
+        let key = folder.path().join("key");
+        std::fs::write(&key, format!("{}\n", "5a".repeat(32))).unwrap();
+        let split = folder.path().join("model.split.json");
+        assert!(split.is_file());
+        Cut { model, split, manifest, key, folder }
+    }
+
+    /// A cut tiny model: four or more blocks of `arch`, blocks 1 and 2 in the middle.
+    pub fn tiny(arch: &str) -> Cut {
+        Cut::new(&Spec::tiny(arch).unwrap(), &["1..2"])
+    }
+
+    /// The file of slice `i`: 0 is the head, the last one the tail.
+    pub fn slice(&self, i: usize) -> PathBuf {
+        Manifest::slice_path(&self.split, &self.manifest.slices[i])
+    }
+
+    pub fn worker(&self, i: usize) -> Worker {
+        Worker::start(&self.slice(i), &self.key, &[])
+    }
+
+    /// `dim-host generate` for this model, with the options every run here has in common.
+    pub fn generate(&self, workers: &[&str], more: &[&str]) -> Command {
+        let mut command = Command::new(HOST);
+        command.arg("generate").arg("--split").arg(&self.split).arg("--key-file").arg(&self.key);
+        for worker in workers {
+            command.args(["--worker", worker]);
+        }
+        command.args(COMMON).args(more);
+        command
+    }
+
+    /// `dim-host stock`, the same.
+    pub fn stock(&self, more: &[&str]) -> Command {
+        let mut command = Command::new(HOST);
+        command.arg("stock").arg("--model").arg(&self.model).args(COMMON).args(more);
+        command
+    }
+}
+
+const COMMON: [&str; 7] = ["--threads", "1", "--ctx", "512", "--json", "-p", PROMPT];
+
+/// Runs a host that has to succeed.
+pub fn report(command: &mut Command) -> Report {
+    let output = run(command);
+    assert!(output.status.success(), "{command:?} ended with {}\n{}", output.status, text(&output.stderr));
+    serde_json::from_slice(&output.stdout).unwrap_or_else(|e| panic!("{e}: {}", text(&output.stdout)))
+}
+
+/// Runs a host that has to fail with `code`, and gives its stderr.
+pub fn failure(command: &mut Command, code: i32) -> String {
+    let output = run(command);
+    let stderr = text(&output.stderr);
+    assert_eq!(output.status.code(), Some(code), "{command:?}\n{stderr}");
+    assert!(stderr.contains("error: "), "no error line: {stderr}");
+    assert!(!stderr.contains("panicked"), "{stderr}");
+    stderr
+}
+
+pub fn run(command: &mut Command) -> Output {
+    command.stdin(Stdio::null()).output().unwrap()
+}
+
+pub fn text(bytes: &[u8]) -> String {
+    String::from_utf8_lossy(bytes).into_owned()
+}
+
+/// A dim-worker process.
+pub struct Worker {
+    pub child: Child,
+    pub address: String,
+    pub stderr: Arc<Mutex<String>>,
+    reader: Option<JoinHandle<()>>,
+}
+
+impl Worker {
+    pub fn start(slice: &Path, key: &Path, more: &[&str]) -> Worker {
+        Worker::start_at("127.0.0.1:0", slice, key, more)
+    }
+
+    pub fn start_at(listen: &str, slice: &Path, key: &Path, more: &[&str]) -> Worker {
+        let mut command = Command::new(WORKER);
+        command.arg(slice).arg("--key-file").arg(key).args(["--listen", listen, "--threads", "1"]);
+        if !more.contains(&"--ctx") {
+            command.args(["--ctx", "512"]);
+        }
+        Worker::spawn(command.args(more))
+    }
+
+    /// Starts what `command` says and waits until it listens.
+    pub fn spawn(command: &mut Command) -> Worker {
+        let mut child = command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
+        let stderr = Arc::new(Mutex::new(String::new()));
+        let collected = Arc::clone(&stderr);
+        let pipe = BufReader::new(child.stderr.take().unwrap());
+        let reader = std::thread::spawn(move || {
+            for line in pipe.lines().map_while(Result::ok) {
+                let mut all = collected.lock().unwrap();
+                all.push_str(&line);
+                all.push('\n');
+            }
+        });
+        let mut line = String::new();
+        BufReader::new(child.stdout.take().unwrap()).read_line(&mut line).unwrap();
+        let address = line.trim().strip_prefix("listening on ").map(str::to_owned);
+        let address = address.unwrap_or_else(|| {
+            let _ = child.wait();
+            std::thread::sleep(std::time::Duration::from_millis(100));
+            panic!("{command:?} does not listen: {}", stderr.lock().unwrap())
+        });
+        Worker { child, address, stderr, reader: Some(reader) }
+    }
+
+    pub fn pid(&self) -> u32 {
+        self.child.id()
+    }
+
+    /// Sends a signal by name, as `kill -NAME`.
+    pub fn signal(&self, name: &str) {
+        signal(self.pid(), name);
+    }
+
+    /// kill -9.
+    pub fn kill(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+
+    pub fn stderr(&self) -> String {
+        self.stderr.lock().unwrap().clone()
+    }
+}
+
+impl Drop for Worker {
+    fn drop(&mut self) {
+        self.kill();
+        if let Some(reader) = self.reader.take() {
+            let _ = reader.join();
+        }
+    }
+}
+
+pub fn signal(pid: u32, name: &str) {
+    let status = Command::new("kill").args([&format!("-{name}"), &pid.to_string()]).status().unwrap();
+    assert!(status.success(), "kill -{name} {pid}");
+}
+
+/// A relay on loopback that hands bytes on until it is told to break, and counts what comes back from the worker.
+pub struct Relay {
+    pub address: SocketAddr,
+    state: Arc<RelayState>,
+}
+
+struct RelayState {
+    target: Mutex<String>,
+    /// break every connection once this many bytes have come from the worker; u64::MAX: never
+    break_at: AtomicU64,
+    from_worker: AtomicU64,
+    broken: AtomicBool,
+    connections: Mutex<Vec<TcpStream>>,
+}
+
+impl Relay {
+    pub fn to(target: &str) -> Relay {
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let address = listener.local_addr().unwrap();
+        let state = Arc::new(RelayState {
+            target: Mutex::new(target.to_owned()),
+            break_at: AtomicU64::new(u64::MAX),
+            from_worker: AtomicU64::new(0),
+            broken: AtomicBool::new(false),
+            connections: Mutex::new(Vec::new()),
+        });
+        let shared = Arc::clone(&state);
+        std::thread::spawn(move || {
+            for host in listener.incoming().map_while(Result::ok) {
+                let target = shared.target.lock().unwrap().clone();
+                let Ok(worker) = TcpStream::connect(&target) else { continue };
+                for stream in [&host, &worker] {
+                    stream.set_nodelay(true).unwrap();
+                    shared.connections.lock().unwrap().push(stream.try_clone().unwrap());
+                }
+                let (h, w) = (host.try_clone().unwrap(), worker.try_clone().unwrap());
+                std::thread::spawn(move || copy(host, worker, |n| n));
+                let shared = Arc::clone(&shared);
+                std::thread::spawn(move || {
+                    copy(w, h, |n| {
+                        let before = shared.from_worker.fetch_add(n as u64, Ordering::SeqCst);
+                        let room = shared.break_at.load(Ordering::SeqCst).saturating_sub(before);
+                        if room < n as u64 {
+                            shared.broken.store(true, Ordering::SeqCst);
+                        }
+                        usize::try_from(room).unwrap_or(n).min(n)
+                    });
+                    if shared.broken.load(Ordering::SeqCst) {
+                        shared.cut();
+                    }
+                });
+            }
+        });
+        Relay { address, state }
+    }
+
+    pub fn address(&self) -> String {
+        self.address.to_string()
+    }
+
+    /// Breaks all connections when `bytes` more bytes have come from the worker: in the middle of a frame, mostly.
+    pub fn break_after(&self, bytes: u64) {
+        self.state.broken.store(false, Ordering::SeqCst);
+        let now = self.state.from_worker.load(Ordering::SeqCst);
+        self.state.break_at.store(now.saturating_add(bytes), Ordering::SeqCst);
+    }
+
+    /// Waits until it has broken, at most a minute; false if it did not.
+    pub fn wait_until_broken(&self) -> bool {
+        for _ in 0..60_000 {
+            if self.state.broken.load(Ordering::SeqCst) {
+                return true;
+            }
+            std::thread::sleep(std::time::Duration::from_millis(1));
+        }
+        false
+    }
+
+    /// Lets everything through again.
+    pub fn mend(&self) {
+        self.state.break_at.store(u64::MAX, Ordering::SeqCst);
+    }
+}
+
+impl RelayState {
+    fn cut(&self) {
+        for stream in self.connections.lock().unwrap().drain(..) {
+            let _ = stream.shutdown(Shutdown::Both);
+        }
+    }
+}
+
+/// Copies until either end closes; `let_through` says how many of the bytes read go on, fewer meaning the end.
+fn copy(mut from: TcpStream, mut to: TcpStream, let_through: impl Fn(usize) -> usize) {
+    let mut buffer = [0; 16 * 1024];
+    loop {
+        let n = match from.read(&mut buffer) {
+            Ok(0) | Err(_) => break,
+            Ok(n) => n,
+        };
+        let pass = let_through(n);
+        if to.write_all(&buffer[..pass]).is_err() || pass < n {
+            break;
+        }
+    }
+    let _ = from.shutdown(Shutdown::Both);
+    let _ = to.shutdown(Shutdown::Both);
+}
+
+/// A small generator of numbers that are the same in every run: splitmix64.
+pub struct Numbers(pub u64);
+
+impl Numbers {
+    pub fn below(&mut self, n: u64) -> u64 {
+        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
+        let mut z = self.0;
+        z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+        z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+        (z ^ (z >> 31)) % n
+    }
+}
