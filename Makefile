@@ -2,42 +2,67 @@
 
 SHELL := /bin/sh
 ENV := . ./.env.sh &&
+# one profile and one selection of packages for everything: llama.cpp compiles once
 CARGO_FLAGS := --release --workspace --locked
+FUZZ_RUNS ?= 200000
 
-.PHONY: demo build test lint test-rust test-oracles test-swift test-vulkan bench fuzz clean help
+.PHONY: help setup build demo test lint test-rust test-oracles test-coreml test-swift test-vulkan bench fuzz clean
 
 help:
 	@echo "make demo         build, synthesise a model, cut it in three, run it over two processes, compare with stock llama.cpp"
 	@echo "make test         everything that can be tested on this machine"
-	@echo "make test-vulkan  every layer offloaded through llama.cpp's Vulkan backend on a software driver (Linux)"
-	@echo "make bench        the benches, each of which checks its answer before it is timed"
-	@echo "make fuzz         a short coverage-guided run over the GGUF reader and the frame parser"
-
-.env.sh: .ci/setup
-	@sh .ci/setup build
+	@echo "make test-vulkan  every block offloaded, through llama.cpp's Vulkan backend on a software driver (Linux)"
+	@echo "make bench        the benches; each checks its answer before it is timed"
+	@echo "make fuzz         coverage-guided runs over the GGUF reader and the frame parser (FUZZ_RUNS=$(FUZZ_RUNS))"
 
 setup:
 	@sh .ci/setup build
-.PHONY: setup
 
 build: setup
 	$(ENV) cargo build $(CARGO_FLAGS)
 
 demo: build
-	$(ENV) target/release/dim-host demo
+	@target/release/dim-host demo
 
-test: setup lint test-rust test-oracles
+test: lint test-rust test-oracles test-coreml test-swift fuzz
+	@sh .ci/summary
 
 lint: setup
 	$(ENV) cargo fmt --all --check
 	$(ENV) cargo clippy $(CARGO_FLAGS) --all-targets -- -D warnings
 	$(ENV) RUSTDOCFLAGS="-D warnings" cargo doc $(CARGO_FLAGS) --no-deps
+	@sh .ci/style
 
+# dim-split alone, without a C++ compiler in sight, and then everything with it
 test-rust: setup
+	$(ENV) CARGO_TARGET_DIR=target/pure cargo build --release --locked -p gguf-tools --no-default-features --bins
 	$(ENV) cargo test $(CARGO_FLAGS)
 
-test-oracles: setup
+# other people's programs on our files, and another implementation on our vectors
+test-oracles: build
 	@sh .ci/setup python
+	.venv/bin/python docs/vectors/check.py
+	.venv/bin/python tests/oracle/gguf_files.py target/release
+
+test-coreml: build
+	@sh .ci/setup venv
+	$(ENV) cargo build $(CARGO_FLAGS) --examples
+	DIM_BIN=$(CURDIR)/target/release sh gguf-tools/tests/coreml/run.sh
+
+test-swift:
+	@sh ios_worker/tools/test.sh
+
+test-vulkan: setup
+	@sh tests/vulkan/setup.sh
+	$(ENV) VULKAN_SDK=$(CURDIR)/target/vulkan-sdk GGML_VK_VISIBLE_DEVICES=0 CARGO_TARGET_DIR=target/vulkan \
+		cargo test --release --locked -p llama-sys-patch --features vulkan --test offload -- --nocapture
+
+bench: build
+	$(ENV) cargo bench $(CARGO_FLAGS)
+
+fuzz: setup
+	$(ENV) sh gguf-tools/fuzz/run.sh $(FUZZ_RUNS)
+	$(ENV) sh tests/fuzz/run.sh $(FUZZ_RUNS)
 
 clean:
-	rm -rf target .venv .env.sh
+	rm -rf target .venv .env.sh gguf-tools/fuzz/target tests/fuzz/target ios_worker/.build
