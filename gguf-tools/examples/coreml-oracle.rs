@@ -1,8 +1,9 @@
 //! What llama.cpp computes for a run of blocks, in F32: the truth that the packages' evaluator is compared with.
 //!
-//! `coreml-oracle MODEL.gguf FIRST LAST STEPS.json OUT` feeds tokens through the blocks before FIRST, rounds the rows to
-//! fp16 as the wire does, and feeds those through FIRST..=LAST. STEPS.json is a list of {"session", "rewind" (optional),
-//! "tokens"}, done in order; OUT gets, per step, the rows fed and the rows computed, as fp32 (n, n_embd) each.
+//! `coreml-oracle MODEL.gguf FIRST LAST SCALE STEPS.json OUT` feeds tokens through the blocks before FIRST, rounds the
+//! rows times SCALE (the packages' residual scale) to fp16, and feeds those, over SCALE, through FIRST..=LAST. STEPS.json
+//! is a list of {"session", "rewind" (or null), "tokens"}, done in order; OUT gets, per step, the rows fed and the rows
+//! computed, as fp32 (n, n_embd) each.
 
 use std::fs;
 use std::io::Write;
@@ -22,13 +23,16 @@ type Result<T> = std::result::Result<T, Box<dyn std::error::Error>>;
 
 fn main() -> Result<()> {
     let args: Vec<String> = std::env::args().skip(1).collect();
-    let [model, first, last, steps, out] = args.as_slice() else {
-        return Err("usage: coreml-oracle MODEL.gguf FIRST LAST STEPS.json OUT".into());
+    let [model, first, last, scale, steps, out] = args.as_slice() else {
+        return Err("usage: coreml-oracle MODEL.gguf FIRST LAST SCALE STEPS.json OUT".into());
     };
+    let scale: f32 = scale.parse()?;
     let (first, last): (u32, u32) = (first.parse()?, last.parse()?);
     let steps: Vec<Step> = serde_json::from_slice(&fs::read(steps)?)?;
-    let model =
-        Model::load(&[model], ModelParams { gpu_layers: Some(0), use_mmap: true, no_lm_head: true, ..Default::default() })?;
+    let model = Model::load(
+        &[model],
+        ModelParams { gpu_layers: Some(0), use_mmap: true, no_lm_head: true, ..Default::default() },
+    )?;
     let longest = steps.iter().map(|s| s.tokens.len()).max().unwrap_or(0);
     let n_positions: usize = steps.iter().map(|s| s.tokens.len()).sum();
     let n_sessions = steps.iter().map(|s| s.session + 1).max().unwrap_or(1);
@@ -56,7 +60,7 @@ fn main() -> Result<()> {
         let rows = Row::chunk(step.session, middle.length(step.session)?, n);
         let mut hidden = vec![0.0f32; n * model.n_embd()];
         before.evaluate(&rows, Input::Tokens(&step.tokens), Output::F32(&mut hidden))?;
-        hidden.iter_mut().for_each(|x| *x = f16::from_f32(*x).to_f32());
+        hidden.iter_mut().for_each(|x| *x = f16::from_f32(*x * scale).to_f32() / scale);
         let mut computed = vec![0.0f32; hidden.len()];
         middle.evaluate(&rows, Input::F32(&hidden), Output::F32(&mut computed))?;
         for value in hidden.iter().chain(&computed) {
