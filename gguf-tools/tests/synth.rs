@@ -213,6 +213,12 @@ fn the_program_writes_says_and_fails_as_it_should() {
     }
     assert_eq!(sha256(&path), written, "a refused request must leave the file alone");
 
+    // a model of 900 TB: refused before a byte is written
+    let huge = Spec::new("command-r-35b", None).unwrap().blocks(512);
+    let huge = huge.experts(Experts { n: 800, n_used: 1, n_ff_shared: 0 }).write(&path).unwrap_err();
+    assert!(matches!(huge, Error::Space { .. }) && !huge.is_misuse(), "{huge}");
+    assert_eq!(sha256(&path), written);
+
     let nowhere = folder.path().join("no").join("such.gguf");
     let (code, _, stderr) = run(&[nowhere.to_str().unwrap()]);
     assert_eq!(code, Some(1), "{stderr}");

@@ -22,7 +22,7 @@ mod tokenizer;
 mod weights;
 
 use std::{
-    path::Path,
+    path::{Path, PathBuf},
     sync::mpsc::{self, Receiver, SyncSender},
     thread,
 };
@@ -31,9 +31,13 @@ pub use families::{FAMILIES, Family, Head};
 pub use shapes::{Experts, RopeFactors, SHAPES, Shape};
 pub use tokenizer::MIN_VOCAB;
 
-use crate::gguf::{
-    TensorType, Value,
-    write::{GgufWriter, TensorSpec, WriteError},
+use crate::{
+    gguf::{
+        TensorType, Value,
+        write::{GgufWriter, TensorSpec, WriteError, remove_stale},
+    },
+    os,
+    split::gib,
 };
 use families::{Fill, Tensor};
 use tokenizer::Tokenizer;
@@ -211,11 +215,23 @@ impl Spec {
         path: impl AsRef<Path>,
         mut progress: impl FnMut(u64, u64),
     ) -> Result<(), Error> {
+        let path = path.as_ref();
         let plan = self.plan()?;
+        let need = GgufWriter::planned_bytes(&plan.metadata, &plan.descriptions)?;
+        let folder = path.parent().filter(|folder| !folder.as_os_str().is_empty()).unwrap_or(Path::new("."));
+        // what a killed run left; whether that can be removed is not this run's concern
+        let _ = remove_stale(path);
+        if let Some(have) = os::free_bytes(folder).filter(|&have| have < need) {
+            return Err(Error::Space { need, have, folder: folder.to_owned() });
+        }
         let mut writer = GgufWriter::create(path, &plan.metadata, &plan.descriptions)?;
-        let total = plan.pieces.iter().map(|piece| piece.n_bytes as u64).sum();
+        let mut pieces = Vec::new();
+        for (tensor, description) in plan.tensors.iter().zip(&plan.descriptions) {
+            self.cut(tensor, description.tensor_type, &plan.tokenizer, &mut pieces);
+        }
+        let total = pieces.iter().map(|piece| piece.n_bytes as u64).sum();
         let mut done = 0;
-        in_parallel(&plan.pieces, |bytes| {
+        in_parallel(&pieces, |bytes| {
             writer.write(bytes)?;
             done += bytes.len() as u64;
             progress(done, total);
@@ -256,14 +272,11 @@ impl Spec {
         metadata.extend(self.family.metadata(shape));
         metadata.extend(tokenizer.metadata(self.family.pre_tokenizer, self.family.add_bos));
 
-        let mut descriptions = Vec::new();
-        let mut pieces = Vec::new();
-        for tensor in self.family.tensors(shape, self.tied, self.gain) {
-            let tensor_type = self.type_of(&tensor);
-            self.cut(&tensor, tensor_type, &tokenizer, &mut pieces);
-            descriptions.push(TensorSpec::new(tensor.name, tensor_type, tensor.dims));
-        }
-        Ok(Plan { metadata, descriptions, pieces })
+        let tensors = self.family.tensors(shape, self.tied, self.gain);
+        let describe =
+            |tensor: &Tensor| TensorSpec::new(&tensor.name, self.type_of(tensor), &tensor.dims[..]);
+        let descriptions = tensors.iter().map(describe).collect();
+        Ok(Plan { tokenizer, metadata, tensors, descriptions })
     }
 
     fn type_of(&self, tensor: &Tensor) -> TensorType {
@@ -320,9 +333,11 @@ impl Spec {
 
 /// Everything that is known before the first byte is written.
 struct Plan {
+    tokenizer: Tokenizer,
     metadata: Vec<(String, Value<'static>)>,
+    tensors: Vec<Tensor>,
+    /// one per tensor
     descriptions: Vec<TensorSpec>,
-    pieces: Vec<Piece>,
 }
 
 /// Part of one tensor's data.
@@ -406,24 +421,70 @@ pub fn type_names() -> impl Iterator<Item = &'static str> {
 /// Why a model could not be synthesised.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
-#[allow(missing_docs)]
 pub enum Error {
+    /// No shape of this name.
     #[error("unknown shape {name:?}; known: {}", list(SHAPES.iter().map(|s| s.name)))]
-    UnknownShape { name: String },
+    UnknownShape {
+        /// As asked.
+        name: String,
+    },
+    /// No family of this name.
     #[error("unknown architecture {name:?}; known: {}", list(FAMILIES.iter().map(|f| f.arch)))]
-    UnknownArch { name: String },
+    UnknownArch {
+        /// As asked.
+        name: String,
+    },
+    /// No weight type of this name.
     #[error("unknown weight type {name:?}; known: {}", list(type_names()))]
-    UnknownType { name: String },
+    UnknownType {
+        /// As asked.
+        name: String,
+    },
+    /// A real model's shape in another model's architecture.
     #[error(
         "shape {shape} is of architecture {own}, not {asked}; leave --arch out, or take tiny, demo or small"
     )]
-    ShapeIsOf { shape: &'static str, own: &'static str, asked: String },
+    ShapeIsOf {
+        /// The shape.
+        shape: &'static str,
+        /// Its architecture.
+        own: &'static str,
+        /// As asked.
+        asked: String,
+    },
+    /// An lm_head of its own in a family that has none.
     #[error("llama.cpp's {arch} takes its lm_head from the token embedding only; leave --untied out")]
-    OnlyTied { arch: &'static str },
+    OnlyTied {
+        /// The family.
+        arch: &'static str,
+    },
+    /// A tied lm_head in a family whose loader wants `output.weight`.
     #[error("llama.cpp's {arch} has an lm_head of its own; leave --tied out")]
-    OnlyOwnHead { arch: &'static str },
+    OnlyOwnHead {
+        /// The family.
+        arch: &'static str,
+    },
+    /// A number below what a model needs.
     #[error("{what} {value} is too small, the least is {least}")]
-    TooSmall { what: &'static str, value: u32, least: u32 },
+    TooSmall {
+        /// Which number.
+        what: &'static str,
+        /// As asked.
+        value: u32,
+        /// What would do.
+        least: u32,
+    },
+    /// Not enough room on the disk.
+    #[error("need {}, have {} in {}; name another folder", gib(*.need), gib(*.have), folder.display())]
+    Space {
+        /// Bytes of the file.
+        need: u64,
+        /// Bytes there are.
+        have: u64,
+        /// The folder.
+        folder: PathBuf,
+    },
+    /// Writing failed.
     #[error(transparent)]
     Write(#[from] WriteError),
 }
@@ -431,7 +492,7 @@ pub enum Error {
 impl Error {
     /// Whether the request was wrong, as opposed to its execution having failed.
     pub fn is_misuse(&self) -> bool {
-        !matches!(self, Self::Write(_))
+        !matches!(self, Self::Write(_) | Self::Space { .. })
     }
 }
 
@@ -444,7 +505,7 @@ fn list<'a>(names: impl Iterator<Item = &'a str>) -> String {
 fn in_parallel<E>(pieces: &[Piece], mut take: impl FnMut(&[u8]) -> Result<(), E>) -> Result<(), E> {
     let n_threads = thread::available_parallelism().map_or(1, usize::from).min(pieces.len()).max(1);
     thread::scope(|scope| {
-        let lanes: Vec<(Receiver<Vec<u8>>, SyncSender<Vec<u8>>)> = (0..n_threads)
+        let lanes: Vec<Lane> = (0..n_threads)
             .map(|lane| {
                 let (full_in, full) = mpsc::sync_channel::<Vec<u8>>(1);
                 let (empty, empty_out) = mpsc::sync_channel::<Vec<u8>>(3);
@@ -458,11 +519,11 @@ fn in_parallel<E>(pieces: &[Piece], mut take: impl FnMut(&[u8]) -> Result<(), E>
                         }
                     }
                 });
-                (full, empty)
+                Lane { full, empty }
             })
             .collect();
         for lane in (0..n_threads).cycle().take(pieces.len()) {
-            let (full, empty) = &lanes[lane];
+            let Lane { full, empty } = &lanes[lane];
             let buffer = full.recv().expect("a lane fills every piece of its own");
             take(&buffer)?;
             // a lane that has filled its last piece wants no more buffers
@@ -470,6 +531,12 @@ fn in_parallel<E>(pieces: &[Piece], mut take: impl FnMut(&[u8]) -> Result<(), E>
         }
         Ok(())
     })
+}
+
+/// A filling thread, as the writing one sees it: filled buffers come, empty ones go back.
+struct Lane {
+    full: Receiver<Vec<u8>>,
+    empty: SyncSender<Vec<u8>>,
 }
 
 impl Piece {
