@@ -43,7 +43,7 @@ void fail_with(dim_status status, const dim_fault & fault, const char * format, 
     throw failure { status, fault };
 }
 
-const char * last_log_error() noexcept { return log_error; }
+const char * log_error_line() noexcept { return log_error; }
 void         forget_log()     noexcept { log_error[0] = '\0'; }
 
 // Called by llama.cpp and ggml on whatever thread they are on. Must not throw: it is called from C.
@@ -51,7 +51,8 @@ static void on_log(ggml_log_level level, const char * text, void *) {
     static thread_local ggml_log_level continued = GGML_LOG_LEVEL_NONE;
     if (level != GGML_LOG_LEVEL_CONT) continued = level;
 
-    if (level == GGML_LOG_LEVEL_ERROR) {
+    // the first of several: the later ones say only that what called it failed too
+    if (level == GGML_LOG_LEVEL_ERROR && log_error[0] == '\0') {
         std::snprintf(log_error, sizeof log_error, "%s", text);
         size_t n = std::strlen(log_error);
         while (n > 0 && (log_error[n - 1] == '\n' || log_error[n - 1] == ' ')) log_error[--n] = '\0';

@@ -31,8 +31,8 @@ struct failure {
 // Sets the thread's sentence. Cut at 1023 bytes; never allocates.
 void set_message(const char * format, ...) noexcept DIM_FORMAT(1, 2);
 
-// llama.cpp's last line at level ERROR on this thread since forget_log(), without its newline; "" if there is none.
-const char * last_log_error() noexcept;
+// llama.cpp's first line at level ERROR on this thread since forget_log(), without its newline; "" if there is none.
+const char * log_error_line() noexcept;
 void forget_log() noexcept;
 
 // Installs our log callback and initialises llama.cpp, once per process. Called by everything that makes objects.

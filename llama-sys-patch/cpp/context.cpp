@@ -59,7 +59,7 @@ llama_context_ptr make_context(llama_model * model, const dim_context_params & p
     forget_log();
     llama_context_ptr ctx(llama_init_from_model(model, p));
     if (!ctx) {
-        const char * why = last_log_error();
+        const char * why = log_error_line();
         fail(DIM_OUT_OF_MEMORY, "no context of %u positions x %u sessions: %s", params.n_ctx, params.max_sessions,
              *why ? why : "llama.cpp does not say why");
     }

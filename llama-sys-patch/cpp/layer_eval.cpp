@@ -288,7 +288,7 @@ void dim_stage::split(const dim_row * rows, size_t n_rows, dim_dtype input_type,
         }
     }
     forget_log();
-    if (!splitter.init(batch, model.vocab, false)) fail(DIM_INTERNAL, "llama.cpp refused a batch: %s", last_log_error());
+    if (!splitter.init(batch, model.vocab, false)) fail(DIM_INTERNAL, "llama.cpp refused a batch: %s", log_error_line());
 }
 
 // The rows of a chunk as [from, from + n) of the batch, if they are; else n is 0.

@@ -120,7 +120,7 @@ dim_status dim_model_load(const char * const * paths, size_t n_paths, const dim_
         }
         if (!model) {
             if (watch.cancelled) fail(DIM_CANCELLED, "%s: loading was stopped", paths[0]);
-            const char * why = last_log_error();
+            const char * why = log_error_line();
             fail(DIM_LOAD_FAILED, "%s: %s", paths[0], *why ? why : "llama.cpp could not load it");
         }
         *out = model;

@@ -55,7 +55,7 @@ void dim_stock::decode(const dim_row * rows, size_t n_rows, const int32_t * toke
     const int32_t status = llama_decode(context.get(), batch);
     if (status != 0) {
         session.roll_back(*context, rows, n_rows);
-        fail(DIM_COMPUTE_FAILED, "llama_decode: %d: %s", status, last_log_error());
+        fail(DIM_COMPUTE_FAILED, "llama_decode: %d: %s", status, log_error_line());
     }
     session.extend(rows, n_rows);
     llama_synchronize(context.get());

@@ -12,7 +12,7 @@ pub enum Error {
     #[error("{0}")]
     InvalidArgument(String),
 
-    /// llama.cpp refused the file. The text names the file and has llama.cpp's own last error line.
+    /// llama.cpp refused the file. The text names the file and has llama.cpp's own error line.
     #[error("{0}")]
     LoadFailed(String),
 

@@ -63,7 +63,7 @@ impl Model {
     /// The file should have been through gguf-tools' reader before: llama.cpp aborts on some malformed ones.
     ///
     /// # Errors
-    /// [`Error::LoadFailed`] with llama.cpp's own last error line; [`Error::Cancelled`];
+    /// [`Error::LoadFailed`] with llama.cpp's own error line; [`Error::Cancelled`];
     /// [`Error::InvalidArgument`] for no paths, paths with a NUL byte and unknown devices.
     pub fn load<P: AsRef<Path>>(paths: &[P], params: ModelParams) -> Result<Model, Error> {
         let names = paths.iter().map(|p| c_path(p.as_ref())).collect::<Result<Vec<_>, _>>()?;

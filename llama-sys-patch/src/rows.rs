@@ -51,7 +51,7 @@ impl RowType {
 
     /// Bytes of one row of `n_per_row` values; `None` if it is not a whole number of blocks.
     pub fn row_bytes(&self, n_per_row: usize) -> Option<usize> {
-        if n_per_row % self.block_values != 0 {
+        if !n_per_row.is_multiple_of(self.block_values) {
             return None;
         }
         (n_per_row / self.block_values).checked_mul(self.block_bytes)
@@ -117,7 +117,7 @@ fn shape(row_type: &RowType, n_values: usize, n_per_row: usize) -> Result<(usize
         ))
     })?;
     let n_rows = n_values / n_per_row;
-    if n_rows == 0 || n_values % n_per_row != 0 {
+    if n_rows == 0 || !n_values.is_multiple_of(n_per_row) {
         return Err(Error::WrongSize {
             got: n_values,
             expected: n_per_row * (n_rows + 1),

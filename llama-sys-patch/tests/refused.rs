@@ -1,0 +1,190 @@
+//! Models whose blocks cannot be evaluated apart are refused when a stage is made, by name and with the reason; never
+//! evaluated wrongly. The synthesiser makes only models that can be cut, so these are written by hand: loadable, small.
+
+mod common;
+
+use common::{Chain, Wire, assert_exact, context, decode, stock, tokens};
+use gguf_tools::gguf::write::{GgufWriter, TensorSpec};
+use gguf_tools::gguf::{TensorType, Value};
+use llama_sys_patch::{Error, Model, ModelParams, Row, Stage, StageParams};
+
+const N_EMBD: u64 = 64;
+const N_BLOCKS: u64 = 4;
+const N_VOCAB: u64 = 100;
+const N_CTX: u64 = 256;
+
+/// A model without a tokenizer: keys and tensors as given, blocks' tensors once per block.
+fn write(arch: &str, keys: &[(&str, Value<'static>)], tensors: &[(&str, &[u64])]) -> Model {
+    let mut metadata = vec![
+        ("general.architecture".to_owned(), Value::String(arch.as_bytes().to_vec().into())),
+        ("tokenizer.ggml.model".to_owned(), Value::String(b"none".as_slice().into())),
+    ];
+    let mut put = |key: &str, value| {
+        let key = if key.contains("tokenizer") { key.to_owned() } else { format!("{arch}.{key}") };
+        metadata.push((key, value));
+    };
+    put("vocab_size", Value::U32(N_VOCAB as u32));
+    put("context_length", Value::U32(N_CTX as u32));
+    put("embedding_length", Value::U32(N_EMBD as u32));
+    put("block_count", Value::U32(N_BLOCKS as u32));
+    for (key, value) in keys {
+        put(key, value.clone());
+    }
+    let specs: Vec<TensorSpec> = tensors
+        .iter()
+        .flat_map(|(name, dims)| {
+            let blocks = if name.contains('#') { N_BLOCKS } else { 1 };
+            (0..blocks)
+                .map(move |b| TensorSpec::new(name.replace('#', &b.to_string()), TensorType::F32, *dims))
+        })
+        .collect();
+
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join("model.gguf");
+    let mut writer = GgufWriter::create(&path, &metadata, &specs).unwrap();
+    let mut state = 1u64;
+    for spec in &specs {
+        let data: Vec<u8> = (0..spec.n_bytes().unwrap() / 4)
+            .flat_map(|_| {
+                state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+                (((state >> 40) as f32 / (1u64 << 24) as f32 - 0.5) * 0.2).to_le_bytes()
+            })
+            .collect();
+        writer.write(&data).unwrap();
+    }
+    writer.sync().unwrap();
+    writer.publish().unwrap();
+    Model::load(&[&path], ModelParams { gpu_layers: Some(0), ..Default::default() })
+        .expect("llama.cpp loads it")
+}
+
+fn gpt2() -> Model {
+    let (e, f) = (N_EMBD, 2 * N_EMBD);
+    write(
+        "gpt2",
+        &[
+            ("feed_forward_length", Value::U32(f as u32)),
+            ("attention.head_count", Value::U32(4)),
+            ("attention.layer_norm_epsilon", Value::F32(1e-5)),
+        ],
+        &[
+            ("token_embd.weight", &[e, N_VOCAB]),
+            ("position_embd.weight", &[e, N_CTX]),
+            ("output_norm.weight", &[e]),
+            ("output_norm.bias", &[e]),
+            ("blk.#.attn_norm.weight", &[e]),
+            ("blk.#.attn_norm.bias", &[e]),
+            ("blk.#.attn_qkv.weight", &[e, 3 * e]),
+            ("blk.#.attn_qkv.bias", &[3 * e]),
+            ("blk.#.attn_output.weight", &[e, e]),
+            ("blk.#.attn_output.bias", &[e]),
+            ("blk.#.ffn_norm.weight", &[e]),
+            ("blk.#.ffn_norm.bias", &[e]),
+            ("blk.#.ffn_up.weight", &[e, f]),
+            ("blk.#.ffn_up.bias", &[f]),
+            ("blk.#.ffn_down.weight", &[f, e]),
+            ("blk.#.ffn_down.bias", &[e]),
+        ],
+    )
+}
+
+fn refusal(model: &Model, params: StageParams) -> String {
+    match Stage::new(model, params) {
+        Err(Error::Unsupported(text)) => text,
+        other => panic!("{other:?}"),
+    }
+}
+
+#[test]
+fn a_model_that_adds_positions_before_block_0_is_exact_in_ranges_and_refused_as_a_later_slice() {
+    let model = gpt2();
+
+    // ranges of the whole model: the positions are added where they belong
+    let mut chain = Chain::new(&model, &[1, 3], &context(), Wire::F32);
+    let mut oracle = stock(&model, &context());
+    let prompt = tokens(&model, 1, 70);
+    let rows = Row::chunk(0, 0, 70);
+    assert_exact(&chain.evaluate(&rows, &prompt).unwrap(), &decode(&mut oracle, &rows, &prompt), "gpt2");
+
+    // the same file as a middle or tail: block 0 would add them to hidden rows that have them already
+    for has_lm_head in [false, true] {
+        let params = StageParams { blocks: 0..4, takes_tokens: false, has_lm_head, context: context() };
+        let text = refusal(&model, params);
+        assert!(text.contains("gpt2") && text.contains("before block 0"), "{text}");
+    }
+}
+
+#[test]
+fn a_model_that_keeps_a_state_is_refused() {
+    let (e, inner, state, rank) = (N_EMBD, 2 * N_EMBD, 16, 4);
+    let model = write(
+        "mamba",
+        &[
+            ("feed_forward_length", Value::U32(0)),
+            ("attention.head_count", Value::U32(0)),
+            ("attention.layer_norm_rms_epsilon", Value::F32(1e-5)),
+            ("ssm.conv_kernel", Value::U32(4)),
+            ("ssm.inner_size", Value::U32(inner as u32)),
+            ("ssm.state_size", Value::U32(state as u32)),
+            ("ssm.time_step_rank", Value::U32(rank as u32)),
+        ],
+        &[
+            ("token_embd.weight", &[e, N_VOCAB]),
+            ("output_norm.weight", &[e]),
+            ("blk.#.attn_norm.weight", &[e]),
+            ("blk.#.ssm_in.weight", &[e, 2 * inner]),
+            ("blk.#.ssm_conv1d.weight", &[4, inner]),
+            ("blk.#.ssm_conv1d.bias", &[inner]),
+            ("blk.#.ssm_x.weight", &[inner, rank + 2 * state]),
+            ("blk.#.ssm_dt.weight", &[rank, inner]),
+            ("blk.#.ssm_dt.bias", &[inner]),
+            ("blk.#.ssm_a", &[state, inner]),
+            ("blk.#.ssm_d", &[inner]),
+            ("blk.#.ssm_out.weight", &[inner, e]),
+        ],
+    );
+    let text = refusal(&model, StageParams::of_whole_model(&model, 0..2, context()));
+    assert!(text.contains("mamba") && text.contains("state"), "{text}");
+}
+
+#[test]
+fn an_encoder_is_refused() {
+    let (e, f) = (N_EMBD, 2 * N_EMBD);
+    let model = write(
+        "bert",
+        &[
+            ("feed_forward_length", Value::U32(f as u32)),
+            ("attention.head_count", Value::U32(4)),
+            ("attention.layer_norm_epsilon", Value::F32(1e-5)),
+            ("attention.causal", Value::Bool(false)),
+            ("tokenizer.ggml.token_type_count", Value::U32(2)),
+        ],
+        &[
+            ("token_embd.weight", &[e, N_VOCAB]),
+            ("position_embd.weight", &[e, N_CTX]),
+            ("token_embd_norm.weight", &[e]),
+            ("token_embd_norm.bias", &[e]),
+            ("blk.#.attn_q.weight", &[e, e]),
+            ("blk.#.attn_k.weight", &[e, e]),
+            ("blk.#.attn_v.weight", &[e, e]),
+            ("blk.#.attn_output.weight", &[e, e]),
+            ("blk.#.attn_output_norm.weight", &[e]),
+            ("blk.#.attn_output_norm.bias", &[e]),
+            ("blk.#.ffn_up.weight", &[e, f]),
+            ("blk.#.ffn_down.weight", &[f, e]),
+            ("blk.#.layer_output_norm.weight", &[e]),
+            ("blk.#.layer_output_norm.bias", &[e]),
+        ],
+    );
+    let text = refusal(&model, StageParams::of_whole_model(&model, 0..2, context()));
+    assert!(text.contains("bert") && text.contains("causal"), "{text}");
+}
+
+#[test]
+fn a_file_without_a_tokenizer_says_so() {
+    let model = gpt2();
+    assert!(!model.has_tokenizer());
+    assert_eq!((model.bos(), model.eos(), model.adds_bos(), model.is_eog(0)), (None, None, false, false));
+    assert!(matches!(model.tokenize("hello", true, true), Err(Error::NoTokenizer(_))));
+    assert!(matches!(model.token_bytes(0), Err(Error::NoTokenizer(_))));
+}
