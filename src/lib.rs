@@ -3,6 +3,7 @@
 //! The way of the data, and where each part of it stands: docs/ARCHITECTURE.md.
 #![forbid(unsafe_code)]
 
+pub mod ab;
 pub mod device;
 pub mod failure;
 pub mod host;

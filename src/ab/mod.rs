@@ -5,6 +5,7 @@ pub mod energy;
 pub mod launch;
 pub mod link;
 pub mod machine;
+pub mod quality;
 pub mod record;
 pub mod report;
 pub mod run;
