@@ -42,7 +42,7 @@ test-rust: setup
 test-oracles: build
 	@sh .ci/setup python
 	.venv/bin/python docs/vectors/check.py
-	.venv/bin/python tests/oracle/gguf_files.py target/release
+	.venv/bin/python gguf-tools/tests/oracle/gguf_files.py target/release
 
 test-coreml: build
 	@sh .ci/setup venv
