@@ -100,6 +100,7 @@ pub fn chat(
         let request = Request {
             prompt: &prompt,
             cached: common,
+            ignore_eos: false,
             n_predict: options.n_predict,
             n_ctx: options.n_ctx,
             stop: options.interrupt.stop_flag(),

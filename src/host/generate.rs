@@ -20,6 +20,8 @@ pub struct Request<'a> {
     pub cached: usize,
     /// Most tokens to generate; `None`: until the model ends or the context is full.
     pub n_predict: Option<usize>,
+    /// Go on after an end-of-generation token.
+    pub ignore_eos: bool,
     /// Positions there are.
     pub n_ctx: usize,
     /// Set by another thread to stop after the token that is being computed.
@@ -80,7 +82,7 @@ pub fn generate(
         sampling += sampled_at.elapsed();
         first_token_at.get_or_insert_with(Instant::now);
         tokens.push(token);
-        if vocabulary.is_eog(token) {
+        if vocabulary.is_eog(token) && !request.ignore_eos {
             break Stop::EndOfGeneration;
         }
 

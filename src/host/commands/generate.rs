@@ -62,10 +62,15 @@ impl Run<'_> {
             )),
         };
         let mut written = Ok(());
+        if args.warm_up {
+            engine.evaluate(0, &prompt)?;
+            engine.rewind(0)?;
+        }
         let request = Request {
             prompt: &prompt,
             cached: 0,
             n_predict: args.limit()?,
+            ignore_eos: args.ignore_eos,
             n_ctx: self.n_ctx as usize,
             stop: interrupt.stop_flag(),
             process_start,

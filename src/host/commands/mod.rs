@@ -23,9 +23,18 @@ pub struct PromptArgs {
     /// Read it from a file (- for standard input)
     #[arg(short = 'f', long, value_name = "FILE")]
     pub file: Option<PathBuf>,
+    /// Repeat or cut the prompt to N tokens, for measurements
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
+    pub prompt_tokens: Option<u32>,
     /// Tokens to generate; -1: until the model ends or the context is full
     #[arg(short = 'n', long = "predict", value_name = "N", default_value_t = -1, allow_negative_numbers = true)]
     pub n_predict: i64,
+    /// Go on after the model ends its reply, for measurements
+    #[arg(long)]
+    pub ignore_eos: bool,
+    /// Evaluate the prompt once before, unmeasured, for measurements: weights are read and memory is touched
+    #[arg(long)]
+    pub warm_up: bool,
     /// How to sample.
     #[command(flatten)]
     pub sampling: SamplerOptions,
@@ -124,9 +133,12 @@ impl PromptArgs {
 
     /// The prompt's tokens, at least one, and fewer than the context has positions.
     pub fn tokens(&self, vocabulary: &Model, n_ctx: u32) -> Result<Vec<i32>, Failure> {
-        let tokens = vocabulary.tokenize(&self.text()?, true, true).map_err(Failure::misuse)?;
+        let mut tokens = vocabulary.tokenize(&self.text()?, true, true).map_err(Failure::misuse)?;
         if tokens.is_empty() {
             return Err(Failure::misuse("the prompt is empty").hint("give at least one character with -p or -f"));
+        }
+        if let Some(n) = self.prompt_tokens {
+            tokens = tokens.into_iter().cycle().take(n as usize).collect();
         }
         if tokens.len() > n_ctx as usize {
             return Err(Failure::misuse(format!("the prompt has {} tokens, the context {n_ctx}", tokens.len()))
