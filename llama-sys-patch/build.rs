@@ -16,19 +16,22 @@ use std::path::{Path, PathBuf};
 /// The only llama-cpp-sys-2 whose internals this crate has been checked against.
 const LLAMA_CPP_SYS_VERSION: &str = "0.1.161";
 
-const SOURCES: [&str; 6] = [
+const SOURCES: [&str; 7] = [
     "cpp/boundary.cpp",
     "cpp/context.cpp",
     "cpp/layer_eval.cpp",
     "cpp/model.cpp",
+    "cpp/quantise.cpp",
     "cpp/rows.cpp",
     "cpp/stock.cpp",
 ];
+/// Compiled with the `rpc` feature only.
+const RPC_SOURCE: &str = "cpp/rpc.cpp";
 const HEADERS: [&str; 4] = ["cpp/boundary.h", "cpp/context.h", "cpp/layer_eval.h", "cpp/upstream.h"];
 
 fn main() {
     println!("cargo:rerun-if-changed=build.rs");
-    for file in SOURCES.iter().chain(&HEADERS) {
+    for file in SOURCES.iter().chain(&HEADERS).chain([&RPC_SOURCE]) {
         println!("cargo:rerun-if-changed={file}");
     }
 
@@ -55,6 +58,11 @@ fn main() {
     for directory in ["src", "include", "ggml/include", "ggml/src"] {
         build.flag("-isystem").flag(llama_cpp.join(directory).display().to_string());
     }
+    let rpc = env::var_os("CARGO_FEATURE_RPC").is_some();
+    if rpc {
+        check_rpc(&root.join("build/CMakeCache.txt"));
+        build.file(RPC_SOURCE).define("DIM_RPC", None);
+    }
     build.compile("dim_layer_eval");
 
     let out = PathBuf::from(env::var_os("OUT_DIR").expect("cargo sets OUT_DIR"));
@@ -64,6 +72,7 @@ fn main() {
         .allowlist_item("DIM_.*")
         .prepend_enum_name(false)
         .derive_default(true)
+        .clang_args(rpc.then_some("-DDIM_RPC"))
         .layout_tests(true)
         .generate()
         .expect("bindgen could not read cpp/layer_eval.h")
@@ -84,6 +93,16 @@ fn source_directory(cache: &Path) -> PathBuf {
     let internal = directory.join("src/llama-context.h");
     assert!(internal.is_file(), "{} is missing: llama.cpp's internal headers are needed", internal.display());
     directory
+}
+
+/// The `rpc` feature needs a llama.cpp that was configured with its RPC backend.
+fn check_rpc(cache: &Path) {
+    let text = fs::read_to_string(cache).unwrap_or_default();
+    assert!(
+        text.lines().any(|line| line == "GGML_RPC:BOOL=ON"),
+        "the rpc feature needs a llama.cpp with its RPC backend: build with GGML_RPC=ON in the environment and a \
+         target directory of its own, as GGML_RPC=ON cargo build --release --features rpc --target-dir target/rpc"
+    );
 }
 
 /// Refuses a llama.cpp that nobody has checked cpp/upstream.h against.

@@ -287,6 +287,24 @@ dim_status dim_quantize_rows(uint32_t type, const float * values, size_t n_rows,
 dim_status dim_dequantize_rows(uint32_t type, const uint8_t * rows, size_t rows_len, size_t n_rows, size_t n_per_row, float * out,
                                dim_fault * fault);
 
+// ---- for comparisons -----------------------------------------------------------------------------------------------------
+
+// Writes the model at `from` to `to` as `type`, "q8_0" or "q4_k_m", as llama.cpp's own quantiser does it. On failure `to`
+// may hold a part of it. A file that passes no check of its own can make llama.cpp abort(): check it first. Thread: any.
+dim_status dim_model_quantise(const char * from, const char * to, const char * type, uint32_t n_threads);
+
+#ifdef DIM_RPC
+// Serves this machine's CPU at `endpoint` ("host:port", IPv4) with llama.cpp's RPC backend, without a cache, to one client
+// after the other. Does not return unless it cannot serve. What a client sends can make it abort(): run it in a process of
+// its own. Thread: one.
+dim_status dim_rpc_serve(const char * endpoint, uint32_t n_threads);
+
+// As dim_model_load(), with the last n_blocks blocks and their KV cache on the RPC server at `endpoint`, and embedding,
+// output norm and lm_head here. A server that cannot be reached makes llama.cpp abort(): dial it first. Thread: any.
+dim_status dim_rpc_model_load(const char * const * paths, size_t n_paths, const char * endpoint, uint32_t n_blocks, bool use_mmap,
+                              struct llama_model ** out);
+#endif
+
 #ifdef __cplusplus
 }
 #endif

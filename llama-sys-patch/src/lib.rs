@@ -12,6 +12,7 @@
 //!
 //! ```text
 //! model.rs stage.rs stock.rs rows.rs   the safe API: typed errors, lengths by slices
+//! quantise.rs rpc.rs                   for comparisons: quantised models, llama.cpp's RPC backend
 //! error.rs                             a dim_status and its dim_fault become an Error
 //! ffi.rs                               bindgen's view of cpp/layer_eval.h, and nothing else
 //! cpp/layer_eval.h                     the contract: ownership, threads, what holds on failure
@@ -21,12 +22,16 @@
 mod error;
 mod ffi;
 mod model;
+mod quantise;
 mod rows;
+#[cfg(feature = "rpc")]
+pub mod rpc;
 mod stage;
 mod stock;
 
 pub use error::Error;
 pub use model::{Device, LogLevel, Model, ModelParams, Offload, devices, set_log};
+pub use quantise::{Quantised, quantise_model};
 pub use rows::{RowType, dequantize_rows, quantize_rows};
 pub use stage::{BlockStats, ContextInfo, ContextParams, FlashAttn, Input, Output, Row, Stage, StageParams};
 pub use stock::Stock;

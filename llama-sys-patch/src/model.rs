@@ -88,8 +88,17 @@ impl Model {
             ffi::dim_model_load(pointers.as_ptr(), pointers.len(), &raw const c_params, &raw mut model)
         };
         check_status(status)?;
-        let model = NonNull::new(model).ok_or_else(|| Error::Internal("a model that is NULL".into()))?;
         // SAFETY: dim_model_load() gave us the model to own.
+        unsafe { Model::of(model) }
+    }
+
+    /// A model that llama.cpp has just loaded.
+    ///
+    /// # Safety
+    /// The caller owns the model, and gives it up.
+    pub(crate) unsafe fn of(model: *mut ffi::llama_model) -> Result<Model, Error> {
+        let model = NonNull::new(model).ok_or_else(|| Error::Internal("a model that is NULL".into()))?;
+        // SAFETY: the caller gives it to us to own.
         let model = unsafe { adopt(model) };
 
         let mut info = ffi::dim_model_info::default();
