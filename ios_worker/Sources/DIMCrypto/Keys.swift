@@ -13,8 +13,8 @@ public struct PairKey: Equatable, Sendable {
 
     /// A key of a key file: one line of 64 hexadecimal digits.
     public init?(line: String) {
-        let text = line.filter { !$0.isWhitespace }
-        guard text.utf8.count == 2 * keyBytes, let bytes = unhex(text) else { return nil }
+        let text = line.last?.isNewline == true ? line.dropLast() : line[...]
+        guard text.utf8.count == 2 * keyBytes, let bytes = unhex(String(text)) else { return nil }
         self.bytes = bytes
     }
 
@@ -52,8 +52,10 @@ public struct KeyID: Hashable, Sendable {
 
 /// Why a typed code is none.
 public enum PairingCodeError: Error, Equatable, Sendable {
-    /// not 21 characters of the alphabet
-    case characters
+    /// not 21 characters
+    case length
+    /// a character that is not of the alphabet
+    case character
     /// a typing error: the check character does not fit the others
     case check
 }
@@ -79,10 +81,10 @@ public struct PairingCode: Equatable, Sendable {
                 case "a"..."z" where character.isASCII: Character(character.uppercased())
                 default: character
                 }
-            guard let value = PairingCode.alphabet.firstIndex(of: meant) else { throw .characters }
+            guard let value = PairingCode.alphabet.firstIndex(of: meant) else { throw .character }
             values.append(value)
         }
-        guard values.count == PairingCode.length + 1 else { throw .characters }
+        guard values.count == PairingCode.length + 1 else { throw .length }
         self.init(values: Array(values.dropLast()))
         guard checkCharacter == PairingCode.alphabet[values.last!] else { throw .check }
     }

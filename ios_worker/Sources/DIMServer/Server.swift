@@ -238,15 +238,12 @@ public final class Server: @unchecked Sendable {
 
     private func accept(_ socket: Socket) {
         while let accepted = socket.accept() {
-            let room: Connection? = locked {
-                guard listener === socket, connections.count < 4 * Limit.handshakes else { return nil }
-                let handshakes = connections.values.filter(\.isHandshaking).count
-                let connection = Connection(self, accepted, crowded: handshakes >= Limit.handshakes)
-                connections[ObjectIdentifier(connection)] = connection
-                return connection
-            }
-            guard let room else { continue }
-            Thread.start("dim connection") { room.run() }
+            let open: [Connection]? = locked { listener === socket ? Array(connections.values) : nil }
+            guard let open, open.count < 4 * Limit.handshakes else { continue }
+            let handshakes = open.filter(\.isHandshaking).count
+            let connection = Connection(self, accepted, crowded: handshakes >= Limit.handshakes)
+            locked { connections[ObjectIdentifier(connection)] = connection }
+            Thread.start("dim connection") { connection.run() }
         }
         let lost = locked {
             guard listener === socket else { return false }

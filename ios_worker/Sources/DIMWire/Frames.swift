@@ -128,7 +128,7 @@ struct FrameOpener {
 /// The sending direction: whole messages in, frames out.
 struct FrameSealer {
     private let cipher: SystemPrimitives.Cipher
-    private var number: UInt64 = 0
+    var number: UInt64 = 0
 
     init(key: [UInt8]) { cipher = SystemPrimitives.Cipher(key: key) }
 

@@ -9,7 +9,7 @@ struct Link {
     private(set) var lastSent: Milliseconds
     private var lastHeard: Milliseconds
     private var opener: FrameOpener?
-    private var sealer: FrameSealer?
+    var sealer: FrameSealer?
 
     init(now: Milliseconds) {
         lastSent = now

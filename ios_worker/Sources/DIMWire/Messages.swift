@@ -348,8 +348,9 @@ extension Message {
         return kind
     }
 
-    /// Reads one whole message. `agreed` is needed for STEP and STEP_DONE, whose length follows from it.
-    public init(decoding message: [UInt8], agreed: Agreed?) throws(RuleBroken) {
+    /// Reads one whole message. Only its layout is checked, not whether it fits what was agreed.
+    /// - Parameter nEmbd: values of a row, from which the length of STEP and STEP_DONE follows
+    public init(decoding message: [UInt8], nEmbd: Int) throws(RuleBroken) {
         let header = try Header(message)
         guard let kind = Kind(rawValue: header.kind) else { throw RuleBroken(.unknownKind, "kind \(header.kind)") }
         guard header.length <= message.count else {
@@ -384,12 +385,11 @@ extension Message {
                     software: try reader.string(atMost: Limit.name)))
         case .pairStored: self = .pairStored
         case .step, .stepDone:
-            guard let agreed else { throw RuleBroken(.unexpected, "\(kind.name) before anything is agreed") }
             // rows run to the end of the message: their reader has checked it
             self =
                 kind == .step
-                ? .step(try Step(from: &reader, message: message, header: header, agreed: agreed))
-                : .stepDone(try StepDone(from: &reader, message: message, header: header, agreed: agreed))
+                ? .step(try Step(from: &reader, message: message, header: header, nEmbd: nEmbd))
+                : .stepDone(try StepDone(from: &reader, message: message, header: header, nEmbd: nEmbd))
             return
         case .rewind: self = .rewind(session: try reader.u32(), position: try reader.u32())
         case .endSession:
@@ -414,14 +414,14 @@ extension Message {
         case .pushOffer: self = .pushOffer(try PushOffer(from: &reader, count: Int(header.b)))
         case .pushNeed:
             guard (1...Limit.pushItems).contains(Int(header.b)) else {
-                throw RuleBroken(.pushItems, "\(header.b) items")
+                throw RuleBroken(.badValue, "\(header.b) items")
             }
             var have: [UInt64] = []
             for _ in 0..<header.b { have.append(try reader.u64()) }
             self = .pushNeed(have)
         case .pushData:
             let offset = try reader.u64()
-            guard reader.remaining >= 1 else { throw RuleBroken(.truncated, "PUSH_DATA without data") }
+            guard reader.remaining >= 1 else { throw RuleBroken(.badValue, "PUSH_DATA without data") }
             guard reader.remaining <= Limit.pushData else {
                 throw RuleBroken(.tooLong, "PUSH_DATA of \(reader.remaining) bytes")
             }
@@ -473,7 +473,7 @@ extension Message {
             }
         case .pairStored: header(&writer, .pairStored) { _ in }
         case .step(let step):
-            header(&writer, .step, a: step.rows.format.rawValue, b: UInt16(step.spans.count)) {
+            header(&writer, .step, a: step.rows.format.rawValue, b: UInt16(clamping: step.spans.count)) {
                 $0.u32(step.id)
                 $0.u32(UInt32(step.rows.count))
                 for span in step.spans {
@@ -524,7 +524,7 @@ extension Message {
             }
         case .goodbye(let reason): header(&writer, .goodbye, b: reason.rawValue) { _ in }
         case .pushOffer(let offer):
-            header(&writer, .pushOffer, b: UInt16(offer.items.count)) {
+            header(&writer, .pushOffer, b: UInt16(clamping: offer.items.count)) {
                 $0.array(offer.identifyingBytes)
                 $0.string(offer.name, atMost: Limit.name)
             }
@@ -603,57 +603,46 @@ extension Message {
 }
 
 extension Step {
-    fileprivate init(
-        from reader: inout Reader, message: [UInt8], header: Header, agreed: Agreed
-    ) throws(RuleBroken) {
-        let format = try agreedFormat(header.a, agreed)
-        let spanCount = Int(header.b)
-        guard spanCount >= 1, spanCount <= agreed.maxSessions else {
-            throw RuleBroken(.spanCount, "\(spanCount) spans, agreed are 1...\(agreed.maxSessions)")
-        }
+    fileprivate init(from reader: inout Reader, message: [UInt8], header: Header, nEmbd: Int) throws(RuleBroken) {
+        let format = try knownFormat(header.a)
         id = try reader.u32()
         let count = try reader.u32()
-        guard count >= 1, count <= agreed.maxRows else {
-            throw RuleBroken(.rowCount, "\(count) rows, agreed are 1...\(agreed.maxRows)")
-        }
+        let expected =
+            UInt64(Step.headerBytes) + UInt64(header.b) * UInt64(Span.bytes) + Rows.bytes(format, count: count, nEmbd: nEmbd)
+        try checkLength(message, expected)
         spans = []
-        spans.reserveCapacity(spanCount)
-        var sum: UInt64 = 0
-        for _ in 0..<spanCount {
-            let span = Span(session: try reader.u32(), position: try reader.u32(), count: try reader.u32())
+        spans.reserveCapacity(Int(header.b))
+        for _ in 0..<header.b {
+            spans.append(Span(session: try reader.u32(), position: try reader.u32(), count: try reader.u32()))
             try reader.zeros(4)
-            guard span.count >= 1 else { throw RuleBroken(.rowCount, "a span of no rows") }
-            sum += UInt64(span.count)
-            spans.append(span)
         }
-        guard sum == UInt64(count) else {
-            throw RuleBroken(.rowCount, "\(count) rows announced, \(sum) in the spans")
-        }
-        rows = try Rows(
-            from: &reader, message: message, format: format, count: Int(count), nEmbd: Int(agreed.nEmbd))
+        rows = try Rows(from: &reader, message: message, format: format, count: Int(count))
     }
 }
 
 extension StepDone {
     fileprivate init(
-        from reader: inout Reader, message: [UInt8], header: Header, agreed: Agreed
+        from reader: inout Reader, message: [UInt8], header: Header, nEmbd: Int
     ) throws(RuleBroken) {
-        let format = try agreedFormat(header.a, agreed)
+        let format = try knownFormat(header.a)
         id = try reader.u32()
         let count = try reader.u32()
-        guard count >= 1, count <= agreed.maxRows else {
-            throw RuleBroken(.rowCount, "\(count) rows, agreed are 1...\(agreed.maxRows)")
-        }
         computeMicroseconds = try reader.u32()
         waitedMicroseconds = try reader.u32()
-        rows = try Rows(
-            from: &reader, message: message, format: format, count: Int(count), nEmbd: Int(agreed.nEmbd))
+        try checkLength(message, UInt64(StepDone.headerBytes) + Rows.bytes(format, count: count, nEmbd: nEmbd))
+        rows = try Rows(from: &reader, message: message, format: format, count: Int(count))
     }
 }
 
-private func agreedFormat(_ value: UInt8, _ agreed: Agreed) throws(RuleBroken) -> RowFormat {
-    guard let format = RowFormat(rawValue: value), format.dtype == agreed.dtype, !format.scaled || agreed.scaled
-    else { throw RuleBroken(.rowFormat, "row format \(value)") }
+/// The length that follows from the counts, before anything is allocated for them.
+private func checkLength(_ message: [UInt8], _ expected: UInt64) throws(RuleBroken) {
+    let found = UInt64(message.count)
+    guard found >= expected else { throw RuleBroken(.truncated, "\(found) bytes, the counts make \(expected)") }
+    guard found == expected else { throw RuleBroken(.trailingBytes, "\(found) bytes, the counts make \(expected)") }
+}
+
+private func knownFormat(_ value: UInt8) throws(RuleBroken) -> RowFormat {
+    guard let format = RowFormat(rawValue: value) else { throw RuleBroken(.badValue, "row format \(value)") }
     return format
 }
 
@@ -668,6 +657,7 @@ extension Heartbeat {
         self.state = knownState
         self.temperature = knownTemperature
         let battery = try reader.u8()
+        guard battery <= 100 || battery == .max else { throw RuleBroken(.badValue, "battery at \(battery) %") }
         self.battery = battery == .max ? nil : battery
         try reader.zeros(1)
         let memory = try reader.u32()
@@ -679,7 +669,7 @@ extension Heartbeat {
 
 extension PushOffer {
     fileprivate init(from reader: inout Reader, count: Int) throws(RuleBroken) {
-        guard (1...Limit.pushItems).contains(count) else { throw RuleBroken(.pushItems, "\(count) items") }
+        guard (1...Limit.pushItems).contains(count) else { throw RuleBroken(.badValue, "\(count) items") }
         model = Digest(try reader.array(32))!
         slice = Digest(try reader.array(32))!
         firstBlock = try reader.u32()
@@ -692,7 +682,7 @@ extension PushOffer {
             let size = try reader.u64()
             let digest = Digest(try reader.array(32))!
             guard let known = PushItem.Kind(rawValue: kind) else {
-                throw RuleBroken(.pushItems, "item of kind \(kind)")
+                throw RuleBroken(.badValue, "item of kind \(kind)")
             }
             guard size >= 1, size <= Limit.pushItemBytes else {
                 throw RuleBroken(.pushItems, "item of \(size) bytes")

@@ -46,11 +46,11 @@ public enum Rule: String, Sendable, CaseIterable {
             .answerChanged, .badAnswer, .frameLength, .badTag, .pushItems:
             nil
         case .tooLong, .truncated, .trailingBytes, .unknownKind, .reservedNotZero, .notUTF8, .stringTooLong,
-            .badValue:
+            .badValue, .rowExponent:
             .malformed
         case .unexpected, .pushOrder: .unexpected
         case .session, .sessionTwice, .position, .context: .position
-        case .stepID, .spanCount, .rowCount, .rowFormat, .rowExponent, .inFlight: .step
+        case .stepID, .spanCount, .rowCount, .rowFormat, .inFlight: .step
         case .nonFinite: .nonFinite
         }
     }

@@ -21,19 +21,17 @@ public struct SessionBooks: Sendable {
     /// The id that the next STEP must have.
     public var nextID: UInt32 { lastID &+ 1 }
 
-    /// The row count of a STEP not yet answered, by the order of the STEPs.
-    var oldest: (id: UInt32, rows: Int)? { unanswered.first }
-
     /// A STEP: all its rules are checked before anything changes.
-    public mutating func step(id: UInt32, spans: [Span]) throws(RuleBroken) {
+    public mutating func step(id: UInt32, rows: Int, format: RowFormat, spans: [Span]) throws(RuleBroken) {
         guard id == nextID, id != 0 else { throw RuleBroken(.stepID, "step \(id) after step \(lastID)") }
         guard unanswered.count < agreed.maxInFlight else {
             throw RuleBroken(.inFlight, "\(unanswered.count) steps are unanswered")
         }
-        guard spans.count >= 1, spans.count <= agreed.maxSessions else {
-            throw RuleBroken(.spanCount, "\(spans.count) spans")
+        try check(format)
+        guard spans.count >= 1, spans.count <= agreed.maxSessions, spans.allSatisfy({ $0.count >= 1 }) else {
+            throw RuleBroken(.spanCount, "\(spans.count) spans, or one of no rows")
         }
-        var rows: UInt64 = 0
+        var sum: UInt64 = 0
         for (index, span) in spans.enumerated() {
             try check(span.session)
             for earlier in spans[..<index] where earlier.session == span.session {
@@ -48,23 +46,26 @@ public struct SessionBooks: Sendable {
             guard end <= agreed.nCtx else {
                 throw RuleBroken(.context, "session \(span.session) would hold \(end) rows of \(agreed.nCtx)")
             }
-            rows += UInt64(span.count)
+            sum += UInt64(span.count)
         }
-        guard rows >= 1, rows <= agreed.maxRows else { throw RuleBroken(.rowCount, "\(rows) rows") }
+        guard rows >= 1, rows <= agreed.maxRows, sum == rows else {
+            throw RuleBroken(.rowCount, "\(rows) rows of at most \(agreed.maxRows), \(sum) in the spans")
+        }
 
         for span in spans { lengths[Int(span.session)] = span.position + span.count }
         lastID = id
-        unanswered.append((id, Int(rows)))
+        unanswered.append((id, rows))
     }
 
     /// A STEP_DONE.
-    public mutating func stepDone(id: UInt32, rows: Int) throws(RuleBroken) {
+    public mutating func stepDone(id: UInt32, rows: Int, format: RowFormat) throws(RuleBroken) {
         guard let oldest = unanswered.first, oldest.id == id else {
             throw RuleBroken(.stepID, "STEP_DONE \(id), the oldest unanswered is \(unanswered.first?.id ?? 0)")
         }
         guard oldest.rows == rows else {
             throw RuleBroken(.rowCount, "\(rows) rows answer step \(id) of \(oldest.rows)")
         }
+        try check(format)
         unanswered.removeFirst()
     }
 
@@ -80,6 +81,12 @@ public struct SessionBooks: Sendable {
     public mutating func end(session: UInt32) throws(RuleBroken) {
         try check(session)
         lengths[Int(session)] = 0
+    }
+
+    private func check(_ format: RowFormat) throws(RuleBroken) {
+        guard format.dtype == agreed.dtype, !format.scaled || agreed.scaled else {
+            throw RuleBroken(.rowFormat, "row format \(format.rawValue)")
+        }
     }
 
     private func check(_ session: UInt32) throws(RuleBroken) {

@@ -86,6 +86,9 @@ public struct Terms: Hashable, Sendable {
     init(from reader: inout Reader) throws(RuleBroken) {
         version = try reader.u16()
         dtypes = DTypes(rawValue: try reader.u8())
+        guard dtypes.isSubset(of: [.f16, .f32, .bf16]) else {
+            throw RuleBroken(.badValue, "row types \(dtypes.rawValue)")
+        }
         let role = try reader.u8()
         guard let known = SliceRole(rawValue: role) else { throw RuleBroken(.badValue, "role \(role)") }
         self.role = known
@@ -149,74 +152,12 @@ public struct Agreed: Equatable, Sendable {
     public let maxSessions: UInt32
     public let maxInFlight: UInt32
 
-    /// Compares `host`'s terms with `worker`'s on a connection of version `chosen`.
+    /// Compares `host`'s terms with `worker`'s on a connection of version `chosen`; throws the first mismatch.
     public init(host: Terms, worker: Terms, chosen: UInt16) throws(Mismatch) {
-        func refuse(_ reason: RefusalReason, _ text: String) -> Mismatch { Mismatch(reason: reason, text: text) }
-
-        guard host.version == worker.version, host.version == chosen else {
-            throw refuse(
-                .version,
-                "the host speaks version \(host.version), the worker \(worker.version), agreed was \(chosen): update "
-                    + (host.version < worker.version ? "the host" : "the worker"))
-        }
-        guard worker.role != .none else { throw refuse(.noSlice, "the worker has no slice: give it one") }
-        guard host.arch == worker.arch else {
-            throw refuse(
-                .arch,
-                "the host has a \(shown(host.arch)) model, the worker a slice of a \(shown(worker.arch)) model")
-        }
-        guard host.model == worker.model, host.model.isKnown else {
-            throw refuse(
-                .model,
-                "the host runs model \(host.model.short), the worker holds a slice of model \(worker.model.short)")
-        }
-        guard host.parameters.agrees(with: worker.parameters) else {
-            throw refuse(.parameters, "the same weights with other settings (rope, norms): split the model again")
-        }
-        guard host.modelBlocks == worker.modelBlocks else {
-            throw refuse(
-                .modelBlocks,
-                "the host's model has \(host.modelBlocks) blocks, the worker's slice is from one of \(worker.modelBlocks)")
-        }
-        guard host.nEmbd == worker.nEmbd else {
-            throw refuse(.nEmbd, "rows of the host have \(host.nEmbd) values, rows of the worker \(worker.nEmbd)")
-        }
-        guard host.role == worker.role else {
-            throw refuse(.role, "the host needs a \(host.role) slice, the worker holds a \(worker.role)")
-        }
-        guard host.firstBlock == worker.firstBlock, host.lastBlock == worker.lastBlock else {
-            throw refuse(
-                .blocks,
-                "the host needs blocks \(host.firstBlock)..\(host.lastBlock), "
-                    + "the worker holds \(worker.firstBlock)..\(worker.lastBlock)")
-        }
-        guard host.slice.agrees(with: worker.slice) else {
-            throw refuse(.slice, "the worker's slice has the same blocks from another split: copy the slice again")
-        }
-        guard let dtype = host.dtypes.single, worker.dtypes.isSuperset(of: host.dtypes) else {
-            throw refuse(
-                .dtype,
-                "the host wants row types \(host.dtypes.rawValue), the worker has \(worker.dtypes.rawValue): see --wire")
-        }
-        guard host.nCtx > 0, host.nCtx <= worker.nCtx else {
-            throw refuse(
-                .context,
-                "the host needs a context of \(host.nCtx), the worker serves at most \(worker.nCtx): "
-                    + "a smaller --ctx on the host or a larger one on the worker")
-        }
-        guard host.maxSessions > 0, host.maxSessions <= worker.maxSessions else {
-            throw refuse(
-                .sessions, "the host needs \(host.maxSessions) sessions, the worker serves at most \(worker.maxSessions)")
-        }
-        guard host.maxRows > 0, worker.maxRows > 0 else {
-            throw refuse(.rows, "the \(host.maxRows == 0 ? "host" : "worker") allows no rows in a step")
-        }
-        guard host.maxInFlight > 0, worker.maxInFlight > 0 else {
-            throw refuse(.inFlight, "the \(host.maxInFlight == 0 ? "host" : "worker") allows no step in flight")
-        }
-
+        if let first = Agreed.mismatches(host: host, worker: worker, chosen: chosen).first { throw first }
         version = chosen
-        self.dtype = dtype
+        // no mismatch: there is exactly one
+        dtype = host.dtypes.single ?? .f16
         features = host.features.intersection(worker.features)
         nEmbd = host.nEmbd
         firstBlock = host.firstBlock
@@ -225,11 +166,72 @@ public struct Agreed: Equatable, Sendable {
         maxRows = min(host.maxRows, worker.maxRows)
         maxSessions = host.maxSessions
         maxInFlight = min(host.maxInFlight, worker.maxInFlight)
+    }
 
-        guard let longest = longestStep, longest <= Limit.stepMessage else {
-            throw refuse(
-                .tooLarge, "a step of \(maxRows) rows of \(nEmbd) values is longer than 2 GiB: fewer rows on the host")
+    /// Everything in which two terms do not fit, in the order of PROTOCOL.md; both sides come to the same list.
+    public static func mismatches(host: Terms, worker: Terms, chosen: UInt16) -> [Mismatch] {
+        var list: [Mismatch] = []
+        func refuse(_ reason: RefusalReason, if broken: Bool, _ text: @autoclosure () -> String) {
+            if broken { list.append(Mismatch(reason: reason, text: text())) }
         }
+
+        refuse(
+            .version, if: host.version != worker.version || host.version != chosen,
+            "the host speaks version \(host.version), the worker \(worker.version), agreed was \(chosen): update "
+                + (host.version < worker.version ? "the host" : "the worker"))
+        refuse(.noSlice, if: worker.role == .none, "the worker has no slice: give it one")
+        refuse(
+            .arch, if: host.arch != worker.arch,
+            "the host has a \(shown(host.arch)) model, the worker a slice of a \(shown(worker.arch)) model")
+        refuse(
+            .model, if: host.model != worker.model || !host.model.isKnown,
+            "the host runs model \(host.model.short), the worker holds a slice of model \(worker.model.short)")
+        refuse(
+            .parameters, if: !host.parameters.agrees(with: worker.parameters),
+            "the same weights with other settings (rope, norms): split the model again")
+        refuse(
+            .modelBlocks, if: host.modelBlocks != worker.modelBlocks,
+            "the host's model has \(host.modelBlocks) blocks, the worker's slice is from one of \(worker.modelBlocks)")
+        refuse(
+            .nEmbd, if: host.nEmbd != worker.nEmbd || host.nEmbd == 0,
+            "rows of the host have \(host.nEmbd) values, rows of the worker \(worker.nEmbd)")
+        refuse(
+            .role, if: host.role != worker.role, "the host needs a \(host.role) slice, the worker holds a \(worker.role)")
+        refuse(
+            .blocks,
+            if: host.firstBlock != worker.firstBlock || host.lastBlock != worker.lastBlock
+                || host.firstBlock > host.lastBlock || host.lastBlock >= host.modelBlocks,
+            "the host needs blocks \(host.firstBlock)..\(host.lastBlock), "
+                + "the worker holds \(worker.firstBlock)..\(worker.lastBlock)")
+        refuse(
+            .slice, if: !host.slice.agrees(with: worker.slice),
+            "the worker's slice has the same blocks from another split: copy the slice again")
+        let dtype = host.dtypes.single
+        refuse(
+            .dtype, if: dtype == nil || !worker.dtypes.isSuperset(of: host.dtypes),
+            "the host wants row types \(host.dtypes.rawValue), the worker has \(worker.dtypes.rawValue): see --wire")
+        refuse(
+            .context, if: host.nCtx == 0 || host.nCtx > worker.nCtx,
+            "the host needs a context of \(host.nCtx), the worker serves at most \(worker.nCtx): "
+                + "a smaller --ctx on the host or a larger one on the worker")
+        refuse(
+            .sessions, if: host.maxSessions == 0 || host.maxSessions > worker.maxSessions,
+            "the host needs \(host.maxSessions) sessions, the worker serves at most \(worker.maxSessions)")
+        refuse(
+            .rows, if: host.maxRows == 0 || worker.maxRows == 0,
+            "the \(host.maxRows == 0 ? "host" : "worker") allows no rows in a step")
+        refuse(
+            .inFlight, if: host.maxInFlight == 0 || worker.maxInFlight == 0,
+            "the \(host.maxInFlight == 0 ? "host" : "worker") allows no step in flight")
+        if let dtype {
+            let maxRows = min(host.maxRows, worker.maxRows)
+            let format = RowFormat(dtype, scaled: host.features.intersection(worker.features).contains(.scaledRows))
+            let longest = stepBytes(format, host.maxSessions, maxRows, host.nEmbd)
+            refuse(
+                .tooLarge, if: longest == nil || host.maxSessions > UInt32(UInt16.max),
+                "a step of \(maxRows) rows of \(host.nEmbd) values is longer than 2 GiB: fewer rows on the host")
+        }
+        return list
     }
 
     public var scaled: Bool { features.contains(.scaledRows) }
@@ -238,20 +240,25 @@ public struct Agreed: Equatable, Sendable {
     public var rowBytes: Int { Int(nEmbd) * dtype.width }
 
     /// Largest message host -> worker while serving: bytes.
-    public var hostMessageLimit: Int { max(Limit.openingMessage, Int(longestStep ?? Limit.stepMessage)) }
+    public var hostMessageLimit: Int {
+        max(
+            Limit.openingMessage,
+            Agreed.stepBytes(RowFormat(dtype, scaled: scaled), maxSessions, maxRows, nEmbd) ?? 0)
+    }
 
     /// Largest message worker -> host while serving: bytes.
     public var workerMessageLimit: Int {
         max(Limit.openingMessage, 24 + (scaled ? padded8(Int(maxRows)) : 0) + Int(maxRows) * rowBytes)
     }
 
-    /// nil if it does not fit 64 bits.
-    private var longestStep: UInt64? {
-        let exponents = scaled ? (UInt64(maxRows) + 7) / 8 * 8 : 0
-        let (values, overflow) = (UInt64(maxRows) * UInt64(nEmbd)).multipliedReportingOverflow(by: UInt64(dtype.width))
-        guard !overflow else { return nil }
-        let (sum, overflows) = values.addingReportingOverflow(16 + 16 * UInt64(maxSessions) + exponents)
-        return overflows ? nil : sum
+    /// Bytes of the longest STEP; nil if it is longer than any may be.
+    private static func stepBytes(_ format: RowFormat, _ sessions: UInt32, _ rows: UInt32, _ nEmbd: UInt32) -> Int? {
+        let exponents = format.scaled ? (UInt64(rows) + 7) / 8 * 8 : 0
+        let (values, overflow) = (UInt64(rows) * UInt64(nEmbd))
+            .multipliedReportingOverflow(by: UInt64(format.dtype.width))
+        guard !overflow, values <= Limit.stepMessage else { return nil }
+        let sum = values + 16 + 16 * UInt64(sessions) + exponents
+        return sum <= Limit.stepMessage ? Int(sum) : nil
     }
 }
 

@@ -63,19 +63,19 @@ public struct WorkerConnection {
     }
 
     private var state = State.preamble
-    private var link: Link
+    var link: Link
     private let acceptedAt: Milliseconds
     private let secrets: WorkerSecrets
     private let crowded: Bool
     private let ephemeral: [UInt8]
-    private var terms: Terms
-    private var chosen: UInt16 = 0
+    var terms: Terms
+    private(set) var chosen: UInt16 = 0
     private var inquiries = 0
     private var firstServingMessage = true
     private var agreed: Agreed?
     private var books: SessionBooks?
     private var pushBooks: PushBooks?
-    private var pinged = false
+    private var ping: UInt64?
     /// events that follow from one message, in order
     private var pending: [WorkerEvent] = []
 
@@ -229,7 +229,7 @@ public struct WorkerConnection {
     private mutating func take(_ message: [UInt8], _ now: Milliseconds) throws(RuleBroken) {
         let kind = try Message.kind(of: message)
         guard isAllowed(kind) else { throw RuleBroken(.unexpected, "\(kind.name) is not allowed here") }
-        let decoded = try Message(decoding: message, agreed: agreed)
+        let decoded = try Message(decoding: message, nEmbd: Int(agreed?.nEmbd ?? 0))
         if case .serving = state { firstServingMessage = false }
 
         switch decoded {
@@ -257,7 +257,7 @@ public struct WorkerConnection {
             pending.append(.pairRequested(name: name, software: software))
         case .pairStored: end(.paired)
         case .step(let step):
-            try books?.step(id: step.id, spans: step.spans)
+            try books?.step(id: step.id, rows: step.rows.count, format: step.rows.format, spans: step.spans)
             let bad = step.rows.nonFiniteCount
             guard bad == 0 else { throw RuleBroken(.nonFinite, "\(bad) values of step \(step.id) are not finite") }
             pending.append(.step(step))
@@ -272,9 +272,7 @@ public struct WorkerConnection {
             pending.append(.pushData(data))
         case .heartbeat(let beat): pending.append(.heartbeat(beat))
         case .ping(let number): link.send(.pong(number), now: now)
-        case .pong:
-            guard pinged else { throw RuleBroken(.unexpected, "a PONG without a PING") }
-            pinged = false
+        case .pong(let number): if ping == number { ping = nil }
         case .refuse(let refusal): end(.refusedByPeer(refusal))
         case .error(let report): end(.peerFailed(report))
         case .goodbye(let reason): end(.goodbye(reason))
@@ -370,7 +368,7 @@ public struct WorkerConnection {
     ) {
         guard case .serving = state else { return }
         do {
-            try books?.stepDone(id: step.id, rows: step.rows.count)
+            try books?.stepDone(id: step.id, rows: step.rows.count, format: step.rows.format)
         } catch {
             preconditionFailure("the worker answers in order: \(error)")
         }
@@ -393,8 +391,8 @@ public struct WorkerConnection {
     }
 
     public mutating func ping(_ number: UInt64, now: Milliseconds) {
-        guard !pinged, isServing else { return }
-        pinged = true
+        guard ping == nil, isServing else { return }
+        ping = number
         link.send(.ping(number), now: now)
     }
 
@@ -503,14 +501,5 @@ public struct WorkerConnection {
         state = .closed
         link.input.drop()
         pending.append(.closed(ending))
-    }
-}
-
-extension WorkerConnection {
-    /// Answers a HELLO with an ACCEPT of any terms: for tests of how a host takes it.
-    mutating func answerHello(with terms: Terms, now: Milliseconds) {
-        self.terms = terms
-        self.terms.version = chosen
-        accept(now: now)
     }
 }

@@ -89,7 +89,9 @@ import Testing
         #expect(step.rows == scaled)
 
         var one = Pair.serving(host: host)
-        try one.host.step(spans: [Span(session: 0, position: 0, count: 1)], rows: scaled, now: one.now)
+        let spans = [Span(session: 0, position: 0, count: 1)]
+        #expect(throws: RuleBroken.self) { try one.host.step(spans: spans, rows: scaled, now: 0) }
+        one.host.send(unchecked: Message.step(Step(id: 1, spans: spans, rows: scaled)).encoded(), now: one.now)
         one.run()
         #expect(one.brokenAtWorker == .rowFormat)
         #expect(one.codeAtHost == .step)
@@ -356,14 +358,14 @@ import Testing
         #expect(pair.codeAtHost == .malformed)
     }
 
-    @Test func aPongWithoutAPingIsUnexpected() {
+    @Test func aPongOfAnotherPingIsIgnored() {
         var pair = Pair.serving()
         pair.worker.ping(5, now: pair.now)
+        pair.host.send(unchecked: Message.pong(4).encoded(), now: pair.now)
         pair.run()
-        #expect(!pair.worker.isClosed)
         pair.host.send(unchecked: Message.pong(5).encoded(), now: pair.now)
         pair.run()
-        #expect(pair.brokenAtWorker == .unexpected)
+        #expect(pair.worker.isServing)
     }
 
     @Test func pingsAreAnsweredAheadOfSteps() throws {
@@ -592,8 +594,6 @@ import Testing
         #expect(refusal { $0[1] = $0[0] } == .pushItems)
         #expect(refusal { $0[0].size = 0 } == .pushItems)
         #expect(refusal { $0[0].size = 1 << 40 + 1 } == .pushItems)
-        #expect(refusal { $0 = [] } == .pushItems)
-        #expect(refusal { items in items = Array(repeating: items[0], count: 65) } == .pushItems)
     }
 
     @Test func aWorkerThatTakesNoFilesSaysSo() {
