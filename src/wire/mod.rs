@@ -17,6 +17,8 @@ pub mod codec;
 pub mod connection;
 pub mod error;
 pub mod frame;
+#[doc(hidden)]
+pub mod fuzz;
 pub mod handshake;
 pub mod message;
 pub mod rows;
