@@ -773,7 +773,8 @@ fn messages() {
     let bf16s: Vec<bf16> = NUMBERS.iter().map(|&x| bf16::from_f32(x)).collect();
     let spans = [Span { session: 1, position: 7, count: 2 }, Span { session: 0, position: 0, count: 1 }];
     let one = [Span { session: 0, position: 41, count: 1 }];
-    let with_rows: [(&str, Vec<u8>, &[Span], &[i8]); 7] = [
+    type WithRows<'a> = (&'a str, Vec<u8>, &'a [Span], &'a [i8]);
+    let with_rows: [WithRows<'_>; 7] = [
         ("STEP, one row, F16", step_bytes(1, &one, &[], RowsRef::F16(&f16s[..4])), &one, &[]),
         ("STEP, two sessions, F16", step_bytes(2, &spans, &[], RowsRef::F16(&f16s)), &spans, &[]),
         ("STEP, two sessions, F32", step_bytes(3, &spans, &[], RowsRef::F32(&NUMBERS)), &spans, &[]),

@@ -682,10 +682,10 @@ impl Shared {
                 *lock(&self.pong) = Some(number);
                 self.answer_ping();
             }
-            Message::Pong(_) => {
-                if !lock(&self.books).is_pinging() {
-                    let took = lock(&self.pinged).take().map(|sent| sent.elapsed());
-                    *lock(&self.round_trip_time) = took;
+            // a PONG that nobody waits for changes nothing
+            Message::Pong(_) if !lock(&self.books).is_pinging() => {
+                if let Some(sent) = lock(&self.pinged).take() {
+                    *lock(&self.round_trip_time) = Some(sent.elapsed());
                 }
             }
             _ => {}
@@ -795,10 +795,10 @@ impl Shared {
 
     fn answer_ping(&self) {
         let mut pong = lock(&self.pong);
-        if let Some(number) = *pong {
-            if self.send_unless_busy(&Message::Pong(number)) {
-                *pong = None;
-            }
+        if let Some(number) = *pong
+            && self.send_unless_busy(&Message::Pong(number))
+        {
+            *pong = None;
         }
     }
 

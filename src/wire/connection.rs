@@ -182,10 +182,10 @@ impl Connection {
         let n_embd = self.books().map_or(0, |b| b.agreed.n_embd);
         let message = Message::decode(bytes, n_embd)?;
         self.note(self.role.peer(), &message)?;
-        if let Message::Pong(number) = message {
-            if self.ping == Some(number) {
-                self.ping = None;
-            }
+        if let Message::Pong(number) = message
+            && self.ping == Some(number)
+        {
+            self.ping = None;
         }
         Ok(message)
     }

@@ -36,7 +36,7 @@ pub const MAX_PUSH_DATA: usize = 262_144;
 pub const NONE: u32 = u32::MAX;
 
 const _: () = assert!(STEP == 16 && STEP_DONE == 24 && SPAN == 16, "PROTOCOL.md, sections 5.3 and 5.4");
-const _: () = assert!(STEP % 8 == 0 && SPAN % 8 == 0 && STEP_DONE % 8 == 0, "rows begin at a multiple of 8");
+const _: () = assert!((STEP | SPAN | STEP_DONE).is_multiple_of(8), "rows begin at a multiple of 8");
 
 /// The numbers of the messages. A retired number would stay here, never to be used again.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
