@@ -56,7 +56,7 @@ pub enum Kind {
     Offer = 0x06,
     /// Host, pairing: name, software.
     PairRequest = 0x08,
-    /// Worker, pairing: u8[32] key, name, software.
+    /// Worker, pairing: 32-byte key, name, software.
     PairGrant = 0x09,
     /// Host, pairing: it has stored the key. Nothing.
     PairStored = 0x0A,
@@ -78,7 +78,7 @@ pub enum Kind {
     Error = 0x23,
     /// Either side's last message. `b` = why. Nothing.
     Goodbye = 0x24,
-    /// Host: files to store. `b` = items; u8[32] model, u8[32] slice, u32 first, u32 last, items, name.
+    /// Host: files to store. `b` = items; 32-byte model, 32-byte slice, u32 first, u32 last, items, name.
     PushOffer = 0x30,
     /// Worker: what it has of them. `b` = items; u64 each.
     PushNeed = 0x31,
