@@ -162,6 +162,8 @@ struct Shared {
     changed: Condvar,
 
     stopped: AtomicBool,
+    /// ERROR or GOODBYE has been sent
+    said_last: AtomicBool,
     last_sent_ms: AtomicU64,
     bytes_sent: AtomicU64,
     bytes_received: AtomicU64,
@@ -431,6 +433,10 @@ impl Receiver {
 
 impl Drop for Receiver {
     fn drop(&mut self) {
+        // what this side said last must not be lost with what the peer said meanwhile
+        if self.shared.said_last.load(Ordering::Acquire) && !self.shared.stopped.load(Ordering::Acquire) {
+            tcp::close_gently(&self.shared.stream);
+        }
         self.shared.stop();
     }
 }
@@ -485,6 +491,7 @@ pub(super) fn start(parts: Parts, place: Option<Box<dyn Send>>) -> Result<Link, 
         }),
         changed: Condvar::new(),
         stopped: AtomicBool::new(false),
+        said_last: AtomicBool::new(false),
         last_sent_ms: AtomicU64::new(0),
         bytes_sent: AtomicU64::new(parts.bytes_sent),
         bytes_received: AtomicU64::new(parts.bytes_received),
@@ -717,6 +724,7 @@ impl Shared {
 
     /// Nothing more is sent; what was sent arrives.
     fn finish_sending(&self) {
+        self.said_last.store(true, Ordering::Release);
         let _ = self.stream.shutdown(Shutdown::Write);
     }
 

@@ -353,8 +353,13 @@ impl Door {
 
     fn admit(self: &Arc<Door>, stream: TcpStream, from: SocketAddr) {
         let begun = Instant::now();
-        // threads that are being given up are still there for a moment
-        if self.closed.load(Ordering::Acquire) || self.threads.load(Ordering::Acquire) >= 2 * MAX_HANDSHAKES {
+        // handshakes that were given up are still there for a moment; newcomers wait in the system's queue
+        while self.threads.load(Ordering::Acquire) >= 2 * MAX_HANDSHAKES
+            && begun.elapsed() < self.timing.stranger
+        {
+            std::thread::sleep(Duration::from_millis(1));
+        }
+        if self.closed.load(Ordering::Acquire) {
             return;
         }
         let Ok(handle) = stream.try_clone() else { return };

@@ -2,7 +2,7 @@
 //!
 //! * [`tcp`]: socket options, and reading and writing against absolute deadlines.
 //! * [`link`]: an authenticated, agreed connection: [`Link`], its [`Sender`] and its [`Receiver`].
-//! * [`dial`]: a host's way to a link: [`dial()`], [`inquire`], [`pair`].
+//! * [`mod@dial`]: a host's way to a link: [`dial()`], [`inquire`], [`pair`].
 //! * [`listen`]: a worker's: [`Listener`], which serves one host at a time and survives everybody else.
 //!
 //! One token takes one write and, mostly, one read on each side, in the threads that compute: no queue, no

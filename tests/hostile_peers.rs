@@ -1,0 +1,51 @@
+//! What a thousand peers that mean no good cost a worker: alone in its process, so that memory can be measured.
+#![cfg(target_os = "linux")]
+
+use std::io::Write;
+use std::net::TcpStream;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use dim::keys::Key;
+use dim::transport::{Listener, ListenerConfig, Readiness, Timing, inquire};
+use dim::wire::terms::Terms;
+
+#[test]
+fn a_thousand_hostile_peers_cost_a_worker_less_than_16_mib() {
+    let key = Key::from_bytes([1; 32]);
+    let config = ListenerConfig {
+        keys: Arc::new(key.clone()),
+        readiness: Readiness::Ready(Terms::blank(1, "test", "worker")),
+        timing: Timing::default(),
+        notice: Box::new(|_| {}),
+    };
+    let listener = Listener::bind("127.0.0.1:0", config).unwrap();
+    let at = listener.address();
+    inquire(&at.to_string(), &key, &Timing::default()).unwrap();
+    let before = resident();
+    let mut most = before;
+    let mut peers = Vec::new();
+    for n in 0..1000 {
+        let mut peer = TcpStream::connect(at).unwrap();
+        // the right beginning, the largest lengths there are, or nothing: and then they stay
+        let sent: &[u8] = match n % 3 {
+            0 => &dim::wire::handshake::MAGIC,
+            1 => &[0xFF; 74],
+            _ => &[],
+        };
+        let _ = peer.write_all(sent);
+        peers.push(peer);
+        most = most.max(resident());
+    }
+    let begun = Instant::now();
+    inquire(&at.to_string(), &key, &Timing::default()).unwrap();
+    assert!(begun.elapsed() < Duration::from_secs(2), "a host had to wait {:?}", begun.elapsed());
+    let grown = (most - before) >> 20;
+    println!("1,000 hostile peers: {grown} MiB");
+    assert!(grown < 16, "{grown} MiB");
+}
+
+fn resident() -> u64 {
+    let statm = std::fs::read_to_string("/proc/self/statm").unwrap();
+    statm.split(' ').nth(1).unwrap().parse::<u64>().unwrap() * 4096
+}
