@@ -34,7 +34,9 @@ impl Quantised {
 pub fn quantise_model(from: &Path, to: &Path, what: Quantised, n_threads: u32) -> Result<(), Error> {
     let (from, to) = (c_path(from)?, c_path(to)?);
     // SAFETY: three NUL-terminated strings, valid for the call.
-    check_status(unsafe { ffi::dim_model_quantise(from.as_ptr(), to.as_ptr(), what.name().as_ptr(), n_threads) })
+    check_status(unsafe {
+        ffi::dim_model_quantise(from.as_ptr(), to.as_ptr(), what.name().as_ptr(), n_threads)
+    })
 }
 
 fn c_path(path: &Path) -> Result<CString, Error> {

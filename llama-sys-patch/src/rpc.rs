@@ -60,6 +60,8 @@ pub fn load<P: AsRef<Path>>(
 fn endpoint(address: SocketAddr) -> Result<CString, Error> {
     match address {
         SocketAddr::V4(v4) => Ok(CString::new(v4.to_string()).expect("digits, dots and a colon")),
-        SocketAddr::V6(v6) => Err(Error::InvalidArgument(format!("{v6}: llama.cpp's RPC backend knows IPv4 only"))),
+        SocketAddr::V6(v6) => {
+            Err(Error::InvalidArgument(format!("{v6}: llama.cpp's RPC backend knows IPv4 only")))
+        }
     }
 }
