@@ -83,6 +83,12 @@ pub struct Plan<'a> {
     weight_bytes: u64,
 }
 
+impl Default for Options {
+    fn default() -> Options {
+        Options { n_ctx: 2048, n_prefill: 64, max_bytes: 950_000_000, selftest: cfg!(feature = "engine") }
+    }
+}
+
 /// What is going on, for whoever shows it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Progress {

@@ -49,6 +49,9 @@ const PIECE_BYTES: u64 = 4 << 20;
 /// Pieces between the reading and the hashing thread.
 const PIECES: usize = 4;
 
+/// How often the file is flushed while it is written.
+const FLUSH_BYTES: u64 = 64 << 20;
+
 /// Order of a projection's rows in the file, against GGUF's.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Rows {
@@ -118,10 +121,11 @@ impl WeightPlan {
     /// # Errors
     /// Reading or writing fails, a value does not fit fp16, a type cannot be read here.
     pub fn write(&self, gguf: &Gguf, path: &Path, progress: &mut dyn FnMut(u64)) -> Result<[u8; 32], Error> {
-        let file = File::create_new(path).at(path)?;
+        let file = &File::create_new(path).at(path)?;
         std::thread::scope(|scope| {
             let (to_hash, pieces) = mpsc::sync_channel::<Vec<u8>>(PIECES);
             let (to_reuse, used) = mpsc::channel::<Vec<u8>>();
+            let (to_flush, flushes) = mpsc::sync_channel::<()>(1);
             let hasher = scope.spawn(move || {
                 let mut hash = Sha256::new();
                 for piece in pieces {
@@ -130,24 +134,26 @@ impl WeightPlan {
                 }
                 <[u8; 32]>::from(hash.finalize())
             });
-            let mut out = Output { file: &file, path, to_hash, used, at: 0, progress };
+            // keeps the disk busy from the start, instead of all at once in the end
+            let flusher = scope.spawn(move || flushes.iter().try_for_each(|()| file.sync_data()));
+            let mut out = Output { file, path, to_hash, used, to_flush, at: 0, progress };
             let written = self.write_all(gguf, &mut out);
-            drop(out); // ends the hasher's pieces
+            drop(out); // ends both threads' work
             let hash = hasher.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic));
-            written.map(|()| hash)
+            let flushed = flusher.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic));
+            written?;
+            flushed.and_then(|()| file.sync_all()).at(path)?;
+            Ok(hash)
         })
-        .and_then(|hash| file.sync_all().at(path).map(|()| hash))
     }
 
     fn write_all(&self, gguf: &Gguf, out: &mut Output<'_>) -> Result<(), Error> {
-        let mut header = out.buffer();
-        header.resize(UNIT as usize, 0);
+        let mut header = out.zeros(UNIT);
         header[0..4].copy_from_slice(&(self.blobs.len() as u32).to_le_bytes());
         header[4..8].copy_from_slice(&STORAGE_VERSION.to_le_bytes());
         out.write(header)?;
         for blob in &self.blobs {
-            let mut record = out.buffer();
-            record.resize((blob.data_offset() - out.at) as usize, 0); // padding of the blob before, and the record
+            let mut record = out.zeros(blob.data_offset() - out.at); // padding of the blob before, and the record
             let at = record.len() - UNIT as usize;
             record[at..at + 4].copy_from_slice(&RECORD_MAGIC.to_le_bytes());
             record[at + 4..at + 8].copy_from_slice(&FP16.to_le_bytes());
@@ -158,10 +164,8 @@ impl WeightPlan {
                 gguf.tensor(&blob.tensor).ok_or_else(|| Error::TensorMissing(blob.tensor.clone()))?;
             Source::new(tensor, blob)?.stream(out)?;
         }
-        let padding = self.file_bytes - out.at;
-        let mut end = out.buffer();
-        end.resize(padding as usize, 0);
-        out.write(end)
+        let padding = out.zeros(self.file_bytes - out.at);
+        out.write(padding)
     }
 }
 
@@ -318,21 +322,32 @@ struct Output<'a> {
     path: &'a Path,
     to_hash: mpsc::SyncSender<Vec<u8>>,
     used: mpsc::Receiver<Vec<u8>>,
+    to_flush: mpsc::SyncSender<()>,
     at: u64,
     progress: &'a mut dyn FnMut(u64),
 }
 
 impl Output<'_> {
-    /// An empty buffer, with the memory of a piece that is done with if there is one.
-    fn buffer(&mut self) -> Vec<u8> {
+    /// A buffer of this length, holding anything: the memory of a piece that is done with, if there is one.
+    fn buffer(&mut self, len: u64) -> Vec<u8> {
         let mut buffer = self.used.try_recv().unwrap_or_default();
-        buffer.clear();
+        buffer.resize(len as usize, 0);
+        buffer
+    }
+
+    fn zeros(&mut self, len: u64) -> Vec<u8> {
+        let mut buffer = self.buffer(len);
+        buffer.fill(0);
         buffer
     }
 
     fn write(&mut self, piece: Vec<u8>) -> Result<(), Error> {
         self.file.write_all(&piece).at(self.path)?;
+        let before = self.at / FLUSH_BYTES;
         self.at += piece.len() as u64;
+        if self.at / FLUSH_BYTES != before {
+            let _ = self.to_flush.try_send(()); // the one before may not be done yet
+        }
         (self.progress)(piece.len() as u64);
         self.to_hash.send(piece).expect("the hasher takes pieces until the sender is gone");
         Ok(())
@@ -364,8 +379,7 @@ impl<'a> Source<'a> {
             let mut at = blob.rows.start * self.row_bytes;
             let end = blob.rows.end * self.row_bytes;
             while at < end {
-                let mut piece = out.buffer();
-                piece.resize((end - at).min(PIECE_BYTES) as usize, 0);
+                let mut piece = out.buffer((end - at).min(PIECE_BYTES));
                 self.tensor.read_at(at, &mut piece)?;
                 at += piece.len() as u64;
                 out.write(piece)?;
@@ -384,7 +398,7 @@ impl<'a> Source<'a> {
         while row < blob.rows.end {
             let rows = row..(row + rows_a_piece).min(blob.rows.end);
             row = rows.end;
-            let mut piece = out.buffer();
+            let mut piece = out.buffer(out_row_bytes * (rows.end - rows.start));
             self.read_rows(rows, &mut piece, &mut scratch)?;
             if let Rows::PairsToHalves { head_dim } = blob.order {
                 let element_bytes = if is_vector { 2 } else { out_row_bytes };
@@ -399,11 +413,10 @@ impl<'a> Source<'a> {
     }
 
     /// `rows`, the blob's columns of them, as fp16 in GGUF's order.
-    fn read_rows(&self, rows: Range<u64>, piece: &mut Vec<u8>, scratch: &mut Scratch) -> Result<(), Error> {
+    fn read_rows(&self, rows: Range<u64>, piece: &mut [u8], scratch: &mut Scratch) -> Result<(), Error> {
         let cols = &self.blob.cols;
         let n_cols = cols.end - cols.start;
         let out_row_bytes = 2 * n_cols as usize;
-        piece.resize(out_row_bytes * (rows.end - rows.start) as usize, 0);
         if self.tensor.tensor_type() == TensorType::F16 && self.blob.scale == 1.0 {
             if n_cols == self.row_len {
                 return Ok(self.tensor.read_at(rows.start * self.row_bytes, piece)?);

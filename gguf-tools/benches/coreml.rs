@@ -1,0 +1,143 @@
+//! How fast Core ML packages are written, against `cp` of the same bytes in the same run, and with how much memory.
+//!
+//! Writing reads every weight once, hashes it and writes it once; `cp` reads and writes. Both end with the data on the
+//! disk (`cp` followed by `sync` of the copies). The answer is asserted first: every tensor of the weight files is the
+//! model's, byte for byte. The self-test is left out: it is llama.cpp's time, not the writer's.
+//!
+//!     cargo bench -p gguf-tools --no-default-features --bench coreml
+//!     BLOCKS=2 ROUNDS=5 DIR=/mnt/disk cargo bench -p gguf-tools --bench coreml
+
+#[path = "../../benches/machine/mod.rs"]
+mod machine;
+
+use std::fs;
+use std::path::Path;
+use std::process::Command;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{Duration, Instant};
+
+use gguf_tools::coreml::{Identity, Options, Plan, Report};
+use gguf_tools::gguf::{Gguf, TensorType};
+use gguf_tools::synth::Spec;
+use machine::{env, median};
+
+fn main() {
+    let n_blocks: u32 = env("BLOCKS", "6").parse().expect("BLOCKS is a number");
+    let rounds: usize = env("ROUNDS", "3").parse().expect("ROUNDS is a number");
+    let weights = env("TYPE", "f16");
+    machine::describe("coreml");
+    let folder = match std::env::var_os("DIR") {
+        Some(dir) => tempfile::tempdir_in(dir),
+        None => tempfile::tempdir(),
+    };
+    let folder = folder.expect("a folder to write to");
+    let model = folder.path().join("model.gguf");
+    let spec = Spec::new("qwen2.5-7b", None)
+        .and_then(|s| s.with_type(&weights))
+        .expect("a shape of dim-synth --list");
+    spec.blocks(n_blocks + 2).vocab(512).write(&model).expect("the model");
+    let gguf = Gguf::open(&model).expect("the model");
+
+    let out = folder.path().join("out.coreml");
+    let plan = Plan::new(&gguf, 1..=n_blocks, Options::default()).expect("the blocks");
+    let identity = Identity { model_name: "bench", model_sha256: "", slice_sha256: "" };
+    let (report, peak) = peak_heap(|| plan.write(&out, &identity, &mut |_| ()).expect("the packages"));
+    if weights == "f16" {
+        assert_weights(&gguf, &report);
+    }
+
+    let (mut write_s, mut cp_s, mut cp_unsynced_s) = (vec![], vec![], vec![]);
+    for _ in 0..rounds {
+        let copy = folder.path().join("copy.coreml");
+        settle();
+        let start = Instant::now();
+        assert!(Command::new("cp").arg("-r").arg(&out).arg(&copy).status().expect("cp").success());
+        cp_unsynced_s.push(start.elapsed().as_secs_f64());
+        let files = report.manifest.packages.iter().map(|p| copy.join(&p.directory).join(&p.weight_file));
+        assert!(Command::new("sync").args(files).status().expect("sync").success());
+        cp_s.push(start.elapsed().as_secs_f64());
+        fs::remove_dir_all(&copy).expect("the copy");
+
+        fs::remove_dir_all(&out).expect("the packages");
+        settle();
+        let start = Instant::now();
+        plan.write(&out, &identity, &mut |_| ()).expect("the packages");
+        write_s.push(start.elapsed().as_secs_f64());
+    }
+    let gb = report.bytes as f64 / 1e9;
+    let ratio = median(cp_s.iter().zip(&write_s).map(|(cp, write)| cp / write).collect());
+    println!(
+        "{n_blocks} blocks of qwen2.5-7b, {weights}, {gb:.2} GB in {} packages, {rounds} rounds, median",
+        report.manifest.packages.len()
+    );
+    let (write_s, cp_s, cp_unsynced_s) = (median(write_s), median(cp_s), median(cp_unsynced_s));
+    println!("  written and on the disk: {:.2} GB/s", gb / write_s);
+    println!(
+        "  cp + sync: {:.2} GB/s; cp, in the page cache only: {:.2} GB/s",
+        gb / cp_s,
+        gb / cp_unsynced_s
+    );
+    println!("  {ratio:.2} x cp + sync (wanted: at least 0.6)");
+    match peak {
+        Some(bytes) => {
+            println!("  heap while writing: at most {:.1} MiB (wanted: below 64)", bytes as f64 / 1048576.0)
+        }
+        None => println!("  heap while writing: not measured, /proc/self/status is Linux's"),
+    }
+}
+
+/// Every stored tensor that is not converted is in the model with the same bytes.
+fn assert_weights(gguf: &Gguf, report: &Report) {
+    let mut compared = 0;
+    for package in &report.manifest.packages {
+        let file =
+            fs::read(report.directory.join(&package.directory).join(&package.weight_file)).expect("weights");
+        for weight in &package.weights {
+            let tensor = gguf.tensor(&weight.name).expect("a tensor of the model");
+            if tensor.tensor_type() != TensorType::F16 {
+                continue;
+            }
+            let (row_bytes, [first, end]) = (tensor.row_bytes() as usize, weight.cols);
+            let model = tensor.data().expect("the model is mapped");
+            let stored = &file[weight.offset as usize..][..weight.bytes as usize];
+            let n_rows = (weight.rows[1] - weight.rows[0]) as usize;
+            for (row, stored) in (weight.rows[0] as usize..).zip(stored.chunks_exact(stored.len() / n_rows)) {
+                let row = &model[row * row_bytes..][..row_bytes];
+                assert!(row[2 * first as usize..2 * end as usize] == *stored, "{}", weight.name);
+            }
+            compared += weight.bytes;
+        }
+    }
+    assert!(compared > report.bytes / 100 * 99, "{compared} of {} bytes compared", report.bytes);
+}
+
+/// What `work` gives, and the most anonymous memory the process had more than before it.
+fn peak_heap<T>(work: impl FnOnce() -> T) -> (T, Option<u64>) {
+    let before = anonymous_bytes();
+    let done = AtomicBool::new(false);
+    std::thread::scope(|scope| {
+        let watcher = scope.spawn(|| {
+            let mut peak = anonymous_bytes();
+            while !done.load(Ordering::Relaxed) {
+                peak = peak.max(anonymous_bytes());
+                std::thread::sleep(Duration::from_millis(2));
+            }
+            peak
+        });
+        let result = work();
+        done.store(true, Ordering::Relaxed);
+        let peak = watcher.join().expect("the watcher does not panic");
+        (result, peak.zip(before).map(|(peak, before)| peak.saturating_sub(before)))
+    })
+}
+
+fn anonymous_bytes() -> Option<u64> {
+    let status = fs::read_to_string(Path::new("/proc/self/status")).ok()?;
+    let line = status.lines().find_map(|l| l.strip_prefix("RssAnon:"))?;
+    line.trim().strip_suffix("kB")?.trim().parse::<u64>().ok().map(|kb| kb * 1024)
+}
+
+/// Waits until what was written before is on the disk.
+fn settle() {
+    assert!(Command::new("sync").status().expect("sync").success());
+}
