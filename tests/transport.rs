@@ -387,6 +387,62 @@ fn a_link_that_stalls_for_less_than_the_silence_goes_on() {
 }
 
 #[test]
+fn a_peer_that_takes_no_bytes_for_a_while_is_not_lost() {
+    // a worker that computes with its buffers full looks like this to the host's system, for as long as it computes
+    let timing = Timing { silence: Duration::from_secs(20), ..Timing::default() };
+    let wide = |name| Terms { n_embd: 8192, ..terms(name) };
+    let listener = Listener::bind(
+        "127.0.0.1:0",
+        ListenerConfig {
+            readiness: Readiness::Ready(wide("worker")),
+            ..config(Arc::new(key()), timing.clone())
+        },
+    )
+    .unwrap();
+    let (at, pace) = pacing_relay(listener.address());
+    let link = dial(&at, &key(), &wide("host"), &timing).unwrap();
+    let (_, mut receiver) = listener.accept(Some(Duration::from_secs(5))).unwrap().split();
+    pace.store(0, Ordering::Relaxed);
+    let sending = std::thread::spawn(move || {
+        let chunk = vec![f16::ONE; 512 * 8192];
+        let sent = link.send_step(&[Span { session: 0, position: 0, count: 512 }], chunk.as_slice().into());
+        (sent.map(|_| ()), link)
+    });
+    std::thread::sleep(Duration::from_secs(6));
+    assert!(!sending.is_finished(), "the relay took everything");
+    pace.store(u32::MAX, Ordering::Relaxed);
+    let Ok(Event::Step { rows, .. }) = receiver.receive(soon()) else { panic!("no step") };
+    assert_eq!(rows.values.len(), 512 * 8192);
+    assert_eq!(sending.join().unwrap().0, Ok(()));
+}
+
+#[test]
+fn a_blocked_send_ends_when_the_peer_falls_silent() {
+    let timing = Timing { silence: Duration::from_millis(1500), ..Timing::default() };
+    let wide = |name| Terms { n_embd: 8192, ..terms(name) };
+    let listener = Listener::bind(
+        "127.0.0.1:0",
+        ListenerConfig {
+            readiness: Readiness::Ready(wide("worker")),
+            ..config(Arc::new(key()), Timing::default())
+        },
+    )
+    .unwrap();
+    let (at, pace) = pacing_relay(listener.address());
+    let mut link = dial(&at, &key(), &wide("host"), &timing).unwrap();
+    let _worker = listener.accept(Some(Duration::from_secs(5))).unwrap();
+    pace.store(0, Ordering::Relaxed);
+    let chunk = vec![f16::ONE; 512 * 8192];
+    let begun = Instant::now();
+    let sent = link.send_step(&[Span { session: 0, position: 0, count: 512 }], chunk.as_slice().into());
+    let took = begun.elapsed();
+    let sent = sent.unwrap_err();
+    let lost = link.receiver().explain(sent.clone());
+    assert!(matches!(lost, LinkError::Silent { .. }), "{sent:?} {lost:?} after {took:?}");
+    assert!((1000..3000).contains(&took.as_millis()), "{took:?}");
+}
+
+#[test]
 fn a_slow_link_is_slow_and_nothing_else() {
     // a chunk takes four times as long as the silence, in each direction
     let timing = Timing { silence: Duration::from_millis(600), ..Timing::default() };

@@ -148,7 +148,7 @@ impl Opening {
             },
         };
         let stream = tcp::connect(address, deadline).map_err(unreachable)?;
-        tcp::configure(&stream).map_err(unreachable)?;
+        tcp::configure(&stream, timing.stalled_write).map_err(unreachable)?;
 
         let failed = |error| LinkError::Handshake { peer: address.to_owned(), error };
         let mut handshake = HostHandshake::new(key, purpose, VERSIONS).map_err(failed)?;

@@ -405,8 +405,8 @@ impl Receiver {
         }
     }
 
-    /// Why a send failed, if the peer has said so before it closed; otherwise `error` as it is. What else it sent is
-    /// thrown away: to be called when the link is given up.
+    /// Why a send failed, if the peer has said so before it closed or was not heard; otherwise `error` as it is. What else it
+    /// sent is thrown away: to be called when the link is given up.
     pub fn explain(&mut self, error: LinkError) -> LinkError {
         if !matches!(error, LinkError::Broken { .. } | LinkError::Closed { .. }) {
             return error;
@@ -415,12 +415,10 @@ impl Receiver {
         loop {
             match self.receive(Some(deadline)) {
                 Ok(_) => {}
-                Err(
-                    said @ (LinkError::Fault { .. } | LinkError::Goodbye { .. } | LinkError::Refused { .. }),
-                ) => {
-                    return said;
+                Err(LinkError::Broken { .. } | LinkError::Closed { .. } | LinkError::Deadline { .. }) => {
+                    return error;
                 }
-                Err(_) => return error,
+                Err(said) => return said,
             }
         }
     }
@@ -651,6 +649,8 @@ impl Shared {
                         break Err(LinkError::Stopped);
                     }
                     if silence.is_over(self.now_ms()) {
+                        // whoever is blocked in a write to this peer comes back too
+                        let _ = self.stream.shutdown(Shutdown::Both);
                         let ms = self.timing.silence.as_millis() as u64;
                         break Err(LinkError::Silent { peer: self.peer.clone(), ms });
                     }

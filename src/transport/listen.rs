@@ -403,7 +403,7 @@ impl Door {
         number: u64,
     ) -> Result<Option<(Established, u64, u64)>, String> {
         let deadline = begun + self.timing.stranger;
-        tcp::configure(stream).map_err(|e| e.to_string())?;
+        tcp::configure(stream, self.timing.stalled_write).map_err(|e| e.to_string())?;
         let mut handshake = WorkerHandshake::new(VERSIONS);
         let mut received = 0u64;
         let mut pairing_try = false;

@@ -36,7 +36,8 @@ pub struct Timing {
     pub preparing: Duration,
     /// How long a side waits without hearing a byte before it gives its peer up.
     pub silence: Duration,
-    /// How long a message may wait without the peer taking a byte of it.
+    /// How long a message may wait without the peer taking a byte of it. A peer that is not heard meanwhile is lost
+    /// earlier, by its silence.
     pub stalled_write: Duration,
 }
 
@@ -47,7 +48,7 @@ impl Default for Timing {
             stranger: Duration::from_secs(2),
             preparing: Duration::from_secs(60),
             silence: Duration::from_secs(3),
-            stalled_write: Duration::from_secs(10),
+            stalled_write: Duration::from_secs(30),
         }
     }
 }

@@ -47,12 +47,12 @@ fn listen_at(at: SocketAddr) -> io::Result<Socket> {
     Ok(socket)
 }
 
-/// Sets what a link needs. Options that a system does not have are left out: the protocol's own heartbeats and
+/// Sets what a link needs; `stalled` is how long the peer's system may take no bytes. Options that a system does not have are left out: the protocol's own heartbeats and
 /// deadlines do not depend on them, they only make the system notice earlier.
 ///
 /// Buffers are left to the system's own tuning: a fixed size would switch it off, and Linux caps a fixed size at
 /// `net.core.rmem_max`, which is smaller than one prompt chunk.
-pub(super) fn configure(stream: &TcpStream) -> io::Result<()> {
+pub(super) fn configure(stream: &TcpStream, stalled: Duration) -> io::Result<()> {
     stream.set_nodelay(true)?;
     let socket = SockRef::from(stream);
     let keepalive =
@@ -60,8 +60,10 @@ pub(super) fn configure(stream: &TcpStream) -> io::Result<()> {
     #[cfg(not(windows))]
     let keepalive = keepalive.with_retries(3);
     socket.set_tcp_keepalive(&keepalive)?;
+    // not the silence of three seconds: a peer that computes with its buffers full takes no bytes for as long, is heard all the same, and
+    // this would cut it off
     #[cfg(any(target_os = "linux", target_os = "android"))]
-    socket.set_tcp_user_timeout(Some(Duration::from_secs(3)))?;
+    socket.set_tcp_user_timeout(Some(stalled))?;
     Ok(())
 }
 
