@@ -444,8 +444,8 @@ fn a_blocked_send_ends_when_the_peer_falls_silent() {
 
 #[test]
 fn a_slow_link_is_slow_and_nothing_else() {
-    // a chunk takes four times as long as the silence, in each direction
-    let timing = Timing { silence: Duration::from_millis(600), ..Timing::default() };
+    // a chunk takes more than twice as long as the silence, in each direction
+    let timing = Timing { silence: Duration::from_secs(1), ..Timing::default() };
     let worker = Adder::start(config(Arc::new(key()), timing.clone()));
     let (at, pace) = pacing_relay(worker.listener.address());
     let mut link = dial(&at, &key(), &terms("host"), &timing).unwrap();
@@ -817,18 +817,20 @@ fn relay(to: SocketAddr) -> (String, Arc<AtomicBool>) {
     (relay_with(to, move |_| !is_frozen.load(Ordering::Relaxed)), frozen)
 }
 
-/// Passes so many bytes a second, in pieces of 10 ms; 0: none until that changes.
+/// Passes so many bytes a second; 0: none until that changes.
 fn pacing_relay(to: SocketAddr) -> (String, Arc<AtomicU32>) {
     let pace = Arc::new(AtomicU32::new(u32::MAX));
     let rate = pace.clone();
     let wait = move |bytes: &mut [u8]| {
         let mut left = bytes.len() as f64;
+        let mut last = Instant::now();
         while left > 0.0 {
+            std::thread::sleep(Duration::from_millis(5));
             match rate.load(Ordering::Relaxed) {
                 u32::MAX => break,
-                bytes_per_s => left -= f64::from(bytes_per_s) / 100.0,
+                bytes_per_s => left -= f64::from(bytes_per_s) * last.elapsed().as_secs_f64(),
             }
-            std::thread::sleep(Duration::from_millis(10));
+            last = Instant::now();
         }
         true
     };
