@@ -205,20 +205,12 @@ final class Socket: @unchecked Sendable {
 
     /// Wakes whoever waits in `accept` or `receive`.
     func shutDown() {
-        #if canImport(Darwin)
-            _ = shutdown(descriptor, SHUT_RDWR)
-        #else
-            _ = shutdown(descriptor, Int32(SHUT_RDWR.rawInt))
-        #endif
+        _ = shutdown(descriptor, shutBoth)
     }
 
     /// The end of what this side sends; the peer reads it all before it sees the end.
     func finishSending() {
-        #if canImport(Darwin)
-            _ = shutdown(descriptor, SHUT_WR)
-        #else
-            _ = shutdown(descriptor, Int32(SHUT_WR.rawInt))
-        #endif
+        _ = shutdown(descriptor, shutWrite)
     }
 
     /// "ADDR:PORT" of this end or of the other.
@@ -259,13 +251,12 @@ private func text(_ characters: [CChar]) -> String {
     String(decoding: characters.prefix { $0 != 0 }.map { UInt8(bitPattern: $0) }, as: UTF8.self)
 }
 
-#if canImport(Darwin)
-    private let streamType = SOCK_STREAM
-#else
-    private let streamType = Int32(SOCK_STREAM.rawValue)
-#endif
+// The same numbers on every system, but an enum in one's headers and an integer in another's.
+private let streamType: Int32 = 1  // SOCK_STREAM
+private let shutWrite: Int32 = 1  // SHUT_WR
+private let shutBoth: Int32 = 2  // SHUT_RDWR
 
-// Glibc imports some of these constants as Int32, some as Int and some as an enum.
+// Glibc imports some constants as Int where Darwin has Int32.
 extension BinaryInteger {
     fileprivate var rawInt: Int { Int(self) }
 }

@@ -46,8 +46,12 @@ public struct SelfTest {
     }
 
     /// Runs every package over its rows: one `prefill`, then `decode` after `decode`.
-    /// - Parameter now: a clock in seconds
-    public func run(_ packages: [any Package], now: () -> Double) throws(StageError) -> SelfTestResult {
+    /// - Parameters:
+    ///   - withPrefill: false: `decode` only
+    ///   - now: a clock in seconds
+    public func run(
+        _ packages: [any Package], withPrefill: Bool = true, now: () -> Double
+    ) throws(StageError) -> SelfTestResult {
         precondition(packages.count == manifest.packages.count)
         let nEmbd = manifest.dims.nEmbd
         let tables = Tables(
@@ -63,7 +67,7 @@ public struct SelfTest {
             var times: [Double] = []
             var row = 0
             while row < plan.nRows {
-                let prefill = row == 0 && plan.nPrefillRows == manifest.nPrefill && manifest.nPrefill > 1
+                let prefill = withPrefill && row == 0 && plan.nPrefillRows == manifest.nPrefill && manifest.nPrefill > 1
                 let rows = prefill ? manifest.nPrefill : 1
                 var output = [Half](repeating: 0, count: rows * nEmbd)
                 var mask: [Half] = []

@@ -64,10 +64,9 @@ func load(_ directory: URL, _ arguments: Arguments) throws -> any Stage {
     var parameters = PackagedStage.Parameters(manifest)
     #if canImport(CoreML)
         say("loading \(blocks)")
+        let only = arguments.units.flatMap { ComputeUnit(rawValue: $0) }
         let loaded = try blocking {
-            try await CoreMLLoader(manifest: manifest, directory: directory).load(
-                only: arguments.units.flatMap { ComputeUnit(rawValue: $0) }
-            ) { say($0.description) }
+            try await CoreMLLoader(manifest: manifest, directory: directory).load(only: only) { say($0.description) }
         }
         parameters.prefillFrom = loaded.prefillFrom
         return PackagedStage(shape: shape, parameters: parameters, packages: loaded.packages)
@@ -94,6 +93,29 @@ func load(_ directory: URL, _ arguments: Arguments) throws -> any Stage {
         return PackagedStage(shape: shape, parameters: parameters, packages: packages)
     #endif
 }
+
+#if canImport(CoreML)
+    final class Box<R>: @unchecked Sendable {
+        var result: Result<R, any Error>?
+    }
+
+    /// Waits for asynchronous work on a thread that may wait.
+    func blocking<R: Sendable>(_ work: @escaping @Sendable () async throws -> R) throws -> R {
+        let box = Box<R>()
+        let done = DispatchSemaphore(value: 0)
+        Task.detached {
+            do {
+                box.result = .success(try await work())
+            } catch {
+                box.result = .failure(error)
+            }
+            done.signal()
+        }
+        done.wait()
+        // the semaphore is signalled after the result is set
+        return try box.result!.get()
+    }
+#endif
 
 func fakeStage(_ shape: StageShape) -> any Stage {
     var shape = shape
