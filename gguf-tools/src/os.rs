@@ -80,3 +80,34 @@ pub(crate) fn forget_cached(path: &Path) {
     #[cfg(not(any(target_os = "linux", target_os = "android")))]
     let _ = path;
 }
+
+/// Copies up to `n` bytes of `from`, from byte `at` on, to where `to` stands, without the detour through this
+/// process. Returns how many; where the system cannot do that for these files, none.
+///
+/// # Errors
+/// Reading or writing fails.
+pub(crate) fn copy_range(from: &File, at: u64, to: &File, n: u64) -> io::Result<u64> {
+    #[cfg(any(target_os = "linux", target_os = "android"))]
+    {
+        use rustix::io::Errno;
+        let (mut at, mut done) = (at, 0);
+        while done < n {
+            let piece = usize::try_from(n - done).unwrap_or(1 << 30);
+            match rustix::fs::copy_file_range(from, Some(&mut at), to, None, piece) {
+                // the file ends: whoever reads the rest says so
+                Ok(0) => break,
+                Ok(copied) => done += copied as u64,
+                Err(Errno::INTR) => {}
+                // different file systems, or one that cannot
+                Err(Errno::XDEV | Errno::NOSYS | Errno::INVAL | Errno::OPNOTSUPP | Errno::BADF) => break,
+                Err(e) => return Err(e.into()),
+            }
+        }
+        Ok(done)
+    }
+    #[cfg(not(any(target_os = "linux", target_os = "android")))]
+    {
+        let _ = (from, at, to, n);
+        Ok(0)
+    }
+}

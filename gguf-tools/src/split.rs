@@ -1,18 +1,24 @@
 //! Cutting: one pass over the model, each slice written beside its place and renamed when all of it is on disk.
 //!
 //! 1. remove what killed runs left, compare the space needed with the space there is;
-//! 2. write every slice's header, then stream the tensors: the main thread reads and writes pieces of 1 MiB, a
-//!    second thread digests them meanwhile;
+//! 2. write every slice's header, then stream the tensors: the main thread copies, inside the system where it can,
+//!    two threads read the same pieces from its cache and digest them, another flushes what was written;
 //! 3. with all data seen, write the digests into the headers, flush, rename the slices in order;
 //! 4. the manifest last.
 //!
-//! Data is read through the file, not through a map: a model that becomes shorter meanwhile is an error. Memory
-//! is a fixed number of pieces and the headers, whatever the model's size.
+//! Data is read through the file, not through a map: a model that becomes shorter meanwhile is an error, and one
+//! that is overwritten meanwhile gives slices whose digests do not match, which nobody loads. Memory is a few
+//! buffers and the headers, whatever the model's size.
 
 use std::{
+    fs::File,
     io,
     path::{Path, PathBuf},
-    sync::mpsc::{Receiver, SyncSender, sync_channel},
+    sync::{
+        Arc,
+        atomic::{AtomicU64, Ordering},
+        mpsc::{Receiver, Sender, SyncSender, channel, sync_channel},
+    },
     thread,
 };
 
@@ -200,7 +206,7 @@ pub fn verify(
 ) -> Result<(), SplitError> {
     let total = plan.slices.iter().map(|s| s.weight_bytes).sum::<u64>() + plan.gguf.tensor_bytes();
     let mut before = 0;
-    let mut buf = vec![0; PIECE_BYTES];
+    let mut buf = vec![0; DIGEST_BYTES];
 
     // the model once more, so that a bad read of the first pass does not become the truth
     let model_file = plan.gguf.path().display().to_string();
@@ -332,16 +338,24 @@ struct Digests {
     of_slices: Vec<Vec<Sha>>,
 }
 
-/// Bytes read, written and digested at a time: small enough to stay in the processor's cache in between.
-const PIECE_BYTES: usize = 1 << 20;
-/// Pieces on their way between the threads.
-const PIECES: usize = 16;
+/// Bytes copied between two looks at the clock and the other threads.
+const PIECE_BYTES: u64 = 4 << 20;
+/// Bytes read and digested at a time: they stay in the processor's cache in between.
+const DIGEST_BYTES: usize = 256 << 10;
+/// Pieces that copying may be ahead of digesting: what was copied is then still cached by the system.
+const PIECES_AHEAD: usize = 32;
+/// Digesting takes longer than copying: two threads share it, tensor by tensor.
+const DIGESTERS: usize = 2;
+/// Bytes written between two flushes.
+const FLUSH_BYTES: u64 = 128 << 20;
 
-/// A piece for the digesting thread.
-enum Piece {
-    Data(Vec<u8>, usize),
-    /// The tensor is complete: report its digest.
-    End,
+/// Work for a digesting thread.
+enum Piece<'a> {
+    /// Bytes of a tensor of the model, from a byte on.
+    Data(Tensor<'a>, u64, u64),
+    Zeros(u64),
+    /// The tensor is complete: report its digest under this number.
+    End(usize),
 }
 
 /// Streams all data into the writers.
@@ -350,138 +364,198 @@ fn stream(
     writers: &mut [GgufWriter],
     progress: &mut impl FnMut(Progress<'_>),
 ) -> Result<Digests, SplitError> {
-    let (to_hash, pieces) = sync_channel::<Piece>(PIECES);
-    let (give_back, free) = sync_channel::<Vec<u8>>(PIECES);
-    let (report, shas) = sync_channel::<Sha>(PIECES);
-    for _ in 0..PIECES {
-        // the channel holds this many
-        let _ = give_back.try_send(vec![0; PIECE_BYTES]);
-    }
     thread::scope(|scope| {
-        scope.spawn(move || digest_pieces(&pieces, &give_back, &report));
-        let mut lane = Lane { to_hash, free, shas };
-        let total = plan.slices.iter().map(|s| s.weight_bytes).sum();
-        let mut done = 0;
-        let mut of_model: Vec<Option<Sha>> = vec![None; plan.gguf.n_tensors()];
-        let mut of_slices = Vec::with_capacity(plan.slices.len());
-        for (slice, writer) in plan.slices.iter().zip(writers) {
-            let mut of_slice = Vec::with_capacity(slice.tensors.len());
-            for (spec, source) in &slice.tensors {
-                let n_bytes = spec.n_bytes().unwrap_or(0);
-                let mut advance = |n: u64| {
-                    done += n;
-                    progress(Progress::Writing(done, total, &slice.file));
-                };
-                let sha = match source {
-                    Source::Whole(tensor) => {
-                        let sha = lane.copy(tensor, n_bytes, writer, &mut advance)?;
-                        of_model[plan.gguf.index_of(tensor)] = Some(sha);
-                        sha
-                    }
-                    Source::Start(tensor) => lane.copy(tensor, n_bytes, writer, &mut advance)?,
-                    Source::Placeholder => lane.zeros(n_bytes, writer, &mut advance)?,
-                    Source::Requantised(tensor) => {
-                        let (sha, of_source) = requantise(tensor, spec, writer, &mut advance)?;
-                        of_model[plan.gguf.index_of(tensor)] = Some(of_source);
-                        sha
-                    }
-                };
-                of_slice.push(sha);
+        let (report, reports) = channel();
+        let lanes: Vec<Lane<'_>> = (0..DIGESTERS)
+            .map(|_| {
+                let (pieces, work) = sync_channel(PIECES_AHEAD);
+                let waiting = Arc::new(AtomicU64::new(0));
+                let (report, counter) = (report.clone(), waiting.clone());
+                scope.spawn(move || digest_pieces(&work, &counter, &report));
+                Lane { pieces, waiting }
+            })
+            .collect();
+        drop(report);
+        // another thread keeps the disk busy from the start, so that little is left to flush at the end
+        let (to_flush, files) = sync_channel::<File>(0);
+        scope.spawn(move || files.iter().for_each(|file| drop(file.sync_data())));
+
+        let written = write_all(plan, writers, &lanes, &to_flush, progress);
+        drop(lanes);
+        let mut shas = vec![None; plan.gguf.n_tensors()];
+        let mut others = Vec::new();
+        // a failed read shows here, and is the reason that a lane closed early
+        for (number, sha) in reports {
+            match shas.get_mut(number) {
+                Some(slot) => *slot = Some(sha?),
+                None => others.push((number, sha?)),
             }
-            of_slices.push(of_slice);
+        }
+        let Written { requantised, of_slices } = written?;
+        for (index, sha) in requantised {
+            shas[index] = Some(sha);
         }
         // what no slice carries whole still belongs to the model's identity
-        let mut buf = vec![0; PIECE_BYTES];
+        let mut buf = vec![0; DIGEST_BYTES];
         let of_model = plan
             .gguf
             .tensors()
-            .zip(of_model)
+            .zip(shas)
             .map(|(tensor, sha)| sha.map_or_else(|| digest::of_tensor(&tensor, &mut buf, |_| {}), Ok))
-            .collect::<Result<_, _>>()?;
+            .collect::<Result<Vec<Sha>, _>>()?;
+        let sha_of = |slot: &Slot| match *slot {
+            Slot::Known(sha) => Some(sha),
+            Slot::Number(n) if n < of_model.len() => Some(of_model[n]),
+            Slot::Number(n) => others.iter().find(|(number, _)| *number == n).map(|&(_, sha)| sha),
+        };
+        let of_slices = of_slices
+            .iter()
+            .map(|slots| slots.iter().map(|s| sha_of(s).expect("every piece of work is answered")).collect())
+            .collect();
         Ok(Digests { of_model, of_slices })
     })
 }
 
-/// The second thread: digests what comes, gives the buffers back.
-fn digest_pieces(pieces: &Receiver<Piece>, give_back: &SyncSender<Vec<u8>>, report: &SyncSender<Sha>) {
-    let mut hash = Sha256::new();
-    // ends when the main thread is done, or failed, and closed its ends
-    while let Ok(piece) = pieces.recv() {
-        let sent = match piece {
-            Piece::Data(buf, n) => {
-                hash.update(&buf[..n]);
-                give_back.send(buf).is_ok()
+/// Where a slice's tensor finds its digest.
+enum Slot {
+    Known(Sha),
+    /// Reported under this number: below the number of tensors, it is that tensor of the model.
+    Number(usize),
+}
+
+/// What writing left to be answered.
+struct Written {
+    /// Digests of the model's tensors that were converted on the way.
+    requantised: Vec<(usize, Sha)>,
+    of_slices: Vec<Vec<Slot>>,
+}
+
+/// The main thread: copies, and hands out the digesting.
+fn write_all<'a>(
+    plan: &Plan<'a>,
+    writers: &mut [GgufWriter],
+    lanes: &[Lane<'a>],
+    to_flush: &SyncSender<File>,
+    progress: &mut impl FnMut(Progress<'_>),
+) -> Result<Written, SplitError> {
+    let total = plan.slices.iter().map(|s| s.weight_bytes).sum();
+    let (mut done, mut unflushed) = (0, 0);
+    let mut given = vec![false; plan.gguf.n_tensors()];
+    let mut next_number = plan.gguf.n_tensors();
+    let mut written = Written { requantised: Vec::new(), of_slices: Vec::new() };
+    for (slice, writer) in plan.slices.iter().zip(writers) {
+        let mut slots = Vec::with_capacity(slice.tensors.len());
+        for (spec, source) in &slice.tensors {
+            let n_bytes = spec.n_bytes().unwrap_or(0);
+            let mut advance = |n: u64| {
+                done += n;
+                unflushed += n;
+                progress(Progress::Writing(done, total, &slice.file));
+                // a rendezvous: while a flush is on its way, the next one waits for its turn
+                unflushed >= FLUSH_BYTES
+            };
+            let number = match source {
+                Source::Whole(tensor) => plan.gguf.index_of(tensor),
+                _ => {
+                    next_number += 1;
+                    next_number - 1
+                }
+            };
+            // what a slice before carried as well needs no second digest
+            let digest = !given.get_mut(number).is_some_and(|given| std::mem::replace(given, true));
+            let lane = lanes.iter().min_by_key(|lane| lane.waiting.load(Ordering::Relaxed));
+            let lane = lane.filter(|_| digest);
+            let mut flush = false;
+            match source {
+                Source::Requantised(tensor) => {
+                    let (sha, of_source) = requantise(tensor, spec, writer, &mut |n| flush |= advance(n))?;
+                    written.requantised.push((plan.gguf.index_of(tensor), of_source));
+                    slots.push(Slot::Known(sha));
+                }
+                Source::Whole(tensor) | Source::Start(tensor) => {
+                    for at in (0..n_bytes).step_by(PIECE_BYTES as usize) {
+                        let n = PIECE_BYTES.min(n_bytes - at);
+                        writer.copy(tensor, at, n)?;
+                        lane.iter().for_each(|lane| lane.give(Piece::Data(*tensor, at, n), n));
+                        flush |= advance(n);
+                    }
+                    slots.push(Slot::Number(number));
+                }
+                Source::Placeholder => {
+                    for at in (0..n_bytes).step_by(DIGEST_BYTES) {
+                        let n = (DIGEST_BYTES as u64).min(n_bytes - at);
+                        writer.write(&[0; DIGEST_BYTES][..n as usize])?;
+                        lane.iter().for_each(|lane| lane.give(Piece::Zeros(n), n));
+                        flush |= advance(n);
+                    }
+                    slots.push(Slot::Number(number));
+                }
             }
-            Piece::End => report.send(Sha(hash.finalize_reset().into())).is_ok(),
+            if !matches!(source, Source::Requantised(_)) {
+                lane.iter().for_each(|lane| lane.give(Piece::End(number), 0));
+            }
+            if flush
+                && let Ok(file) = writer.file()
+                && to_flush.try_send(file).is_ok()
+            {
+                unflushed = 0;
+            }
+        }
+        written.of_slices.push(slots);
+    }
+    Ok(written)
+}
+
+/// A digesting thread, as the main thread sees it.
+struct Lane<'a> {
+    pieces: SyncSender<Piece<'a>>,
+    /// Bytes it was given and has not digested yet.
+    waiting: Arc<AtomicU64>,
+}
+
+impl<'a> Lane<'a> {
+    fn give(&self, piece: Piece<'a>, n_bytes: u64) {
+        self.waiting.fetch_add(n_bytes, Ordering::Relaxed);
+        // a closed lane has reported why
+        let _ = self.pieces.send(piece);
+    }
+}
+
+/// Digests what comes until there is no more, or until reading fails.
+fn digest_pieces(
+    pieces: &Receiver<Piece<'_>>,
+    waiting: &AtomicU64,
+    report: &Sender<(usize, Result<Sha, gguf::Error>)>,
+) {
+    let mut hash = Sha256::new();
+    let mut buf = vec![0; DIGEST_BYTES];
+    let mut failed = None;
+    for piece in pieces {
+        let n_bytes = match piece {
+            Piece::Data(tensor, at, n) => {
+                let mut done = 0;
+                while done < n && failed.is_none() {
+                    let step = (n - done).min(DIGEST_BYTES as u64) as usize;
+                    match tensor.read_at(at + done, &mut buf[..step]) {
+                        Ok(()) => hash.update(&buf[..step]),
+                        Err(e) => failed = Some(e),
+                    }
+                    done += step as u64;
+                }
+                n
+            }
+            Piece::Zeros(n) => {
+                hash.update(&[0; DIGEST_BYTES][..n as usize]);
+                n
+            }
+            Piece::End(number) => {
+                let sha = Sha(hash.finalize_reset().into());
+                // the main thread listens until all work is answered
+                let _ = report.send((number, failed.take().map_or(Ok(sha), Err)));
+                0
+            }
         };
-        if !sent {
-            return;
-        }
-    }
-}
-
-/// The main thread's ends of the channels.
-struct Lane {
-    to_hash: SyncSender<Piece>,
-    free: Receiver<Vec<u8>>,
-    shas: Receiver<Sha>,
-}
-
-impl Lane {
-    /// Copies the first `n_bytes` of a tensor. Returns their digest.
-    fn copy(
-        &mut self,
-        tensor: &Tensor<'_>,
-        n_bytes: u64,
-        writer: &mut GgufWriter,
-        advance: &mut impl FnMut(u64),
-    ) -> Result<Sha, SplitError> {
-        let mut at = 0;
-        while at < n_bytes {
-            let n = (n_bytes - at).min(PIECE_BYTES as u64) as usize;
-            let mut buf = self.buffer();
-            tensor.read_at(at, &mut buf[..n])?;
-            writer.write(&buf[..n])?;
-            self.digest(buf, n);
-            at += n as u64;
-            advance(n as u64);
-        }
-        Ok(self.sha())
-    }
-
-    fn zeros(
-        &mut self,
-        n_bytes: u64,
-        writer: &mut GgufWriter,
-        advance: &mut impl FnMut(u64),
-    ) -> Result<Sha, SplitError> {
-        let mut left = n_bytes;
-        while left > 0 {
-            let n = left.min(PIECE_BYTES as u64) as usize;
-            let mut buf = self.buffer();
-            buf[..n].fill(0);
-            writer.write(&buf[..n])?;
-            self.digest(buf, n);
-            left -= n as u64;
-            advance(n as u64);
-        }
-        Ok(self.sha())
-    }
-
-    fn buffer(&self) -> Vec<u8> {
-        // the other thread ends only after this side does
-        self.free.recv().unwrap_or_else(|_| vec![0; PIECE_BYTES])
-    }
-
-    fn digest(&self, buf: Vec<u8>, n: usize) {
-        let sent = self.to_hash.send(Piece::Data(buf, n));
-        debug_assert!(sent.is_ok(), "the digesting thread outlives this");
-    }
-
-    fn sha(&self) -> Sha {
-        let sent = self.to_hash.send(Piece::End);
-        debug_assert!(sent.is_ok(), "the digesting thread outlives this");
-        self.shas.recv().expect("the digesting thread answers every end of a tensor")
+        waiting.fetch_sub(n_bytes, Ordering::Relaxed);
     }
 }
 

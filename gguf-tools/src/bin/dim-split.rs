@@ -116,10 +116,17 @@ fn run(options: &Options) -> Result<(), (u8, String)> {
     coreml::check_space(&packages, &out, plan.file_bytes()).map_err(|e| bad_input(&e))?;
     let started = Instant::now();
     let mut meter = Meter::new();
-    let result = split::split(&plan, &out, &stem, |p| meter.show(p));
+    let mut copied = None;
+    let result = split::split(&plan, &out, &stem, |p| {
+        if p == Progress::Flushing {
+            copied = Some(started.elapsed().as_secs_f64());
+        }
+        meter.show(p);
+    });
     meter.clear();
     let manifest = result.map_err(|e| (code_of(&e), e.to_string()))?;
     let seconds = started.elapsed().as_secs_f64();
+    let took = Took { seconds, copy_seconds: copied.unwrap_or(seconds), verified: options.verify };
     eprintln!(
         "wrote {} in {seconds:.1} s ({:.2} GB/s): {}",
         gib(plan.file_bytes()),
@@ -136,7 +143,7 @@ fn run(options: &Options) -> Result<(), (u8, String)> {
     }
     let reports = write_packages(&packages, &manifest, &out, &stem)?;
     if options.json {
-        print_json(&plan, n_ctx, Some((&manifest, &out)), Some((seconds, options.verify)), &reports)?;
+        print_json(&plan, n_ctx, Some((&manifest, &out)), Some(took), &reports)?;
     }
     Ok(())
 }
@@ -273,12 +280,23 @@ fn show_plan(plan: &Plan<'_>, n_ctx: u32, out: &mut String) -> std::fmt::Result 
     )
 }
 
+/// What a cut took.
+#[derive(Clone, Copy)]
+struct Took {
+    /// In all, until the slices are safe on the disk.
+    seconds: f64,
+    /// Until all data was read, digested and handed to the system.
+    copy_seconds: f64,
+    /// Whether everything was read again.
+    verified: bool,
+}
+
 /// One object: the plan, and what was written if anything was.
 fn print_json(
     plan: &Plan<'_>,
     n_ctx: u32,
     written: Option<(&Manifest, &Path)>,
-    took: Option<(f64, bool)>,
+    took: Option<Took>,
     packages: &[coreml::Report],
 ) -> Result<(), (u8, String)> {
     let slices: Vec<_> = plan
@@ -312,9 +330,10 @@ fn print_json(
         "bytes": plan.file_bytes(),
         "slices": slices,
         "out": written.map(|(_, out)| out.display().to_string()),
-        "seconds": took.map(|(s, _)| s),
+        "seconds": took.map(|t| t.seconds),
+        "copy_seconds": took.map(|t| t.copy_seconds),
         "coreml": packages.iter().map(coreml_json).collect::<Vec<_>>(),
-        "verified": took.is_some_and(|(_, v)| v),
+        "verified": took.is_some_and(|t| t.verified),
     });
     let mut out = std::io::stdout().lock();
     writeln!(out, "{object}").map_err(|e| (FAILURE, format!("cannot write to standard output: {e}")))

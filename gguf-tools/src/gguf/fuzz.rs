@@ -50,7 +50,8 @@ pub fn exercise(bytes: &[u8]) -> bool {
     let request = Request { middles: vec![BlockRange { first: 1, last: 1 }], ..Request::default() };
     if let Ok(plan) = Plan::new(&gguf, &request) {
         // a middle has what its loader wants: an embedding of one row
-        let (spec, _) = &plan.slices[1].tensors.iter().find(|(s, _)| s.name == "token_embd.weight").expect("one row");
+        let (spec, _) =
+            &plan.slices[1].tensors.iter().find(|(s, _)| s.name == "token_embd.weight").expect("one row");
         assert_eq!(spec.dims[1..], [1]);
     }
     true

@@ -308,6 +308,14 @@ impl<'a> Tensor<'a> {
         self.part().read_at(self.file_offset() + at, buf).map_err(|rule| self.error(rule))
     }
 
+    /// The open file the data stands in, unless the model is held in memory.
+    pub(super) fn source(&self) -> Option<&'a File> {
+        match &self.part().source {
+            Source::File { file, .. } | Source::Mapped { file, .. } => Some(file),
+            Source::Memory(_) => None,
+        }
+    }
+
     /// An error about this tensor.
     pub fn error(&self, rule: impl Into<Rule>) -> Error {
         Error {

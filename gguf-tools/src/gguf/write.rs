@@ -16,7 +16,8 @@ use std::{
 };
 
 use super::{
-    reader::{DEFAULT_ALIGNMENT, MAX_ALIGNMENT},
+    error::Error,
+    reader::{DEFAULT_ALIGNMENT, MAX_ALIGNMENT, Tensor},
     types::{TensorType, ValueType},
     value::Value,
 };
@@ -146,6 +147,38 @@ impl GgufWriter {
         Ok(())
     }
 
+    /// Appends `n_bytes` of a tensor's data from byte `at` on to the current tensor's data, as [`write`](Self::write)
+    /// does. Large pieces are copied inside the system where it can do that.
+    ///
+    /// # Errors
+    /// The piece passes the end of the current tensor, or reading or writing fails.
+    ///
+    /// # Panics
+    /// If the range passes the end of `from`.
+    pub fn copy(&mut self, from: &Tensor<'_>, at: u64, n_bytes: u64) -> Result<(), WriteError> {
+        let left = self.tensors.get(self.current).map_or(0, |t| t.bytes - self.written);
+        assert!(at.checked_add(n_bytes).is_some_and(|end| end <= from.n_bytes()), "range past the tensor");
+        let mut done = 0;
+        // a piece that ends the tensor goes through `write` in the end, which steps to the next
+        if n_bytes >= SYSTEM_COPY_BYTES
+            && n_bytes <= left
+            && let Some(source) = from.source()
+        {
+            self.out.flush().map_err(|e| self.io(e))?;
+            let (start, most) = (from.file_offset() + at, n_bytes - 1);
+            done = os::copy_range(source, start, self.out.get_ref(), most).map_err(|e| self.io(e))?;
+            self.written += done;
+        }
+        let mut buf = vec![0; BUFFER_BYTES.min((n_bytes - done) as usize)];
+        while done < n_bytes {
+            let n = (n_bytes - done).min(buf.len() as u64) as usize;
+            from.read_at(at + done, &mut buf[..n])?;
+            self.write(&buf[..n])?;
+            done += n as u64;
+        }
+        Ok(())
+    }
+
     /// Replaces a value by one of the same type and length.
     ///
     /// # Errors
@@ -192,6 +225,15 @@ impl GgufWriter {
     /// Byte offset of a key's value in the file.
     pub fn value_offset(&self, key: &str) -> Option<u64> {
         self.keys.iter().find(|(k, ..)| k == key).map(|&(_, _, at, _)| at)
+    }
+
+    /// The file, for flushing in the background what was written so far. What is still gathered in memory is not
+    /// in it.
+    ///
+    /// # Errors
+    /// The system has no more handles.
+    pub fn file(&self) -> io::Result<File> {
+        self.out.get_ref().try_clone()
     }
 
     /// Flushes everything to the disk; what remains is [`publish`](Self::publish).
@@ -322,6 +364,9 @@ pub enum WriteError {
         /// What it said.
         source: io::Error,
     },
+    /// Reading what was to be copied failed.
+    #[error(transparent)]
+    Read(#[from] Error),
     /// A key that a reader would refuse.
     #[error("key {0:?} must be 1 to 65535 bytes without NUL, and stand once")]
     Key(String),
@@ -435,6 +480,9 @@ fn info_bytes(tensor: &TensorSpec) -> u64 {
 fn pad_with_zeros(out: &mut impl Write, n: u64) -> io::Result<()> {
     io::copy(&mut io::repeat(0).take(n), out).map(drop)
 }
+
+/// A piece of this size or more is copied by the system.
+const SYSTEM_COPY_BYTES: u64 = 1 << 18;
 
 /// Small pieces are gathered; a piece of this size or more goes straight to the file.
 const BUFFER_BYTES: usize = 1 << 20;
