@@ -34,10 +34,11 @@ let package = Package(
         .target(name: "DIMServer", dependencies: ["DIMWire", "DIMStage"]),
         .executableTarget(
             name: "dim-worker-swift", dependencies: ["DIMServer", "DIMReference", "DIMCoreML"]),
+        .target(name: "TestFixtures", dependencies: ["DIMStage"], path: "Tests/TestFixtures"),
         .testTarget(name: "DIMCryptoTests", dependencies: ["DIMCrypto"]),
         .testTarget(name: "DIMWireTests", dependencies: ["DIMWire"]),
-        .testTarget(name: "DIMStageTests", dependencies: ["DIMStage", "DIMReference"]),
-        .testTarget(name: "DIMServerTests", dependencies: ["DIMServer"]),
+        .testTarget(name: "DIMStageTests", dependencies: ["DIMStage", "DIMReference", "TestFixtures"]),
+        .testTarget(name: "DIMServerTests", dependencies: ["DIMServer", "TestFixtures"]),
     ],
     swiftLanguageModes: [.v6]
 )

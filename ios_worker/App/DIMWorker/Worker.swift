@@ -121,7 +121,8 @@ final class Worker {
         guard !isLoading else { return }
         guard let directory = Places.newest(store) else {
             server.serve(.none)
-            problem = "No model yet. On the host: dim-host push STEM.middle-A..B.coreml --worker \(addresses.first ?? "ADDRESS"), "
+            problem =
+                "No model yet. On the host: dim-host push STEM.middle-A..B.coreml --worker \(addresses.first ?? "ADDRESS"), "
                 + "or copy the .coreml folder into DIM with Finder or Files."
             return
         }

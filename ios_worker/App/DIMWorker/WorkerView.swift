@@ -40,7 +40,8 @@ struct WorkerView: View {
                     LabeledContent("Connected", value: worker.host ?? "nobody")
                     LabeledContent("Tokens", value: "\(worker.steps.tokens)")
                     LabeledContent("Speed", value: String(format: "%.1f tok/s", worker.steps.tokensPerSecond))
-                    LabeledContent("Compute", value: String(format: "%.1f ms per step", worker.steps.millisecondsPerStep))
+                    LabeledContent(
+                        "Compute", value: String(format: "%.1f ms per step", worker.steps.millisecondsPerStep))
                 }
                 Section("Device") {
                     LabeledContent("Memory left", value: worker.device.memory.map { "\($0 >> 20) MiB" } ?? "unknown")

@@ -133,7 +133,8 @@
 
         private func withNonce(_ number: UInt64, _ body: (UnsafePointer<UInt8>) -> Void) {
             var nonce: (UInt32, UInt32, UInt32) = (
-                0, UInt32(truncatingIfNeeded: number).littleEndian, UInt32(truncatingIfNeeded: number >> 32).littleEndian
+                0, UInt32(truncatingIfNeeded: number).littleEndian,
+                UInt32(truncatingIfNeeded: number >> 32).littleEndian
             )
             withUnsafeBytes(of: &nonce) { body($0.baseAddress!.assumingMemoryBound(to: UInt8.self)) }
         }

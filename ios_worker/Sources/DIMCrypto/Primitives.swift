@@ -37,7 +37,8 @@ public protocol AEADCipher: AnyObject {
     /// - Precondition: `output.count + 16 == sealed.count`
     func open(
         number: UInt64, associated: [UInt8], sealed: UnsafeRawBufferPointer,
-        into output: UnsafeMutableRawBufferPointer) -> Bool
+        into output: UnsafeMutableRawBufferPointer
+    ) -> Bool
 }
 
 /// SHA-256 of something too large to hold.

@@ -200,7 +200,8 @@ public final class ReferencePackage: Package {
         func all(_ block: Int, _ name: String) throws(ManifestError) -> [Tensor] {
             var found: [Tensor] = []
             for weight in weights where weight.name == "blk.\(block).\(name)" {
-                guard weight.dtype == "f16", weight.shape.count <= 2, weight.shape.allSatisfy({ $0 > 0 && $0 < 1 << 30 })
+                guard weight.dtype == "f16", weight.shape.count <= 2,
+                    weight.shape.allSatisfy({ $0 > 0 && $0 < 1 << 30 })
                 else { throw ManifestError("\(file): \(weight.name) is \(weight.dtype) of shape \(weight.shape)") }
                 let count = weight.shape.reduce(1, *)
                 guard weight.offset >= 0, weight.bytes == 2 * count, weight.offset <= data.count - weight.bytes else {
@@ -214,7 +215,9 @@ public final class ReferencePackage: Package {
                                     fromByteOffset: weight.offset + 2 * $0, as: UInt16.self)))
                     }
                 }
-                found.append(Tensor(rows: weight.shape.count == 2 ? weight.shape[0] : 1, cols: weight.shape.last!, values: values))
+                found.append(
+                    Tensor(
+                        rows: weight.shape.count == 2 ? weight.shape[0] : 1, cols: weight.shape.last!, values: values))
             }
             return found
         }
@@ -236,7 +239,8 @@ public final class ReferencePackage: Package {
 
         func linear(_ block: Int, _ name: String, _ rows: Int, _ cols: Int) throws(ManifestError) -> Linear {
             Linear(
-                weight: try one(block, name + ".weight", rows, cols), bias: try optional(block, name + ".bias", 1, rows))
+                weight: try one(block, name + ".weight", rows, cols), bias: try optional(block, name + ".bias", 1, rows)
+            )
         }
 
         /// The parts of a projection cut at `bounds`, as their rows.

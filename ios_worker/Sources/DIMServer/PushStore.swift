@@ -154,7 +154,7 @@ public final class PushStore: @unchecked Sendable {
         let package = Manifest.packageName(Int(item.index))
         return switch item.kind {
         case .directoryManifest: Manifest.fileName
-        case .packageManifest: "\(package)/\(Manifest.packageManifest)"
+        case .packageContents: "\(package)/\(Manifest.packageContents)"
         case .packageModel: "\(package)/\(Manifest.packageModel)"
         case .packageWeights: "\(package)/\(Manifest.packageWeights)"
         case .selfTest: Manifest.selfTestName
@@ -166,7 +166,7 @@ public final class PushStore: @unchecked Sendable {
         func indexes(_ kind: PushItem.Kind) -> [Int] { offer.items.filter { $0.kind == kind }.map { Int($0.index) } }
         guard indexes(.gguf).isEmpty else { throw .items("this worker runs Core ML packages, not a GGUF slice") }
         guard indexes(.directoryManifest) == [0] else { throw .items("there must be one manifest") }
-        let packages = indexes(.packageManifest)
+        let packages = indexes(.packageContents)
         guard !packages.isEmpty, packages == Array(0..<packages.count), indexes(.packageModel) == packages,
             indexes(.packageWeights) == packages
         else { throw .items("each package must have its manifest, its model and its weights") }
@@ -183,7 +183,7 @@ public final class PushStore: @unchecked Sendable {
             let package = Int(item.index)
             let expected: String? =
                 switch item.kind {
-                case .packageManifest, .packageModel, .packageWeights:
+                case .packageContents, .packageModel, .packageWeights:
                     manifest.packages.indices.contains(package)
                         ? manifest.packages[package].files.first {
                             PushStore.path(item).hasSuffix("mlpackage/" + $0.path)

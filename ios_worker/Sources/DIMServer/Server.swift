@@ -154,7 +154,8 @@ public final class Server: @unchecked Sendable {
             case .ready(let ready):
                 if let taken = taken(key, host.instance) { return taken }
                 if configuration.device().temperature == .critical {
-                    return .failed(ErrorReport(code: .tooHot, text: "\(configuration.name) is too hot: let it cool down"))
+                    return .failed(
+                        ErrorReport(code: .tooHot, text: "\(configuration.name) is too hot: let it cool down"))
                 }
                 serving = Serving(
                     connection: connection, key: key, instance: host.instance, host: host.name,

@@ -107,7 +107,7 @@ public struct Manifest: Decodable, Equatable, Sendable {
     public static func packageName(_ index: Int) -> String {
         "middle-" + (index < 10 ? "0" : "") + String(index) + ".mlpackage"
     }
-    public static let packageManifest = "Manifest.json"
+    public static let packageContents = "Manifest.json"
     public static let packageModel = "Data/com.apple.CoreML/model.mlmodel"
     public static let packageWeights = "Data/com.apple.CoreML/weights/weight.bin"
 
@@ -194,7 +194,7 @@ public struct Manifest: Decodable, Equatable, Sendable {
             guard package.stateShape == [2 * package.blocks.count, dims.nHeadKv, nCtx, dims.headDim] else {
                 return "package \(index) has a state of shape \(package.stateShape)"
             }
-            let ours = [Manifest.packageManifest, Manifest.packageModel, Manifest.packageWeights]
+            let ours = [Manifest.packageContents, Manifest.packageModel, Manifest.packageWeights]
             guard Set(package.files.map(\.path)) == Set(ours), package.files.count == ours.count,
                 package.weightFile == Manifest.packageWeights
             else { return "package \(index) lists other files than \(ours)" }

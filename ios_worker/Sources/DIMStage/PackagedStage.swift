@@ -148,7 +148,8 @@ public final class PackagedStage: Stage, @unchecked Sendable {
         let width = rows.format.dtype.width
         let target = UnsafeMutableBufferPointer(rebasing: current[..<values])
         let tooLarge = rows.hidden.withUnsafeBytes { whole in
-            let source = UnsafeRawBufferPointer(rebasing: whole[first * shape.nEmbd * width..<(first * shape.nEmbd + values) * width])
+            let source = UnsafeRawBufferPointer(
+                rebasing: whole[first * shape.nEmbd * width..<(first * shape.nEmbd + values) * width])
             if rows.format.dtype == .f16, scale == 1 {
                 UnsafeMutableRawBufferPointer(target).copyMemory(from: source)
                 return 0

@@ -221,7 +221,7 @@ public struct ErrorReport: Equatable, Sendable {
 public struct PushItem: Equatable, Sendable {
     public enum Kind: UInt8, Sendable, CaseIterable {
         case directoryManifest = 1
-        case packageManifest = 2
+        case packageContents = 2
         case packageModel = 3
         case packageWeights = 4
         case selfTest = 5
@@ -608,7 +608,8 @@ extension Step {
         id = try reader.u32()
         let count = try reader.u32()
         let expected =
-            UInt64(Step.headerBytes) + UInt64(header.b) * UInt64(Span.bytes) + Rows.bytes(format, count: count, nEmbd: nEmbd)
+            UInt64(Step.headerBytes) + UInt64(header.b) * UInt64(Span.bytes)
+            + Rows.bytes(format, count: count, nEmbd: nEmbd)
         try checkLength(message, expected)
         spans = []
         spans.reserveCapacity(Int(header.b))

@@ -196,7 +196,8 @@ public struct Agreed: Equatable, Sendable {
             .nEmbd, if: host.nEmbd != worker.nEmbd || host.nEmbd == 0,
             "rows of the host have \(host.nEmbd) values, rows of the worker \(worker.nEmbd)")
         refuse(
-            .role, if: host.role != worker.role, "the host needs a \(host.role) slice, the worker holds a \(worker.role)")
+            .role, if: host.role != worker.role,
+            "the host needs a \(host.role) slice, the worker holds a \(worker.role)")
         refuse(
             .blocks,
             if: host.firstBlock != worker.firstBlock || host.lastBlock != worker.lastBlock

@@ -157,7 +157,8 @@ public struct WorkerConnection {
         guard versions.contains(protocolVersion) else {
             answer(.version, now)
             throw RuleBroken(
-                .version, "the host speaks \(versions.lowerBound)-\(versions.upperBound), this worker \(protocolVersion)")
+                .version,
+                "the host speaks \(versions.lowerBound)-\(versions.upperBound), this worker \(protocolVersion)")
         }
         let preamble = try Preamble(bytes)
         guard !crowded else {

@@ -83,7 +83,9 @@ func load(_ directory: URL, _ arguments: Arguments) throws -> any Stage {
             let result = try test.run(packages) { Double(monotonicMilliseconds()) / 1000 }
             say("self-test: \(result.sentence)")
             guard result.passes else {
-                throw Failure(text: "the self-test failed: this directory must not be served", hint: "make it anew with dim-split")
+                throw Failure(
+                    text: "the self-test failed: this directory must not be served", hint: "make it anew with dim-split"
+                )
             }
         } else {
             say("self-test: the directory has no vectors, nothing was checked")

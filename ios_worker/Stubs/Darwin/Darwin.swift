@@ -4,4 +4,3 @@
 public let SO_NOSIGPIPE: Int32 = 0x1022
 public let TCP_KEEPALIVE: Int32 = 0x10
 public let TCP_RXT_CONNDROPTIME: Int32 = 0x80
-

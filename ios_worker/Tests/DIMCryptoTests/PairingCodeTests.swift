@@ -24,7 +24,6 @@ import Testing
         }
     }
 
-
     @Test func lettersOfOtherAlphabetsAreNotTakenForOurs() {
         // U+0131 and U+017F become I and S when upper-cased by Unicode's rules
         #expect(throws: PairingCodeError.character) { try PairingCode(typed: "\u{131}BCDE-FGHJK-MNPQR-STVWXY") }

@@ -29,7 +29,10 @@ import Testing
             position += 1
         }
         host.goodbye()
-        #expect(worker.reports.eventually { if case .disconnected("a host", "the host is done") = $0 { true } else { false } })
+        #expect(
+            worker.reports.eventually {
+                if case .disconnected("a host", "the host is done") = $0 { true } else { false }
+            })
     }
 
     @Test func sessionsDoNotMix() throws {

@@ -219,7 +219,9 @@ struct FakeOracle {
 
     init(blocks: Int = 2) { keys = Array(repeating: [], count: blocks) }
 
-    mutating func rewind(_ position: Int) { for block in keys.indices { keys[block] = Array(keys[block][..<position]) } }
+    mutating func rewind(_ position: Int) {
+        for block in keys.indices { keys[block] = Array(keys[block][..<position]) }
+    }
 
     mutating func evaluate(_ rows: Rows, nEmbd: Int = 64) -> [UInt8] {
         var output: [UInt8] = []

@@ -3,6 +3,7 @@
 import DIMReference
 import DIMWire
 import Foundation
+import TestFixtures
 import Testing
 
 @testable import DIMStage
@@ -131,7 +132,8 @@ private struct Oracle {
         for value in rows.joined() { withUnsafeBytes(of: Float(value).bitPattern.littleEndian) { bytes += $0 } }
         var output = bytes
         let span = Span(session: 0, position: UInt32(position), count: UInt32(rows.count))
-        let step = Step(id: 1, spans: [span], rows: Rows(format: RowFormat(.f32), count: rows.count, hidden: bytes[...]))
+        let step = Step(
+            id: 1, spans: [span], rows: Rows(format: RowFormat(.f32), count: rows.count, hidden: bytes[...]))
         try output.withUnsafeMutableBytes { try stage.evaluate(step, into: $0) }
         let n = Fixture.dims.nEmbd
         return output.withUnsafeBytes { raw in

@@ -253,7 +253,9 @@ import Testing
             pair.deliver(toWorker: frame)
             #expect(!pair.workerEvents.contains { if case .step = $0 { true } else { false } }, "bit \(bit)")
             let known: [Rule?] = [.badTag, .frameLength, .tooLong]
-            if bit >= 16 { #expect(pair.brokenAtWorker == .badTag) } else {
+            if bit >= 16 {
+                #expect(pair.brokenAtWorker == .badTag)
+            } else {
                 // another length: refused at once, or bytes are awaited that do not come
                 #expect(known.contains(pair.brokenAtWorker) || pair.brokenAtWorker == nil)
             }

@@ -15,8 +15,12 @@ import Testing
             var (bytes, nEmbd) = good.randomElement(using: &generator)!
             for _ in 0..<Int.random(in: 1...3, using: &generator) {
                 switch Int.random(in: 0..<4, using: &generator) {
-                case 0: bytes[Int.random(in: 0..<bytes.count, using: &generator)] ^= 1 << UInt8.random(in: 0..<8, using: &generator)
-                case 1: bytes[Int.random(in: 0..<bytes.count, using: &generator)] = [0, 1, 0x7F, 0x80, 0xFF].randomElement(using: &generator)!
+                case 0:
+                    bytes[Int.random(in: 0..<bytes.count, using: &generator)] ^=
+                        1 << UInt8.random(in: 0..<8, using: &generator)
+                case 1:
+                    bytes[Int.random(in: 0..<bytes.count, using: &generator)] = [0, 1, 0x7F, 0x80, 0xFF].randomElement(
+                        using: &generator)!
                 case 2: if bytes.count > 9 { bytes.removeLast(Int.random(in: 1..<bytes.count - 8, using: &generator)) }
                 default: bytes.append(.random(in: .min ... .max, using: &generator))
                 }
@@ -81,7 +85,8 @@ import Testing
 
     @Test func splitsChangeNothing() throws {
         var generator = SeededGenerator(seed: 5)
-        let messages = try Json.read("messages")["good"].list.map { $0["hex"].bytes }
+        let messages =
+            try Json.read("messages")["good"].list.map { $0["hex"].bytes }
             + [[UInt8](repeating: 7, count: 70_000), [UInt8](repeating: 8, count: 200_000)].map { long in
                 var long = long
                 setLength(of: &long)
@@ -99,7 +104,8 @@ import Testing
             var start = 0
             while start < stream.count {
                 let piece = min(
-                    stream.count - start, Int.random(in: 1...[3, 100, 60_000].randomElement(using: &generator)!, using: &generator))
+                    stream.count - start,
+                    Int.random(in: 1...[3, 100, 60_000].randomElement(using: &generator)!, using: &generator))
                 _ = buffer.fill { $0.fill(with: stream[start..<start + piece]) }
                 start += piece
                 while let message = try opener.next(from: &buffer, limit: 1 << 20) { opened.append(message) }

@@ -2,32 +2,36 @@
 // manifest, of the reference evaluation and of the self-test read. (Directories that dim-split wrote, with vectors of
 // llama.cpp, are run by tools/test.sh.)
 import DIMCrypto
+import DIMStage
 import Foundation
 
-@testable import DIMStage
-
-final class Fixture {
-    let directory: URL
-    var manifest: [String: Any]
+public final class Fixture {
+    public let directory: URL
+    public var manifest: [String: Any]
     /// name -> (rows, cols, values), before rounding nothing: values are fp16 exactly
-    private(set) var tensors: [String: (rows: Int, cols: Int, values: [Float])] = [:]
+    public private(set) var tensors: [String: (rows: Int, cols: Int, values: [Float])] = [:]
     private var state: UInt64
 
-    static let dims = (nEmbd: 16, nHead: 4, nHeadKv: 2, headDim: 8, nFf: 24, nCtx: 32, nPrefill: 4)
+    public static let dims = (nEmbd: 16, nHead: 4, nHeadKv: 2, headDim: 8, nFf: 24, nCtx: 32, nPrefill: 4)
 
     /// - Parameter blocksPerPackage: how blocks 2..4 are divided
-    init(seed: UInt64, blocksPerPackage: [Int] = [2, 1], qkNorm: Bool = false, ffnBounds: [Int] = [0, 24]) throws {
+    public init(
+        seed: UInt64, blocksPerPackage: [Int] = [2, 1], qkNorm: Bool = false, ffnBounds: [Int] = [0, 24],
+        padding: Int = 0
+    ) throws {
         state = seed
         directory = FileManager.default.temporaryDirectory.appendingPathComponent("dim-\(UUID().uuidString)")
         manifest = [:]
         let d = Fixture.dims
+        let large = padding
         var packages: [[String: Any]] = []
         var block = 2
         for (index, count) in blocksPerPackage.enumerated() {
             let package = directory.appendingPathComponent(Manifest.packageName(index))
             var file = Data(count: 64)
             var weights: [[String: Any]] = []
-            func store(_ name: String, _ rows: Int, _ cols: Int, scale: Float, around: Float = 0, vector: Bool = false) {
+            func store(_ name: String, _ rows: Int, _ cols: Int, scale: Float, around: Float = 0, vector: Bool = false)
+            {
                 let values = (0..<rows * cols).map { _ in float(half(around + scale * random())) }
                 if let before = tensors[name] {
                     tensors[name] = (before.rows + rows, cols, before.values + values)
@@ -61,9 +65,11 @@ final class Fixture {
                     store("blk.\(b).ffn_down.weight", d.nEmbd, to - from, scale: 0.2)
                 }
             }
+            // bytes that no weight uses: for tests that want large files
+            file.append(contentsOf: (0..<large).map { UInt8(truncatingIfNeeded: $0 &* 7 &+ $0 >> 8) })
             var files: [[String: Any]] = []
             for (path, content) in [
-                (Manifest.packageManifest, Data("{}".utf8)), (Manifest.packageModel, Data("m".utf8)),
+                (Manifest.packageContents, Data("{}".utf8)), (Manifest.packageModel, Data("m".utf8)),
                 (Manifest.packageWeights, file),
             ] {
                 let url = package.appendingPathComponent(path)
@@ -101,18 +107,20 @@ final class Fixture {
 
     deinit { try? FileManager.default.removeItem(at: directory) }
 
-    func write() throws {
+    public func write() throws {
         let data = try JSONSerialization.data(withJSONObject: manifest)
         try data.write(to: directory.appendingPathComponent(Manifest.fileName))
     }
 
     /// Writes `rows` at every boundary as the self-test's vectors.
-    func addSelfTest(boundaries: [[[Double]]], prefill: Int) throws {
+    public func addSelfTest(boundaries: [[[Double]]], prefill: Int) throws {
         var data = Data()
         var list: [[String: Any]] = []
         for rows in boundaries {
             let f16 = data.count
-            for value in rows.joined() { withUnsafeBytes(of: half(Float(value)).littleEndian) { data.append(contentsOf: $0) } }
+            for value in rows.joined() {
+                withUnsafeBytes(of: half(Float(value)).littleEndian) { data.append(contentsOf: $0) }
+            }
             let f32 = data.count
             for value in rows.joined() {
                 withUnsafeBytes(of: Float(value).bitPattern.littleEndian) { data.append(contentsOf: $0) }

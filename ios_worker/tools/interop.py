@@ -1,0 +1,112 @@
+"""The Rust host against the Swift worker, over real sockets and with real numbers (docs/COREML.md, docs/PROTOCOL.md).
+
+    interop.py BIN-DIR WORKER-COMMAND...
+
+For tiny qwen2, llama and qwen3 models: synthesise, split with --coreml, serve the packages with the Swift worker (reference
+evaluation), generate 64 greedy tokens with dim-host, and compare with stock llama.cpp. Then the same while the worker is
+killed in the middle of a reply and started again on the same port, and a worker that must refuse.
+"""
+
+import json
+import pathlib
+import re
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+
+PROMPT = "The sea is wide and the ships go over it in the morning"
+TOKENS = 64
+
+
+class Worker:
+    def __init__(self, command, directory, listen):
+        self.process = subprocess.Popen(
+            [*command, str(directory), "--listen", listen, "--key-file", str(directory.parent / "key"), "--name", "phone"],
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        line = self.process.stdout.readline()
+        if not line.startswith("listening on "):
+            raise SystemExit(f"error: the worker said {line!r} and {self.process.stderr.read()!r}")
+        self.address = line.split()[2]
+
+    def kill(self):
+        self.process.send_signal(signal.SIGKILL)
+        self.process.wait()
+
+    def stop(self):
+        self.process.send_signal(signal.SIGTERM)
+        if self.process.wait(10) != 0:
+            raise SystemExit(f"error: the worker ended with {self.process.returncode}: {self.process.stderr.read()}")
+
+
+def run(*command, **options):
+    done = subprocess.run([str(word) for word in command], capture_output=True, text=True, timeout=300, **options)
+    if done.returncode != 0:
+        raise SystemExit(f"error: {' '.join(map(str, command))}: {done.stderr}")
+    return done.stdout
+
+
+def generate(binaries, split, address, *more):
+    return [
+        binaries / "dim-host", "generate", "--split", split, "--worker", address, "--key-file", split.parent / "key",
+        "--ctx", "256", "--threads", "1", "-p", PROMPT, "-n", str(TOKENS), "--temp", "0", "--json", *more]
+
+
+def main():
+    binaries, command = pathlib.Path(sys.argv[1]), sys.argv[2:]
+    with tempfile.TemporaryDirectory(prefix="dim-interop-") as folder:
+        folder = pathlib.Path(folder)
+        for arch in ["qwen2", "llama", "qwen3"]:
+            model, out = folder / f"{arch}.gguf", folder / arch
+            out.mkdir()
+            (out / "key").write_text("7" * 64 + "\n")
+            run(binaries / "dim-synth", model, "--shape", "tiny", "--arch", arch, "--type", "f16", "--seed", "7")
+            run(binaries / "dim-split", model, "--middle", "1..2", "--coreml", "--coreml-ctx", "512", "--coreml-prefill",
+                "16", "--out", out)
+            packages, split = out / f"{arch}.middle-1..2.coreml", out / f"{arch}.split.json"
+            stock = json.loads(run(
+                binaries / "dim-host", "stock", "--model", model, "--ctx", "256", "--threads", "1", "-p", PROMPT, "-n",
+                str(TOKENS), "--temp", "0", "--json"))["tokens"]
+
+            worker = Worker(command, packages, "127.0.0.1:0")
+            for wire in ["f16", "f32"]:
+                found = json.loads(run(*generate(binaries, split, worker.address, "--wire", wire)))
+                if found["tokens"] != stock:
+                    raise SystemExit(f"error: {arch}, {wire}: {found['tokens']} instead of {stock}")
+                if wire == "f16" and found["wire"]["gen_bytes_sent"] > (TOKENS - 1) * 2 * found_width(packages) + 63 * 50 + 420:
+                    raise SystemExit(f"error: {arch}: too many bytes, {found['wire']}")
+            print(f"{arch}: {len(stock)} tokens equal to stock's, F16 and F32", flush=True)
+
+            # killed in the middle, three times, and started again at the same address
+            for after in [0.25, 0.45, 0.7]:
+                host = subprocess.Popen(
+                    [str(word) for word in generate(binaries, split, worker.address)], stdout=subprocess.PIPE,
+                    stderr=subprocess.PIPE, text=True)
+                time.sleep(after)
+                worker.kill()
+                worker = Worker(command, packages, worker.address)
+                output, errors = host.communicate(timeout=120)
+                if host.returncode != 0 or json.loads(output)["tokens"] != stock:
+                    raise SystemExit(f"error: {arch}, worker killed after {after} s: {errors}")
+            print(f"{arch}: the same after kill -9 of the worker, 3 of 3", flush=True)
+            worker.stop()
+
+        # the packages of one model under the host of another
+        worker = Worker(command, folder / "llama" / "llama.middle-1..2.coreml", "127.0.0.1:0")
+        (folder / "qwen2" / "key").write_text("7" * 64 + "\n")
+        wrong = subprocess.run(
+            [str(word) for word in generate(binaries, folder / "qwen2" / "qwen2.split.json", worker.address)],
+            capture_output=True, text=True, timeout=120)
+        if wrong.returncode == 0 or not re.search(r"llama|model|arch", wrong.stderr):
+            raise SystemExit(f"error: another model's packages were not refused: {wrong.stderr}")
+        print("another model's packages are refused:", wrong.stderr.strip().splitlines()[0])
+        worker.stop()
+
+
+def found_width(packages):
+    return json.loads((packages / "manifest.json").read_text())["dims"]["n_embd"]
+
+
+if __name__ == "__main__":
+    main()
