@@ -22,13 +22,25 @@ TOKENS = 64
 
 class Worker:
     def __init__(self, command, directory, listen):
-        self.process = subprocess.Popen(
-            [*command, str(directory), "--listen", listen, "--key-file", str(directory.parent / "key"), "--name", "phone"],
-            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        self.errors = directory.parent / "worker.err"
+        with self.errors.open("w") as errors:
+            self.process = subprocess.Popen(
+                [*command, str(directory), "--listen", listen, "--key-file", str(directory.parent / "key"), "--name",
+                 "phone"],
+                stdout=subprocess.PIPE, stderr=errors, text=True)
         line = self.process.stdout.readline()
         if not line.startswith("listening on "):
-            raise SystemExit(f"error: the worker said {line!r} and {self.process.stderr.read()!r}")
+            raise SystemExit(f"error: the worker said {line!r} and {self.errors.read_text()!r}")
         self.address = line.split()[2]
+
+    def was_connected(self, seconds):
+        """Whether a host connects, or has connected, within that time."""
+        until = time.monotonic() + seconds
+        while time.monotonic() < until:
+            if " connected, " in self.errors.read_text():
+                return True
+            time.sleep(0.005)
+        return False
 
     def kill(self):
         self.process.send_signal(signal.SIGKILL)
@@ -37,7 +49,7 @@ class Worker:
     def stop(self):
         self.process.send_signal(signal.SIGTERM)
         if self.process.wait(10) != 0:
-            raise SystemExit(f"error: the worker ended with {self.process.returncode}: {self.process.stderr.read()}")
+            raise SystemExit(f"error: the worker ended with {self.process.returncode}: {self.errors.read_text()}")
 
 
 def run(*command, **options):
@@ -79,18 +91,25 @@ def main():
             print(f"{arch}: {len(stock)} tokens equal to stock's, F16 and F32", flush=True)
 
             # killed in the middle, three times, and started again at the same address
-            for after in [0.25, 0.45, 0.7]:
+            worker.stop()
+            for after in [0.02, 0.08, 0.15]:
+                worker = Worker(command, packages, worker.address)
                 host = subprocess.Popen(
                     [str(word) for word in generate(binaries, split, worker.address)], stdout=subprocess.PIPE,
                     stderr=subprocess.PIPE, text=True)
+                if not worker.was_connected(20):
+                    raise SystemExit("error: the host did not connect")
                 time.sleep(after)
                 worker.kill()
                 worker = Worker(command, packages, worker.address)
                 output, errors = host.communicate(timeout=120)
                 if host.returncode != 0 or json.loads(output)["tokens"] != stock:
                     raise SystemExit(f"error: {arch}, worker killed after {after} s: {errors}")
+                # it was in the middle: the host came back to the second worker
+                if not worker.was_connected(0.1):
+                    raise SystemExit(f"error: {arch}: the reply was over before the worker was killed")
+                worker.stop()
             print(f"{arch}: the same after kill -9 of the worker, 3 of 3", flush=True)
-            worker.stop()
 
         # the packages of one model under the host of another
         worker = Worker(command, folder / "llama" / "llama.middle-1..2.coreml", "127.0.0.1:0")
