@@ -1,4 +1,16 @@
 //! Is the split worth it here, how much, and is the answer the same?
+//!
+//! ```text
+//! dim-host ab      plan -> [run]: every arm a process of its own (launch, cgroup), in turns, watched from outside
+//!                          (usage, energy, machine), over an emulated link (link) where one is asked for
+//!                              -> results.jsonl, one [record] per arm and round
+//! dim-host report  records -> [summary]: medians, ranges, ratios (stats) -> [report]: tables, plots (charts)
+//! dim-host eval    text -> logits of two engines -> [quality]: perplexity, divergence, agreement
+//! ```
+//!
+//! What is measured is what people run: the programs themselves, started as they are. This module computes nothing
+//! with a model.
+
 pub mod cgroup;
 pub mod charts;
 pub mod energy;

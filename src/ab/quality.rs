@@ -8,6 +8,10 @@
 
 use std::ops::Range;
 
+use serde::{Deserialize, Serialize};
+
+use crate::ab::machine::Machine;
+
 /// A stretch of the text that is evaluated at once.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Window {
@@ -72,6 +76,98 @@ impl Perplexity {
     }
 }
 
+/// How well engines guess a text: what `dim-host eval --json` prints.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct Evaluation {
+    /// When, in UTC.
+    pub date: String,
+    /// The model's name.
+    pub model: String,
+    /// Tokens of the text.
+    pub tokens: usize,
+    /// Tokens evaluated at once.
+    pub window: u32,
+    /// One entry for each engine that was run; stock first, if it was.
+    pub engines: Vec<EngineResult>,
+    /// The machine.
+    pub machine: Machine,
+}
+
+/// One engine's guesses.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct EngineResult {
+    /// `stock`, `split f16`, `split f32`.
+    pub name: String,
+    /// Guesses scored.
+    pub rows: u64,
+    /// exp of the mean surprise.
+    pub perplexity: f64,
+    /// Its standard error.
+    pub perplexity_error: f64,
+    /// Tokens evaluated per second, windows' overlaps included.
+    pub tok_s: f64,
+    /// How far its guesses are from stock's.
+    #[serde(skip_serializing_if = "Option::is_none", default)]
+    pub difference: Option<DifferenceSummary>,
+}
+
+impl Evaluation {
+    /// What the columns of [`cells`](Self::cells) are.
+    pub const HEAD: [&'static str; 8] = [
+        "engine",
+        "perplexity",
+        "tok/s",
+        "mean KL, nats",
+        "99 % of rows below",
+        "largest KL",
+        "same top token",
+        "largest logit difference",
+    ];
+
+    /// A row of text for each engine.
+    pub fn cells(&self) -> Vec<Vec<String>> {
+        let row = |e: &EngineResult| {
+            let of = |f: fn(&DifferenceSummary) -> String| e.difference.as_ref().map_or(String::from("–"), f);
+            vec![
+                e.name.clone(),
+                format!("{:.4} ± {:.4}", e.perplexity, e.perplexity_error),
+                format!("{:.1}", e.tok_s),
+                of(|d| scientific(d.kl_mean)),
+                of(|d| scientific(d.kl_p99)),
+                of(|d| scientific(d.kl_max)),
+                of(|d| format!("{:.2} %", d.top1 * 100.0)),
+                of(|d| {
+                    if d.equal_rows == d.rows {
+                        "0, every bit".to_owned()
+                    } else {
+                        scientific(f64::from(d.max_abs))
+                    }
+                }),
+            ]
+        };
+        self.engines.iter().map(row).collect()
+    }
+
+    /// The table for a person. Ends with a newline.
+    pub fn table(&self) -> String {
+        let mut rows = vec![Evaluation::HEAD.map(str::to_owned).to_vec()];
+        rows.extend(self.cells());
+        let width = |i: usize| rows.iter().map(|row| row[i].chars().count()).max().unwrap_or(0);
+        let widths: Vec<usize> = (0..Evaluation::HEAD.len()).map(width).collect();
+        let mut text = format!("{}, {} tokens in windows of {}\n\n", self.model, self.tokens, self.window);
+        for row in &rows {
+            let cells = row.iter().zip(&widths).map(|(cell, &width)| format!("{cell:<width$}"));
+            text.push_str(cells.collect::<Vec<_>>().join("  ").trim_end());
+            text.push('\n');
+        }
+        text
+    }
+}
+
+fn scientific(value: f64) -> String {
+    if value == 0.0 { "0".to_owned() } else { format!("{value:.2e}") }
+}
+
 /// How far two engines are apart, row by row.
 #[derive(Clone, Debug, Default)]
 pub struct Difference {
@@ -84,7 +180,7 @@ pub struct Difference {
 }
 
 /// [`Difference`], summed up.
-#[derive(Clone, Copy, Debug, PartialEq, serde::Serialize, serde::Deserialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
 pub struct DifferenceSummary {
     /// Rows compared.
     pub rows: u64,

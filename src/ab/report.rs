@@ -6,6 +6,7 @@ use std::io;
 use std::path::{Path, PathBuf};
 
 use crate::ab::charts::{self, Chart, significant};
+use crate::ab::quality::Evaluation;
 use crate::ab::record::{Arm, Record, RecordError, Scenario, read};
 use crate::ab::stats::{Ratio, Summary};
 use crate::ab::summary::{Row, Same, Table, summarise};
@@ -25,8 +26,25 @@ enum Block {
     Chart(Chart),
 }
 
-/// All records below `dir`: every file that ends in `.jsonl`, there and one folder down, in the order of their names.
-pub fn read_all(dir: &Path) -> Result<Vec<Record>, RecordError> {
+/// All that was measured.
+#[derive(Clone, Debug, Default)]
+pub struct Measured {
+    /// What `dim-host ab` recorded.
+    pub records: Vec<Record>,
+    /// What `dim-host eval --json` printed.
+    pub evaluations: Vec<Evaluation>,
+}
+
+impl Measured {
+    /// Whether there is nothing.
+    pub fn is_empty(&self) -> bool {
+        self.records.is_empty() && self.evaluations.is_empty()
+    }
+}
+
+/// All that was measured below `dir`: every file that ends in `.jsonl` (records) or `.eval.json`
+/// (evaluations), there and one folder down, in the order of their names.
+pub fn read_all(dir: &Path) -> Result<Measured, RecordError> {
     let io = |source| RecordError::Io { file: dir.display().to_string(), source };
     let mut files = Vec::new();
     let mut folders = Vec::new();
@@ -37,25 +55,45 @@ pub fn read_all(dir: &Path) -> Result<Vec<Record>, RecordError> {
     for folder in folders {
         files.extend(std::fs::read_dir(&folder).map_err(io)?.flatten().map(|e| e.path()));
     }
-    files.retain(|f| f.extension().is_some_and(|e| e == "jsonl"));
     files.sort();
-    let mut records = Vec::new();
+    let mut measured = Measured::default();
     for file in files {
-        records.extend(read(&file)?);
+        let name = file.to_string_lossy();
+        if name.ends_with(".jsonl") {
+            measured.records.extend(read(&file)?);
+        } else if name.ends_with(".eval.json") {
+            let of_file = |source| RecordError::Io { file: name.clone().into_owned(), source };
+            let text = std::fs::read_to_string(&file).map_err(of_file)?;
+            let not_a_record =
+                |source| RecordError::NotARecord { file: name.clone().into_owned(), line: 1, source };
+            measured.evaluations.push(serde_json::from_str(&text).map_err(not_a_record)?);
+        }
     }
-    Ok(records)
+    Ok(measured)
 }
 
 impl Page {
-    /// What `records` say.
-    pub fn new(records: &[Record]) -> Page {
-        let tables = summarise(records);
+    /// What was measured says.
+    pub fn new(measured: &Measured) -> Page {
+        let tables = summarise(&measured.records);
         let mut page = Page { blocks: Vec::new() };
         for (i, table) in tables.iter().enumerate() {
             page.table(table, i + 1);
         }
         page.over_several(&tables);
+        measured.evaluations.iter().for_each(|e| page.evaluation(e));
         page
+    }
+
+    fn evaluation(&mut self, e: &Evaluation) {
+        self.blocks.push(Block::Heading(format!("{}: the answer", e.model)));
+        let day: String = e.date.chars().take(10).collect();
+        self.blocks.push(Block::Paragraph(format!(
+            "{} tokens of text in windows of {}, every token but the first guessed once; compared with stock llama.cpp \
+             row by row. {day}; {} ({}), {}.",
+            e.tokens, e.window, e.machine.cpu, e.machine.arch, e.machine.os
+        )));
+        self.blocks.push(Block::Table { head: Evaluation::HEAD.to_vec(), rows: e.cells() });
     }
 
     fn table(&mut self, table: &Table, number: usize) {
@@ -437,8 +475,13 @@ are named and not counted.</p>
 mod tests {
     use super::*;
     use crate::ab::link::LinkOptions;
+    use crate::ab::quality::{DifferenceSummary, EngineResult};
     use crate::ab::record::append;
     use crate::ab::summary::tests::{record, scenario};
+
+    fn measured() -> Measured {
+        Measured { records: records(), evaluations: vec![evaluation()] }
+    }
 
     fn records() -> Vec<Record> {
         let mut records = Vec::new();
@@ -454,9 +497,43 @@ mod tests {
         records
     }
 
+    fn evaluation() -> Evaluation {
+        let difference = DifferenceSummary {
+            rows: 99,
+            kl_mean: 1.5e-6,
+            kl_max: 2e-5,
+            kl_p99: 1e-5,
+            top1: 0.995,
+            max_abs: 0.01,
+            mean_abs: 0.001,
+            equal_rows: 0,
+        };
+        let engine = |name: &str, difference| EngineResult {
+            name: name.into(),
+            rows: 99,
+            perplexity: 12.5,
+            perplexity_error: 0.3,
+            tok_s: 40.0,
+            difference,
+        };
+        let exact = DifferenceSummary { max_abs: 0.0, equal_rows: 99, ..difference };
+        Evaluation {
+            date: "2026-11-22T10:00:00Z".into(),
+            model: "demo".into(),
+            tokens: 100,
+            window: 512,
+            engines: vec![
+                engine("stock", None),
+                engine("split f16", Some(difference)),
+                engine("split f32", Some(exact)),
+            ],
+            machine: records()[0].machine.clone(),
+        }
+    }
+
     #[test]
     fn a_page_stands_alone_and_shows_everything() {
-        let html = Page::new(&records()).html();
+        let html = Page::new(&measured()).html();
         for text in [
             "a&lt;b",
             "ended by signal 9",
@@ -479,8 +556,10 @@ mod tests {
         for (i, record) in records().iter().enumerate() {
             append(&dir.path().join(if i < 6 { "1.jsonl" } else { "2.jsonl" }), record).unwrap();
         }
+        std::fs::write(dir.path().join("demo.eval.json"), serde_json::to_string(&evaluation()).unwrap())
+            .unwrap();
         let page = Page::new(&read_all(dir.path()).unwrap());
-        assert!(page.html() == Page::new(&records()).html(), "the page differs");
+        assert!(page.html() == Page::new(&measured()).html(), "the page differs");
         page.write(dir.path()).unwrap();
         let markdown = std::fs::read_to_string(dir.path().join("report.md")).unwrap();
         for chart in page.charts() {

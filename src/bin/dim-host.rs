@@ -5,7 +5,7 @@ use std::process::ExitCode;
 use std::time::Instant;
 
 use clap::{Parser, Subcommand};
-use dim::host::commands::{chat, demo, generate, pair, stock};
+use dim::host::commands::{ab, arms, chat, demo, eval, generate, pair, report, stock};
 
 /// One model across your machines: the host runs the head and the tail of a split GGUF, workers run the middle.
 #[derive(Parser)]
@@ -27,6 +27,19 @@ enum Command {
     Pair(pair::Args),
     /// Synthesise a small model, cut it, run it over two processes, compare it with stock llama.cpp
     Demo(demo::Args),
+    /// Measure the split against the other ways to run the same model on this machine
+    Ab(ab::Args),
+    /// How well the split guesses a text, and how far its guesses are from stock llama.cpp's
+    Eval(eval::Args),
+    /// Make tables and plots of what `ab` has recorded
+    Report(report::Args),
+    #[command(hide = true)]
+    Launch(arms::LaunchArgs),
+    #[command(hide = true)]
+    Quantise(arms::QuantiseArgs),
+    #[cfg(feature = "rpc")]
+    #[command(hide = true)]
+    RpcServer(arms::RpcServerArgs),
 }
 
 fn main() -> ExitCode {
@@ -38,6 +51,13 @@ fn main() -> ExitCode {
         Command::Stock(args) => stock::run(&args, process_start),
         Command::Pair(args) => pair::run(&args),
         Command::Demo(args) => demo::run(&args),
+        Command::Ab(args) => ab::run(&args),
+        Command::Eval(args) => eval::run(&args),
+        Command::Report(args) => report::run(&args),
+        Command::Launch(args) => arms::launch(&args),
+        Command::Quantise(args) => arms::quantise(&args),
+        #[cfg(feature = "rpc")]
+        Command::RpcServer(args) => arms::rpc_server(&args),
     };
     match result {
         Ok(()) => ExitCode::SUCCESS,

@@ -43,9 +43,9 @@ pub struct SplitArgs {
     /// A worker that holds a middle slice (repeat for more; their order does not matter)
     #[arg(long, value_name = "ADDR:PORT")]
     worker: Vec<String>,
-    /// Number format of the rows that cross the network
-    #[arg(long, value_enum, value_name = "TYPE", default_value = "f16")]
-    wire: WireType,
+    /// Number format of the rows that cross the network (default: f16)
+    #[arg(long, value_enum, value_name = "TYPE")]
+    wire: Option<WireType>,
     /// The key shared with the workers: one line, 64 hex digits (default: the one from pairing)
     #[arg(long, value_name = "FILE")]
     key_file: Option<PathBuf>,
@@ -69,12 +69,36 @@ impl SplitArgs {
     }
 }
 
-#[derive(Clone, Copy, Debug, clap::ValueEnum)]
-enum WireType {
+/// Number format of the rows that cross the network.
+#[derive(Clone, Copy, Debug, Default, clap::ValueEnum)]
+pub enum WireType {
     /// 2 bytes a value
+    #[default]
     F16,
     /// 4 bytes a value: bit-exact
     F32,
+}
+
+impl WireType {
+    /// As it is written on the command line.
+    pub fn name(self) -> &'static str {
+        match self {
+            WireType::F16 => "f16",
+            WireType::F32 => "f32",
+        }
+    }
+}
+
+impl SplitArgs {
+    /// The number format that was asked for, if one was.
+    pub fn wire(&self) -> Option<WireType> {
+        self.wire
+    }
+
+    /// The same with another number format.
+    pub fn with_wire(&self, wire: WireType) -> SplitArgs {
+        SplitArgs { wire: Some(wire), ..self.clone() }
+    }
 }
 
 /// A split model, ready.
@@ -153,7 +177,7 @@ pub fn open_split(args: &SplitArgs, machine: &MachineArgs) -> Result<Split, Fail
     check_chain(&places, head.model_blocks)?;
 
     // loaded and dialled
-    let dtype = match args.wire {
+    let dtype = match args.wire.unwrap_or_default() {
         WireType::F16 => Dtype::F16,
         WireType::F32 => Dtype::F32,
     };

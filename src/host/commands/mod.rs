@@ -1,9 +1,13 @@
 //! The subcommands of `dim-host`: arguments in, exit out. What they do stands in the modules beside.
 
+pub mod ab;
+pub mod arms;
 pub mod chat;
 pub mod demo;
+pub mod eval;
 pub mod generate;
 pub mod pair;
+pub mod report;
 pub mod stock;
 
 use std::io::Read as _;

@@ -19,6 +19,14 @@ pub struct Args {
     /// Read the file instead of mapping it (llama.cpp maps by default)
     #[arg(long)]
     no_mmap: bool,
+    /// Spread it with llama.cpp's own RPC backend: the server
+    #[cfg(feature = "rpc")]
+    #[arg(long, value_name = "ADDR:PORT", requires = "rpc_blocks")]
+    rpc: Option<std::net::SocketAddr>,
+    /// How many blocks, the last ones, the RPC server gets
+    #[cfg(feature = "rpc")]
+    #[arg(long, value_name = "N", requires = "rpc")]
+    rpc_blocks: Option<u32>,
     #[command(flatten)]
     prompt: PromptArgs,
     #[command(flatten)]
@@ -31,7 +39,7 @@ pub fn run(args: &Args, process_start: Instant) -> Result<(), Failure> {
     args.prompt.sampling.check().map_err(Failure::misuse)?;
     set_log(&args.machine);
     let interrupt = Interrupt::watch();
-    let model = load_model(&args.model, &args.machine, !args.no_mmap)?;
+    let model = load(args)?;
     let n_ctx = args.machine.n_ctx_for(model.n_ctx_train());
     let params = stock_params(&args.machine, n_ctx);
     let context = llama_sys_patch::Stock::new(&model, &params, None).map_err(Failure::failed)?;
@@ -39,4 +47,22 @@ pub fn run(args: &Args, process_start: Instant) -> Result<(), Failure> {
     let mut engine = StockEngine::new(context, model.n_vocab(), model.n_blocks(), n_batch);
     let name = model_name(&args.model);
     Run { vocabulary: &model, n_ctx, model_name: &name }.run(&mut engine, &args.prompt, &interrupt, process_start)
+}
+
+#[cfg(feature = "rpc")]
+fn load(args: &Args) -> Result<llama_sys_patch::Model, Failure> {
+    use gguf_tools::gguf::{Gguf, check};
+
+    let (Some(server), Some(n_blocks)) = (args.rpc, args.rpc_blocks) else {
+        return load_model(&args.model, &args.machine, !args.no_mmap);
+    };
+    let gguf = Gguf::open(&args.model).map_err(Failure::misuse)?;
+    check::model(&gguf).map_err(Failure::misuse)?;
+    let files: Vec<PathBuf> = gguf.files().map(std::path::Path::to_owned).collect();
+    llama_sys_patch::rpc::load(&files, server, n_blocks, !args.no_mmap).map_err(Failure::failed)
+}
+
+#[cfg(not(feature = "rpc"))]
+fn load(args: &Args) -> Result<llama_sys_patch::Model, Failure> {
+    load_model(&args.model, &args.machine, !args.no_mmap)
 }
