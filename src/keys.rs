@@ -1,7 +1,7 @@
 //! Keys: what they are, the codes that pair two devices, and the directory where they are kept.
 //!
-//! A [`Key`] is 32 random bytes that one host and one worker share. `--key-file` names a file with one (one line, 64
-//! hexadecimal digits); pairing makes one and leaves it in a [`KeyStore`] on both sides:
+//! A [`Key`] is 32 random bytes that one host and one worker share. `--key-file` names a file with one (one
+//! line, 64 hexadecimal digits); pairing makes one and leaves it in a [`KeyStore`] on both sides:
 //!
 //! ```text
 //!     $XDG_CONFIG_HOME/dim/keys/  or  ~/.config/dim/keys/      0700
@@ -9,7 +9,8 @@
 //!         3f9a0c1122334455.json    whom it is shared with      0600
 //! ```
 //!
-//! File names come from the key's id, which this side computed: nothing that a peer said becomes part of a path.
+//! File names come from the key's id, which this side computed: nothing that a peer said becomes part of a
+//! path.
 
 use std::fmt;
 use std::fs;
@@ -155,7 +156,8 @@ impl PairingCode {
         Ok(PairingCode { characters: bytes.map(|b| ALPHABET[usize::from(b % 32)]) })
     }
 
-    /// Reads a code as a person typed it: in any case, with spaces and hyphens, with O for 0 and I or L for 1.
+    /// Reads a code as a person typed it: in any case, with spaces and hyphens, with O for 0 and I or L for
+    /// 1.
     ///
     /// # Errors
     /// [`BadCode`], which says what to look at again.
@@ -235,8 +237,8 @@ pub enum BadCode {
     Check,
 }
 
-/// The time during which a worker accepts one host that knows the code. Time comes from the caller, in milliseconds
-/// of any clock.
+/// The time during which a worker accepts one host that knows the code. Time comes from the caller, in
+/// milliseconds of any clock.
 #[derive(Debug)]
 pub struct PairingWindow {
     key: Key,
@@ -259,8 +261,8 @@ impl PairingWindow {
         }
     }
 
-    /// The key to try a handshake with; it counts as a wrong try until [`refund`](Self::refund)ed, so handshakes side by
-    /// side get no extra tries.
+    /// The key to try a handshake with; it counts as a wrong try until [`refund`](Self::refund)ed, so
+    /// handshakes side by side get no extra tries.
     pub fn begin_try(&mut self, now_ms: u64) -> Option<Key> {
         if !self.is_open(now_ms) {
             return None;
@@ -347,7 +349,8 @@ impl KeyStore {
     /// The key with this id.
     ///
     /// # Errors
-    /// As of [`Key::from_file`]; [`KeyError::Permissions`] if others can read it. A key that is not there is `None`.
+    /// As of [`Key::from_file`]; [`KeyError::Permissions`] if others can read it. A key that is not there is
+    /// `None`.
     pub fn find(&self, id: KeyId) -> Result<Option<Key>, KeyError> {
         let path = self.path(id, "key");
         match fs::metadata(&path) {

@@ -1,4 +1,5 @@
-//! What a thousand peers that mean no good cost a worker: alone in its process, so that memory can be measured.
+//! What a thousand peers that mean no good cost a worker: alone in its process, so that memory can be
+//! measured.
 #![cfg(target_os = "linux")]
 
 use std::io::Write;

@@ -1,5 +1,5 @@
-//! Host and worker over real sockets on loopback: what PROTOCOL.md promises about strangers, second hosts, lost peers and
-//! the times of all of these.
+//! Host and worker over real sockets on loopback: what PROTOCOL.md promises about strangers, second hosts,
+//! lost peers and the times of all of these.
 
 use std::io::{Read, Write};
 use std::net::{SocketAddr, TcpListener, TcpStream};
@@ -197,44 +197,84 @@ fn bytes_per_token_are_within_the_budget() {
     assert!(per_token <= (2 * (2 * N_EMBD + 64)) as f64, "{per_token} bytes a token");
 }
 
-#[test]
-fn prompt_chunks_in_flight_from_one_thread_do_not_block_each_other() {
-    // 4 chunks of 512 rows each way, of a size that no socket buffer holds
-    let big = |name| Terms { n_embd: 8192, ..terms(name) };
+/// `rounds` times 4 chunks of 8 MiB each way, under way at once, with one thread at each end.
+fn saturate(rounds: u32, pace: Option<u32>) {
+    let wide = |name| Terms { n_embd: 8192, ..terms(name) };
+    let readiness = Readiness::Ready(wide("worker"));
     let listener = Listener::bind(
         "127.0.0.1:0",
-        ListenerConfig {
-            readiness: Readiness::Ready(Terms { dtypes: 1, ..big("worker") }),
-            ..config(Arc::new(key()), Timing::default())
-        },
+        ListenerConfig { readiness, ..config(Arc::new(key()), Timing::default()) },
     )
     .unwrap();
-    let at = listener.address().to_string();
+    let at = match pace {
+        None => listener.address().to_string(),
+        Some(bytes_per_s) => {
+            let (at, rate) = pacing_relay(listener.address());
+            rate.store(bytes_per_s, Ordering::Relaxed);
+            at
+        }
+    };
     let served = std::thread::spawn(move || {
-        let link = listener.accept(Some(Duration::from_secs(5))).unwrap();
-        let (sender, mut receiver) = link.split();
-        for _ in 0..12 {
-            let Ok(Event::Step { step, rows, .. }) = receiver.receive(soon()) else { panic!("no step") };
-            let values = rows.values.as_bytes().to_vec();
-            let values = RowsRef::from_bytes(dim::wire::DType::F16, &values).unwrap();
-            sender.send_done(step, 512, values.into(), Duration::ZERO, Duration::ZERO).unwrap();
+        let (sender, mut receiver) = listener.accept(Some(Duration::from_secs(5))).unwrap().split();
+        for _ in 0..4 * rounds {
+            let received = receiver.receive(soon());
+            let Ok(Event::Step { step, rows, .. }) = received else { panic!("no step: {received:?}") };
+            sender.send_done(step, 512, rows, Duration::ZERO, Duration::ZERO).unwrap();
         }
         let _ = receiver.receive(soon());
     });
-    let mut link = dial(&at, &key(), &big("host"), &Timing::default()).unwrap();
+    let mut link = dial(&at, &key(), &wide("host"), &Timing::default()).unwrap();
     let chunk: Vec<f16> = (0..512 * 8192).map(|i| f16::from_bits((i % 0x7000) as u16)).collect();
-    for round in 0..3 {
-        for c in 0..4 {
-            let span = [Span { session: c, position: round * 512, count: 512 }];
+    for round in 0..rounds {
+        for session in 0..4 {
+            let span = [Span { session, position: round * 512, count: 512 }];
             link.send_step(&span, chunk.as_slice().into()).unwrap();
         }
         for _ in 0..4 {
-            let Ok(Event::Done { rows, .. }) = link.receive(soon()) else { panic!("no answer") };
+            let received = link.receive(soon());
+            let Ok(Event::Done { rows, .. }) = received else { panic!("no answer: {received:?}") };
             assert!(rows.values == RowsRef::F16(&chunk));
         }
     }
     link.close(Farewell::Finished);
     served.join().unwrap();
+}
+
+#[test]
+fn prompt_chunks_in_flight_from_one_thread_do_not_block_each_other() {
+    saturate(3, None);
+}
+
+#[test]
+fn a_slow_link_full_in_both_directions_does_not_lock_up() {
+    saturate(1, Some(8 << 20));
+}
+
+#[test]
+fn a_goodbye_is_not_held_up_by_a_blocked_send() {
+    let wide = |name| Terms { n_embd: 8192, ..terms(name) };
+    let readiness = Readiness::Ready(wide("worker"));
+    let listener = Listener::bind(
+        "127.0.0.1:0",
+        ListenerConfig { readiness, ..config(Arc::new(key()), Timing::default()) },
+    )
+    .unwrap();
+    let (at, pace) = pacing_relay(listener.address());
+    let link = dial(&at, &key(), &wide("host"), &Timing::default()).unwrap();
+    let _worker = listener.accept(Some(Duration::from_secs(5))).unwrap();
+    pace.store(0, Ordering::Relaxed);
+    let sender = link.sender().clone();
+    let sending = std::thread::spawn(move || {
+        let chunk = vec![f16::ONE; 512 * 8192];
+        link.send_step(&[Span { session: 0, position: 0, count: 512 }], chunk.as_slice().into())
+    });
+    std::thread::sleep(Duration::from_millis(300));
+    assert!(!sending.is_finished(), "the relay took everything");
+    let begun = Instant::now();
+    sender.goodbye(Farewell::Finished);
+    sender.stop();
+    assert!(sending.join().unwrap().is_err());
+    assert!(begun.elapsed() < Duration::from_secs(2), "{:?}", begun.elapsed());
 }
 
 #[test]
@@ -388,7 +428,8 @@ fn a_link_that_stalls_for_less_than_the_silence_goes_on() {
 
 #[test]
 fn a_peer_that_takes_no_bytes_for_a_while_is_not_lost() {
-    // a worker that computes with its buffers full looks like this to the host's system, for as long as it computes
+    // a worker that computes with its buffers full looks like this to the host's system, for as long as it
+    // computes
     let timing = Timing { silence: Duration::from_secs(20), ..Timing::default() };
     let wide = |name| Terms { n_embd: 8192, ..terms(name) };
     let listener = Listener::bind(

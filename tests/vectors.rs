@@ -1,6 +1,6 @@
-//! The golden vectors of docs/vectors/: writes them (with `DIM_WRITE_VECTORS=1`), and checks that the files are what this
-//! implementation makes. What they hold is told in docs/PROTOCOL.md, section 14. That they are also *right* is shown by
-//! docs/vectors/check.py and the Swift tests, which know nothing of this code.
+//! The golden vectors of docs/vectors/: writes them (with `DIM_WRITE_VECTORS=1`), and checks that the files
+//! are what this implementation makes. What they hold is told in docs/PROTOCOL.md, section 14. That they are
+//! also *right* is shown by docs/vectors/check.py and the Swift tests, which know nothing of this code.
 
 use std::path::PathBuf;
 
@@ -1364,7 +1364,8 @@ fn transcripts() {
     check("transcripts.json", Value::Array(list));
 }
 
-/// Plays a conversation with a [`Connection`] at both ends, so that every transcript is also one that may happen.
+/// Plays a conversation with a [`Connection`] at both ends, so that every transcript is also one that may
+/// happen.
 fn transcript(name: &str, case: &Case, entries: Vec<(&str, Vec<u8>)>) -> Value {
     let (first, answer, host, worker) = shake(case);
     let mut host = End::new(Role::Host, host);
@@ -1470,7 +1471,8 @@ fn hex(bytes: &[u8]) -> String {
     bytes.iter().map(|b| format!("{b:02x}")).collect()
 }
 
-/// Compares with the file, or writes it. Rules are errors' names: that they are those of PROTOCOL.md is checked too.
+/// Compares with the file, or writes it. Rules are errors' names: that they are those of PROTOCOL.md is
+/// checked too.
 fn check(file: &str, made: Value) {
     let path = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("docs/vectors").join(file);
     if std::env::var_os("DIM_WRITE_VECTORS").is_some() {

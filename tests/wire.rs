@@ -1,5 +1,5 @@
-//! The protocol in memory, without sockets or time: frames split, garbled, repeated and reflected; any bytes where messages should
-//! be; and host and worker through random lives with a hostile network between them.
+//! The protocol in memory, without sockets or time: frames split, garbled, repeated and reflected; any bytes
+//! where messages should be; and host and worker through random lives with a hostile network between them.
 
 use std::collections::VecDeque;
 
@@ -42,7 +42,8 @@ const KEY: [u8; 32] = [9; 32];
 proptest! {
     #![proptest_config(ProptestConfig::with_cases(256))]
 
-    /// However a stream is cut into reads, and whether messages are released in place or taken out, the same comes out.
+    /// However a stream is cut into reads, and whether messages are released in place or taken out, the same
+    /// comes out.
     #[test]
     fn a_stream_split_anywhere_is_the_same_messages(
         lengths in prop::collection::vec(prop_oneof![8usize..64, 8usize..4096, 65_500usize..65_540, 131_000usize..131_100], 1..6),
@@ -500,9 +501,9 @@ impl End {
     }
 }
 
-/// A host, a worker and the network between them, in one epoch after another. A token is a number; a worker's cache is
-/// the tokens it was given, and its answer to a row is a digest of the cache up to it: so an answer is right only if the
-/// cache was.
+/// A host, a worker and the network between them, in one epoch after another. A token is a number; a worker's
+/// cache is the tokens it was given, and its answer to a row is a digest of the cache up to it: so an answer
+/// is right only if the cache was.
 struct World {
     dice: Dice,
     epoch: u32,
@@ -828,8 +829,8 @@ fn whatever_the_network_does_positions_and_answers_stay_right() {
     assert!(answers > events / 20 && refused > events / 200, "the network was too kind to show anything");
 }
 
-/// The control experiment: with the same keys in every epoch, frames of an earlier one are taken for this one's, and
-/// the world above notices.
+/// The control experiment: with the same keys in every epoch, frames of an earlier one are taken for this
+/// one's, and the world above notices.
 #[test]
 fn without_epochs_the_same_test_fails() {
     let noticed = (0..20).any(|seed| {

@@ -81,8 +81,8 @@ pub fn inquire(address: &str, key: &Key, timing: &Timing) -> Result<Terms, LinkE
     }
 }
 
-/// Pairs with the worker at `address`, which shows `code`. `store` is given the new key and the worker's name, and the worker is
-/// told only after it has returned; both are also the result.
+/// Pairs with the worker at `address`, which shows `code`. `store` is given the new key and the worker's
+/// name, and the worker is told only after it has returned; both are also the result.
 ///
 /// # Errors
 /// As of [`dial`], and what `store` returns.
@@ -116,7 +116,8 @@ fn is_comparison(reason: Reason) -> bool {
     reason <= Reason::TooLarge
 }
 
-/// An encrypted connection on which nothing has been agreed yet, of either side. Everything on it has one deadline.
+/// An encrypted connection on which nothing has been agreed yet, of either side. Everything on it has one
+/// deadline.
 pub(super) struct Opening {
     pub stream: TcpStream,
     pub peer: String,

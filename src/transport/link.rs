@@ -6,15 +6,15 @@
 //!     the link's own thread       heartbeats; reads ahead while the owner is busy elsewhere
 //! ```
 //!
-//! The [`Receiver`] reads in the thread of whoever calls [`receive`](Receiver::receive), so a token wakes no other
-//! thread. While the owner computes a prompt's chunk, though, the next one should arrive, a peer that is
-//! sending must not be kept waiting, and a dead peer should be noticed: so the link's thread reads ahead as soon as
-//! rows of a prompt are under way, and in any case when nobody has read for a quarter of a second. What it
-//! finds waits, opened, for the owner. That is also why a host with one thread may have several steps under
-//! way: its link reads while it sends.
+//! The [`Receiver`] reads in the thread of whoever calls [`receive`](Receiver::receive), so a token wakes no
+//! other thread. While the owner computes a prompt's chunk, though, the next one should arrive, a peer that
+//! is sending must not be kept waiting, and a dead peer should be noticed: so the link's thread reads ahead
+//! as soon as rows of a prompt are under way, and in any case when nobody has read for a quarter of a second.
+//! What it finds waits, opened, for the owner. That is also why a host with one thread may have several steps
+//! under way: its link reads while it sends.
 
 use std::collections::VecDeque;
-use std::io::Read;
+use std::io::{Read, Write};
 use std::net::{Shutdown, SocketAddr, TcpStream};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
@@ -23,7 +23,7 @@ use std::time::{Duration, Instant};
 use super::{LinkError, Timing, tcp};
 use crate::wire::connection::{Connection, Heartbeats, Silence};
 use crate::wire::error::{Misbehaved, ReceiveError};
-use crate::wire::frame::{Inbox, Outgoing, Sealer, Store};
+use crate::wire::frame::{Inbox, MAX_BODY, Outgoing, Sealer, Store};
 use crate::wire::message::{
     Farewell, Fault, Kind, Message, Span, Status, encode_step_done_head, encode_step_head,
 };
@@ -97,7 +97,8 @@ impl Link {
 /// What happened on a link.
 #[derive(Debug)]
 pub enum Event<'a> {
-    /// To a worker: evaluate these rows. The books have been checked: every span goes on where its session stands.
+    /// To a worker: evaluate these rows. The books have been checked: every span goes on where its session
+    /// stands.
     Step {
         /// To be named in the answer.
         step: u32,
@@ -154,9 +155,11 @@ struct Shared {
     timing: Timing,
     begun: Instant,
 
-    /// Held while a message is entered into the books and put on the wire, so both orders are the same.
-    books: Mutex<Connection>,
+    /// Held while a message is entered into the books and put on the wire, so both orders are the same. Locks
+    /// are taken in this order: `out`, `books`, `intake`; only `out` is held for long, while a write is
+    /// blocked.
     out: Mutex<Out>,
+    books: Mutex<Connection>,
     intake: Mutex<Intake>,
     /// the intake has changed
     changed: Condvar,
@@ -182,6 +185,8 @@ struct Out {
     /// what comes before a message's rows
     head: Vec<u8>,
     frame: Vec<u8>,
+    /// a sealed frame of the link's own business that the socket has not taken yet: goes before anything else
+    unsent: Vec<u8>,
     /// a frame was not written whole: nothing can follow it
     failure: Option<LinkError>,
 }
@@ -214,16 +219,16 @@ impl Sender {
     /// Host: sends rows to be evaluated; the step's number. `spans` say whose rows they are, in order.
     ///
     /// # Errors
-    /// [`LinkError::Misuse`] if the rows do not fit the agreement or the sessions, or are not finite: nothing was sent.
-    /// Otherwise the link is lost.
+    /// [`LinkError::Misuse`] if the rows do not fit the agreement or the sessions, or are not finite: nothing
+    /// was sent. Otherwise the link is lost.
     pub fn send_step(&self, spans: &[Span], rows: Rows<'_>) -> Result<u32, LinkError> {
         let shared = &*self.shared;
+        let mut out = lock(&shared.out);
         let mut books = lock(&shared.books);
         let step = books.send_step(spans, &rows).map_err(LinkError::Misuse)?;
-        let read_ahead = books.books().is_some_and(|b| b.in_flight() > 1);
-        let mut out = lock(&shared.out);
+        let others_under_way = books.books().is_some_and(|b| b.in_flight() > 1);
         drop(books);
-        if read_ahead {
+        if others_under_way && rows.values.as_bytes().len() > MAX_BODY {
             // the answer to an earlier step may come while this one is being written
             lock(&shared.intake).read_ahead = true;
             shared.changed.notify_all();
@@ -247,10 +252,8 @@ impl Sender {
         wait: Duration,
     ) -> Result<(), LinkError> {
         let shared = &*self.shared;
-        let mut books = lock(&shared.books);
-        books.send_step_done(step, n_rows, &rows).map_err(LinkError::Misuse)?;
         let mut out = lock(&shared.out);
-        drop(books);
+        lock(&shared.books).send_step_done(step, n_rows, &rows).map_err(LinkError::Misuse)?;
         out.head.clear();
         let (compute_us, wait_us) = (micros(compute), micros(wait));
         encode_step_done_head(&mut out.head, step, n_rows, compute_us, wait_us, rows.exponents, &rows.values);
@@ -259,7 +262,8 @@ impl Sender {
         Ok(())
     }
 
-    /// Host: makes the worker forget a session's rows at `position` and after it. Takes effect among the steps in order.
+    /// Host: makes the worker forget a session's rows at `position` and after it. Takes effect among the
+    /// steps in order.
     ///
     /// # Errors
     /// As of [`send_step`](Self::send_step).
@@ -280,8 +284,8 @@ impl Sender {
         lock(&self.shared.books).books()?.length(session)
     }
 
-    /// Either side: asks the peer for an answer; [`round_trip_time`](Self::round_trip_time) tells how long it took. Does nothing while
-    /// another PING is under way.
+    /// Either side: asks the peer for an answer; [`round_trip_time`](Self::round_trip_time) tells how long it
+    /// took. Does nothing while another PING is under way.
     ///
     /// # Errors
     /// The link is lost.
@@ -299,16 +303,14 @@ impl Sender {
         *lock(&self.shared.round_trip_time)
     }
 
-    /// Reports a fault and ends the link: the peer gets it, however busy it is.
+    /// Reports a fault and ends the link. Returns within a second, whether or not the peer could be told.
     pub fn fail(&self, fault: Fault) {
-        let _ = self.shared.send(&Message::Error(fault));
-        self.shared.finish_sending();
+        self.shared.say_last(&Message::Error(fault));
     }
 
-    /// Ends the link in order.
+    /// Ends the link in order. Returns within a second, whether or not the peer could be told.
     pub fn goodbye(&self, why: Farewell) {
-        let _ = self.shared.send(&Message::Goodbye(why));
-        self.shared.finish_sending();
+        self.shared.say_last(&Message::Goodbye(why));
     }
 
     /// Ends the link at once, from any thread: a blocked send or receive returns [`LinkError::Stopped`].
@@ -358,10 +360,12 @@ pub struct Receiver {
 }
 
 impl Receiver {
-    /// The next event, waiting for it until `deadline` (for ever without one). Heartbeats and pings are dealt with inside.
+    /// The next event, waiting for it until `deadline` (for ever without one). Heartbeats and pings are dealt
+    /// with inside.
     ///
     /// # Errors
-    /// [`LinkError::Deadline`] leaves the link usable; every other error is its end. If the peer broke a rule, it has been told.
+    /// [`LinkError::Deadline`] leaves the link usable; every other error is its end. If the peer broke a
+    /// rule, it has been told.
     pub fn receive(&mut self, deadline: Option<Instant>) -> Result<Event<'_>, LinkError> {
         let shared = &*self.shared;
         let arrived = shared.next_message(&mut self.current, deadline)?;
@@ -371,7 +375,7 @@ impl Receiver {
             Message::Step(s) => {
                 self.spans.clear();
                 self.spans.extend(s.spans());
-                if s.n_rows > 1 {
+                if s.hidden.len() > MAX_BODY {
                     // a prompt: let its next chunk arrive while this one is computed
                     lock(&shared.intake).read_ahead = true;
                     shared.changed.notify_all();
@@ -405,8 +409,8 @@ impl Receiver {
         }
     }
 
-    /// Why a send failed, if the peer has said so before it closed or was not heard; otherwise `error` as it is. What else it
-    /// sent is thrown away: to be called when the link is given up.
+    /// Why a send failed, if the peer has said so before it closed or was not heard; otherwise `error` as it
+    /// is. What else it sent is thrown away: to be called when the link is given up.
     pub fn explain(&mut self, error: LinkError) -> LinkError {
         if !matches!(error, LinkError::Broken { .. } | LinkError::Closed { .. }) {
             return error;
@@ -477,7 +481,13 @@ pub(super) fn start(parts: Parts, place: Option<Box<dyn Send>>) -> Result<Link, 
         timing,
         begun: now,
         books: Mutex::new(connection),
-        out: Mutex::new(Out { sealer, head: Vec::with_capacity(4096), frame: Vec::new(), failure: None }),
+        out: Mutex::new(Out {
+            sealer,
+            head: Vec::with_capacity(4096),
+            frame: Vec::new(),
+            unsent: Vec::new(),
+            failure: None,
+        }),
         intake: Mutex::new(Intake {
             inbox: Some(inbox),
             ready: VecDeque::new(),
@@ -524,25 +534,44 @@ impl Shared {
 
     /// A message without rows.
     fn send(&self, message: &Message<'_>) -> Result<(), LinkError> {
-        let mut books = lock(&self.books);
-        books.send(message).map_err(LinkError::Misuse)?;
         let mut out = lock(&self.out);
-        drop(books);
+        lock(&self.books).send(message).map_err(LinkError::Misuse)?;
         out.head.clear();
         message.encode(&mut out.head);
         self.write(&mut out, &[])
     }
 
+    /// ERROR or GOODBYE, unless another thread is blocked in a write: then the peer takes no bytes anyway.
+    fn say_last(&self, message: &Message<'_>) {
+        let give_up = Instant::now() + Duration::from_millis(500);
+        while !self.send_unless_busy(message) && Instant::now() < give_up && !self.is_closed() {
+            std::thread::sleep(Duration::from_millis(2));
+        }
+        while !self.flush_unless_busy() && Instant::now() < give_up {}
+        self.finish_sending();
+    }
+
+    /// Whether nothing may be sent any more.
+    fn is_closed(&self) -> bool {
+        lock(&self.books).books().is_none()
+    }
+
     /// Seals and writes what is in `out.head` and then the rows, frame by frame.
     ///
-    /// A failure is not yet the link's end: what the peer said before it closed may still be there to be read.
+    /// A failure is not yet the link's end: what the peer said before it closed may still be there to be
+    /// read.
     fn write(&self, out: &mut Out, rows: &[u8]) -> Result<(), LinkError> {
-        let Out { sealer, head, frame, failure } = out;
+        let Out { sealer, head, frame, unsent, failure } = out;
         if let Some(failure) = failure {
             return Err(failure.clone());
         }
         let mut message = Outgoing::new(head, rows);
         let mut write_frames = || {
+            if !unsent.is_empty() {
+                tcp::write_all(&self.stream, unsent, self.timing.stalled_write).map_err(|e| e.to_string())?;
+                self.bytes_sent.fetch_add(unsent.len() as u64, Ordering::Relaxed);
+                unsent.clear();
+            }
             loop {
                 frame.clear();
                 if !sealer.seal(&mut message, frame).map_err(|e| e.to_string())? {
@@ -615,8 +644,8 @@ impl Shared {
         LinkError::Deadline { peer: self.peer.clone(), what: "answer", ms }
     }
 
-    /// Reads until a message is there that is not the link's own business. `false`: `deadline` came first. The link's thread
-    /// is `attending` meanwhile: it sends heartbeats.
+    /// Reads until a message is there that is not the link's own business. `false`: `deadline` came first.
+    /// The link's thread is `attending` meanwhile: it sends heartbeats.
     fn read_message(
         &self,
         mut inbox: Inbox,
@@ -705,15 +734,14 @@ impl Shared {
         // not if something is being written: that may be blocked until this very thread reads on
         if let (Some(code), Ok(mut out)) = (error.code(), self.out.try_lock()) {
             let fault = Fault::new(code, format!("{error} ({})", error.rule()));
-            out.head.clear();
-            Message::Error(fault).encode(&mut out.head);
-            let _ = self.write(&mut out, &[]);
+            self.seal_own(&mut out, &Message::Error(fault));
         }
         self.finish_sending();
         self.over(LinkError::Broke { peer: self.peer.clone(), error })
     }
 
-    /// Remembers why the link is over; the first reason stays. What has been read before can still be received.
+    /// Remembers why the link is over; the first reason stays. What has been read before can still be
+    /// received.
     fn over(&self, error: LinkError) -> LinkError {
         let mut intake = lock(&self.intake);
         let first = intake.failure.get_or_insert(error).clone();
@@ -810,18 +838,42 @@ impl Shared {
         }
     }
 
-    /// Sends a message of the link's own unless something is being sent: a write may be blocked until the peer reads, and the peer
-    /// until this thread does. Whether it was sent.
+    /// Sends a message of the link's own, unless something is being sent or the socket is full: a write may
+    /// be blocked until the peer reads, and the peer until this thread does. Whether it is on its way.
     fn send_unless_busy(&self, message: &Message<'_>) -> bool {
-        let Ok(mut books) = self.books.try_lock() else { return false };
         let Ok(mut out) = self.out.try_lock() else { return false };
-        if books.send(message).is_err() {
+        if !self.flush(&mut out) || lock(&self.books).send(message).is_err() {
             return false;
         }
-        drop(books);
+        self.seal_own(&mut out, message);
+        true
+    }
+
+    fn flush_unless_busy(&self) -> bool {
+        self.out.try_lock().is_ok_and(|mut out| self.flush(&mut out))
+    }
+
+    fn seal_own(&self, out: &mut Out, message: &Message<'_>) {
         out.head.clear();
         message.encode(&mut out.head);
-        self.write(&mut out, &[]).is_ok()
+        let Out { sealer, head, unsent, .. } = out;
+        let mut outgoing = Outgoing::new(head, &[]);
+        while sealer.seal(&mut outgoing, unsent).unwrap_or(false) {}
+        self.flush(out);
+    }
+
+    /// Writes once what is unsent, waiting for the socket a tenth of a second at most. Whether nothing is
+    /// left.
+    fn flush(&self, out: &mut Out) -> bool {
+        if out.unsent.is_empty() {
+            return true;
+        }
+        if let Ok(n) = (&mut { &self.stream }).write(&out.unsent) {
+            out.unsent.drain(..n);
+            self.bytes_sent.fetch_add(n as u64, Ordering::Relaxed);
+            self.last_sent_ms.store(self.now_ms(), Ordering::Relaxed);
+        }
+        out.unsent.is_empty()
     }
 
     fn most_ready(&self) -> usize {

@@ -5,8 +5,8 @@
 //!                   | wrong first bytes, wrong key, 2 s: closed     | taken: BUSY
 //! ```
 //!
-//! Nothing that a peer does in its handshake touches the host being served. When 16 handshakes are under way the
-//! oldest is given up for the newest: a host needs milliseconds, who needs longer is none.
+//! Nothing that a peer does in its handshake touches the host being served. When 16 handshakes are under way
+//! the oldest is given up for the newest: a host needs milliseconds, who needs longer is none.
 
 use std::collections::HashMap;
 use std::net::{IpAddr, Shutdown, SocketAddr, TcpStream};
@@ -192,8 +192,8 @@ impl Listener {
         self.address
     }
 
-    /// The next host that is to be served; `None` after `timeout` or when the listener is closed. The next one comes only after this link's receiver
-    /// has been dropped.
+    /// The next host that is to be served; `None` after `timeout` or when the listener is closed. The next
+    /// one comes only after this link's receiver has been dropped.
     pub fn accept(&self, timeout: Option<Duration>) -> Option<Link> {
         let deadline = timeout.map(|t| Instant::now() + t);
         let mut place = lock(&self.door.place);
@@ -394,7 +394,8 @@ impl Door {
         lock(&self.pending).retain(|p| p.number != number);
     }
 
-    /// Tells a stranger from a host. `Ok(None)`: the worker is closing. `Err`: what was wrong with the peer, which is gone.
+    /// Tells a stranger from a host. `Ok(None)`: the worker is closing. `Err`: what was wrong with the peer,
+    /// which is gone.
     fn handshake(
         &self,
         stream: &TcpStream,
@@ -612,7 +613,8 @@ impl Door {
         self.place_changed.notify_all();
     }
 
-    /// Takes the place, or says who has it and for how long. A connection of the same host's process gives way.
+    /// Takes the place, or says who has it and for how long. A connection of the same host's process gives
+    /// way.
     fn take_place(
         &self,
         number: u64,

@@ -36,8 +36,8 @@ pub struct Timing {
     pub preparing: Duration,
     /// How long a side waits without hearing a byte before it gives its peer up.
     pub silence: Duration,
-    /// How long a message may wait without the peer taking a byte of it. A peer that is not heard meanwhile is lost
-    /// earlier, by its silence.
+    /// How long a message may wait without the peer taking a byte of it. A peer that is not heard meanwhile
+    /// is lost earlier, by its silence.
     pub stalled_write: Duration,
 }
 

@@ -47,11 +47,12 @@ fn listen_at(at: SocketAddr) -> io::Result<Socket> {
     Ok(socket)
 }
 
-/// Sets what a link needs; `stalled` is how long the peer's system may take no bytes. Options that a system does not have are left out: the protocol's own heartbeats and
-/// deadlines do not depend on them, they only make the system notice earlier.
+/// Sets what a link needs; `stalled` is how long the peer's system may take no bytes. Options that a system
+/// does not have are left out: the protocol's own heartbeats and deadlines do not depend on them, they only
+/// make the system notice earlier.
 ///
-/// Buffers are left to the system's own tuning: a fixed size would switch it off, and Linux caps a fixed size at
-/// `net.core.rmem_max`, which is smaller than one prompt chunk.
+/// Buffers are left to the system's own tuning: a fixed size would switch it off, and Linux caps a fixed size
+/// at `net.core.rmem_max`, which is smaller than one prompt chunk.
 pub(super) fn configure(stream: &TcpStream, stalled: Duration) -> io::Result<()> {
     stream.set_nodelay(true)?;
     let socket = SockRef::from(stream);
@@ -60,8 +61,8 @@ pub(super) fn configure(stream: &TcpStream, stalled: Duration) -> io::Result<()>
     #[cfg(not(windows))]
     let keepalive = keepalive.with_retries(3);
     socket.set_tcp_keepalive(&keepalive)?;
-    // not the silence of three seconds: a peer that computes with its buffers full takes no bytes for as long, is heard all the same, and
-    // this would cut it off
+    // not the silence of three seconds: a peer that computes with its buffers full takes no bytes for as
+    // long, is heard all the same, and this would cut it off
     #[cfg(any(target_os = "linux", target_os = "android"))]
     socket.set_tcp_user_timeout(Some(stalled))?;
     Ok(())
@@ -111,8 +112,8 @@ pub(super) fn write_until(stream: &TcpStream, mut bytes: &[u8], deadline: Instan
     Ok(())
 }
 
-/// Writes all of it to a stream that [ticks](tick); fails once the peer has taken nothing for `stalled`. One system call
-/// if the peer keeps up.
+/// Writes all of it to a stream that [ticks](tick); fails once the peer has taken nothing for `stalled`. One
+/// system call if the peer keeps up.
 pub(super) fn write_all(stream: &TcpStream, mut bytes: &[u8], stalled: Duration) -> io::Result<()> {
     let mut waiting_since: Option<Instant> = None;
     while !bytes.is_empty() {
@@ -133,8 +134,8 @@ pub(super) fn write_all(stream: &TcpStream, mut bytes: &[u8], stalled: Duration)
     Ok(())
 }
 
-/// Closes so that what was sent last arrives: a socket closed with bytes unread makes the system discard what the peer
-/// has not read yet.
+/// Closes so that what was sent last arrives: a socket closed with bytes unread makes the system discard what
+/// the peer has not read yet.
 pub(super) fn close_gently(stream: &TcpStream) {
     let deadline = Instant::now() + Duration::from_millis(250);
     let _ = stream.shutdown(std::net::Shutdown::Write);

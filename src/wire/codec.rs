@@ -1,7 +1,7 @@
 //! One bounded reader for untrusted bytes, and the writer that mirrors it.
 //!
-//! Nothing here allocates by a length that a peer gave, and a reader must be [finished](Reader::finish): bytes
-//! left over are an error, as missing ones are.
+//! Nothing here allocates by a length that a peer gave, and a reader must be [finished](Reader::finish):
+//! bytes left over are an error, as missing ones are.
 
 use super::error::Malformed;
 
@@ -137,7 +137,8 @@ impl<'a> Writer<'a> {
 }
 
 /// A peer's text with everything that could change how other text is shown replaced by U+FFFD: control
-/// characters (a terminal obeys them), bidirectional controls and line separators. Bytes may grow, characters do not.
+/// characters (a terminal obeys them), bidirectional controls and line separators. Bytes may grow, characters
+/// do not.
 pub fn printable(text: &str) -> String {
     let unsafe_to_show = |c: char| {
         c.is_control()

@@ -1,14 +1,18 @@
 //! What may be said when, and the books that both sides keep alike.
 //!
-//! A [`Connection`] is one side's view of a connection after the handshake (PROTOCOL.md, section 10). It is told of every
-//! message that this side sends and given every message that arrives; it refuses what the state does not allow, and
-//! what the [`Books`] of sessions, positions and steps do not allow. It holds no bytes and no time.
+//! A [`Connection`] is one side's view of a connection after the handshake (PROTOCOL.md, section 10). It is
+//! told of every message that this side sends and given every message that arrives; it refuses what the state
+//! does not allow, and what the [`Books`] of sessions, positions and steps do not allow. It holds no bytes
+//! and no time.
 //!
 //! Kinds of methods, in the order in which they are called:
 //!
-//! * [`receive`](Connection::receive) reads a peer's message and [`send`](Connection::send) notes one of ours;
-//! * [`begin_serving`](Connection::begin_serving) / [`begin_push`](Connection::begin_push) after both have agreed;
-//! * [`send_step`](Connection::send_step), [`send_step_done`](Connection::send_step_done) for the messages with rows;
+//! * [`receive`](Connection::receive) reads a peer's message and [`send`](Connection::send) notes one of
+//!   ours;
+//! * [`begin_serving`](Connection::begin_serving) / [`begin_push`](Connection::begin_push) after both have
+//!   agreed;
+//! * [`send_step`](Connection::send_step), [`send_step_done`](Connection::send_step_done) for the messages
+//!   with rows;
 //! * [`Heartbeats`] and [`Silence`] say when to speak and when to give up, for times the caller passes.
 
 use std::collections::VecDeque;
@@ -140,8 +144,8 @@ impl Connection {
         books.step_done(step, n_rows, format_of(rows))
     }
 
-    /// Both sides have agreed: STEPs may follow. The worker calls it when it sends ACCEPT, the host when it has compared
-    /// the ACCEPT.
+    /// Both sides have agreed: STEPs may follow. The worker calls it when it sends ACCEPT, the host when it
+    /// has compared the ACCEPT.
     pub fn begin_serving(&mut self, agreed: Agreed) {
         self.state = State::Serving(Books::new(agreed));
     }
@@ -271,7 +275,8 @@ fn format_of(rows: &Rows<'_>) -> RowFormat {
     RowFormat { dtype: rows.values.dtype(), scaled: !rows.exponents.is_empty() }
 }
 
-/// Every value received is finite. Bytes that do not lie aligned (only tests have such) are looked at all the same.
+/// Every value received is finite. Bytes that do not lie aligned (only tests have such) are looked at all the
+/// same.
 fn finite(format: RowFormat, hidden: &[u8]) -> Result<(), Misbehaved> {
     let count = match RowsRef::from_bytes(format.dtype, hidden) {
         Some(rows) => rows.non_finite(),
@@ -286,8 +291,8 @@ fn finite(format: RowFormat, hidden: &[u8]) -> Result<(), Misbehaved> {
     if count == 0 { Ok(()) } else { Err(Misbehaved::NonFinite { count }) }
 }
 
-/// Sessions, positions and steps of a connection. Host and worker keep the same: the host writes when it sends, the
-/// worker when it receives.
+/// Sessions, positions and steps of a connection. Host and worker keep the same: the host writes when it
+/// sends, the worker when it receives.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Books {
     agreed: Agreed,

@@ -5,12 +5,13 @@
 //!     frames    |2| 65,519 |16| |2| 65,519 |16| |2| 18,962 |16|          length, ciphertext, tag
 //! ```
 //!
-//! The cut is the only one possible, so a receiver knows each frame's length as soon as it knows the message's,
-//! which stands in the first frame. Frames are numbered per direction and the number is the nonce, never sent.
+//! The cut is the only one possible, so a receiver knows each frame's length as soon as it knows the
+//! message's, which stands in the first frame. Frames are numbered per direction and the number is the nonce,
+//! never sent.
 //!
 //! [`Inbox`] lends its buffer to be read into, and opens each frame in place, moving its plaintext up to the
-//! frame before: no byte is copied but by the decryption itself, frames are opened while later ones arrive, and
-//! the message's rows come to lie aligned.
+//! frame before: no byte is copied but by the decryption itself, frames are opened while later ones arrive,
+//! and the message's rows come to lie aligned.
 
 use ring::aead::{Aad, CHACHA20_POLY1305, LessSafeKey, Nonce, UnboundKey};
 
@@ -132,8 +133,8 @@ impl Opener {
         Opener { cipher: Cipher::new(key) }
     }
 
-    /// Opens a frame's ciphertext and tag, which stand at `from` in `buffer` and reach to its end, and puts the plaintext
-    /// at the buffer's start.
+    /// Opens a frame's ciphertext and tag, which stand at `from` in `buffer` and reach to its end, and puts
+    /// the plaintext at the buffer's start.
     fn open(&mut self, buffer: &mut [u8], from: usize) -> Result<(), FrameError> {
         let number = self.cipher.next;
         let nonce = self.cipher.nonce()?;
@@ -197,7 +198,8 @@ impl Store {
 
 /// Bytes received, on their way to becoming messages. Kinds of methods, in the order to call them:
 ///
-/// * [`space`](Inbox::space) lends room for bytes from the socket, [`filled`](Inbox::filled) says how many came;
+/// * [`space`](Inbox::space) lends room for bytes from the socket, [`filled`](Inbox::filled) says how many
+///   came;
 /// * [`poll`](Inbox::poll) opens what is complete and says whether a message is;
 /// * [`message`](Inbox::message) is that message; [`release`](Inbox::release) makes room for the next, or
 ///   [`take`](Inbox::take) moves the message out and goes on with another [`Store`].
@@ -239,11 +241,11 @@ impl Inbox {
         self.limit = limit.max(HEADER);
     }
 
-    /// Room for bytes from the peer; never empty unless a message waits to be [released](Inbox::release) or the
-    /// stream is broken. It ends where the message being received ends, once that is known.
+    /// Room for bytes from the peer; never empty unless a message waits to be [released](Inbox::release) or
+    /// the stream is broken. It ends where the message being received ends, once that is known.
     ///
-    /// Memory for the largest message is taken at once, so nothing is allocated while later messages arrive: the
-    /// limit was checked before.
+    /// Memory for the largest message is taken at once, so nothing is allocated while later messages arrive:
+    /// the limit was checked before.
     pub fn space(&mut self) -> &mut [u8] {
         if self.complete || self.broken.is_some() {
             return &mut [];
@@ -273,7 +275,8 @@ impl Inbox {
     /// Opens the frames that are complete. `true`: a whole message is there.
     ///
     /// # Errors
-    /// The first broken rule; the same again on every later call, for the stream cannot be picked up after it.
+    /// The first broken rule; the same again on every later call, for the stream cannot be picked up after
+    /// it.
     pub fn poll(&mut self) -> Result<bool, FrameError> {
         if let Some(error) = self.broken {
             return Err(error);
@@ -291,7 +294,8 @@ impl Inbox {
         Ok(true)
     }
 
-    /// The message that [`poll`](Inbox::poll) found; its first byte lies at a multiple of 64. Empty if there is none.
+    /// The message that [`poll`](Inbox::poll) found; its first byte lies at a multiple of 64. Empty if there
+    /// is none.
     pub fn message(&self) -> &[u8] {
         self.store.message()
     }
@@ -305,7 +309,8 @@ impl Inbox {
         }
     }
 
-    /// Moves the message out into `other`, whose memory is used for the next ones. Does nothing if there is no message.
+    /// Moves the message out into `other`, whose memory is used for the next ones. Does nothing if there is
+    /// no message.
     pub fn take(&mut self, other: &mut Store) {
         if !self.complete {
             return;
@@ -391,7 +396,8 @@ impl Inbox {
         self.opened - PLAIN
     }
 
-    /// Where bytes of the message being received end at the latest; while its length is unknown, of its first frame.
+    /// Where bytes of the message being received end at the latest; while its length is unknown, of its first
+    /// frame.
     fn space_end(&self) -> usize {
         match self.length {
             None => FIRST + LENGTH + self.limit.min(MAX_BODY) + TAG,

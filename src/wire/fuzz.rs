@@ -1,7 +1,7 @@
 //! What is done with any bytes at all: the body of the fuzz target in tests/fuzz, and a unit test here.
 //!
-//! The first byte chooses the part, the rest is its input. Nothing may panic, no input may become a message without the
-//! key, and the books must agree with a model that is too simple to be wrong.
+//! The first byte chooses the part, the rest is its input. Nothing may panic, no input may become a message
+//! without the key, and the books must agree with a model that is too simple to be wrong.
 
 use super::connection::{Books, Connection, Role};
 use super::frame::{Inbox, Opener, Outgoing, Sealer};

@@ -30,7 +30,8 @@ pub const MAGIC: [u8; 8] = [0xD1, b'D', b'I', b'M', b'\r', b'\n', 0x1A, b'\n'];
 pub const PREAMBLE: usize = 8 + 2 + 2 + 1 + 3 + 8;
 /// Bytes of the host's first flight: preamble, length, Noise message 1 (key, tag).
 pub const FIRST_FLIGHT: usize = PREAMBLE + 2 + MESSAGE_1;
-/// Bytes of the worker's answer when it goes on: answer, length, Noise message 2 (key, the answer again, tag).
+/// Bytes of the worker's answer when it goes on: answer, length, Noise message 2 (key, the answer again,
+/// tag).
 pub const SECOND_FLIGHT: usize = PREAMBLE + 2 + MESSAGE_2;
 
 const MESSAGE_1: usize = 32 + 16;
@@ -494,7 +495,8 @@ impl<const N: usize> Partial<N> {
     }
 }
 
-/// ring's cipher, hash and random numbers; snow's default curve (ring's cannot be used with a key that is kept), wrapped.
+/// ring's cipher, hash and random numbers; snow's default curve (ring's cannot be used with a key that is
+/// kept), wrapped.
 struct Resolver {
     curve_work: Arc<AtomicU32>,
 }
@@ -518,8 +520,8 @@ impl CryptoResolver for Resolver {
     }
 }
 
-/// A curve that refuses a shared secret of zeros: then the peer's key was one of the few points that make the secret
-/// independent of ours.
+/// A curve that refuses a shared secret of zeros: then the peer's key was one of the few points that make the
+/// secret independent of ours.
 struct Contributory {
     curve: Box<dyn Dh>,
     curve_work: Arc<AtomicU32>,

@@ -5,8 +5,8 @@
 //!     | kind  | a     | b             | length of the whole message   |
 //! ```
 //!
-//! [`Message::decode`] reads any message but the two that carry hidden rows without looking at the state of the
-//! connection; for STEP and STEP_DONE it needs the agreed shape, because their length follows from it.
+//! [`Message::decode`] reads any message but the two that carry hidden rows without looking at the state of
+//! the connection; for STEP and STEP_DONE it needs the agreed shape, because their length follows from it.
 //! [`super::connection`] decides which message may come when.
 
 use super::codec::{Reader, Writer};
@@ -60,9 +60,11 @@ pub enum Kind {
     PairGrant = 0x09,
     /// Host, pairing: it has stored the key. Nothing.
     PairStored = 0x0A,
-    /// Host: evaluate. `a` = row format, `b` = number of spans; u32 step, u32 n_rows, spans, exponents, hidden.
+    /// Host: evaluate. `a` = row format, `b` = number of spans; u32 step, u32 n_rows, spans, exponents,
+    /// hidden.
     Step = 0x10,
-    /// Worker: evaluated. `a` = row format; u32 step, u32 n_rows, u32 compute us, u32 wait us, exponents, hidden.
+    /// Worker: evaluated. `a` = row format; u32 step, u32 n_rows, u32 compute us, u32 wait us, exponents,
+    /// hidden.
     StepDone = 0x11,
     /// Host: forget a session's end. u32 session, u32 position.
     Rewind = 0x12,
@@ -548,7 +550,8 @@ impl<'a> Message<'a> {
         }
     }
 
-    /// Reads a whole message. `n_embd` is the row length agreed on; nothing else of the agreement is checked here.
+    /// Reads a whole message. `n_embd` is the row length agreed on; nothing else of the agreement is checked
+    /// here.
     pub fn decode(bytes: &'a [u8], n_embd: u32) -> Result<Message<'a>, Malformed> {
         let mut r = Reader::new(bytes);
         let kind = Kind::from_u8(r.u8()?)?;
@@ -653,7 +656,8 @@ impl<'a> Message<'a> {
         Ok(message)
     }
 
-    /// The message without its borrow. `None` for STEP, STEP_DONE and PUSH_DATA, whose bytes stay where they are.
+    /// The message without its borrow. `None` for STEP, STEP_DONE and PUSH_DATA, whose bytes stay where they
+    /// are.
     pub fn into_owned(self) -> Option<Message<'static>> {
         Some(match self {
             Message::Step(_) | Message::StepDone(_) | Message::PushData { .. } => return None,
@@ -764,7 +768,8 @@ impl<'a> Message<'a> {
     }
 }
 
-/// Appends what comes before the rows' values in a STEP: header, spans, exponents. The values follow as they are.
+/// Appends what comes before the rows' values in a STEP: header, spans, exponents. The values follow as they
+/// are.
 pub fn encode_step_head(
     out: &mut Vec<u8>,
     step: u32,

@@ -59,8 +59,9 @@ impl<'a> RowsRef<'a> {
         self.len() == 0
     }
 
-    /// How many values are infinite or not numbers. A value is finite unless all bits of its exponent are set, so this
-    /// is one mask and one comparison a value, which the compiler turns into vector code: about 0.2 us for 3,584 F16.
+    /// How many values are infinite or not numbers. A value is finite unless all bits of its exponent are
+    /// set, so this is one mask and one comparison a value, which the compiler turns into vector code: about
+    /// 0.2 us for 3,584 F16.
     pub fn non_finite(&self) -> u32 {
         fn count<T: Copy>(values: &[T], not_finite: impl Fn(T) -> bool) -> u32 {
             // summed in short runs: the inner sums fit in 8 bits, which keeps the vectors full
@@ -115,7 +116,8 @@ pub struct NotRepresentable {
     pub too_large: u32,
 }
 
-/// Rounds to F16, `(n_rows, n_embd)` to the same shape. On an error `out` holds infinities or NaNs where they came from.
+/// Rounds to F16, `(n_rows, n_embd)` to the same shape. On an error `out` holds infinities or NaNs where they
+/// came from.
 ///
 /// # Panics
 /// If the slices differ in length.
@@ -129,9 +131,9 @@ pub fn to_f16(values: &[f32], out: &mut [f16]) -> Result<(), NotRepresentable> {
     Err(NotRepresentable { non_finite, too_large: bad - non_finite })
 }
 
-/// Rounds one row to F16 after dividing by a power of two, which is returned: 0 for a row whose largest value is at most
-/// 32,768, so that ordinary rows are the same as from [`to_f16`]. Dividing by a power of two costs no precision but in values 2^-14 and
-/// smaller, which are nothing beside the largest.
+/// Rounds one row to F16 after dividing by a power of two, which is returned: 0 for a row whose largest value
+/// is at most 32,768, so that ordinary rows are the same as from [`to_f16`]. Dividing by a power of two costs
+/// no precision but in values 2^-14 and smaller, which are nothing beside the largest.
 ///
 /// # Panics
 /// If the slices differ in length.

@@ -1,7 +1,8 @@
-//! The terms of a connection: what a host expects and needs, what a worker holds and can do, and what follows.
+//! The terms of a connection: what a host expects and needs, what a worker holds and can do, and what
+//! follows.
 //!
-//! Both sides have both terms after HELLO and ACCEPT (or REFUSE) and run [`agree`] on them, so both come to the
-//! same result and either can tell its user what differs and which side to fix.
+//! Both sides have both terms after HELLO and ACCEPT (or REFUSE) and run [`agree`] on them, so both come to
+//! the same result and either can tell its user what differs and which side to fix.
 
 use super::codec::{Reader, Writer};
 use super::error::Malformed;
