@@ -1,17 +1,17 @@
-//! The message path: a row of n_embd 3584 in F16 (7,168 bytes) to a worker and back, through books, codec, encryption and
-//! socket, against a bare blocking socket that carries the same bytes.
+//! The message path: a row of n_embd 3584 in F16 (7,168 bytes) to a worker and back, through books, codec,
+//! encryption and socket, against a bare blocking socket that carries the same bytes.
 //!
-//! Host and worker are two processes with one thread each on the way of the bytes. Both ways of carrying them are measured
-//! in the same run over loopback, in turns of 1,000 round trips, so whatever else the machine does meets both. Where
-//! the processes run is decided from outside:
+//! Host and worker are two processes with one thread each on the way of the bytes. Both ways of carrying them
+//! are measured in the same run over loopback, in turns of 1,000 round trips, so whatever else the machine
+//! does meets both. Where the processes run is decided from outside:
 //!
 //! ```sh
 //! WORKER_CORE=1 taskset -c 0 cargo bench --bench wire        # each on its own core
 //! WORKER_CORE=0 taskset -c 0 cargo bench --bench wire        # both on one
 //! ```
 //!
-//! Before and after anything is timed the answer is checked: the worker adds one to every value. The cipher alone, twice
-//! each way, is timed too: it is the part that no better code around it can save.
+//! Before and after anything is timed the answer is checked: the worker adds one to every value. The cipher
+//! alone, twice each way, is timed too: it is the part that no better code around it can save.
 
 use std::io::{BufRead, BufReader, Read, Write};
 use std::net::{TcpListener, TcpStream};
