@@ -215,7 +215,7 @@ final class Worker {
             host = name
             problem = nil
             meter.reset()
-        case .disconnected(_, let why):
+        case .disconnected(_, let why, _, _):
             host = nil
             receiving = nil
             if why.hasPrefix("block") || why.contains("too hot") || why.contains("not finite") { problem = why + "." }

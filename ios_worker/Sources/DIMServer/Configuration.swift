@@ -45,7 +45,8 @@ public enum ServerEvent: Sendable, Equatable {
     /// the listener is gone, and not because it was told to stop
     case listenerLost
     case connected(host: String, address: String, connection: String)
-    case disconnected(host: String, why: String)
+    /// with the bytes that were received and sent on that connection, handshake included
+    case disconnected(host: String, why: String, received: UInt64, sent: UInt64)
     /// somebody was turned away
     case refused(address: String, why: String)
     /// rows evaluated in one step, and how long it took

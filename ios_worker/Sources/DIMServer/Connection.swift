@@ -20,6 +20,8 @@ final class Connection: @unchecked Sendable {
     private var computing = false
     private var lastStep: UInt32 = 0
     private var broken = false
+    private var bytesReceived: UInt64 = 0
+    private var bytesSent: UInt64 = 0
 
     // Of the connection's thread.
     private var key: KeyID = .none
@@ -110,6 +112,7 @@ final class Connection: @unchecked Sendable {
             return true
         }
         guard count > 0 else { return false }
+        locked { bytesReceived += UInt64(count) }
         var offset = 0
         while offset < count {
             let part = UnsafeRawBufferPointer(rebasing: UnsafeRawBufferPointer(buffer)[offset..<count])
@@ -362,7 +365,13 @@ final class Connection: @unchecked Sendable {
             server.refused(address, "\(reason.name): \(text)")
         default: break
         }
-        if let host { server.configuration.report(.disconnected(host: host, why: sentence(ending))) }
+        guard let host else { return }
+        let (received, sent) = locked {
+            flush()
+            return (bytesReceived, bytesSent)
+        }
+        server.configuration.report(
+            .disconnected(host: host, why: sentence(ending), received: received, sent: sent))
     }
 
     private func finish() {
@@ -385,6 +394,7 @@ final class Connection: @unchecked Sendable {
             broken = true
             wire.disconnected()
         }
+        bytesSent += UInt64(wire.output.count)
         wire.sent()
     }
 

@@ -8,6 +8,8 @@
 //
 // `bits` are the 16 bits of the fp16 value. Integers below 2,048 are exact in fp16.
 
+import DIMWire
+
 public final class FakePackage: Package {
     private final class State: PackageState {
         var keys: [UInt32]  // (n_ctx)
@@ -70,5 +72,20 @@ extension PackagedStage {
         }
         let parameters = Parameters(headDim: 2, nPrefill: min(nPrefill, shape.nCtx), inverseFrequencies: [1])
         return PackagedStage(shape: shape, parameters: parameters, packages: packages)
+    }
+}
+
+/// Gives rows back as they came: what a round trip costs without any arithmetic.
+public final class EchoStage: Stage {
+    public let shape: StageShape
+
+    public init(shape: StageShape) { self.shape = shape }
+
+    public func reset() {}
+    public func rewind(session: UInt32, position: UInt32) {}
+    public func end(session: UInt32) {}
+
+    public func evaluate(_ step: Step, into output: UnsafeMutableRawBufferPointer) {
+        step.rows.hidden.withUnsafeBytes { output.copyMemory(from: $0) }
     }
 }

@@ -7,6 +7,13 @@ struct UsageError: Error {
     let hint: String
 }
 
+/// A worker without a model.
+struct FakeWorker {
+    var shape = StageShape()
+    /// gives rows back as they came, to time everything but the arithmetic
+    var echoes = false
+}
+
 struct Arguments {
     var directory: String?
     var listen = "0.0.0.0:7878"
@@ -16,7 +23,7 @@ struct Arguments {
     var pair = false
     var receive: String?
     var units: String?
-    var fake: StageShape?
+    var fake: FakeWorker?
     var help = false
     var version = false
 
@@ -34,7 +41,7 @@ struct Arguments {
           --receive DIR        take packages pushed by `dim-host push` into DIR, and serve the newest there
           --units WHICH        macOS: cpu, gpu or ane instead of the fastest that passes the self-test
           --fake SPEC          exact integer arithmetic instead of a model, for tests of a host:
-                               blocks=11..16,of=28,n_embd=3584
+                               blocks=11..16,of=28,n_embd=3584[,echo]
           --version, --help
         """
 
@@ -77,7 +84,7 @@ struct Arguments {
                 directory = word
             }
         }
-        if let fakeText { fake = try Arguments.fakeShape(fakeText, context: context ?? 2048) }
+        if let fakeText { fake = try Arguments.fake(fakeText, context: context ?? 2048) }
         guard help || version || directory != nil || receive != nil || fake != nil else {
             throw UsageError(text: "which packages?", hint: "dim-worker-swift STEM.middle-A..B.coreml; see --help")
         }
@@ -93,13 +100,18 @@ struct Arguments {
         return number
     }
 
-    private static func fakeShape(_ text: String, context: Int) throws -> StageShape {
+    private static func fake(_ text: String, context: Int) throws -> FakeWorker {
         let bad = UsageError(
             text: "--fake \(text) is not understood", hint: "--fake blocks=11..16,of=28,n_embd=3584")
+        var fake = FakeWorker()
         var shape = StageShape()
         shape.arch = "fake"
         shape.nCtx = context
         for part in text.split(separator: ",") {
+            if part == "echo" {
+                fake.echoes = true
+                continue
+            }
             let pair = part.split(separator: "=", maxSplits: 1).map(String.init)
             guard pair.count == 2 else { throw bad }
             switch pair[0] {
@@ -116,6 +128,7 @@ struct Arguments {
         guard (1..<1 << 20).contains(shape.nEmbd), shape.firstBlock >= 0, shape.firstBlock <= shape.lastBlock,
             shape.lastBlock < shape.modelBlocks, shape.modelBlocks < 10_000
         else { throw bad }
-        return shape
+        fake.shape = shape
+        return fake
     }
 }

@@ -119,13 +119,13 @@ func load(_ directory: URL, _ arguments: Arguments) throws -> any Stage {
     }
 #endif
 
-func fakeStage(_ shape: StageShape) -> any Stage {
-    var shape = shape
+func fakeStage(_ fake: FakeWorker) -> any Stage {
+    var shape = fake.shape
     func digest(_ text: String) -> Digest { Digest(SystemPrimitives.sha256(Array(text.utf8)))! }
     shape.model = digest("dim fake model")
     shape.slice = digest("dim fake slice")
     shape.dtypes = [.f16, .f32, .bf16]
-    return PackagedStage.fake(shape: shape)
+    return fake.echoes ? EchoStage(shape: shape) : PackagedStage.fake(shape: shape)
 }
 
 func report(_ event: ServerEvent) {
@@ -133,7 +133,8 @@ func report(_ event: ServerEvent) {
     case .listening, .step, .pushing: break
     case .listenerLost: say("the listener is gone: start again")
     case .connected(let host, let address, let connection): say("\(host) (\(address)) connected, \(connection)")
-    case .disconnected(let host, let why): say("\(host): \(why)")
+    case .disconnected(let host, let why, let received, let sent):
+        say("\(host): \(why); \(received) bytes in, \(sent) bytes out")
     case .refused(let address, let why): say("refused \(address): \(why)")
     case .paired(let host): say("paired with \(host)")
     case .pairingClosed: say("the pairing code is closed")
@@ -169,8 +170,8 @@ func run(_ arguments: Arguments) throws {
         }
     }
 
-    if let shape = arguments.fake {
-        server.serve(.ready(fakeStage(shape)))
+    if let fake = arguments.fake {
+        server.serve(.ready(fakeStage(fake)))
     } else if let place = arguments.directory.map({ URL(fileURLWithPath: $0) }) ?? store?.complete().first {
         server.serve(.ready(try load(place, arguments)))
     }

@@ -31,7 +31,7 @@ import Testing
         host.goodbye()
         #expect(
             worker.reports.eventually {
-                if case .disconnected("a host", "the host is done") = $0 { true } else { false }
+                if case .disconnected("a host", "the host is done", _, _) = $0 { true } else { false }
             })
     }
 
