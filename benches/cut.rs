@@ -58,7 +58,8 @@ fn main() {
             let mut cp = Command::new("cp");
             cp.args(&sources).arg(&copies);
             assert!(cp.status().expect("cp").success());
-            let copied: Vec<PathBuf> = sources.iter().map(|s| copies.join(s.file_name().expect("a name"))).collect();
+            let copied: Vec<PathBuf> =
+                sources.iter().map(|s| copies.join(s.file_name().expect("a name"))).collect();
             assert!(Command::new("sync").args(&copied).status().expect("sync").success());
             let t_cp = start.elapsed().as_secs_f64();
             std::fs::remove_dir_all(&copies).expect("removed");
@@ -76,7 +77,9 @@ fn main() {
         let (s, c) = (median(split_s), median(cp_s));
         println!(
             "{name}: dim-split {s:.2} s ({:.2} GB/s), cp + sync {c:.2} s ({:.2} GB/s), dim-split at {:.2} of cp (median of {rounds}), {gb:.2} GB",
-            gb / s, gb / c, median(ratios)
+            gb / s,
+            gb / c,
+            median(ratios)
         );
     }
 }
@@ -100,7 +103,8 @@ fn prepare(cold: bool) {
 }
 
 fn drop_caches() -> bool {
-    Command::new("sync").status().is_ok_and(|s| s.success()) && std::fs::write("/proc/sys/vm/drop_caches", "3").is_ok()
+    Command::new("sync").status().is_ok_and(|s| s.success())
+        && std::fs::write("/proc/sys/vm/drop_caches", "3").is_ok()
 }
 
 /// dim-split belongs to another package: it lies where this bench's own programs do.

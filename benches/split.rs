@@ -42,7 +42,8 @@ fn main() {
     };
     let more = ["-n", &n_predict, "--temp", "0", "-p", &prompt];
     let stock = || report(&mut on_core_0(cut.stock(&more)));
-    let split = |wire: &str| report(on_core_0(cut.generate(&[&worker.address], &more)).args(["--wire", wire]));
+    let split =
+        |wire: &str| report(on_core_0(cut.generate(&[&worker.address], &more)).args(["--wire", wire]));
 
     // the answer first; these runs also warm the files
     let expected = stock();
@@ -54,11 +55,16 @@ fn main() {
         let pair = (stock(), split("f16"));
         println!(
             "round {}: generation {:.2} / {:.2} tok/s, prompt {:.1} / {:.1} tok/s (split / stock)",
-            round + 1, pair.1.gen_tok_s, pair.0.gen_tok_s, pair.1.prompt_tok_s, pair.0.prompt_tok_s
+            round + 1,
+            pair.1.gen_tok_s,
+            pair.0.gen_tok_s,
+            pair.1.prompt_tok_s,
+            pair.0.prompt_tok_s
         );
         pairs.push(pair);
     }
-    let ratio = |of: fn(&Report) -> f64| median(pairs.iter().map(|(stock, split)| of(split) / of(stock)).collect());
+    let ratio =
+        |of: fn(&Report) -> f64| median(pairs.iter().map(|(stock, split)| of(split) / of(stock)).collect());
     let speed = |of: fn(&Report) -> f64| {
         (median(pairs.iter().map(|p| of(&p.0)).collect()), median(pairs.iter().map(|p| of(&p.1)).collect()))
     };
@@ -71,14 +77,23 @@ fn main() {
     let bound = 2.0 * (2.0 * n_embd + 64.0);
 
     println!("\n{shape} F16, blocks {middle} on the worker, {rounds} rounds, medians");
-    println!("generation  split {split_gen:8.2} tok/s   stock {stock_gen:8.2} tok/s   ratio {:.3}", ratio(|r| r.gen_tok_s));
-    println!("prompt 128  split {split_pp:8.2} tok/s   stock {stock_pp:8.2} tok/s   ratio {:.3}", ratio(|r| r.prompt_tok_s));
+    println!(
+        "generation  split {split_gen:8.2} tok/s   stock {stock_gen:8.2} tok/s   ratio {:.3}",
+        ratio(|r| r.gen_tok_s)
+    );
+    println!(
+        "prompt 128  split {split_pp:8.2} tok/s   stock {stock_pp:8.2} tok/s   ratio {:.3}",
+        ratio(|r| r.prompt_tok_s)
+    );
     println!("wire        {per_token:.0} bytes per generated token, both ways (bound {bound:.0})");
     assert!(per_token <= bound, "more bytes per token than the protocol promises");
     for stage in &pairs[0].1.stages {
         println!(
             "  {:<28} blocks {:<7} compute {:8.3} ms   wait {:7.3} ms   per token",
-            stage.name, stage.blocks, stage.gen_compute_ms / steps, stage.gen_wait_ms / steps
+            stage.name,
+            stage.blocks,
+            stage.gen_compute_ms / steps,
+            stage.gen_wait_ms / steps
         );
     }
 }

@@ -9,7 +9,8 @@ pub fn name() -> String {
         let output = Command::new(program).args(args).output().ok()?;
         output.status.success().then(|| String::from_utf8_lossy(&output.stdout).into_owned())
     };
-    let from_mac = || if cfg!(target_os = "macos") { from("scutil", &["--get", "ComputerName"]) } else { None };
+    let from_mac =
+        || if cfg!(target_os = "macos") { from("scutil", &["--get", "ComputerName"]) } else { None };
     let name = from_mac().or_else(from_file).or_else(|| from("hostname", &[])).unwrap_or_default();
     // the wire takes 64 bytes
     let mut name = name.trim().to_owned();

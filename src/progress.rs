@@ -15,7 +15,13 @@ pub struct Progress {
 impl Progress {
     /// Nothing is shown before the first [`update`](Self::update), and nothing in the first half second.
     pub fn new(what: impl Into<String>) -> Progress {
-        Progress { what: what.into(), shown: false, terminal: std::io::stderr().is_terminal(), start: Instant::now(), last: None }
+        Progress {
+            what: what.into(),
+            shown: false,
+            terminal: std::io::stderr().is_terminal(),
+            start: Instant::now(),
+            last: None,
+        }
     }
 
     /// `done` of `total` bytes.

@@ -158,7 +158,8 @@ fn a_host_that_dies_frees_the_worker_for_the_next_one() {
     let cut = Cut::tiny("qwen2");
     let worker = cut.worker(1);
     for _ in 0..3 {
-        let mut host = spawn(&mut cut.generate(&[&worker.address], &["-n", "300", "--temp", "0", "--ctx", "512"]));
+        let mut host =
+            spawn(&mut cut.generate(&[&worker.address], &["-n", "300", "--temp", "0", "--ctx", "512"]));
         std::thread::sleep(Duration::from_millis(150));
         host.kill().unwrap();
         host.wait().unwrap();
@@ -171,7 +172,8 @@ fn a_host_that_dies_frees_the_worker_for_the_next_one() {
 fn a_host_that_hangs_is_let_go_and_the_next_one_is_served() {
     let cut = Cut::new(&Spec::new("demo", Some("qwen2")).unwrap(), &["4..7"]);
     let worker = Worker::start(&cut.slice(1), &cut.key, &["--ctx", "1024"]);
-    let mut host = spawn(&mut cut.generate(&[&worker.address], &["-n", "-1", "--temp", "0", "--ctx", "1024"]));
+    let mut host =
+        spawn(&mut cut.generate(&[&worker.address], &["-n", "-1", "--temp", "0", "--ctx", "1024"]));
     std::thread::sleep(Duration::from_millis(800));
     common::signal(host.id(), "STOP");
     // BUSY at first, served within the 3 s of silence and a retry

@@ -19,7 +19,8 @@ fn with_logits(command: &mut Command, folder: &std::path::Path, name: &str) -> (
 
 #[test]
 fn split_over_processes_gives_stock_logits_bit_for_bit() {
-    let spec = |arch: &str, weights: &str, tied| Spec::tiny(arch).unwrap().with_type(weights).unwrap().tied(tied);
+    let spec =
+        |arch: &str, weights: &str, tied| Spec::tiny(arch).unwrap().with_type(weights).unwrap().tied(tied);
     let cases: [(Spec, &[&str]); 6] = [
         (spec("qwen2", "f16", false), &["1..2"]),
         (spec("qwen2", "q4_k_m", true), &["1..2"]),
@@ -56,8 +57,11 @@ fn chunks_that_overlap_over_two_workers_change_nothing() {
     let (stock, expected) = with_logits(&mut cut.stock(&small), cut.folder.path(), "stock");
     let workers = [cut.worker(1), cut.worker(2)];
     let addresses = [workers[0].address.as_str(), &workers[1].address];
-    let (got, logits) =
-        with_logits(&mut cut.generate(&addresses, &["--wire", "f32", "--ubatch", "16"]), cut.folder.path(), "split");
+    let (got, logits) = with_logits(
+        &mut cut.generate(&addresses, &["--wire", "f32", "--ubatch", "16"]),
+        cut.folder.path(),
+        "split",
+    );
     assert_eq!(got.tokens, stock.tokens);
     assert!(logits == expected);
     let chunks = stock.prompt_tokens.div_ceil(16) as u64;
@@ -72,7 +76,20 @@ fn stages_may_all_be_files_of_this_machine() {
     assert_eq!((got.tokens, got.wire.bytes_sent), (stock.tokens, 0));
     assert!(logits == expected);
     let mut by_name = Command::new(HOST);
-    by_name.args(["generate", "--threads", "1", "--json", "-n", "64", "--temp", "0", "--ctx", "512", "-p", PROMPT]);
+    by_name.args([
+        "generate",
+        "--threads",
+        "1",
+        "--json",
+        "-n",
+        "64",
+        "--temp",
+        "0",
+        "--ctx",
+        "512",
+        "-p",
+        PROMPT,
+    ]);
     by_name.arg("--head").arg(cut.slice(0)).arg("--middle").arg(cut.slice(1)).arg("--tail").arg(cut.slice(2));
     assert_eq!(report(by_name.args(["--wire", "f32"])).text, stock.text);
 }
@@ -94,8 +111,10 @@ fn the_report_has_its_fields_and_the_wire_its_bound() {
     let cut = Cut::tiny("qwen2");
     let worker = cut.worker(1);
     let output = run(&mut cut.generate(&[&worker.address], &["-n", "33", "--temp", "0"]));
-    let json: serde_json::Value = serde_json::from_slice(&output.stdout).expect("one object and nothing else on stdout");
-    for field in ["tokens", "text", "prompt_tokens", "prompt_tok_s", "gen_tok_s", "ttft_ms", "stages", "wire"] {
+    let json: serde_json::Value =
+        serde_json::from_slice(&output.stdout).expect("one object and nothing else on stdout");
+    for field in ["tokens", "text", "prompt_tokens", "prompt_tok_s", "gen_tok_s", "ttft_ms", "stages", "wire"]
+    {
         assert!(!json[field].is_null(), "no {field}");
     }
     for stage in json["stages"].as_array().unwrap() {
@@ -152,7 +171,9 @@ fn misuse_is_exit_code_2_and_one_error_line() {
     let cut = Cut::tiny("qwen2");
     let s = |i| cut.slice(i).display().to_string();
     let (head, middle, tail, model) = (s(0), s(1), s(2), cut.model.display().to_string());
-    let generate = |args: &[&str]| failure(Command::new(HOST).args(["generate", "-p", "x", "--threads", "1"]).args(args), 2);
+    let generate = |args: &[&str]| {
+        failure(Command::new(HOST).args(["generate", "-p", "x", "--threads", "1"]).args(args), 2)
+    };
     assert!(generate(&["--head", &tail, "--tail", &tail]).contains("tail slice, not a head"));
     assert!(generate(&["--head", &model, "--tail", &tail]).contains("not a slice"));
     assert!(generate(&["--head", &head, "--tail", &tail]).contains("nobody has blocks 1..2"));
@@ -164,14 +185,21 @@ fn misuse_is_exit_code_2_and_one_error_line() {
     assert!(generate(&[&full[..], &["--ubatch", "0"]].concat()).contains("--ubatch"));
     assert!(generate(&[&full[..], &["--threads", "0"]].concat()).contains("threads"));
     assert!(generate(&[&full[..], &["-n", "-2"]].concat()).contains("-n"));
-    assert!(failure(Command::new(HOST).args(["generate", "-p", ""]).args(full), 2).contains("prompt is empty"));
+    assert!(
+        failure(Command::new(HOST).args(["generate", "-p", ""]).args(full), 2).contains("prompt is empty")
+    );
     let says = failure(Command::new(HOST).args(["generate", "--ctx", "8", "-p", PROMPT]).args(full), 2);
     assert!(says.contains("context 8") && says.contains("hint: "), "{says}");
     assert!(failure(Command::new(WORKER).arg(&head), 2).contains("a worker serves a middle"));
-    assert!(failure(Command::new(WORKER).arg(&middle).args(["--key-file", "/nowhere"]), 2).contains("/nowhere"));
+    assert!(
+        failure(Command::new(WORKER).arg(&middle).args(["--key-file", "/nowhere"]), 2).contains("/nowhere")
+    );
     let at = ["--listen", "203.0.113.1:1"];
     let key = cut.key.display().to_string();
-    assert!(failure(Command::new(WORKER).arg(&middle).args(at).args(["--key-file", &key]), 2).contains("--listen"));
+    assert!(
+        failure(Command::new(WORKER).arg(&middle).args(at).args(["--key-file", &key]), 2)
+            .contains("--listen")
+    );
 }
 
 #[test]
@@ -197,9 +225,16 @@ fn the_second_host_is_told_who_is_served() {
     let worker = cut.worker(1);
     // a conversation that waits for its next line holds the worker
     let mut first = Command::new(HOST);
-    first.arg("chat").arg("--split").arg(&cut.split).arg("--key-file").arg(&cut.key).args(["--worker", &worker.address]);
+    first
+        .arg("chat")
+        .arg("--split")
+        .arg(&cut.split)
+        .arg("--key-file")
+        .arg(&cut.key)
+        .args(["--worker", &worker.address]);
     first.args(["--threads", "1", "--ctx", "512", "-n", "4"]);
-    let mut first = first.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
+    let mut first =
+        first.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
     let mut said = BufReader::new(first.stdout.take().unwrap());
     writeln!(first.stdin.as_mut().unwrap(), "hello").unwrap();
     let mut line = String::new();
@@ -247,7 +282,9 @@ fn pairing_by_code_makes_a_key_that_only_its_owner_can_read() {
     let mut worker = Command::new(WORKER);
     worker.arg(cut.slice(1)).args(["--listen", "127.0.0.1:0", "--threads", "1", "--ctx", "512"]);
     let worker = Worker::spawn(worker.env("XDG_CONFIG_HOME", homes[0].path()));
-    let shown = || worker.stderr().lines().map(str::trim).find(|l| l.len() == 24 && l.contains('-')).map(str::to_owned);
+    let shown = || {
+        worker.stderr().lines().map(str::trim).find(|l| l.len() == 24 && l.contains('-')).map(str::to_owned)
+    };
     let start = Instant::now();
     let code = loop {
         match shown() {
@@ -262,7 +299,20 @@ fn pairing_by_code_makes_a_key_that_only_its_owner_can_read() {
         command
     };
     let split = cut.split.display().to_string();
-    let generate = ["generate", "--split", &split, "--worker", &worker.address, "-p", "x", "-n", "1", "--ctx", "512", "--json"];
+    let generate = [
+        "generate",
+        "--split",
+        &split,
+        "--worker",
+        &worker.address,
+        "-p",
+        "x",
+        "-n",
+        "1",
+        "--ctx",
+        "512",
+        "--json",
+    ];
     assert!(failure(&mut host(&generate), 2).contains("dim-host pair"));
     // a mistyped code costs no try; a wrong one does, and the right one still works
     let mut mistyped = code.clone().into_bytes();
@@ -289,11 +339,20 @@ fn chat_keeps_the_common_prefix_and_answers_as_a_fresh_run_would() {
     let cut = Cut::tiny("qwen2");
     let worker = cut.worker(1);
     let mut chat = Command::new(HOST);
-    chat.arg("chat").arg("--split").arg(&cut.split).arg("--key-file").arg(&cut.key).args(["--worker", &worker.address]);
+    chat.arg("chat")
+        .arg("--split")
+        .arg(&cut.split)
+        .arg("--key-file")
+        .arg(&cut.key)
+        .args(["--worker", &worker.address]);
     chat.args(["--threads", "1", "--ctx", "512", "-n", "12", "--temp", "0", "--wire", "f32", "--timings"]);
     chat.args(["--system", "You count boats."]);
     let mut chat = chat.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
-    chat.stdin.take().unwrap().write_all(b"How many boats?\nAnd now?\n/clear\nHow many boats?\n/exit\n").unwrap();
+    chat.stdin
+        .take()
+        .unwrap()
+        .write_all(b"How many boats?\nAnd now?\n/clear\nHow many boats?\n/exit\n")
+        .unwrap();
     let output = chat.wait_with_output().unwrap();
     let stderr = text(&output.stderr);
     assert!(output.status.success(), "{stderr}");
@@ -328,7 +387,12 @@ fn ctrl_c_stops_a_reply_and_keeps_the_conversation() {
     let cut = Cut::new(&Spec::new("demo", Some("qwen2")).unwrap(), &["4..7"]);
     let worker = Worker::start(&cut.slice(1), &cut.key, &["--ctx", "4096"]);
     let mut chat = Command::new(HOST);
-    chat.arg("chat").arg("--split").arg(&cut.split).arg("--key-file").arg(&cut.key).args(["--worker", &worker.address]);
+    chat.arg("chat")
+        .arg("--split")
+        .arg(&cut.split)
+        .arg("--key-file")
+        .arg(&cut.key)
+        .args(["--worker", &worker.address]);
     chat.args(["--threads", "1", "--temp", "0"]);
     let mut chat = chat.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::null()).spawn().unwrap();
     let mut said = chat.stdout.take().unwrap();
@@ -368,7 +432,12 @@ fn a_worker_takes_its_slice_its_cache_and_little_more() {
     let cache = 4 * 2 * 2048 * 2 * 64 * 2;
     let peak = peak_memory(worker.pid());
     let over = peak.saturating_sub(slice + cache) >> 20;
-    println!("worker: {} MiB peak, slice {} MiB, cache {} MiB, {over} MiB more", peak >> 20, slice >> 20, cache >> 20);
+    println!(
+        "worker: {} MiB peak, slice {} MiB, cache {} MiB, {over} MiB more",
+        peak >> 20,
+        slice >> 20,
+        cache >> 20
+    );
     assert!(peak <= slice + cache + (150 << 20), "{over} MiB more than its slice and cache");
     assert!(peak >= slice, "{peak} bytes: less than the slice itself");
 }

@@ -408,8 +408,7 @@ fn a_link_that_stalls_for_less_than_the_silence_goes_on() {
     let worker = Adder::plain();
     let (at, pace) = pacing_relay(worker.listener.address());
     let mut link = dial(&at, &key(), &terms("host"), &Timing::default()).unwrap();
-    let mut position = 0;
-    for stall_ms in [100, 500, 2000] {
+    for (position, stall_ms) in [(0, 100), (1, 500), (2, 2000)] {
         pace.store(0, Ordering::Relaxed);
         let recover = std::thread::spawn({
             let pace = pace.clone();
@@ -421,7 +420,6 @@ fn a_link_that_stalls_for_less_than_the_silence_goes_on() {
         let begun = Instant::now();
         token(&mut link, position).unwrap();
         assert!(begun.elapsed() >= Duration::from_millis(stall_ms - 20), "the relay did not stall");
-        position += 1;
         recover.join().unwrap();
     }
 }

@@ -7,14 +7,23 @@ use std::process::Command;
 /// Prints the machine, its load and the date: a figure without them cannot be compared with anything.
 pub fn describe(bench: &str) {
     let read = |path: &str| std::fs::read_to_string(path).unwrap_or_default();
-    let cpu = read("/proc/cpuinfo").lines().find_map(|l| l.strip_prefix("model name")?.split(':').nth(1).map(str::trim).map(str::to_owned));
-    let cpu = cpu.or_else(|| output("sysctl", &["-n", "machdep.cpu.brand_string"])).unwrap_or_else(|| "unknown CPU".into());
+    let cpu = read("/proc/cpuinfo")
+        .lines()
+        .find_map(|l| l.strip_prefix("model name")?.split(':').nth(1).map(str::trim).map(str::to_owned));
+    let cpu = cpu
+        .or_else(|| output("sysctl", &["-n", "machdep.cpu.brand_string"]))
+        .unwrap_or_else(|| "unknown CPU".into());
     let cores = std::thread::available_parallelism().map_or(1, usize::from);
     let load = read("/proc/loadavg").split(' ').next().map(str::to_owned).filter(|l| !l.is_empty());
     let date = output("date", &["-u", "+%Y-%m-%d %H:%M UTC"]).unwrap_or_default();
-    println!("{bench}: {cpu}, {cores} cores, load {} before, {date}", load.unwrap_or_else(|| "unknown".into()));
+    println!(
+        "{bench}: {cpu}, {cores} cores, load {} before, {date}",
+        load.unwrap_or_else(|| "unknown".into())
+    );
     if cores < 2 {
-        println!("note: fewer than two cores: the two processes share one, and the ratio says nothing about the split");
+        println!(
+            "note: fewer than two cores: the two processes share one, and the ratio says nothing about the split"
+        );
     }
 }
 

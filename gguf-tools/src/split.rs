@@ -98,7 +98,9 @@ pub enum SplitError {
     #[error(transparent)]
     Slice(#[from] SliceError),
     /// A slice that was just written differs from the model.
-    #[error("{file}: {what} differs from the model: the disk or the memory of this machine is at fault")]
+    #[error(
+        "{file}: {what} differs from what was read before: the disk or the memory of this machine is at fault"
+    )]
     Differs {
         /// The slice.
         file: String,
@@ -222,8 +224,8 @@ pub fn verify(
         of_model.push(sha);
     }
     if identity.finish().to_string() != manifest.model.sha256 {
-        let what = "the identity in the manifest".to_owned();
-        return Err(SplitError::Differs { file: manifest_name(""), what });
+        let what = "its identity, read again,".to_owned();
+        return Err(SplitError::Differs { file: model_file, what });
     }
 
     for (slice, entry) in plan.slices.iter().zip(&manifest.slices) {

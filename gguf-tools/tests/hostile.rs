@@ -754,6 +754,15 @@ fn the_model_that_the_cases_change_is_accepted() {
     check(Raw::model().bytes()).unwrap();
 }
 
+/// llama.cpp does without such an id, and models with one are about.
+#[test]
+fn a_padding_id_outside_the_vocabulary_is_accepted() {
+    check(with(|r| {
+        r.key("tokenizer.ggml.padding_token_id", U32, le(N_TOKENS as u32));
+    }))
+    .unwrap();
+}
+
 #[test]
 fn every_row_is_a_named_error_with_its_place() {
     let cases = cases();

@@ -4,7 +4,7 @@ mod common;
 
 use common::{context, load, write};
 use gguf_tools::synth::Spec;
-use llama_sys_patch::{Model, ModelParams, Stage, StageParams, Stock};
+use llama_sys_patch::{Input, Model, ModelParams, Output, Row, Stage, StageParams, Stock};
 
 /// Fails if `LlamaModel` is not transparent over the pointer (src/model.rs, `adopt`): every number comes through it on
 /// one side and through our own C functions on the other.
@@ -72,15 +72,27 @@ fn buffers_of_a_stage_do_not_grow_with_the_vocabulary() {
 
 #[test]
 fn mapped_and_read_models_give_the_same() {
-    let file = write(&Spec::tiny("llama").unwrap());
-    let mut seen = Vec::new();
-    for use_mmap in [false, true] {
-        let params = ModelParams { gpu_layers: Some(0), use_mmap, ..Default::default() };
-        let model = Model::load(&[&file.path], params).unwrap();
-        let mut stock = common::stock(&model, &context());
-        seen.push(common::decode(&mut stock, &llama_sys_patch::Row::chunk(0, 0, 4), &[1, 2, 3, 4]));
-    }
-    common::assert_exact(&seen[1], &seen[0], "mapped");
+    let file = write(&Spec::tiny("llama").unwrap().tied(true));
+    let load = |use_mmap, no_lm_head| {
+        let params = ModelParams { gpu_layers: Some(0), use_mmap, no_lm_head, ..Default::default() };
+        Model::load(&[&file.path], params).unwrap()
+    };
+    let rows = Row::chunk(0, 0, 4);
+    let whole = |use_mmap| {
+        common::decode(&mut common::stock(&load(use_mmap, false), &context()), &rows, &[1, 2, 3, 4])
+    };
+    common::assert_exact(&whole(true), &whole(false), "mapped");
+
+    let head = |use_mmap| {
+        let model = load(use_mmap, true);
+        let params =
+            StageParams { has_lm_head: false, ..StageParams::of_whole_model(&model, 0..6, context()) };
+        let mut hidden = vec![0f32; 4 * model.n_embd()];
+        let mut stage = Stage::new(&model, params).unwrap();
+        stage.evaluate(&rows, Input::Tokens(&[1, 2, 3, 4]), Output::F32(&mut hidden)).unwrap();
+        hidden
+    };
+    common::assert_exact(&head(true), &head(false), "mapped, without an lm_head");
 }
 
 #[test]
@@ -89,10 +101,10 @@ fn a_read_model_does_not_care_what_happens_to_its_file() {
     let model =
         Model::load(&[&file.path], ModelParams { gpu_layers: Some(0), ..Default::default() }).unwrap();
     let mut stock = common::stock(&model, &context());
-    let before = common::decode(&mut stock, &llama_sys_patch::Row::chunk(0, 0, 4), &[1, 2, 3, 4]);
+    let before = common::decode(&mut stock, &Row::chunk(0, 0, 4), &[1, 2, 3, 4]);
     std::fs::OpenOptions::new().write(true).open(&file.path).unwrap().set_len(10).unwrap(); // SIGBUS under a map
     stock.clear(0).unwrap();
-    let after = common::decode(&mut stock, &llama_sys_patch::Row::chunk(0, 0, 4), &[1, 2, 3, 4]);
+    let after = common::decode(&mut stock, &Row::chunk(0, 0, 4), &[1, 2, 3, 4]);
     common::assert_exact(&after, &before, "after the file was truncated");
 }
 
@@ -105,14 +117,8 @@ fn stages_outlive_the_model_handle_and_move_between_threads() {
     let logits = std::thread::spawn(move || {
         let mut stage = stage;
         let mut logits = vec![0f32; stage.model().n_vocab()];
-        let rows = llama_sys_patch::Row::chunk(0, 0, 3);
-        stage
-            .evaluate(
-                &rows,
-                llama_sys_patch::Input::Tokens(&[1, 2, 3]),
-                llama_sys_patch::Output::Logits(&mut logits),
-            )
-            .unwrap();
+        let rows = Row::chunk(0, 0, 3);
+        stage.evaluate(&rows, Input::Tokens(&[1, 2, 3]), Output::Logits(&mut logits)).unwrap();
         logits
     });
     assert!(logits.join().unwrap().iter().all(|x| x.is_finite()));

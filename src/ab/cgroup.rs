@@ -99,11 +99,11 @@ impl MemoryGroup {
         let parents = [hierarchy.mount.clone(), hierarchy.mount.join(&hierarchy.own)];
         let mut refused = None;
         for parent in parents {
-            if hierarchy.version == Version::Two {
-                if let Err(e) = give_memory_to_children(&parent) {
-                    refused = Some((parent, e));
-                    continue;
-                }
+            if hierarchy.version == Version::Two
+                && let Err(e) = give_memory_to_children(&parent)
+            {
+                refused = Some((parent, e));
+                continue;
             }
             let dir = parent.join(&name);
             match fs::create_dir(&dir) {

@@ -248,8 +248,7 @@ impl Server {
                     mpsc::RecvTimeoutError::Disconnected => "ended before it was ready",
                 };
                 let text = std::fs::read_to_string(log).unwrap_or_default();
-                let last =
-                    text.lines().filter(|l| !l.trim().is_empty()).last().unwrap_or("nothing").to_owned();
+                let last = text.lines().rfind(|l| !l.trim().is_empty()).unwrap_or("nothing").to_owned();
                 return Err(ServerError::NotReady { program: name(), what, log: last });
             }
         }

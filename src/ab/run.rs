@@ -176,7 +176,7 @@ impl<'a> Stand<'a> {
         let files = self.files(arm);
         let group = self.host_group(arm)?;
         let cold = phase == Phase::First || group.is_some();
-        let cold_cache = cold && files.iter().map(|f| evict(f)).fold(true, |all, one| all && one);
+        let cold_cache = cold && files.iter().filter(|f| !evict(f)).count() == 0;
 
         let servers: Vec<&Server> = match arm {
             Arm::Split => self.workers.iter().collect(),

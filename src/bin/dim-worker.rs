@@ -63,8 +63,12 @@ fn run(args: &Args) -> Result<(), Failure> {
     let keys = keys(args)?;
     let info = open_slice(&args.slice, args.verify).map_err(Failure::misuse)?;
     if info.role != Role::Middle {
-        return Err(Failure::misuse(format!("{} is a {} slice; a worker serves a middle", args.slice.display(), info.role))
-            .hint("the head and the tail stay with dim-host"));
+        return Err(Failure::misuse(format!(
+            "{} is a {} slice; a worker serves a middle",
+            args.slice.display(),
+            info.role
+        ))
+        .hint("the head and the tail stay with dim-host"));
     }
     let n_ctx = args.machine.n_ctx_for(info.hparams.n_ctx_train);
     let terms = terms(args, &info, n_ctx);
@@ -77,7 +81,15 @@ fn run(args: &Args) -> Result<(), Failure> {
     let listener = Arc::new(Listener::bind(&args.listen, config).map_err(cannot_listen)?);
     end_on_signals(Arc::clone(&listener));
 
-    let mut stage = load_stage(&args.slice, &info, &args.machine, args.mmap, n_ctx, args.machine.n_ubatch, args.max_sessions)?;
+    let mut stage = load_stage(
+        &args.slice,
+        &info,
+        &args.machine,
+        args.mmap,
+        n_ctx,
+        args.machine.n_ubatch,
+        args.max_sessions,
+    )?;
     listener.set_readiness(Readiness::Ready(terms));
     let count = info.blocks.count();
     eprintln!(
@@ -89,9 +101,14 @@ fn run(args: &Args) -> Result<(), Failure> {
         if count == 1 { "" } else { "s" },
         info.file_bytes as f64 / f64::from(1u32 << 30),
     );
-    if args.key_file.is_none() && (args.pair || KeyStore::of_user().and_then(|s| s.list()).is_ok_and(|l| l.is_empty())) {
+    if args.key_file.is_none()
+        && (args.pair || KeyStore::of_user().and_then(|s| s.list()).is_ok_and(|l| l.is_empty()))
+    {
         let code = listener.open_pairing().map_err(Failure::failed)?;
-        eprintln!("pairing code, good for 5 minutes and one host:\n\n    {code}\n\non the host: dim-host pair {}", listener.address());
+        eprintln!(
+            "pairing code, good for 5 minutes and one host:\n\n    {code}\n\non the host: dim-host pair {}",
+            listener.address()
+        );
     }
     // a script waits for this line; who does not read it should not end the worker
     let _ = writeln!(std::io::stdout(), "listening on {}", listener.address());

@@ -67,7 +67,9 @@ pub fn chat(
             let _ = std::io::stderr().flush();
         }
         line.clear();
-        let n = input.read_line(&mut line).map_err(|e| Failure::failed(format!("cannot read the next line: {e}")))?;
+        let n = input
+            .read_line(&mut line)
+            .map_err(|e| Failure::failed(format!("cannot read the next line: {e}")))?;
         if n == 0 {
             return Ok(());
         }
@@ -107,9 +109,8 @@ pub fn chat(
             process_start: options.process_start,
             model_name: options.model_name,
         };
-        let (report, failure) = options.interrupt.during(|| {
-            generate(engine, model, &mut sampler, &request, show, |_| {})
-        });
+        let (report, failure) =
+            options.interrupt.during(|| generate(engine, model, &mut sampler, &request, show, |_| {}));
         println!();
         if let Some(failure) = failure {
             return Err(failure);
@@ -137,7 +138,11 @@ fn tokenize(model: &Model, text: &str) -> Result<Vec<i32>, Failure> {
     let bos = special_text(model, model.bos());
     let add_special = bos.is_empty() || !text.starts_with(&bos);
     let tokens = model.tokenize(text, add_special, true).map_err(Failure::failed)?;
-    if tokens.is_empty() { Err(Failure::misuse("the chat template gave an empty prompt")) } else { Ok(tokens) }
+    if tokens.is_empty() {
+        Err(Failure::misuse("the chat template gave an empty prompt"))
+    } else {
+        Ok(tokens)
+    }
 }
 
 fn special_text(model: &Model, token: Option<i32>) -> String {

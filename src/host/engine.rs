@@ -68,7 +68,11 @@ impl SplitEngine {
         let mut done = 0;
         for chunk in tokens.chunks(self.n_ubatch) {
             self.pipeline.submit(Step {
-                spans: vec![Span { session: SESSION, position: position + to_u32(done), count: to_u32(chunk.len()) }],
+                spans: vec![Span {
+                    session: SESSION,
+                    position: position + to_u32(done),
+                    count: to_u32(chunk.len()),
+                }],
                 tokens: chunk.to_vec(),
                 want_logits: (done..done + chunk.len()).map(&want).collect(),
             });
@@ -110,15 +114,16 @@ impl Engine for SplitEngine {
     }
 
     fn stages(&self) -> Vec<StageSnapshot> {
-        let snapshot = |(name, blocks, stats): (&str, Option<(u32, u32)>, crate::host::pipeline::StageStats)| {
-            StageSnapshot {
-                name: name.to_owned(),
-                blocks: blocks.map_or(String::new(), |(a, b)| format!("{a}..{b}")),
-                compute: stats.compute,
-                wait: stats.wait,
-                reconnects: stats.reconnects,
-            }
-        };
+        let snapshot =
+            |(name, blocks, stats): (&str, Option<(u32, u32)>, crate::host::pipeline::StageStats)| {
+                StageSnapshot {
+                    name: name.to_owned(),
+                    blocks: blocks.map_or(String::new(), |(a, b)| format!("{a}..{b}")),
+                    compute: stats.compute,
+                    wait: stats.wait,
+                    reconnects: stats.reconnects,
+                }
+            };
         self.pipeline.stages().map(snapshot).collect()
     }
 
@@ -227,7 +232,9 @@ fn tell_person(event: Event<'_>) {
         Event::Lost { stage, reason, give_up_after } => {
             eprintln!("\n[{stage} lost: {reason}; looking for it for up to {} s]", give_up_after.as_secs());
         }
-        Event::Replaying { stage, steps } => eprintln!("[{stage} answers again; sending it {steps} steps once more]"),
+        Event::Replaying { stage, steps } => {
+            eprintln!("[{stage} answers again; sending it {steps} steps once more]")
+        }
         Event::Back { stage, after } => eprintln!("[{stage} is back after {:.1} s]", after.as_secs_f64()),
     }
 }
@@ -236,15 +243,21 @@ fn tell_person(event: Event<'_>) {
 fn explain(error: &PipelineError) -> Failure {
     let failure = Failure::failed(error);
     match error {
-        PipelineError::WorkerGone { .. } => {
-            failure.hint("start the worker again, then run the same command; what was generated so far stands above")
+        PipelineError::WorkerGone { .. } => failure.hint(
+            "start the worker again, then run the same command; what was generated so far stands above",
+        ),
+        PipelineError::Stage { source: StageError::Refused(_), .. } => {
+            failure.hint("the sentence above names the side to fix")
         }
-        PipelineError::Stage { source: StageError::Refused(_), .. } => failure.hint("the sentence above names the side to fix"),
-        PipelineError::Stage { source: StageError::Failed(why), .. } if why.contains("finite") || why.contains("65504") => {
+        PipelineError::Stage { source: StageError::Failed(why), .. }
+            if why.contains("finite") || why.contains("65504") =>
+        {
             failure.hint("repeat with --wire f32, or give these blocks to the host")
         }
         PipelineError::Stage { .. } => failure,
-        PipelineError::OutOfTurn(_) => failure.hint("the worker is not the same version as this host: update both"),
+        PipelineError::OutOfTurn(_) => {
+            failure.hint("the worker is not the same version as this host: update both")
+        }
     }
 }
 

@@ -147,13 +147,21 @@ pub fn open_split(args: &SplitArgs, machine: &MachineArgs) -> Result<Split, Fail
         if offer.model != head.model_sha256.0 {
             return Err(Failure::misuse(format!(
                 "the worker at {address} holds a slice of another model ({}); {} is of {}",
-                describe_offer(&offer), files.head.display(), head.model_name
+                describe_offer(&offer),
+                files.head.display(),
+                head.model_name
             ))
             .hint("start it with the middle slice that dim-split wrote beside this head"));
         }
         let known = files.middles.iter().find(|m| (m.first, m.last) == (offer.first_block, offer.last_block));
         let slice = known.map_or([0; 32], |m| m.sha256);
-        places.push(Place::Worker { address: address.clone(), key, first: offer.first_block, last: offer.last_block, slice });
+        places.push(Place::Worker {
+            address: address.clone(),
+            key,
+            first: offer.first_block,
+            last: offer.last_block,
+            slice,
+        });
     }
     let covered = |first: u32, places: &[Place]| places.iter().any(|p| p.blocks().0 == first);
     for middle in &files.middles {
@@ -164,7 +172,9 @@ pub fn open_split(args: &SplitArgs, machine: &MachineArgs) -> Result<Split, Fail
         if !middle.path.is_file() {
             return Err(Failure::misuse(format!(
                 "nobody has blocks {}..{}: no worker holds them, and {} is not here",
-                middle.first, middle.last, middle.path.display()
+                middle.first,
+                middle.last,
+                middle.path.display()
             ))
             .hint("name the worker with --worker ADDR:PORT"));
         }
@@ -275,7 +285,11 @@ impl Files {
             let (first, last) = (info.blocks.first, info.blocks.last);
             Ok(MiddleFile { path: path.clone(), first, last, sha256: info.slice_sha256.0 })
         });
-        Ok(Files { head: head.clone(), tail: tail.clone(), middles: middles.collect::<Result<_, Failure>>()? })
+        Ok(Files {
+            head: head.clone(),
+            tail: tail.clone(),
+            middles: middles.collect::<Result<_, Failure>>()?,
+        })
     }
 }
 
@@ -295,8 +309,12 @@ fn same_model(path: &Path, a: &SliceInfo, other: &Path, b: &SliceInfo) -> Result
     }
     Err(Failure::misuse(format!(
         "{} and {} are slices of different models ({} {:.8}, {} {:.8})",
-        path.display(), other.display(),
-        a.model_name, a.model_sha256.to_string(), b.model_name, b.model_sha256.to_string()
+        path.display(),
+        other.display(),
+        a.model_name,
+        a.model_sha256.to_string(),
+        b.model_name,
+        b.model_sha256.to_string()
     ))
     .hint("take the slices of one dim-split run"))
 }
@@ -307,12 +325,14 @@ fn check_chain(places: &[Place], n_blocks: u32) -> Result<(), Failure> {
     for place in places {
         let (first, last) = place.blocks();
         if first > next {
-            return Err(Failure::misuse(format!("nobody has blocks {next}..{}", first - 1))
-                .hint("name the worker that holds them with --worker ADDR:PORT, or the file with --middle FILE"));
+            return Err(Failure::misuse(format!("nobody has blocks {next}..{}", first - 1)).hint(
+                "name the worker that holds them with --worker ADDR:PORT, or the file with --middle FILE",
+            ));
         }
         if first < next {
-            return Err(Failure::misuse(format!("two stages have block {first}"))
-                .hint("head, middles and tail must follow each other: take the slices of one dim-split run"));
+            return Err(Failure::misuse(format!("two stages have block {first}")).hint(
+                "head, middles and tail must follow each other: take the slices of one dim-split run",
+            ));
         }
         next = last + 1;
     }
@@ -348,8 +368,9 @@ pub fn load_stage(
         has_lm_head: is_tail,
         context,
     };
-    let stage = Stage::new(&model, params)
-        .map_err(|e| Failure::failed(format!("{}: {e}", path.display())).hint("a smaller --ctx needs less memory"))?;
+    let stage = Stage::new(&model, params).map_err(|e| {
+        Failure::failed(format!("{}: {e}", path.display())).hint("a smaller --ctx needs less memory")
+    })?;
     Ok(LlamaStage::new(stage, info.role.as_str(), info.blocks.first))
 }
 
@@ -438,7 +459,7 @@ pub fn refused(error: &LinkError) -> Failure {
     use crate::wire::HandshakeError;
     match error {
         LinkError::Refused { .. } => Failure::misuse(error).hint("the line above names the side to fix"),
-        LinkError::Handshake { error: HandshakeError::Key { .. }, .. } => {
+        LinkError::Handshake { error: HandshakeError::Key, .. } => {
             Failure::misuse(error).hint("pair again: `dim-worker --pair`, then `dim-host pair ADDR:PORT`; or give both the same --key-file")
         }
         LinkError::Busy { .. } => Failure::failed(error).hint("stop the other host, or use another worker"),
@@ -465,8 +486,12 @@ fn picture(places: &[Place], n_blocks: u32) -> String {
         let count = last - first + 1;
         let plural = if count == 1 { "" } else { "s" };
         let _ = match place {
-            Place::File { info, .. } => write!(line, "{} {first}..{last} here ({count} block{plural})", info.role),
-            Place::Worker { address, .. } => write!(line, "{first}..{last} on {address} ({count} block{plural})"),
+            Place::File { info, .. } => {
+                write!(line, "{} {first}..{last} here ({count} block{plural})", info.role)
+            }
+            Place::Worker { address, .. } => {
+                write!(line, "{first}..{last} on {address} ({count} block{plural})")
+            }
         };
         if i + 1 < places.len() {
             line.push_str(" -> ");

@@ -27,7 +27,12 @@ impl LlamaStage {
     }
 
     /// Runs one step; as [`LocalStage::evaluate`], with llama.cpp's error.
-    pub fn run(&mut self, spans: &[Span], input: StageInput<'_>, output: StageOutput<'_>) -> Result<Duration, Error> {
+    pub fn run(
+        &mut self,
+        spans: &[Span],
+        input: StageInput<'_>,
+        output: StageOutput<'_>,
+    ) -> Result<Duration, Error> {
         let start = Instant::now();
         self.rows.clear();
         for span in spans {

@@ -137,7 +137,9 @@ impl RemoteStage for WorkerStage {
                 }
                 Ok(compute)
             }
-            Ok(_) => return Err(StageError::Failed("the worker sent something that only a host sends".into())),
+            Ok(_) => {
+                return Err(StageError::Failed("the worker sent something that only a host sends".into()));
+            }
             Err(e) => Err(e),
         };
         match (received, id) {

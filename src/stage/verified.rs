@@ -76,8 +76,11 @@ impl Memory {
             changed(metadata.modified()),
             info.slice_sha256,
         );
-        let name: String =
-            Sha256::digest(path.as_os_str().as_encoded_bytes()).iter().take(16).map(|b| format!("{b:02x}")).collect();
+        let name: String = Sha256::digest(path.as_os_str().as_encoded_bytes())
+            .iter()
+            .take(16)
+            .map(|b| format!("{b:02x}"))
+            .collect();
         Some(Memory { file: folder()?.join(name), content })
     }
 

@@ -41,11 +41,20 @@ pub fn serve(stage: &mut LlamaStage, link: Link) -> LinkError {
 }
 
 /// One event of the host.
-fn next(stage: &mut LlamaStage, sender: &Sender, receiver: &mut Receiver, out: &mut Hidden) -> Result<(), LinkError> {
+fn next(
+    stage: &mut LlamaStage,
+    sender: &Sender,
+    receiver: &mut Receiver,
+    out: &mut Hidden,
+) -> Result<(), LinkError> {
     match receiver.receive(None)? {
         Event::Step { step, spans, rows, arrived } => {
             let wait = arrived.elapsed();
-            sender.set_status(Status { activity: Activity::Computing, step: step.wrapping_sub(1), ..Status::default() });
+            sender.set_status(Status {
+                activity: Activity::Computing,
+                step: step.wrapping_sub(1),
+                ..Status::default()
+            });
             let input = match rows.values {
                 RowsRef::F16(v) => StageInput::F16(v),
                 RowsRef::F32(v) => StageInput::F32(v),

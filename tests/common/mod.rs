@@ -137,7 +137,8 @@ impl Worker {
 
     /// Starts what `command` says and waits until it listens.
     pub fn spawn(command: &mut Command) -> Worker {
-        let mut child = command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
+        let mut child =
+            command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
         let stderr = Arc::new(Mutex::new(String::new()));
         let collected = Arc::clone(&stderr);
         let pipe = BufReader::new(child.stderr.take().unwrap());

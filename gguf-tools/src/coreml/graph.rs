@@ -1,11 +1,11 @@
 //! The program of a run of blocks: what one call computes for T rows.
 //!
-//! It reads as the model does. Per block, with x the residual stream [1, T, n_embd]:
+//! It reads as the model does. Per block, with x the residual stream `[1, T, n_embd]`:
 //!
 //! ```text
 //! h        = rmsnorm(x) * gain
-//! q, k, v  = conv(h) + bias                  [1, heads, T, head_dim], q and k normed (qwen3), rotated
-//! kv[2l]   = k, kv[2l+1] = v                 rows pos .. pos + T of the state
+//! q, k, v  = conv(h) + bias                  `[1, heads, T, head_dim]`, q and k normed (qwen3), rotated
+//! `kv[2l]`   = k, `kv[2l+1]` = v                 rows pos .. pos + T of the state
 //! a        = softmax(q/sqrt(head_dim) @ K^T + mask) @ V      over the whole context, masked
 //! x        = x + conv(a)
 //! h        = rmsnorm(x) * gain
@@ -48,23 +48,23 @@ pub struct Weight {
     pub dims: Vec<u64>,
 }
 
-/// A projection: conv weight [out, in, 1, 1] and bias [out].
+/// A projection: conv weight `[out, in, 1, 1]` and bias `[out]`.
 #[derive(Clone, Debug)]
 pub struct Projection {
-    /// [out, in, 1, 1]
+    /// `[out, in, 1, 1]`
     pub weight: Weight,
-    /// [out]
+    /// `[out]`
     pub bias: Option<Weight>,
 }
 
 /// One part of a feed-forward network: a range of its inner width.
 #[derive(Clone, Debug)]
 pub struct FfnPart {
-    /// [width, n_embd, 1, 1]
+    /// `[width, n_embd, 1, 1]`
     pub gate: Projection,
-    /// [width, n_embd, 1, 1]
+    /// `[width, n_embd, 1, 1]`
     pub up: Projection,
-    /// [n_embd, width, 1, 1]; the bias is the first part's
+    /// `[n_embd, width, 1, 1]`; the bias is the first part's
     pub down: Projection,
 }
 
@@ -73,19 +73,19 @@ pub struct FfnPart {
 pub struct BlockWeights {
     /// Number in the model.
     pub block: u32,
-    /// [1, 1, n_embd]
+    /// `[1, 1, n_embd]`
     pub attn_norm: Weight,
-    /// [n_head * head_dim, n_embd, 1, 1]
+    /// `[n_head * head_dim, n_embd, 1, 1]`
     pub q: Projection,
-    /// [n_head_kv * head_dim, n_embd, 1, 1]
+    /// `[n_head_kv * head_dim, n_embd, 1, 1]`
     pub k: Projection,
-    /// [n_head_kv * head_dim, n_embd, 1, 1]
+    /// `[n_head_kv * head_dim, n_embd, 1, 1]`
     pub v: Projection,
-    /// [1, 1, 1, head_dim] each, qwen3
+    /// `[1, 1, 1, head_dim]` each, qwen3
     pub qk_norm: Option<(Weight, Weight)>,
-    /// [n_embd, n_head * head_dim, 1, 1]
+    /// `[n_embd, n_head * head_dim, 1, 1]`
     pub o: Projection,
-    /// [1, 1, n_embd]
+    /// `[1, 1, n_embd]`
     pub ffn_norm: Weight,
     /// At least one.
     pub ffn: Vec<FfnPart>,
@@ -103,7 +103,7 @@ pub struct Context<'a> {
 }
 
 impl Context<'_> {
-    /// [2 * blocks, n_head_kv, n_ctx, head_dim]; row 2l holds block l's keys after rope, row 2l + 1 its values.
+    /// `[2 * blocks, n_head_kv, n_ctx, head_dim]`; row 2l holds block l's keys after rope, row 2l + 1 its values.
     pub fn state_dims(&self, n_blocks: usize) -> [u64; 4] {
         [2 * n_blocks as u64, self.shape.n_head_kv, self.n_ctx.into(), self.shape.head_dim]
     }
@@ -184,7 +184,7 @@ struct Block<'a> {
 }
 
 impl Block<'_> {
-    /// x: [1, T, n_embd] -> [1, T, n_embd] named `output`
+    /// x: `[1, T, n_embd]` -> `[1, T, n_embd]` named `output`
     fn build(&mut self, index: u64, x: Val, cache: &mut Cache, output: &str) -> Val {
         let weights = self.weights;
         let h = self.norm("attn_norm", &x, &weights.attn_norm);
@@ -195,7 +195,7 @@ impl Block<'_> {
         self.f.add(output, &x, &m)
     }
 
-    /// x: [1, T, n_embd] -> rmsnorm(x) * gain as the channels of a convolution, [1, n_embd, 1, T]
+    /// x: `[1, T, n_embd]` -> rmsnorm(x) * gain as the channels of a convolution, `[1, n_embd, 1, T]`
     fn norm(&mut self, name: &str, x: &Val, gain: &Weight) -> Val {
         let name = self.name(name);
         let normed = self.rms(&name, x, self.context.residual_scale);
@@ -219,7 +219,7 @@ impl Block<'_> {
         self.f.slice(&format!("{name}_half"), &normed, &vec![0; end.len()], &end)
     }
 
-    /// h: [1, n_embd, 1, T] -> [1, T, n_embd]
+    /// h: `[1, n_embd, 1, T]` -> `[1, T, n_embd]`
     fn attention(&mut self, index: u64, h: &Val, cache: &mut Cache) -> Val {
         let Shape { n_head, n_head_kv, head_dim: d, .. } = *self.context.shape;
         let (t, ctx, group) = (self.inputs.rows, u64::from(self.context.n_ctx), n_head / n_head_kv);
@@ -266,7 +266,7 @@ impl Block<'_> {
         self.rows("attn", &out)
     }
 
-    /// h: [1, n_embd, 1, T] -> [1, T, n_embd]
+    /// h: `[1, n_embd, 1, T]` -> `[1, T, n_embd]`
     fn ffn(&mut self, h: &Val) -> Val {
         let weights = self.weights;
         let mut sum: Option<Val> = None;
@@ -288,7 +288,7 @@ impl Block<'_> {
         self.rows("ffn", &sum.expect("a network has parts"))
     }
 
-    /// h: [1, n_embd, 1, T] -> [1, n, T, head_dim]
+    /// h: `[1, n_embd, 1, T]` -> `[1, n, T, head_dim]`
     fn heads(&mut self, name: &str, h: &Val, weights: &Projection, n: u64) -> Val {
         let (t, d) = (self.inputs.rows, self.context.shape.head_dim);
         let x = self.project(name, h, weights);
@@ -296,7 +296,7 @@ impl Block<'_> {
         self.f.transpose(&self.name(&format!("{name}_heads")), &x, &[0, 1, 3, 2])
     }
 
-    /// x: [1, n, T, head_dim], rmsnorm over each head
+    /// x: `[1, n, T, head_dim]`, rmsnorm over each head
     fn head_norm(&mut self, name: &str, x: &Val, gain: &Weight) -> Val {
         let name = self.name(name);
         let normed = self.rms(&name, x, 1.0);
@@ -304,7 +304,7 @@ impl Block<'_> {
         self.f.mul(&format!("{name}_out"), &normed, &gain)
     }
 
-    /// x: [1, n, T, head_dim], halves (a, b) -> x * cos + (-b, a) * sin
+    /// x: `[1, n, T, head_dim]`, halves (a, b) -> x * cos + (-b, a) * sin
     fn rope(&mut self, name: &str, x: &Val) -> Val {
         let name = self.name(name);
         let [one, n, t, d] = *x.dims() else { unreachable!("heads have four axes") };
@@ -317,7 +317,7 @@ impl Block<'_> {
         self.f.add(&format!("{name}_rope"), &along, &across)
     }
 
-    /// x: [1, n_head_kv, T, head_dim] into row `row` of the state, positions pos .. pos + T
+    /// x: `[1, n_head_kv, T, head_dim]` into row `row` of the state, positions pos .. pos + T
     fn store(&mut self, name: &str, row: u64, x: &Val, cache: &mut Cache) {
         let name = self.name(&format!("{name}_store"));
         let f = &mut *self.f;
@@ -339,7 +339,7 @@ impl Block<'_> {
         self.f.conv(&name, x, &weight, bias.as_ref())
     }
 
-    /// [1, n_embd, 1, T] -> [1, T, n_embd]
+    /// `[1, n_embd, 1, T]` -> `[1, T, n_embd]`
     fn rows(&mut self, name: &str, x: &Val) -> Val {
         let x = self.f.squeeze(&self.name(&format!("{name}_columns")), x, 2);
         self.f.transpose(&self.name(&format!("{name}_rows")), &x, &[0, 2, 1])
@@ -371,4 +371,37 @@ pub fn package_runs(blocks: RangeInclusive<u32>, per_package: u32) -> Vec<RangeI
             run
         })
         .collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn feed_forward_networks_are_cut_where_an_axis_is_too_long() {
+        assert_eq!(ffn_parts(11008).len(), 1);
+        assert_eq!(ffn_parts(MAX_AXIS).len(), 1);
+        assert_eq!(ffn_parts(18944), [0..9472, 9472..18944]);
+        assert_eq!(ffn_parts(27648), [0..13824, 13824..27648]);
+        for n_ff in (16385..70_000).step_by(61) {
+            let parts = ffn_parts(n_ff);
+            assert_eq!((parts[0].start, parts.last().unwrap().end), (0, n_ff));
+            assert!(parts.windows(2).all(|p| p[0].end == p[1].start));
+            assert!(parts.iter().all(|p| !p.is_empty() && p.end - p.start <= MAX_AXIS), "{n_ff}: {parts:?}");
+        }
+    }
+
+    #[test]
+    fn packages_are_filled_evenly_and_in_order() {
+        assert_eq!(package_runs(11..=16, 2), [11..=12, 13..=14, 15..=16]);
+        assert_eq!(package_runs(3..=9, 3), [3..=5, 6..=7, 8..=9]);
+        assert_eq!(package_runs(3..=4, u32::MAX).len(), 1);
+        for (n, per_package) in (1..40).flat_map(|n| (1..9).map(move |p| (n, p))) {
+            let runs = package_runs(5..=4 + n, per_package);
+            assert_eq!(runs.len() as u32, n.div_ceil(per_package));
+            assert_eq!((*runs[0].start(), *runs.last().unwrap().end()), (5, 4 + n));
+            assert!(runs.windows(2).all(|r| r[0].end() + 1 == *r[1].start()));
+            assert!(runs.iter().all(|r| r.clone().count() as u32 <= per_package));
+        }
+    }
 }

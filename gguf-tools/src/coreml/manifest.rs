@@ -77,7 +77,7 @@ pub struct Dims {
     pub head_dim: u64,
     /// Inner width of the feed-forward network.
     pub n_ff: u64,
-    /// First columns of the feed-forward network's parts, and its width: [0, 9472, 18944].
+    /// First columns of the feed-forward network's parts, and its width: `[0, 9472, 18944]`.
     pub ffn_bounds: Vec<u64>,
     /// Epsilon of the norms, before any scaling.
     pub norm_eps: f32,
@@ -100,7 +100,7 @@ pub struct RopeParameters {
     pub freq_factors: bool,
     /// What cosines and sines are multiplied by.
     pub magnitude: f64,
-    /// (head_dim / 2): the angle at position p is p * inv_freq[i]. Every scaling is in it.
+    /// (head_dim / 2): the angle at position p is p * `inv_freq[i]`. Every scaling is in it.
     pub inv_freq: Vec<f64>,
 }
 
@@ -113,7 +113,7 @@ pub struct Package {
     pub first_block: u32,
     /// Last block, inclusive.
     pub last_block: u32,
-    /// Shape of `kv`: [2 * blocks, n_head_kv, n_ctx, head_dim].
+    /// Shape of `kv`: `[2 * blocks, n_head_kv, n_ctx, head_dim]`.
     pub state_shape: Vec<u64>,
     /// Every file of the package.
     pub files: Vec<PackageFile>,
@@ -145,7 +145,7 @@ pub struct NamedWeight {
     pub bytes: u64,
     /// "f16", little-endian.
     pub dtype: String,
-    /// [rows, columns] row-major as stored, or [length]. A row makes one output.
+    /// `[rows, columns]` row-major as stored, or `[length]`. A row makes one output.
     pub shape: Vec<u64>,
     /// First and end of the tensor's outputs that are stored here.
     pub rows: [u64; 2],

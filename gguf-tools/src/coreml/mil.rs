@@ -123,7 +123,7 @@ impl FunctionBuilder {
         self.operation("layer_norm", name, &inputs, x.data_type, x.dims.clone())
     }
 
-    /// 1x1 convolution: x [1, in, 1, T], weight [out, in, 1, 1], bias [out] -> [1, out, 1, T].
+    /// 1x1 convolution: x `[1, in, 1, T]`, weight `[out, in, 1, 1]`, bias `[out]` -> `[1, out, 1, T]`.
     pub fn conv(&mut self, name: &str, x: &Val, weight: &Val, bias: Option<&Val>) -> Val {
         assert!(x.dims.len() == 4 && weight.dims.len() == 4 && weight.dims[2..] == [1, 1], "{name}: shapes");
         assert_eq!(x.dims[1], weight.dims[1], "{name}: channels");
@@ -177,7 +177,7 @@ impl FunctionBuilder {
         self.operation("reshape", name, &[("x", &[x]), ("shape", &[&shape])], x.data_type, dims.into())
     }
 
-    /// Axes in another order: axis i of the result is axis perm[i] of x.
+    /// Axes in another order: axis i of the result is axis `perm[i]` of x.
     pub fn transpose(&mut self, name: &str, x: &Val, perm: &[usize]) -> Val {
         assert_eq!(perm.len(), x.dims.len(), "{name}: rank");
         let dims = perm.iter().map(|&p| x.dims[p]).collect();
@@ -212,7 +212,7 @@ impl FunctionBuilder {
         self.operation("concat", name, &inputs, values[0].data_type, dims)
     }
 
-    /// x[begin[0]..end[0], begin[1]..end[1], ...]
+    /// `x[begin[0]..end[0], begin[1]..end[1], ...]`
     pub fn slice(&mut self, name: &str, x: &Val, begin: &[u64], end: &[u64]) -> Val {
         assert!(begin.len() == x.dims.len() && end.len() == x.dims.len(), "{name}: rank");
         assert!(end.iter().zip(&x.dims).all(|(e, d)| e <= d), "{name}: end");
@@ -223,7 +223,7 @@ impl FunctionBuilder {
         self.operation("slice_by_index", name, &inputs, x.data_type, dims)
     }
 
-    /// x with `update` in x[begin..end]. `begin` and `end` are int32 values known at run time; axes whose `whole`
+    /// x with `update` in `x[begin..end]`. `begin` and `end` are int32 values known at run time; axes whose `whole`
     /// is set are taken in full whatever they say.
     pub fn slice_update(
         &mut self,

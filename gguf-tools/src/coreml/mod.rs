@@ -47,6 +47,10 @@ pub const SCALE_ABOVE: f32 = 30_000.0;
 /// What the scaled stream stays under: there its squares stay in fp16 too, see [`graph::NORM_SCALE`].
 pub const SCALED_BELOW: f32 = 16_320.0;
 
+/// The least scale that fp16 holds with all its digits: the programs multiply by it.
+#[cfg(feature = "engine")]
+const LEAST_SCALE: f32 = 1.0 / 16384.0;
+
 /// Whose blocks they are, as the GGUF slices' manifest says.
 #[derive(Clone, Copy, Debug)]
 pub struct Identity<'a> {
@@ -321,6 +325,14 @@ pub enum Error {
     #[cfg(feature = "engine")]
     #[error("self-test vectors: {0}; --coreml-no-selftest leaves them out")]
     Engine(#[from] llama_sys_patch::Error),
+    /// It could, and the values are beyond what any scale helps.
+    #[error(
+        "|hidden| reaches {max_abs:e}: no scale brings that into fp16; run these blocks as a GGUF slice instead (without --coreml)"
+    )]
+    HiddenTooLarge {
+        /// Greatest measured.
+        max_abs: f32,
+    },
     /// It could, and the values are no numbers.
     #[error(
         "self-test vectors: block {block} makes {count} values that are not finite; the model file is damaged"
@@ -471,6 +483,9 @@ impl<'a> Plan<'a> {
         let measured = selftest::measure(self.gguf, self.options, &self.runs, progress)?;
         let max_abs = measured.max_abs_hidden.iter().fold(0.0f32, |a, &b| a.max(b));
         let scale = residual_scale(max_abs);
+        if scale < LEAST_SCALE {
+            return Err(Error::HiddenTooLarge { max_abs });
+        }
         if scale != 1.0 {
             notices.push(Notice::Scaled { max_abs, scale });
         }
@@ -663,5 +678,20 @@ fn named_weight(gguf: &Gguf, blob: &weights::Blob) -> manifest::NamedWeight {
             Rows::PairsToHalves { .. } => "pairs-to-halves".into(),
         },
         scale: blob.scale,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::residual_scale;
+
+    #[test]
+    fn residual_scale_is_a_power_of_two_that_leaves_room() {
+        assert_eq!(residual_scale(0.0), 1.0);
+        assert_eq!(residual_scale(30_000.0), 1.0);
+        assert_eq!(residual_scale(30_001.0), 0.5);
+        assert_eq!(residual_scale(40_000.0), 0.25);
+        assert_eq!(residual_scale(1e9), 2f32.powi(-16));
+        assert!(residual_scale(f32::MAX) > 0.0);
     }
 }

@@ -43,7 +43,7 @@ pub struct Shape {
     pub rope: Rope,
 }
 
-/// Rotation of q and k: angle of dimension pair i at position p is p * inv_freq[i].
+/// Rotation of q and k: angle of dimension pair i at position p is p * `inv_freq[i]`.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Rope {
     /// Base of the frequencies.

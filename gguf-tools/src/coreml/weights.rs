@@ -540,3 +540,18 @@ mod dequantise {
         unreachable!("a build without the engine feature refuses quantised tensors before it reads them")
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::pairs_to_halves;
+
+    #[test]
+    fn pairs_go_to_halves_head_by_head() {
+        // two heads of 6 rows of 2 bytes, numbered
+        let mut rows: Vec<u8> = (0..12).flat_map(|row| [row, row + 100]).collect();
+        pairs_to_halves(&mut rows, 6, 2, &mut Vec::new());
+        let order: Vec<u8> = rows.chunks_exact(2).map(|row| row[0]).collect();
+        assert_eq!(order, [0, 2, 4, 1, 3, 5, 6, 8, 10, 7, 9, 11]);
+        assert!(rows.chunks_exact(2).all(|row| row[1] == row[0] + 100));
+    }
+}

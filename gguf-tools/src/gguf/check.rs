@@ -536,12 +536,16 @@ fn is_byte_token(text: &[u8]) -> bool {
     text.len() == 6 && text.starts_with(b"<0x") && text[5] == b'>' && text[3..5].iter().all(upper_hex)
 }
 
-/// Ids inside the vocabulary, also those that llama.cpp assumes.
+/// Ids of the right type; begin and end of text inside the vocabulary, also where llama.cpp assumes them.
+///
+/// Any other id outside the vocabulary is harmless: llama.cpp warns and does without (padding ids of fine-tuned
+/// models often are).
 fn special_tokens(gguf: &Gguf, n_tokens: u32, kind: &str) -> Result<(), Error> {
     let prefix = "tokenizer.ggml.";
     for entry in gguf.metadata().filter(|e| e.key.starts_with(prefix) && e.key.ends_with("_token_id")) {
+        let ends = ["bos_token_id", "eos_token_id"].iter().any(|name| entry.key[prefix.len()..] == **name);
         match entry.value {
-            Value::U32(id) if id < n_tokens => {}
+            Value::U32(id) if id < n_tokens || !ends => {}
             Value::U32(id) => {
                 let must = format!("below {n_tokens}, the number of tokens");
                 return Err(gguf.key_error(entry.key, Rule::Hparam { says: id.to_string(), must }));
@@ -590,7 +594,7 @@ fn tensors(gguf: &Gguf, hparams: &Hparams) -> Result<(), Error> {
                 }
             }
         }
-        tensor_type(&tensor)?;
+        tensor_type(&tensor, arch::is_supported(&hparams.arch))?;
     }
     // llama.cpp asserts that an NVFP4 lm_head with scales beside it is not the embedding
     if let Some(scale) = gguf.tensor("output.scale").or_else(|| gguf.tensor("output.input_scale"))
@@ -608,11 +612,13 @@ fn tensors(gguf: &Gguf, hparams: &Hparams) -> Result<(), Error> {
     Ok(())
 }
 
-fn tensor_type(tensor: &Tensor<'_>) -> Result<(), Error> {
+fn tensor_type(tensor: &Tensor<'_>, known: bool) -> Result<(), Error> {
     use TensorType::*;
     let found = tensor.tensor_type();
-    if matches!(found, I8 | I16 | I32 | I64 | F64 | Q8_1 | Q8_K) {
-        // ggml has them for intermediate results: no operation on weights takes them
+    let integer = matches!(found, I8 | I16 | I32 | I64 | F64);
+    if matches!(found, Q8_1 | Q8_K) || integer && known {
+        // ggml has them for intermediate results and for tables that the architectures known here do not have:
+        // no operation on weights takes them
         return Err(
             tensor.error(Rule::TensorTypeForbidden { found, must: "a type for weights, such as F16" })
         );

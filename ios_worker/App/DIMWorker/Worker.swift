@@ -68,6 +68,13 @@ final class Worker {
         configuration.device = { monitor.state }
         server = Server(configuration)
         Task { for await event in stream { handle(event) } }
+        let server = server
+        NotificationCenter.default.addObserver(
+            forName: UIApplication.didReceiveMemoryWarningNotification, object: nil, queue: nil
+        ) { _ in
+            // better an end with a reason than one by the system without
+            server.drop(ErrorReport(code: .noMemory, text: "the phone is short of memory: give it fewer blocks"))
+        }
     }
 
     // MARK: foreground and background

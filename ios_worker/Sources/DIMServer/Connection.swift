@@ -33,12 +33,17 @@ final class Connection: @unchecked Sendable {
     private var replacing: Terms?
     private var pushed: (total: UInt64, sizes: [UInt64], done: UInt64)?
 
+    /// what the terms of this connection were made of
+    let offered: StageShape?
+
     init(_ server: Server, _ socket: Socket, crowded: Bool) {
         self.server = server
         self.socket = socket
         address = socket.address(ofPeer: true)
+        let (terms, shape) = server.terms()
+        offered = shape
         wire = WorkerConnection(
-            terms: server.terms(), secrets: crowded ? WorkerSecrets() : server.secrets(),
+            terms: terms, secrets: crowded ? WorkerSecrets() : server.secrets(),
             acceptedAt: monotonicMilliseconds(), crowded: crowded)
     }
 
@@ -53,6 +58,15 @@ final class Connection: @unchecked Sendable {
         }
         // whoever waits for bytes wakes up and sees that it is over; what was sent still arrives
         if locked({ wire.isClosed }) { socket.finishSending() }
+    }
+
+    /// Ends the connection because of something that happened beside it.
+    func fail(_ report: ErrorReport) {
+        locked {
+            wire.fail(report, now: monotonicMilliseconds())
+            flush()
+        }
+        socket.finishSending()
     }
 
     func heartbeatWhileComputing() {
@@ -282,6 +296,18 @@ final class Connection: @unchecked Sendable {
 
     // MARK: push
 
+    /// Work that may take longer than a heartbeat's interval: the ticker sends them meanwhile.
+    private func working<R>(_ work: () throws(PushStore.Failure) -> R) throws(PushStore.Failure) -> R {
+        locked { computing = true }
+        defer {
+            locked {
+                computing = false
+                wire.beginWaiting(now: monotonicMilliseconds())
+            }
+        }
+        return try work()
+    }
+
     private func beginPush(_ offer: PushOffer) {
         guard let store = server.configuration.pushStore else { return }
         if let busy = server.admitPush(self, key: key, offer: offer) {
@@ -291,7 +317,7 @@ final class Connection: @unchecked Sendable {
         host = shown(offer.name)
         server.configuration.report(.connected(host: host ?? "", address: address, connection: name))
         do throws(PushStore.Failure) {
-            let have = try store.begin(offer)
+            let have = try working { () throws(PushStore.Failure) in try store.begin(offer) }
             pushed = (
                 offer.items.reduce(0) { $0 + $1.size }, offer.items.map(\.size), have.reduce(0, +)
             )
@@ -305,7 +331,7 @@ final class Connection: @unchecked Sendable {
     private func store(_ data: PushData) {
         guard let store = server.configuration.pushStore else { return }
         do throws(PushStore.Failure) {
-            if let stored = try store.write(data) {
+            if let stored = try working({ () throws(PushStore.Failure) in try store.write(data) }) {
                 locked {
                     wire.stored(item: Int(data.item), bytes: stored, now: monotonicMilliseconds())
                     flush()
@@ -322,7 +348,7 @@ final class Connection: @unchecked Sendable {
     private func finishPushIfComplete(_ store: PushStore) {
         guard locked({ wire.pushIsComplete && !wire.isClosed }) else { return }
         do throws(PushStore.Failure) {
-            let place = try store.finish()
+            let place = try working { () throws(PushStore.Failure) in try store.finish() }
             locked {
                 wire.pushResult(PushResult(outcome: .ok, item: nil, text: ""), now: monotonicMilliseconds())
                 flush()

@@ -81,6 +81,12 @@ public final class Server: @unchecked Sendable {
         for connection in open { connection.leave(reason) }
     }
 
+    /// Ends the connection that is being served, saying why: memory runs out, say. The worker goes on listening.
+    public func drop(_ report: ErrorReport) {
+        let connection = locked { serving?.connection }
+        connection?.fail(report)
+    }
+
     public var isListening: Bool { locked { listener != nil } }
 
     /// What is served from now on. A host that is being served by another stage is told to come back.
@@ -112,15 +118,15 @@ public final class Server: @unchecked Sendable {
 
     // MARK: for connections
 
-    /// What the worker holds and can, as of now.
-    func terms() -> Terms {
+    /// What the worker holds and can, as of now, and the shape that it follows from.
+    func terms() -> (Terms, StageShape?) {
         var terms = Terms()
         let shape = locked { stage.shape }
         terms.instance = instance
         terms.software = configuration.software
         terms.name = configuration.name
         terms.features = configuration.pushStore == nil ? [] : .push
-        guard let shape else { return terms }
+        guard let shape else { return (terms, nil) }
         terms.dtypes = shape.dtypes
         terms.role = .middle
         terms.nEmbd = UInt32(shape.nEmbd)
@@ -135,7 +141,7 @@ public final class Server: @unchecked Sendable {
         terms.slice = shape.slice
         terms.parameters = shape.parameters
         terms.arch = shape.arch
-        return terms
+        return (terms, shape)
     }
 
     func secrets() -> WorkerSecrets {
@@ -152,6 +158,9 @@ public final class Server: @unchecked Sendable {
             case .failed(_, let text):
                 return .failed(ErrorReport(code: .selfTest, text: text))
             case .ready(let ready):
+                guard ready.shape == connection.offered else {
+                    return .refused(.notReady, "the worker has just been given another slice")
+                }
                 if let taken = taken(key, host.instance) { return taken }
                 if configuration.device().temperature == .critical {
                     return .failed(

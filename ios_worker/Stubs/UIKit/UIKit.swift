@@ -6,6 +6,7 @@
 open class UIApplication {
     public class var shared: UIApplication { stub() }
     public var isIdleTimerDisabled = false
+    public nonisolated static let didReceiveMemoryWarningNotification = NSNotification.Name("")
 }
 
 @MainActor

@@ -157,6 +157,51 @@ import Testing
         #expect(report.code == .tooHot)
     }
 
+    @Test func aConnectionCanBeDroppedWithAReason() throws {
+        let worker = try TestServer()
+        let host = try TestHost(worker.address, .serve(.host()))
+        _ = host.accepted()
+        worker.server.drop(ErrorReport(code: .noMemory, text: "short of memory"))
+        #expect(host.closed() == .peerFailed(ErrorReport(code: .noMemory, text: "short of memory")))
+        #expect(try TestHost(worker.address, .serve(.host())).accepted() != nil)
+    }
+
+    @Test func aSliceThatIsChangedUnderwayIsNotServedOnOldTerms() throws {
+        let worker = try TestServer()
+        // this connection was told the old terms, and says HELLO after the change
+        let host = try TestHost(worker.address, .inquire)
+        _ = host.wait { if case .offered = $0 { true } else { nil } }
+        var other = StageShape.test
+        other.nCtx = 128
+        worker.server.serve(.ready(PackagedStage.fake(shape: other)))
+        host.say { $0.hello(.host(), now: monotonicMilliseconds()) }
+        guard case .refusedByPeer(let refusal) = host.closed() else {
+            Issue.record("not refused: \(String(describing: host.ending))")
+            return
+        }
+        #expect(refusal.reason == .notReady)
+    }
+
+    @Test func keysInADirectoryAreForTheirOwnerOnly() throws {
+        let place = FileManager.default.temporaryDirectory.appendingPathComponent("dim-keys-\(UUID().uuidString)")
+        defer { try? FileManager.default.removeItem(at: place) }
+        let store = KeyDirectory(place)
+        #expect(store.keys().isEmpty)
+        let keys = [PairKey.random(), PairKey.random()]
+        for key in keys { try store.add(key, name: "a desk\u{202E}\n/../x") }
+        #expect(Set(store.keys().map(\.line)) == Set(keys.map(\.line)))
+        for name in try FileManager.default.contentsOfDirectory(atPath: place.path) {
+            let attributes = try FileManager.default.attributesOfItem(
+                atPath: place.appendingPathComponent(name).path)
+            #expect((attributes[.posixPermissions] as? NSNumber)?.intValue == 0o600)
+        }
+        let file = place.appendingPathComponent("one")
+        try Data((keys[0].line + "\n").utf8).write(to: file)
+        #expect(KeyFile(contentsOf: file.path)?.keys() == [keys[0]])
+        #expect(throws: KeyStoreError.self) { try KeyFile(contentsOf: file.path)?.add(keys[1], name: "x") }
+        #expect(KeyFile(contentsOf: place.path) == nil)
+    }
+
     @Test func heartbeatsComeWhileItComputes() throws {
         var shape = StageShape.test
         shape.lastBlock = shape.firstBlock

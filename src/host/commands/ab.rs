@@ -104,7 +104,7 @@ pub fn run(args: &Args) -> Result<(), Failure> {
             "GGML_RPC=ON cargo build --release --features rpc --target-dir target/rpc, then run dim-host ab from there",
         ));
     }
-    if !CAN_PIN && !(args.host_cpus.is_empty() && args.worker_cpus.is_empty()) {
+    if !CAN_PIN && (!args.host_cpus.is_empty() || !args.worker_cpus.is_empty()) {
         return Err(Failure::misuse(
             "--host-cpus, --worker-cpus: processes cannot be pinned to cores on this system",
         ));

@@ -42,7 +42,9 @@ pub fn run(args: &Args) -> Result<(), Failure> {
     run_to_end(program("dim-synth")?.arg(&model).args(["--shape", &args.shape]))?;
 
     step("2. the model, cut in three");
-    run_to_end(program("dim-split")?.arg(&model).args(["--middle", &args.middle, "--verify"]).arg("--out").arg(dir))?;
+    run_to_end(
+        program("dim-split")?.arg(&model).args(["--middle", &args.middle, "--verify"]).arg("--out").arg(dir),
+    )?;
 
     step("3. a worker with the middle");
     let middle = find_middle(dir)?;
@@ -67,8 +69,10 @@ pub fn run(args: &Args) -> Result<(), Failure> {
     let exact = &split_runs[0];
     if exact.tokens != stock.tokens {
         let at = agreeing(&exact.tokens, &stock.tokens);
-        return Err(Failure::failed(format!("the split model's tokens differ from stock llama.cpp's from token {at} on"))
-            .hint("this should never happen: please report it with the output above"));
+        return Err(Failure::failed(format!(
+            "the split model's tokens differ from stock llama.cpp's from token {at} on"
+        ))
+        .hint("this should never happen: please report it with the output above"));
     }
     println!("\nAll {} tokens of the f32 run are those of stock llama.cpp.", stock.tokens.len());
     if let Some(dir) = &args.keep {
@@ -85,9 +89,9 @@ fn table(stock: &Report, split: &[Report]) -> String {
         "{:<22} {:>12} {:>12} {:>12} {:>18} {:>14}",
         "", "prompt", "generation", "first token", "bytes per token", "tokens equal"
     );
-    for (name, report) in std::iter::once(("stock llama.cpp", stock))
-        .chain(split.iter().map(|r| (if r.wire.dtype == "f32" { "split, f32 wire" } else { "split, f16 wire" }, r)))
-    {
+    for (name, report) in std::iter::once(("stock llama.cpp", stock)).chain(
+        split.iter().map(|r| (if r.wire.dtype == "f32" { "split, f32 wire" } else { "split, f16 wire" }, r)),
+    ) {
         let steps = report.tokens.len().saturating_sub(1).max(1) as u64;
         let bytes = match report.wire.round_trips {
             0 => "-".to_owned(),
@@ -121,22 +125,30 @@ fn step(what: &str) {
 
 /// A program of this project: it lies beside this one.
 fn program(name: &str) -> Result<Command, Failure> {
-    let here = std::env::current_exe().map_err(|e| Failure::failed(format!("cannot find this program's folder: {e}")))?;
+    let here = std::env::current_exe()
+        .map_err(|e| Failure::failed(format!("cannot find this program's folder: {e}")))?;
     let path = here.with_file_name(format!("{name}{}", std::env::consts::EXE_SUFFIX));
     if !path.is_file() {
-        return Err(Failure::failed(format!("{} is missing", path.display())).hint("build everything: cargo build --release --workspace"));
+        return Err(Failure::failed(format!("{} is missing", path.display()))
+            .hint("build everything: cargo build --release --workspace"));
     }
     Ok(Command::new(path))
 }
 
 /// The command as a person would type it, less the folders of its own.
 fn typed(command: &Command) -> String {
-    let name = Path::new(command.get_program()).file_name().unwrap_or_default().to_string_lossy().into_owned();
+    let name =
+        Path::new(command.get_program()).file_name().unwrap_or_default().to_string_lossy().into_owned();
     let words = command.get_args().map(|a| {
         let text = a.to_string_lossy();
         let path = Path::new(text.as_ref());
-        let short = if path.is_absolute() { path.file_name().unwrap_or_default().to_string_lossy() } else { text.clone() };
-        let plain = short.chars().all(|c| c.is_ascii_alphanumeric() || "-_./:,".contains(c)) && !short.is_empty();
+        let short = if path.is_absolute() {
+            path.file_name().unwrap_or_default().to_string_lossy()
+        } else {
+            text.clone()
+        };
+        let plain =
+            short.chars().all(|c| c.is_ascii_alphanumeric() || "-_./:,".contains(c)) && !short.is_empty();
         if plain { short.into_owned() } else { format!("'{short}'") }
     });
     std::iter::once(name).chain(words).collect::<Vec<_>>().join(" ")
@@ -144,8 +156,13 @@ fn typed(command: &Command) -> String {
 
 fn run_to_end(command: &mut Command) -> Result<(), Failure> {
     eprintln!("$ {}", typed(command));
-    let status = command.status().map_err(|e| Failure::failed(format!("cannot start {}: {e}", typed(command))))?;
-    if status.success() { Ok(()) } else { Err(Failure::failed(format!("{} ended with {status}", typed(command)))) }
+    let status =
+        command.status().map_err(|e| Failure::failed(format!("cannot start {}: {e}", typed(command))))?;
+    if status.success() {
+        Ok(())
+    } else {
+        Err(Failure::failed(format!("{} ended with {status}", typed(command))))
+    }
 }
 
 fn generate(command: &mut Command) -> Result<Report, Failure> {
@@ -156,23 +173,34 @@ fn generate(command: &mut Command) -> Result<Report, Failure> {
         .map_err(|e| Failure::failed(format!("cannot start {}: {e}", typed(command))))?;
     if !output.status.success() {
         let why = String::from_utf8_lossy(&output.stderr);
-        return Err(Failure::failed(format!("{} ended with {}\n{}", typed(command), output.status, why.trim_end())));
+        return Err(Failure::failed(format!(
+            "{} ended with {}\n{}",
+            typed(command),
+            output.status,
+            why.trim_end()
+        )));
     }
-    serde_json::from_slice(&output.stdout).map_err(|e| Failure::failed(format!("{}: no report: {e}", typed(command))))
+    serde_json::from_slice(&output.stdout)
+        .map_err(|e| Failure::failed(format!("{}: no report: {e}", typed(command))))
 }
 
 /// The one middle slice that dim-split wrote.
 fn find_middle(dir: &Path) -> Result<PathBuf, Failure> {
-    let entries = std::fs::read_dir(dir).map_err(|e| Failure::failed(format!("cannot read {}: {e}", dir.display())))?;
+    let entries =
+        std::fs::read_dir(dir).map_err(|e| Failure::failed(format!("cannot read {}: {e}", dir.display())))?;
     let is_middle = |p: &PathBuf| p.file_name().is_some_and(|n| n.to_string_lossy().contains(".middle-"));
-    let found = entries.flatten().map(|e| e.path()).find(|p| is_middle(p) && p.extension().is_some_and(|e| e == "gguf"));
+    let found = entries
+        .flatten()
+        .map(|e| e.path())
+        .find(|p| is_middle(p) && p.extension().is_some_and(|e| e == "gguf"));
     found.ok_or_else(|| Failure::failed(format!("dim-split left no middle slice in {}", dir.display())))
 }
 
 /// A pre-shared key for this run alone.
 fn write_key(path: &Path) -> Result<(), Failure> {
     let mut key = [0u8; 32];
-    getrandom::fill(&mut key).map_err(|e| Failure::failed(format!("the system gives no random bytes: {e}")))?;
+    getrandom::fill(&mut key)
+        .map_err(|e| Failure::failed(format!("the system gives no random bytes: {e}")))?;
     let hex: String = key.iter().map(|b| format!("{b:02x}")).collect();
     let mut options = std::fs::OpenOptions::new();
     options.write(true).create(true).truncate(true);
@@ -191,9 +219,12 @@ struct Scratch {
 impl Scratch {
     fn new(keep: Option<PathBuf>) -> Result<Scratch, Failure> {
         let keep_it = keep.is_some();
-        let dir = keep.unwrap_or_else(|| std::env::temp_dir().join(format!("dim-demo-{}", std::process::id())));
-        std::fs::create_dir_all(&dir).map_err(|e| Failure::misuse(format!("cannot make {}: {e}", dir.display())))?;
-        let dir = dir.canonicalize().map_err(|e| Failure::failed(format!("cannot open {}: {e}", dir.display())))?;
+        let dir =
+            keep.unwrap_or_else(|| std::env::temp_dir().join(format!("dim-demo-{}", std::process::id())));
+        std::fs::create_dir_all(&dir)
+            .map_err(|e| Failure::misuse(format!("cannot make {}: {e}", dir.display())))?;
+        let dir =
+            dir.canonicalize().map_err(|e| Failure::failed(format!("cannot open {}: {e}", dir.display())))?;
         Ok(Scratch { dir, keep: keep_it })
     }
 }
@@ -215,7 +246,14 @@ struct Worker {
 impl Worker {
     fn start(slice: &Path, key: &Path, threads: u32) -> Result<Worker, Failure> {
         let mut command = program("dim-worker")?;
-        command.arg(slice).args(["--listen", "127.0.0.1:0", "--ctx", "1024", "--threads", &threads.to_string()]);
+        command.arg(slice).args([
+            "--listen",
+            "127.0.0.1:0",
+            "--ctx",
+            "1024",
+            "--threads",
+            &threads.to_string(),
+        ]);
         command.arg("--key-file").arg(key);
         eprintln!("$ {} &", typed(&command));
         let mut child = command

@@ -52,8 +52,7 @@ impl Run<'_> {
         process_start: Instant,
     ) -> Result<(), Failure> {
         let prompt = args.tokens(self.vocabulary, self.n_ctx)?;
-        let mut sampler =
-            Sampler::new(&args.sampling, self.vocabulary.n_vocab()).map_err(Failure::misuse)?;
+        let mut sampler = Sampler::new(&args.sampling, self.vocabulary.n_vocab()).map_err(Failure::misuse)?;
         let mut logits_out = match &args.logits_out {
             None => None,
             Some(path) => Some(std::io::BufWriter::new(

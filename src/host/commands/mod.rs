@@ -85,7 +85,8 @@ impl MachineArgs {
 
     /// The threads to use.
     pub fn n_threads(&self) -> u32 {
-        let cores = || std::thread::available_parallelism().map_or(1, |n| u32::try_from(n.get()).unwrap_or(1));
+        let cores =
+            || std::thread::available_parallelism().map_or(1, |n| u32::try_from(n.get()).unwrap_or(1));
         self.threads.unwrap_or_else(cores)
     }
 
@@ -97,7 +98,9 @@ impl MachineArgs {
             (asked, 0) => asked,
             (asked, trained) => {
                 if asked > trained {
-                    eprintln!("note: this model was trained for {trained} positions; --ctx {asked} goes beyond it");
+                    eprintln!(
+                        "note: this model was trained for {trained} positions; --ctx {asked} goes beyond it"
+                    );
                 }
                 asked
             }
@@ -111,7 +114,9 @@ impl PromptArgs {
         if let Some(text) = &self.prompt {
             return Ok(text.clone());
         }
-        let Some(path) = &self.file else { return Err(Failure::misuse("give a prompt with -p TEXT or -f FILE")) };
+        let Some(path) = &self.file else {
+            return Err(Failure::misuse("give a prompt with -p TEXT or -f FILE"));
+        };
         let mut bytes = Vec::new();
         let read = if path.as_os_str() == "-" {
             std::io::stdin().lock().take(MAX_PROMPT_BYTES + 1).read_to_end(&mut bytes)
@@ -123,7 +128,11 @@ impl PromptArgs {
             return Err(Failure::misuse(format!("the prompt in {} is longer than 64 MiB", path.display())));
         }
         String::from_utf8(bytes).map_err(|e| {
-            Failure::misuse(format!("the prompt in {} is not UTF-8 at byte {}", path.display(), e.utf8_error().valid_up_to()))
+            Failure::misuse(format!(
+                "the prompt in {} is not UTF-8 at byte {}",
+                path.display(),
+                e.utf8_error().valid_up_to()
+            ))
         })
     }
 
@@ -131,7 +140,9 @@ impl PromptArgs {
     pub fn limit(&self) -> Result<Option<usize>, Failure> {
         match self.n_predict {
             -1 => Ok(None),
-            n => usize::try_from(n).map(Some).map_err(|_| Failure::misuse(format!("-n {n}: must be -1 or more"))),
+            n => usize::try_from(n)
+                .map(Some)
+                .map_err(|_| Failure::misuse(format!("-n {n}: must be -1 or more"))),
         }
     }
 
@@ -139,14 +150,22 @@ impl PromptArgs {
     pub fn tokens(&self, vocabulary: &Model, n_ctx: u32) -> Result<Vec<i32>, Failure> {
         let mut tokens = vocabulary.tokenize(&self.text()?, true, true).map_err(Failure::misuse)?;
         if tokens.is_empty() {
-            return Err(Failure::misuse("the prompt is empty").hint("give at least one character with -p or -f"));
+            return Err(
+                Failure::misuse("the prompt is empty").hint("give at least one character with -p or -f")
+            );
         }
         if let Some(n) = self.prompt_tokens {
             tokens = tokens.into_iter().cycle().take(n as usize).collect();
         }
         if tokens.len() > n_ctx as usize {
-            return Err(Failure::misuse(format!("the prompt has {} tokens, the context {n_ctx}", tokens.len()))
-                .hint(format!("start with --ctx {} or more, on the workers too", tokens.len().next_power_of_two())));
+            return Err(Failure::misuse(format!(
+                "the prompt has {} tokens, the context {n_ctx}",
+                tokens.len()
+            ))
+            .hint(format!(
+                "start with --ctx {} or more, on the workers too",
+                tokens.len().next_power_of_two()
+            )));
         }
         Ok(tokens)
     }

@@ -27,7 +27,8 @@ pub fn run(args: &Args) -> Result<(), Failure> {
     let code = PairingCode::parse(&typed).map_err(Failure::misuse)?;
     let store = KeyStore::of_user().map_err(Failure::failed)?;
     let keep = |key: &_, name: &str| {
-        let paired_at = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).map_or(0, |d| d.as_secs());
+        let paired_at =
+            std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).map_or(0, |d| d.as_secs());
         let peer = Peer { name: name.to_owned(), address: args.address.clone(), paired_at };
         store.add(key, &peer).map_err(LinkError::from)
     };

@@ -46,7 +46,12 @@ pub fn run(args: &Args, process_start: Instant) -> Result<(), Failure> {
     let n_batch = context.info().n_batch;
     let mut engine = StockEngine::new(context, model.n_vocab(), model.n_blocks(), n_batch);
     let name = model_name(&args.model);
-    Run { vocabulary: &model, n_ctx, model_name: &name }.run(&mut engine, &args.prompt, &interrupt, process_start)
+    Run { vocabulary: &model, n_ctx, model_name: &name }.run(
+        &mut engine,
+        &args.prompt,
+        &interrupt,
+        process_start,
+    )
 }
 
 #[cfg(feature = "rpc")]
