@@ -49,7 +49,8 @@ test-coreml: build
 	$(ENV) cargo build $(CARGO_FLAGS) --examples
 	DIM_BIN=$(CURDIR)/target/release sh gguf-tools/tests/coreml/run.sh
 
-test-swift:
+test-swift: build
+	@sh .ci/setup venv
 	@sh ios_worker/tools/test.sh
 
 test-vulkan: setup
