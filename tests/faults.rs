@@ -219,7 +219,7 @@ fn numbers_byte(state: &mut u64) -> u8 {
 /// What a host asks for and a worker cannot compute is an error, not silence: the overflow of a boundary.
 #[test]
 fn a_value_that_f16_cannot_hold_is_named_and_f32_takes_it() {
-    let cut = Cut::new(&Spec::tiny("qwen2").unwrap().gain(1.0e5), &["1..2"]);
+    let cut = Cut::new(&Spec::tiny("qwen2").unwrap().with_type("f32").unwrap().gain(1.0e5), &["1..2"]);
     let worker = cut.worker(1);
     let says = failure(&mut cut.generate(&[&worker.address], &["-n", "2", "--temp", "0"]), 1);
     assert!(says.contains("block") && says.contains("65504"), "{says}");

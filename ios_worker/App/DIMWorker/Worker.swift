@@ -83,6 +83,8 @@ final class Worker {
         UIApplication.shared.isIdleTimerDisabled = true
         monitor.start()
         if !server.isListening { listen() }
+        // packages may have been copied here meanwhile
+        if packages.isEmpty { Task { await load() } }
         ticker?.cancel()
         ticker = Task {
             while !Task.isCancelled {
@@ -128,9 +130,10 @@ final class Worker {
         guard !isLoading else { return }
         guard let directory = Places.newest(store) else {
             server.serve(.none)
-            problem =
-                "No model yet. On the host: dim-host push STEM.middle-A..B.coreml --worker \(addresses.first ?? "ADDRESS"), "
-                + "or copy the .coreml folder into DIM with Finder or Files."
+            problem = """
+                No model yet. Copy the folder STEM.middle-A..B.coreml that dim-split --coreml wrote into DIM, with \
+                Finder or with the Files app, then reopen DIM.
+                """
             return
         }
         isLoading = true
