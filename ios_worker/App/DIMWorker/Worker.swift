@@ -69,7 +69,7 @@ final class Worker {
         server = Server(configuration)
         Task { for await event in stream { handle(event) } }
         let server = server
-        NotificationCenter.default.addObserver(
+        _ = NotificationCenter.default.addObserver(
             forName: UIApplication.didReceiveMemoryWarningNotification, object: nil, queue: nil
         ) { _ in
             // better an end with a reason than one by the system without
