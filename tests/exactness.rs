@@ -148,7 +148,8 @@ fn f16_rows_cost_little() {
         let largest = divergences.iter().fold(0.0, |max: f64, d| max.max(*d));
         println!("{arch:<10} {:>9} {mean:>12.2e} {largest:>12.2e} {:>7.2}%", tokens.len(), agree * 100.0);
         assert!(mean > 0.0, "{arch}: F16 rows that differ in nothing were not F16");
-        assert!(mean < 1e-4 && agree >= 0.99, "{arch}: mean KL {mean:.2e}, top-1 {agree}");
+        // seen: mean KL 4e-6 to 1.1e-5, top-1 99.0 to 99.7 %, by CPU; random models have near ties that trained ones have not
+        assert!(mean < 5e-5 && agree >= 0.98, "{arch}: mean KL {mean:.2e}, top-1 {agree}");
     }
 }
 
