@@ -856,20 +856,30 @@ fn relay(to: SocketAddr) -> (String, Arc<AtomicBool>) {
     (relay_with(to, move |_| !is_frozen.load(Ordering::Relaxed)), frozen)
 }
 
+std::thread_local! {
+    static OWED_S: std::cell::Cell<f64> = const { std::cell::Cell::new(0.0) };
+}
+
 /// Passes so many bytes a second; 0: none until that changes.
 fn pacing_relay(to: SocketAddr) -> (String, Arc<AtomicU32>) {
     let pace = Arc::new(AtomicU32::new(u32::MAX));
     let rate = pace.clone();
     let wait = move |bytes: &mut [u8]| {
-        let mut left = bytes.len() as f64;
-        let mut last = Instant::now();
-        while left > 0.0 {
-            std::thread::sleep(Duration::from_millis(5));
+        loop {
             match rate.load(Ordering::Relaxed) {
                 u32::MAX => break,
-                bytes_per_s => left -= f64::from(bytes_per_s) * last.elapsed().as_secs_f64(),
+                0 => std::thread::sleep(Duration::from_millis(5)),
+                bytes_per_s => {
+                    // each direction has a thread of its own; sleeps too short to be kept are saved up
+                    let owed = OWED_S.get() + bytes.len() as f64 / f64::from(bytes_per_s);
+                    let pays = owed > 0.005;
+                    OWED_S.set(if pays { 0.0 } else { owed });
+                    if pays {
+                        std::thread::sleep(Duration::from_secs_f64(owed));
+                    }
+                    break;
+                }
             }
-            last = Instant::now();
         }
         true
     };

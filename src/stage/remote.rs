@@ -115,7 +115,11 @@ impl RemoteStage for WorkerStage {
                 self.unanswered.push_back(id);
                 Ok(())
             }
-            Err(e) => Err(self.lost(e)),
+            Err(e) => {
+                // a worker that closed has usually said why before
+                let e = self.link_mut()?.receiver().explain(e);
+                Err(self.lost(e))
+            }
         }
     }
 
