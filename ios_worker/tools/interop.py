@@ -7,6 +7,7 @@ evaluation), generate 64 greedy tokens with dim-host, and compare with stock lla
 killed in the middle of a reply and started again on the same port, and a worker that must refuse.
 """
 
+import array
 import json
 import pathlib
 import re
@@ -73,6 +74,30 @@ def stock(binaries, model, tokens):
         "--temp", "0", "--json"))["tokens"]
 
 
+def choose_model(binaries, model, arch):
+    """A model whose greedy choices are clear ones: of some seeds, the one whose closest call between the first and the
+    second token is widest. Weights are random, so many calls are close, and rounding to F16 decides those."""
+    def write(seed):
+        run(binaries / "dim-synth", model, "--quiet", "--shape", "tiny", "--arch", arch, "--type", "f16", "--seed", seed)
+
+    def closest_call():
+        logits = array.array("f")
+        run(binaries / "dim-host", "stock", "--model", model, "--ctx", "256", "--threads", "1", "-p", PROMPT, "-n", TOKENS,
+            "--temp", "0", "--json", "--logits-out", model.with_suffix(".logits"))
+        logits.frombytes(model.with_suffix(".logits").read_bytes())
+        n_vocab = len(logits) // TOKENS
+        rows = (sorted(logits[i * n_vocab:(i + 1) * n_vocab])[-2:] for i in range(TOKENS))
+        return min(first - second for second, first in rows)
+
+    calls = {}
+    for seed in range(1, 41):
+        write(seed)
+        calls[seed] = closest_call()
+    best = max(calls, key=calls.get)
+    write(best)
+    print(f"{arch}: seed {best}, closest call {calls[best]:.3f}", flush=True)
+
+
 def main():
     binaries, command = pathlib.Path(sys.argv[1]), sys.argv[2:]
     with tempfile.TemporaryDirectory(prefix="dim-interop-") as folder:
@@ -81,7 +106,7 @@ def main():
             model, out = folder / f"{arch}.gguf", folder / arch
             out.mkdir()
             (out / "key").write_text("7" * 64 + "\n")
-            run(binaries / "dim-synth", model, "--shape", "tiny", "--arch", arch, "--type", "f16", "--seed", "7")
+            choose_model(binaries, model, arch)
             run(binaries / "dim-split", model, "--middle", "1..2", "--coreml", "--coreml-ctx", "512", "--coreml-prefill",
                 "16", "--out", out)
             packages, split = out / f"{arch}.middle-1..2.coreml", out / f"{arch}.split.json"

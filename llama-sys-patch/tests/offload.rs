@@ -16,9 +16,16 @@ use llama_sys_patch::{
     ContextParams, Error, Input, Model, ModelParams, Output, Row, Stage, StageParams, devices,
 };
 
-/// What the logits may differ by from stock's on the same backend: a GPU backend fuses operations, and does so
-/// differently where a graph ends.
+/// What the logits may differ by from stock's on the same backend, relative to their spread (the root mean square, about
+/// 4 in these models): a GPU backend fuses operations, and does so differently where a graph ends.
 const TOLERANCE: f32 = 2e-3;
+
+/// The largest difference, and whether it is within the tolerance.
+fn within(ours: &[f32], stock: &[f32]) -> (f32, bool) {
+    let spread = (stock.iter().map(|x| x * x).sum::<f32>() / stock.len() as f32).sqrt();
+    let difference = max_difference(ours, stock);
+    (difference, difference <= TOLERANCE * spread)
+}
 
 fn on_gpu(path: &Path, no_lm_head: bool) -> Model {
     Model::load(&[path], ModelParams { no_lm_head, ..Default::default() }).expect("the model loads")
@@ -148,9 +155,9 @@ fn compare(
     let mut largest = [0f32; 2]; // of the prompt, of the tokens after it
     for step in 0..25 {
         let (a, b) = (ours(&rows, &text), stock(&rows, &text));
-        let difference = max_difference(&a, &b);
+        let (difference, is_within) = within(&a, &b);
         largest[usize::from(step > 0)] = largest[usize::from(step > 0)].max(difference);
-        assert!(difference <= TOLERANCE, "{what}, step {step}: logits differ by {difference}");
+        assert!(is_within, "{what}, step {step}: logits differ by {difference}");
         assert_eq!(argmax(&a), argmax(&b), "{what}, step {step}");
         position += text.len() as u32;
         text = vec![argmax(&b)];
@@ -218,9 +225,9 @@ fn sessions_and_rewinding_work_on_the_gpu() {
     let mut chain = Chain::new(&model, &[2, 4], &context, Wire::F32);
     let mut oracle = stock(&model, &context);
     let mut run = |chain: &mut Chain, rows: &[Row], tokens: &[i32]| {
-        let difference =
-            max_difference(&chain.evaluate(rows, tokens).unwrap(), &decode(&mut oracle, rows, tokens));
-        assert!(difference <= TOLERANCE, "{difference}");
+        let (difference, is_within) =
+            within(&chain.evaluate(rows, tokens).unwrap(), &decode(&mut oracle, rows, tokens));
+        assert!(is_within, "{difference}");
     };
     run(&mut chain, &Row::chunk(0, 0, 40), &tokens(&model, 34, 40));
     run(&mut chain, &Row::chunk(1, 0, 20), &tokens(&model, 35, 20));
@@ -239,5 +246,6 @@ fn sessions_and_rewinding_work_on_the_gpu() {
     fresh.evaluate(&Row::chunk(0, 0, 10), &text[..10]).unwrap();
     let a = chain.evaluate(&Row::chunk(0, 10, 5), &text[10..15]).unwrap();
     let b = fresh.evaluate(&Row::chunk(0, 10, 5), &text[10..15]).unwrap();
-    assert!(max_difference(&a, &b) <= TOLERANCE);
+    let (difference, is_within) = within(&a, &b);
+    assert!(is_within, "{difference}");
 }
