@@ -55,8 +55,9 @@ test-swift: build
 
 test-vulkan: setup
 	@sh tests/vulkan/setup.sh
+# one test at a time: ggml sets its Vulkan devices up without a lock
 	$(ENV) VULKAN_SDK=$(CURDIR)/target/vulkan-sdk GGML_VK_VISIBLE_DEVICES=0 CARGO_TARGET_DIR=target/vulkan \
-		cargo test --release --locked -p llama-sys-patch --features vulkan --test offload -- --nocapture
+		cargo test --release --locked -p llama-sys-patch --features vulkan --test offload -- --test-threads 1 --nocapture
 
 bench: build
 	$(ENV) cargo bench $(CARGO_FLAGS)
