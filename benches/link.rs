@@ -6,8 +6,9 @@
 //!                                                  listens on the first address and passes bytes on to the second, over
 //!                                                  a link of 5 ms round trip and 200 Mbit/s: for any TCP peer
 //!
-//! Bytes come out as they went in, or nothing is said about speed. The emulator sleeps and does not spin, so that it takes
-//! no core from what is measured: what it adds beyond the link itself is what this bench shows.
+//! Bytes come out as they went in, or nothing is said about speed. The emulator sleeps, but for the last tens
+//! of microseconds, so that it takes no core from what is measured: what it adds beyond the link itself is what this bench
+//! shows.
 
 #[path = "machine/mod.rs"]
 mod machine;

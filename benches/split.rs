@@ -40,7 +40,9 @@ fn main() {
         pinned.args(command.get_args());
         pinned
     };
-    let more = ["-n", &n_predict, "--temp", "0", "-p", &prompt];
+    // both arms evaluate the prompt once before they are timed, as llama-bench does: a fresh process spends the first
+    // pass on touching memory, and a split has two fresh contexts where stock has one
+    let more = ["-n", &n_predict, "--temp", "0", "-p", &prompt, "--warm-up"];
     let stock = || report(&mut on_core_0(cut.stock(&more)));
     let split =
         |wire: &str| report(on_core_0(cut.generate(&[&worker.address], &more)).args(["--wire", wire]));

@@ -402,8 +402,8 @@ fn spend(left: &AtomicU64, n: u64) -> bool {
     .is_ok()
 }
 
-/// Sleeps to the point, without spinning: the kernel wakes late, by an amount that hardly changes, so a timer that
-/// has seen it asks to be woken that much earlier.
+/// Sleeps to the point and never short of it: the kernel wakes late, by an amount that changes little, so a timer that
+/// has seen it asks to be woken that much earlier, and yields for what is then left (tens of microseconds).
 #[derive(Default)]
 struct Timer {
     lateness: Duration,
@@ -411,15 +411,16 @@ struct Timer {
 
 impl Timer {
     fn sleep_until(&mut self, at: Instant) {
-        let Some(rest) = at.checked_duration_since(Instant::now()) else { return };
-        let ask = rest.saturating_sub(self.lateness);
-        if ask.is_zero() {
-            return;
-        }
         let start = Instant::now();
-        std::thread::sleep(ask);
-        let late = start.elapsed().saturating_sub(ask).min(LONGEST_LATENESS);
-        self.lateness = (self.lateness * 7 + late) / 8;
+        let ask = at.saturating_duration_since(start).saturating_sub(self.lateness);
+        if !ask.is_zero() {
+            std::thread::sleep(ask);
+            let late = start.elapsed().saturating_sub(ask).min(LONGEST_LATENESS);
+            self.lateness = (self.lateness * 7 + late) / 8;
+        }
+        while Instant::now() < at {
+            std::thread::yield_now();
+        }
     }
 }
 
@@ -469,6 +470,16 @@ mod tests {
         let later = start + Duration::from_millis(100);
         assert_eq!(lane.arrival(later, 25_000) - later, Duration::from_micros(3_500), "an idle link is free");
         assert_eq!(lane.arrival(later, 0) - later, Duration::from_micros(3_500));
+    }
+
+    #[test]
+    fn a_timer_is_never_early() {
+        let mut timer = Timer::default();
+        for i in 0..500 {
+            let at = Instant::now() + Duration::from_micros(i % 7 * 100);
+            timer.sleep_until(at);
+            assert!(Instant::now() >= at, "early by {:?}", at - Instant::now());
+        }
     }
 
     #[test]

@@ -99,33 +99,30 @@ impl Page {
     fn table(&mut self, table: &Table, number: usize) {
         self.blocks.push(Block::Heading(title(&table.scenario)));
         self.blocks.push(Block::Paragraph(conditions(table)));
-        let base = table.base.map_or("", |b| if b == Arm::Solo { "x solo" } else { "x solo, no limit" });
-        self.blocks.push(Block::Table {
-            head: vec![
-                "arm",
-                "generation tok/s",
-                base,
-                "prompt tok/s",
-                base,
-                "first token after a cold start",
-                "same tokens as stock",
-            ],
-            rows: table.rows.iter().map(speed_cells).collect(),
-        });
-        self.blocks.push(Block::Table {
-            head: vec![
-                "arm",
-                "model on the host",
-                "own memory",
-                "mapped memory",
-                "major faults a round",
-                "disk reads a round",
-                "wire per token, up / down",
-                "wire of a first load, up / down",
-                "energy per token",
-            ],
-            rows: table.rows.iter().map(|row| cost_cells(row, &table.scenario)).collect(),
-        });
+        let base = if table.base == Some(Arm::SoloUnlimited) { "x solo, no limit" } else { "x solo" };
+        let head = [
+            "arm",
+            "generation tok/s",
+            base,
+            "prompt tok/s",
+            base,
+            "first token after a cold start",
+            "same tokens as stock",
+        ];
+        self.dense_table(&head, table.rows.iter().map(speed_cells).collect());
+        let head = [
+            "arm",
+            "model on the host",
+            "own memory",
+            "mapped memory",
+            "major faults a round",
+            "disk reads a round",
+            "wire per token, up / down",
+            "wire of a first load, up / down",
+            "energy per token",
+        ];
+        let costs = table.rows.iter().map(|row| cost_cells(row, &table.scenario));
+        self.dense_table(&head, costs.collect());
         let unexplained: Vec<Vec<String>> = table.rows.iter().filter_map(breakdown_cells).collect();
         if !unexplained.is_empty() {
             self.blocks.push(Block::Table {
@@ -148,6 +145,14 @@ impl Page {
         let slug = slug(&table.scenario);
         self.blocks.extend(charts::speeds(table, format!("{number:02}-{slug}-speed")).map(Block::Chart));
         self.blocks.extend(charts::breakdown(table, format!("{number:02}-{slug}-time")).map(Block::Chart));
+    }
+
+    /// A table without the columns that say nothing in any row.
+    fn dense_table(&mut self, head: &[&'static str], rows: Vec<Vec<String>>) {
+        let says = |column: &usize| rows.iter().any(|row| row[*column] != NOTHING);
+        let kept: Vec<usize> = (0..head.len()).filter(says).collect();
+        let rows = rows.iter().map(|row| kept.iter().map(|&i| row[i].clone()).collect()).collect();
+        self.blocks.push(Block::Table { head: kept.iter().map(|&i| head[i]).collect(), rows });
     }
 
     /// Plots over tables that differ in one thing only.
@@ -419,7 +424,7 @@ fn ratio(r: Ratio) -> String {
 }
 
 /// Bytes as people read them, in powers of ten.
-fn gigabytes(bytes: u64) -> String {
+pub(super) fn gigabytes(bytes: u64) -> String {
     let value = bytes as f64;
     match bytes {
         0..1_000 => format!("{bytes} B"),
@@ -589,6 +594,13 @@ mod tests {
         assert_eq!(new, format!("before\n{BEGIN}\n\nnew\n\n{END}\nafter\n"));
         assert_eq!(insert(&new, "new").unwrap(), new, "twice is the same as once");
         assert_eq!(insert("no marks", "new"), None);
+    }
+
+    #[test]
+    fn a_column_that_says_nothing_is_left_out() {
+        let markdown = Page::new(&measured()).markdown(2, "charts");
+        assert!(markdown.contains("| wire per token, up / down |"), "{markdown}");
+        assert!(!markdown.contains("energy per token"), "nothing told the energy");
     }
 
     #[test]

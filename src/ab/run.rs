@@ -25,6 +25,7 @@ use crate::ab::launch::{Ended, Place, Program, Server};
 use crate::ab::link::{Link, LinkTraffic};
 use crate::ab::machine::{Machine, SystemActivity, Versions, evict, rfc3339};
 use crate::ab::record::{Arm, ModelFile, Phase, Record, SCHEMA, Scenario, append};
+use crate::ab::report::gigabytes;
 use crate::failure::Failure;
 use crate::host::report::{Report, Stop};
 
@@ -406,8 +407,8 @@ fn why_not(
     server_died: bool,
 ) -> Option<String> {
     if let Some(group) = out_of {
-        let gigabytes = group.limit_bytes() as f64 / 1e9;
-        return Some(format!("ended by the kernel: more memory than its limit of {gigabytes:.2} GB"));
+        let limit = gigabytes(group.limit_bytes());
+        return Some(format!("ended by the kernel: more memory than its limit of {limit}"));
     }
     let Some(status) = ended.status else {
         return Some(format!("not done after {} s", plan.time_limit.as_secs()));

@@ -1,7 +1,7 @@
 //! `dim-host eval`: how well the split guesses a text, and how far its guesses are from stock llama.cpp's.
 
 use std::fs::File;
-use std::io::{BufReader, BufWriter, Read, Seek, SeekFrom, Write};
+use std::io::{BufReader, BufWriter, IsTerminal, Read, Seek, SeekFrom, Write};
 use std::path::PathBuf;
 use std::time::{Duration, Instant, SystemTime};
 
@@ -180,9 +180,13 @@ impl Text {
             if let Some(e) = failed {
                 return Err(e);
             }
-            eprint!("\r{name}: {} of {} tokens", window.scored.end, self.tokens.len());
+            if std::io::stderr().is_terminal() {
+                eprint!("\r\x1b[K{name}: {} of {} tokens", window.scored.end, self.tokens.len());
+            }
         }
-        eprintln!();
+        if std::io::stderr().is_terminal() {
+            eprintln!();
+        }
         let (value, error) = perplexity.value().ok_or_else(|| Failure::failed("no row was scored"))?;
         Ok(EngineResult {
             name,
