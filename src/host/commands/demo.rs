@@ -75,6 +75,11 @@ pub fn run(args: &Args) -> Result<(), Failure> {
         .hint("this should never happen: please report it with the output above"));
     }
     println!("\nAll {} tokens of the f32 run are those of stock llama.cpp.", stock.tokens.len());
+    if split_runs[1].tokens != stock.tokens {
+        println!(
+            "The f16 run leaves them where two tokens are nearly as likely: with random weights that is soon."
+        );
+    }
     if let Some(dir) = &args.keep {
         println!("The model and its slices are in {}.", dir.display());
     }
