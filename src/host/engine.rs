@@ -261,7 +261,8 @@ fn explain(error: &PipelineError) -> Failure {
     }
 }
 
-fn to_u32(n: usize) -> u32 {
+/// A count as a position; the context's limit is checked before it gets anywhere near the largest one.
+pub(crate) fn to_u32(n: usize) -> u32 {
     u32::try_from(n).unwrap_or(u32::MAX)
 }
 

@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 use llama_sys_patch::Model;
 
 use crate::failure::Failure;
-use crate::host::engine::{Engine, StageSnapshot};
+use crate::host::engine::{Engine, StageSnapshot, to_u32};
 use crate::host::report::{Report, StageReport, Stop, WireReport, ms, per_second};
 use crate::host::sampler::Sampler;
 use crate::host::text::TextStream;
@@ -178,8 +178,4 @@ impl Snapshot {
             gen_bytes_received: now.bytes_received - then.bytes_received,
         }
     }
-}
-
-fn to_u32(n: usize) -> u32 {
-    u32::try_from(n).unwrap_or(u32::MAX)
 }

@@ -4,7 +4,7 @@ use std::time::Instant;
 
 use crate::failure::Failure;
 use crate::host::chat::{ChatOptions, chat};
-use crate::host::commands::MachineArgs;
+use crate::host::commands::{MachineArgs, limit};
 use crate::host::engine::SplitEngine;
 use crate::host::interrupt::Interrupt;
 use crate::host::sampler::SamplerOptions;
@@ -34,10 +34,7 @@ pub struct Args {
 pub fn run(args: &Args, process_start: Instant) -> Result<(), Failure> {
     args.machine.check()?;
     args.sampling.check().map_err(Failure::misuse)?;
-    let n_predict = match args.n_predict {
-        -1 => None,
-        n => Some(usize::try_from(n).map_err(|_| Failure::misuse(format!("-n {n}: must be -1 or more")))?),
-    };
+    let n_predict = limit(args.n_predict)?;
     let interrupt = Interrupt::watch();
     let split = open_split(&args.split, &args.machine)?;
     let mut engine = SplitEngine::new(split.pipeline, split.n_ubatch);

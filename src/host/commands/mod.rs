@@ -138,12 +138,7 @@ impl PromptArgs {
 
     /// `-n` as a limit.
     pub fn limit(&self) -> Result<Option<usize>, Failure> {
-        match self.n_predict {
-            -1 => Ok(None),
-            n => usize::try_from(n)
-                .map(Some)
-                .map_err(|_| Failure::misuse(format!("-n {n}: must be -1 or more"))),
-        }
+        limit(self.n_predict)
     }
 
     /// The prompt's tokens, at least one, and fewer than the context has positions.
@@ -168,6 +163,14 @@ impl PromptArgs {
             )));
         }
         Ok(tokens)
+    }
+}
+
+/// The number after `-n` as a limit: none for -1.
+pub(crate) fn limit(n_predict: i64) -> Result<Option<usize>, Failure> {
+    match n_predict {
+        -1 => Ok(None),
+        n => usize::try_from(n).map(Some).map_err(|_| Failure::misuse(format!("-n {n}: must be -1 or more"))),
     }
 }
 
