@@ -9,6 +9,8 @@ pub struct Progress {
     shown: bool,
     terminal: bool,
     start: Instant,
+    /// what was there at the start: it does not count towards the rate
+    base: u64,
     last: Option<Instant>,
 }
 
@@ -20,8 +22,15 @@ impl Progress {
             shown: false,
             terminal: std::io::stderr().is_terminal(),
             start: Instant::now(),
+            base: 0,
             last: None,
         }
+    }
+
+    /// The rate is counted from here: `done` bytes were there before.
+    pub fn begin_at(&mut self, done: u64) {
+        self.base = done;
+        self.start = Instant::now();
     }
 
     /// `done` of `total` bytes.
@@ -34,12 +43,17 @@ impl Progress {
         self.last = Some(now);
         self.shown = true;
         let percent = if total == 0 { 100.0 } else { done as f64 / total as f64 * 100.0 };
-        let rate = done as f64 / (now - self.start).as_secs_f64();
+        let rate = done.saturating_sub(self.base) as f64 / (now - self.start).as_secs_f64();
         let left = (total.saturating_sub(done)) as f64 / rate.max(1.0);
-        let gib = rate / f64::from(1u32 << 30);
-        eprint!("\r\x1b[K{}  {percent:.0} %  {gib:.2} GiB/s  {left:.0} s left", self.what);
+        eprint!("\r\x1b[K{}  {percent:.0} %  {}/s  {left:.0} s left", self.what, size(rate));
         let _ = std::io::stderr().flush();
     }
+}
+
+/// Bytes as a person reads them: `1.30 GiB`, `36.2 MiB`.
+pub fn size(bytes: f64) -> String {
+    let mib = bytes / f64::from(1 << 20);
+    if mib >= 1000.0 { format!("{:.2} GiB", mib / 1024.0) } else { format!("{mib:.1} MiB") }
 }
 
 impl Drop for Progress {

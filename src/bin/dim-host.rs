@@ -5,7 +5,7 @@ use std::process::ExitCode;
 use std::time::Instant;
 
 use clap::{Parser, Subcommand};
-use dim::host::commands::{ab, arms, chat, demo, eval, generate, pair, report, stock};
+use dim::host::commands::{ab, arms, chat, demo, eval, generate, pair, push, report, stock};
 
 /// One model across your machines: the host runs the head and the tail of a split GGUF, workers run the middle.
 #[derive(Parser)]
@@ -25,6 +25,8 @@ enum Command {
     Stock(stock::Args),
     /// Pair with a worker, once: it shows a code, this command takes it
     Pair(pair::Args),
+    /// Send Core ML packages that `dim-split --coreml` wrote to a phone, over the paired connection
+    Push(push::Args),
     /// Synthesise a small model, cut it, run it over two processes, compare it with stock llama.cpp
     Demo(demo::Args),
     /// Measure the split against the other ways to run the same model on this machine
@@ -50,6 +52,7 @@ fn main() -> ExitCode {
         Command::Chat(args) => chat::run(&args, process_start),
         Command::Stock(args) => stock::run(&args, process_start),
         Command::Pair(args) => pair::run(&args),
+        Command::Push(args) => push::run(&args),
         Command::Demo(args) => demo::run(&args),
         Command::Ab(args) => ab::run(&args),
         Command::Eval(args) => eval::run(&args),

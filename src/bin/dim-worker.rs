@@ -12,6 +12,7 @@ use dim::host::commands::MachineArgs;
 use dim::host::setup::{load_stage, set_log};
 use dim::keys::{Key, KeyStore};
 use dim::stage::verified::{Verify, open_slice};
+use dim::transport::discover::{Announcement, MDNS_PORT};
 use dim::transport::{KeyRing, LinkError, Listener, ListenerConfig, Notice, Readiness, Timing};
 use dim::wire::DType;
 use dim::wire::message::Farewell;
@@ -37,6 +38,12 @@ struct Args {
     /// Show a pairing code even if a host is paired already
     #[arg(long)]
     pair: bool,
+    /// When to make this worker known on the local network, by mDNS as `_dim._tcp`, for `dim-host --worker auto`
+    #[arg(long, value_enum, value_name = "WHEN", default_value = "reachable")]
+    announce: Announce,
+    /// The port of multicast DNS, for tests
+    #[arg(long, value_name = "PORT", default_value_t = MDNS_PORT, hide = true)]
+    mdns_port: u16,
     /// Conversations at once, each with a context of its own
     #[arg(long = "parallel", value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..=64))]
     max_sessions: u32,
@@ -110,6 +117,7 @@ fn run(args: &Args) -> Result<(), Failure> {
             listener.address()
         );
     }
+    let announcement = announce(args, &listener);
     // a script waits for this line; who does not read it should not end the worker
     let _ = writeln!(std::io::stdout(), "listening on {}", listener.address());
     let _ = std::io::stdout().flush();
@@ -123,7 +131,41 @@ fn run(args: &Args) -> Result<(), Failure> {
             error => eprintln!("{error}"),
         }
     }
+    drop(announcement);
     Ok(())
+}
+
+/// When a worker makes itself known.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
+enum Announce {
+    /// If it listens where other machines can reach it
+    Reachable,
+    /// Also on 127.0.0.1, to programs of this machine
+    Always,
+    /// Hosts are told its address by hand
+    Never,
+}
+
+/// Makes the worker known; one that cannot be found works all the same.
+fn announce(args: &Args, listener: &Listener) -> Option<Announcement> {
+    match args.announce {
+        Announce::Never => return None,
+        Announce::Reachable if listener.address().ip().is_loopback() => return None,
+        _ => {}
+    }
+    let address = listener.address();
+    // several workers of one machine are told apart by their ports
+    let name = match address.port() {
+        DEFAULT_PORT => device::name(),
+        port => format!("{:.40} ({port})", device::name()),
+    };
+    match Announcement::start(&name, address, args.mdns_port) {
+        Ok(announcement) => Some(announcement),
+        Err(error) => {
+            eprintln!("note: hosts have to be told this worker's address ({error})");
+            None
+        }
+    }
 }
 
 fn keys(args: &Args) -> Result<Arc<dyn KeyRing>, Failure> {
@@ -187,5 +229,7 @@ async fn signal() {
     let _ = tokio::signal::ctrl_c().await;
 }
 
+/// Where a worker listens that is not told otherwise.
+const DEFAULT_PORT: u16 = 7878;
 /// Steps a host may send ahead.
 const MAX_IN_FLIGHT: u32 = 4;

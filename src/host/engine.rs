@@ -232,6 +232,9 @@ fn tell_person(event: Event<'_>) {
         Event::Lost { stage, reason, give_up_after } => {
             eprintln!("\n[{stage} lost: {reason}; looking for it for up to {} s]", give_up_after.as_secs());
         }
+        Event::Paused { reason, give_up_after, .. } => {
+            eprintln!("\n[{reason}; the reply waits for it, up to {} s]", give_up_after.as_secs());
+        }
         Event::Replaying { stage, steps } => {
             eprintln!("[{stage} answers again; sending it {steps} steps once more]")
         }

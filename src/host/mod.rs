@@ -5,11 +5,13 @@
 //!                                                                                            -> sampler -> token
 //! ```
 
+pub mod auto;
 pub mod chat;
 pub mod commands;
 pub mod engine;
 pub mod generate;
 pub mod interrupt;
+pub mod packages;
 pub mod pipeline;
 pub mod report;
 pub mod sampler;

@@ -65,6 +65,15 @@ pub enum Event<'a> {
         /// How long it will be looked for.
         give_up_after: Duration,
     },
+    /// A worker has said that it pauses or is too hot; the pipeline waits for it.
+    Paused {
+        /// The stage's name.
+        stage: &'a str,
+        /// What it said, and what to do.
+        reason: &'a str,
+        /// How long it will be waited for.
+        give_up_after: Duration,
+    },
     /// A worker is back, and its cache is being filled again.
     Replaying {
         /// The stage's name.
@@ -112,6 +121,8 @@ pub enum PipelineError {
 pub struct Patience {
     /// How long until it counts as gone.
     pub give_up_after: Duration,
+    /// How long instead, if it has said that it pauses or is too hot: somebody has to unlock it first.
+    pub paused_for: Duration,
     /// The pause after the first failed attempt; it doubles each time ...
     pub first_pause: Duration,
     /// ... up to this.
@@ -122,9 +133,28 @@ impl Default for Patience {
     fn default() -> Patience {
         Patience {
             give_up_after: Duration::from_secs(30),
+            paused_for: Duration::from_secs(600),
             first_pause: Duration::from_millis(200),
             longest_pause: Duration::from_secs(5),
         }
+    }
+}
+
+impl Patience {
+    /// How long a worker is looked for that was lost like this.
+    fn limit(&self, lost: &StageError) -> Duration {
+        match lost {
+            StageError::Paused(_) => self.paused_for.max(self.give_up_after),
+            _ => self.give_up_after,
+        }
+    }
+}
+
+/// What the observer hears of a worker that is away.
+fn event_of<'a>(stage: &'a str, lost: &StageError, reason: &'a str, give_up_after: Duration) -> Event<'a> {
+    match lost {
+        StageError::Paused(_) => Event::Paused { stage, reason, give_up_after },
+        _ => Event::Lost { stage, reason, give_up_after },
     }
 }
 
@@ -273,7 +303,7 @@ impl Pipeline {
             match result {
                 Ok(()) => {}
                 // the log knows of the rewind already, so replaying it is all there is to do
-                Err(StageError::Lost(reason)) => self.recover(i, reason)?,
+                Err(lost) if lost.may_pass() => self.recover(i, lost)?,
                 Err(source) => {
                     return Err(PipelineError::Stage { stage: self.slots[i].name.clone(), source });
                 }
@@ -322,7 +352,7 @@ impl Pipeline {
                 let step = slot.log.last().expect("just pushed");
                 match stage.submit(id.0, &step.spans, &step.rows) {
                     Ok(()) => {}
-                    Err(StageError::Lost(reason)) => self.recover(i, reason)?,
+                    Err(lost) if lost.may_pass() => self.recover(i, lost)?,
                     Err(source) => return Err(PipelineError::Stage { stage: slot.name.clone(), source }),
                 }
             }
@@ -355,10 +385,10 @@ impl Pipeline {
                 }
                 unreachable!("the last stage is local")
             }
-            Err(StageError::Lost(reason)) => {
+            Err(lost) if lost.may_pass() => {
                 self.spare.push(rows);
                 slot.stats.wait += start.elapsed();
-                self.recover(i, reason)?;
+                self.recover(i, lost)?;
                 Ok(None)
             }
             Err(source) => Err(PipelineError::Stage { stage: slot.name.clone(), source }),
@@ -368,15 +398,12 @@ impl Pipeline {
     /// Finds the worker of remote stage `i` again and fills its cache as it was: every step it had answered
     /// is sent again, in the same chunks, and its answer dropped. What it had not answered yet goes back to
     /// the schedule.
-    fn recover(&mut self, i: usize, mut reason: String) -> Result<(), PipelineError> {
+    fn recover(&mut self, i: usize, mut reason: StageError) -> Result<(), PipelineError> {
         let lost_at = Instant::now();
         let slot = &mut self.slots[i];
         let patience = self.patience;
-        (self.observer)(Event::Lost {
-            stage: &slot.name,
-            reason: &reason,
-            give_up_after: patience.give_up_after,
-        });
+        let mut give_up_after = patience.limit(&reason);
+        (self.observer)(event_of(&slot.name, &reason, &reason.to_string(), give_up_after));
 
         // what is not answered leaves the log: it will be submitted anew
         for step in slot.log.take_unanswered(|id| {
@@ -397,14 +424,22 @@ impl Pipeline {
             });
             match attempt {
                 Ok(()) => break,
-                Err(StageError::Lost(why)) => reason = why,
+                Err(why) if why.may_pass() => {
+                    // it may say only now why it is away
+                    if patience.limit(&why) > give_up_after {
+                        give_up_after = patience.limit(&why);
+                        (self.observer)(event_of(&slot.name, &why, &why.to_string(), give_up_after));
+                    }
+                    reason = why;
+                }
                 Err(source) => return Err(PipelineError::Stage { stage: slot.name.clone(), source }),
             }
             let away = lost_at.elapsed();
-            if away >= patience.give_up_after {
+            if away >= give_up_after {
+                let reason = reason.to_string();
                 return Err(PipelineError::WorkerGone { stage: slot.name.clone(), after: away, reason });
             }
-            std::thread::sleep(pause.min(patience.give_up_after - away));
+            std::thread::sleep(pause.min(give_up_after - away));
             pause = (pause * 2).min(patience.longest_pause);
         }
         slot.stats.reconnects += 1;
@@ -574,6 +609,7 @@ mod tests {
 
     const QUICK: Patience = Patience {
         give_up_after: Duration::from_secs(5),
+        paused_for: Duration::from_secs(10),
         first_pause: Duration::ZERO,
         longest_pause: Duration::ZERO,
     };
@@ -662,8 +698,12 @@ mod tests {
     #[test]
     fn a_worker_that_stays_away_is_one_clear_error() {
         let pause = Duration::from_millis(5);
-        let patience =
-            Patience { give_up_after: Duration::from_millis(30), first_pause: pause, longest_pause: pause };
+        let patience = Patience {
+            give_up_after: Duration::from_millis(30),
+            paused_for: pause,
+            first_pause: pause,
+            longest_pause: pause,
+        };
         let mut p = pipeline(1, &[true; 100_000], patience, false);
         let e = run(&mut p, &[Op::Feed(0, vec![2])]).unwrap_err();
         assert!(matches!(e, PipelineError::WorkerGone { .. }), "{e}");
@@ -679,6 +719,7 @@ mod tests {
         p.observe(move |event| {
             log.borrow_mut().push(match event {
                 Event::Lost { .. } => "lost",
+                Event::Paused { .. } => "paused",
                 Event::Replaying { .. } => "replaying",
                 Event::Back { .. } => "back",
             });

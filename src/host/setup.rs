@@ -13,6 +13,7 @@ use llama_sys_patch::{ContextParams, FlashAttn, LogLevel, Model, ModelParams, St
 
 use crate::device;
 use crate::failure::Failure;
+use crate::host::auto::{self, AUTO};
 use crate::host::commands::MachineArgs;
 use crate::host::pipeline::{Patience, Pipeline, StageSlot};
 use crate::keys::{Key, KeyStore};
@@ -21,9 +22,10 @@ use crate::stage::Dtype;
 use crate::stage::local::LlamaStage;
 use crate::stage::remote::WorkerStage;
 use crate::stage::verified::{Verify, open_slice};
+use crate::transport::discover::MDNS_PORT;
 use crate::transport::{LinkError, Timing, inquire};
 use crate::wire::DType;
-use crate::wire::terms::{SliceRole, Terms};
+use crate::wire::terms::{Reason, SliceRole, Terms};
 
 /// The parts of a split model and where they are.
 #[derive(Clone, Debug, clap::Args)]
@@ -40,8 +42,9 @@ pub struct SplitArgs {
     /// A middle slice to run in this process
     #[arg(long, value_name = "FILE")]
     middle: Vec<PathBuf>,
-    /// A worker that holds a middle slice (repeat for more; their order does not matter)
-    #[arg(long, value_name = "ADDR:PORT")]
+    /// A worker that holds a middle slice (repeat for more; their order does not matter); `auto`: those paired with
+    /// this machine that are found on the local network
+    #[arg(long, value_name = "ADDR:PORT|auto")]
     worker: Vec<String>,
     /// Number format of the rows that cross the network (default: f16)
     #[arg(long, value_enum, value_name = "TYPE")]
@@ -61,11 +64,21 @@ pub struct SplitArgs {
     /// How long a lost worker is looked for before the reply ends
     #[arg(long, value_name = "SECONDS", default_value_t = 30, value_parser = clap::value_parser!(u64).range(0..=86_400))]
     give_up_after: u64,
+    /// How long instead, if it has said that it pauses (a locked phone) or is too hot
+    #[arg(long, value_name = "SECONDS", default_value_t = 600, value_parser = clap::value_parser!(u64).range(0..=86_400))]
+    wait_paused: u64,
+    /// The port of multicast DNS, for tests
+    #[arg(long, value_name = "PORT", default_value_t = MDNS_PORT, hide = true)]
+    mdns_port: u16,
 }
 
 impl SplitArgs {
     fn patience(&self) -> Patience {
-        Patience { give_up_after: Duration::from_secs(self.give_up_after), ..Patience::default() }
+        Patience {
+            give_up_after: Duration::from_secs(self.give_up_after),
+            paused_for: Duration::from_secs(self.wait_paused),
+            ..Patience::default()
+        }
     }
 }
 
@@ -117,8 +130,18 @@ pub struct Split {
 
 /// Where a stage is to run.
 enum Place {
-    File { path: PathBuf, info: SliceInfo },
-    Worker { address: String, key: Key, first: u32, last: u32, slice: [u8; 32] },
+    File {
+        path: PathBuf,
+        info: SliceInfo,
+    },
+    Worker {
+        address: String,
+        key: Key,
+        first: u32,
+        last: u32,
+        slice: [u8; 32],
+        found: Option<Box<WorkerStage>>,
+    },
 }
 
 impl Place {
@@ -141,7 +164,7 @@ pub fn open_split(args: &SplitArgs, machine: &MachineArgs) -> Result<Split, Fail
 
     // who holds what
     let mut places = vec![Place::File { path: files.head.clone(), info: head.clone() }];
-    for address in &args.worker {
+    for address in args.worker.iter().filter(|address| *address != AUTO) {
         let key = key_for(address, args.key_file.as_deref())?;
         let offer = keep_trying(args.patience(), || inquire(address, &key, &Timing::default()))?;
         if offer.model != head.model_sha256.0 {
@@ -153,15 +176,17 @@ pub fn open_split(args: &SplitArgs, machine: &MachineArgs) -> Result<Split, Fail
             ))
             .hint("start it with the middle slice that dim-split wrote beside this head"));
         }
-        let known = files.middles.iter().find(|m| (m.first, m.last) == (offer.first_block, offer.last_block));
-        let slice = known.map_or([0; 32], |m| m.sha256);
         places.push(Place::Worker {
             address: address.clone(),
             key,
             first: offer.first_block,
             last: offer.last_block,
-            slice,
+            slice: files.slice_of(offer.first_block, offer.last_block),
+            found: None,
         });
+    }
+    if args.worker.iter().any(|address| address == AUTO) {
+        places.extend(find_workers(args, machine, &head, &tail, n_ctx, &files, &places)?);
     }
     let covered = |first: u32, places: &[Place]| places.iter().any(|p| p.blocks().0 == first);
     for middle in &files.middles {
@@ -193,34 +218,18 @@ pub fn open_split(args: &SplitArgs, machine: &MachineArgs) -> Result<Split, Fail
     };
     let mut n_ubatch = machine.n_ubatch;
     let mut slots: Vec<Option<StageSlot>> = Vec::new();
-    for place in &places {
+    for place in &mut places {
         slots.push(match place {
             Place::File { .. } => None,
-            Place::Worker { address, key, first, last, slice } => {
-                let terms = Terms {
-                    dtypes: match dtype {
-                        Dtype::F16 => DType::F16.bit(),
-                        Dtype::F32 => DType::F32.bit(),
-                    },
-                    role: SliceRole::Middle,
-                    instance: random_instance(),
-                    n_embd: head.hparams.n_embd,
-                    n_blocks: head.model_blocks,
-                    first_block: *first,
-                    last_block: *last,
-                    n_ctx,
-                    max_rows: n_ubatch,
-                    max_sessions: 1,
-                    max_in_flight: crate::host::pipeline::REMOTE_WINDOW_U32,
-                    model: head.model_sha256.0,
-                    slice: *slice,
-                    arch: head.hparams.arch.clone(),
-                    ..Terms::blank(0, &device::software("dim-host"), &device::name())
-                };
+            Place::Worker { address, key, first, last, slice, found } => {
+                let terms = worker_terms(args, machine, &head, n_ctx, (*first, *last), *slice);
                 let limit = Duration::from_secs(args.step_timeout);
-                let stage = keep_trying(args.patience(), || {
-                    WorkerStage::connect(address, key, terms.clone(), Timing::default(), limit)
-                })?;
+                let stage = match found.take() {
+                    Some(stage) => *stage,
+                    None => keep_trying(args.patience(), || {
+                        WorkerStage::connect(address, key, terms.clone(), Timing::default(), limit)
+                    })?,
+                };
                 if let Some(link) = stage.link() {
                     n_ubatch = n_ubatch.min(link.agreed().max_rows);
                 }
@@ -249,6 +258,73 @@ pub fn open_split(args: &SplitArgs, machine: &MachineArgs) -> Result<Split, Fail
     Ok(Split { pipeline, vocabulary, n_ctx, n_ubatch, model_name: head.model_name })
 }
 
+/// What this host needs of the worker with these blocks.
+fn worker_terms(
+    args: &SplitArgs,
+    machine: &MachineArgs,
+    head: &SliceInfo,
+    n_ctx: u32,
+    (first_block, last_block): (u32, u32),
+    slice: [u8; 32],
+) -> Terms {
+    Terms {
+        dtypes: match args.wire.unwrap_or_default() {
+            WireType::F16 => DType::F16.bit(),
+            WireType::F32 => DType::F32.bit(),
+        },
+        role: SliceRole::Middle,
+        instance: random_instance(),
+        n_embd: head.hparams.n_embd,
+        n_blocks: head.model_blocks,
+        first_block,
+        last_block,
+        n_ctx,
+        max_rows: machine.n_ubatch,
+        max_sessions: 1,
+        max_in_flight: crate::host::pipeline::REMOTE_WINDOW_U32,
+        model: head.model_sha256.0,
+        slice,
+        arch: head.hparams.arch.clone(),
+        ..Terms::blank(0, &device::software("dim-host"), &device::name())
+    }
+}
+
+/// Workers of the local network for the blocks that nobody has yet.
+fn find_workers(
+    args: &SplitArgs,
+    machine: &MachineArgs,
+    head: &SliceInfo,
+    tail: &SliceInfo,
+    n_ctx: u32,
+    files: &Files,
+    places: &[Place],
+) -> Result<Vec<Place>, Failure> {
+    let given = args.key_file.as_deref().map(Key::from_file).transpose().map_err(Failure::misuse)?;
+    let mut taken: Vec<(u32, u32)> = places.iter().map(Place::blocks).collect();
+    taken.push((tail.blocks.first, tail.blocks.last));
+    let need = auto::Need {
+        model: head.model_sha256.0,
+        model_name: &head.model_name,
+        gaps: auto::gaps(&mut taken),
+        here: files.middles.iter().filter(|m| m.path.is_file()).map(|m| (m.first, m.last)).collect(),
+        keys: auto::keys(given)?,
+        mdns_port: args.mdns_port,
+        patience: args.patience(),
+    };
+    let found = auto::find(&need, &mut |address, key, blocks| {
+        let slice = files.slice_of(blocks.0, blocks.1);
+        let terms = worker_terms(args, machine, head, n_ctx, blocks, slice);
+        let limit = Duration::from_secs(args.step_timeout);
+        WorkerStage::connect(address, key, terms, Timing::default(), limit)
+    })?;
+    let place = |found: auto::Found| {
+        let auto::Found { address, key, blocks: (first, last), stage } = found;
+        let slice = files.slice_of(first, last);
+        Place::Worker { address, key, first, last, slice, found: Some(Box::new(stage)) }
+    };
+    Ok(found.into_iter().map(place).collect())
+}
+
 /// A middle that a manifest or an argument names.
 struct MiddleFile {
     path: PathBuf,
@@ -265,6 +341,11 @@ struct Files {
 }
 
 impl Files {
+    /// The identity of the slice with these blocks; zeros: not known.
+    fn slice_of(&self, first: u32, last: u32) -> [u8; 32] {
+        self.middles.iter().find(|m| (m.first, m.last) == (first, last)).map_or([0; 32], |m| m.sha256)
+    }
+
     fn of(args: &SplitArgs) -> Result<Files, Failure> {
         if let Some(path) = &args.split {
             let manifest = Manifest::read(path).map_err(Failure::misuse)?;
@@ -436,20 +517,25 @@ fn keep_trying<T>(
     let start = Instant::now();
     let mut pause = patience.first_pause;
     let mut told = false;
+    let mut limit = patience.give_up_after;
     loop {
         let error = match attempt() {
             Ok(done) => return Ok(done),
             Err(e) => e,
         };
         let waited = start.elapsed();
-        if !error.may_pass() || waited >= patience.give_up_after {
+        if error.is_pause() && patience.paused_for > limit {
+            limit = patience.paused_for;
+            told = false;
+        }
+        if !error.may_pass() || waited >= limit {
             return Err(refused(&error));
         }
         if !told {
-            eprintln!("{error}; trying for up to {} s", patience.give_up_after.as_secs());
+            eprintln!("{error}; trying for up to {} s", limit.as_secs());
             told = true;
         }
-        std::thread::sleep(pause.min(patience.give_up_after - waited));
+        std::thread::sleep(pause.min(limit - waited));
         pause = (pause * 2).min(patience.longest_pause);
     }
 }
@@ -458,6 +544,8 @@ fn keep_trying<T>(
 pub fn refused(error: &LinkError) -> Failure {
     use crate::wire::HandshakeError;
     match error {
+        LinkError::Refused { reason: Reason::NoMemory, .. } => Failure::failed(error)
+            .hint("close other apps on it, take a smaller --ctx, or give it fewer blocks"),
         LinkError::Refused { .. } => Failure::misuse(error).hint("the line above names the side to fix"),
         LinkError::Handshake { error: HandshakeError::Key, .. } => {
             Failure::misuse(error).hint("pair again: `dim-worker --pair`, then `dim-host pair ADDR:PORT`; or give both the same --key-file")

@@ -132,12 +132,23 @@ pub enum StageError {
     /// The connection or the worker behind it is gone; another connection may do.
     #[error("{0}")]
     Lost(String),
+    /// The worker has said that it is away for a while, a locked or a hot phone: another connection will do when
+    /// somebody has seen to it.
+    #[error("{0}")]
+    Paused(String),
     /// The worker refuses this host, for a reason that waiting does not change.
     #[error("{0}")]
     Refused(String),
     /// The step itself failed: numbers out of range, a full context, a bug.
     #[error("{0}")]
     Failed(String),
+}
+
+impl StageError {
+    /// Whether dialling again makes sense.
+    pub fn may_pass(&self) -> bool {
+        matches!(self, StageError::Lost(_) | StageError::Paused(_))
+    }
 }
 
 /// A stage of this process.

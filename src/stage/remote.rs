@@ -90,6 +90,7 @@ impl WorkerStage {
 fn sort(error: LinkError) -> StageError {
     let text = error.to_string();
     match error {
+        _ if error.is_pause() => StageError::Paused(text),
         _ if error.may_pass() => StageError::Lost(text),
         LinkError::Fault { .. } => StageError::Failed(text),
         _ => StageError::Refused(text),

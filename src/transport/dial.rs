@@ -5,14 +5,14 @@ use std::net::TcpStream;
 use std::time::{Duration, Instant};
 
 use super::link::{self, Link, Parts};
-use super::{LinkError, Timing, described, refusal_text, tcp};
+use super::{LinkError, Timing, described, no_way, refusal_text, tcp};
 use crate::keys::{Key, PairingCode};
 use crate::wire::VERSIONS;
 use crate::wire::connection::{Connection, Role};
 use crate::wire::error::{HandshakeError, Misbehaved, ReceiveError};
 use crate::wire::frame::{Inbox, Outgoing, Sealer};
 use crate::wire::handshake::{Established, HostHandshake, Purpose};
-use crate::wire::message::Message;
+use crate::wire::message::{Message, PushOffer};
 use crate::wire::terms::{self, OPENING_LIMIT, Reason, Terms};
 
 /// Connects to the worker at `address` (`host:port`) and agrees on `need`; its `version` is filled in.
@@ -23,27 +23,11 @@ pub fn dial(address: &str, key: &Key, need: &Terms, timing: &Timing) -> Result<L
     let mut opening = Opening::dial(address, key, Purpose::Key, timing)?;
     let hello = Terms { version: opening.version, ..need.clone() };
     opening.send(&Message::Hello(hello.clone()))?;
-    let preparing_ends = Instant::now() + timing.preparing;
-    let held = loop {
-        match opening.receive("answer")? {
-            Message::Accept(terms) => break terms,
-            // the worker prepares: it has as long as it is heard
-            Message::Heartbeat(_) => {
-                opening.deadline = preparing_ends.min(Instant::now() + timing.silence);
-            }
-            Message::Refuse { reason, terms, text } => {
-                let mismatches =
-                    terms::agree(&hello, &terms).err().filter(|_| is_comparison(reason)).unwrap_or_default();
-                let peer = described(&terms, address);
-                return Err(LinkError::Refused { peer, reason, mismatches, text });
-            }
-            Message::Busy { since_ms, name } => {
-                return Err(LinkError::Busy { peer: address.to_owned(), host: name, since_ms });
-            }
-            other => {
-                let kind = other.kind() as u8;
-                return Err(opening.broke(Misbehaved::Unexpected { kind }.into()));
-            }
+    let held = match opening.answer(Some(&hello))? {
+        Message::Accept(terms) => terms,
+        other => {
+            let kind = other.kind() as u8;
+            return Err(opening.broke(Misbehaved::Unexpected { kind }.into()));
         }
     };
     let peer = described(&held, address);
@@ -56,6 +40,31 @@ pub fn dial(address: &str, key: &Key, need: &Terms, timing: &Timing) -> Result<L
             opening.refuse(reason, hello, text.clone());
             Err(LinkError::Refused { peer, reason, mismatches, text })
         }
+    }
+}
+
+/// Offers files to the worker at `address`: the connection, and how many bytes of each it has already.
+///
+/// # Errors
+/// As of [`dial`].
+pub(super) fn offer(
+    address: &str,
+    key: &Key,
+    offer: &PushOffer,
+    timing: &Timing,
+) -> Result<(Opening, Vec<u64>), LinkError> {
+    let mut opening = Opening::dial(address, key, Purpose::Key, timing)?;
+    opening.send(&Message::PushOffer(offer.clone()))?;
+    let have = match opening.answer(None)? {
+        Message::PushNeed(have) => have,
+        other => {
+            let kind = other.kind() as u8;
+            return Err(opening.broke(Misbehaved::Unexpected { kind }.into()));
+        }
+    };
+    match opening.connection.begin_push(offer, &have) {
+        Ok(()) => Ok((opening, have)),
+        Err(error) => Err(opening.broke(error.into())),
     }
 }
 
@@ -126,28 +135,20 @@ pub(super) struct Opening {
     pub version: u16,
     label: String,
     begun: Instant,
-    sealer: Sealer,
-    inbox: Inbox,
+    pub sealer: Sealer,
+    pub inbox: Inbox,
     out: Vec<u8>,
-    bytes_sent: u64,
-    bytes_received: u64,
-    timing: Timing,
+    pub bytes_sent: u64,
+    pub bytes_received: u64,
+    pub timing: Timing,
 }
 
 impl Opening {
     fn dial(address: &str, key: &Key, purpose: Purpose, timing: &Timing) -> Result<Opening, LinkError> {
         let begun = Instant::now();
         let deadline = begun + timing.opening;
-        let unreachable = |e: std::io::Error| LinkError::Unreachable {
-            address: address.to_owned(),
-            text: match e.kind() {
-                ErrorKind::ConnectionRefused => "nothing listens there: is the worker running?".to_owned(),
-                ErrorKind::TimedOut => {
-                    "no answer: is the worker running, and is this the right network?".to_owned()
-                }
-                _ => e.to_string(),
-            },
-        };
+        let unreachable =
+            |e: std::io::Error| LinkError::Unreachable { address: address.to_owned(), text: no_way(&e) };
         let stream = tcp::connect(address, deadline).map_err(unreachable)?;
         tcp::configure(&stream, timing.stalled_write).map_err(unreachable)?;
 
@@ -257,6 +258,29 @@ impl Opening {
             Ok((_, Some(message))) => Ok(message),
             Ok((kind, None)) => Err(self.broke(Misbehaved::Unexpected { kind: kind as u8 }.into())),
             Err(error) => Err(self.broke(error)),
+        }
+    }
+
+    /// The worker's answer to HELLO or PUSH_OFFER. A worker that prepares has as long as it is heard, and
+    /// [`Timing::preparing`] at most. `hello` is what a REFUSE is compared with.
+    fn answer(&mut self, hello: Option<&Terms>) -> Result<Message<'static>, LinkError> {
+        let preparing_ends = Instant::now() + self.timing.preparing;
+        loop {
+            match self.receive("answer")? {
+                Message::Heartbeat(_) => {
+                    self.deadline = preparing_ends.min(Instant::now() + self.timing.silence);
+                }
+                Message::Refuse { reason, terms, text } => {
+                    let differences = hello.and_then(|hello| terms::agree(hello, &terms).err());
+                    let mismatches = differences.filter(|_| is_comparison(reason)).unwrap_or_default();
+                    let peer = described(&terms, &self.peer);
+                    return Err(LinkError::Refused { peer, reason, mismatches, text });
+                }
+                Message::Busy { since_ms, name } => {
+                    return Err(LinkError::Busy { peer: self.peer.clone(), host: name, since_ms });
+                }
+                other => return Ok(other),
+            }
         }
     }
 

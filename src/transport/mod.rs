@@ -3,6 +3,8 @@
 //! * [`tcp`]: socket options, and reading and writing against absolute deadlines.
 //! * [`link`]: an authenticated, agreed connection: [`Link`], its [`Sender`] and its [`Receiver`].
 //! * [`mod@dial`]: a host's way to a link: [`dial()`], [`inquire`], [`pair`].
+//! * [`mod@push`]: files of a slice, sent to a worker.
+//! * [`discover`]: workers of the local network, by mDNS: announced and found.
 //! * [`listen`]: a worker's: [`Listener`], which serves one host at a time and survives everybody else.
 //!
 //! One token takes one write and, mostly, one read on each side, in the threads that compute: no queue, no
@@ -10,8 +12,10 @@
 //! ahead while the owner computes.
 
 pub mod dial;
+pub mod discover;
 pub mod link;
 pub mod listen;
+pub mod push;
 pub mod tcp;
 
 use std::time::Duration;
@@ -185,6 +189,33 @@ impl LinkError {
     }
 }
 
+impl LinkError {
+    /// Whether the worker has said that it will be back when somebody sees to it: a locked phone is unlocked, a
+    /// hot one has cooled down. Such a worker is waited for longer than one that is just gone.
+    pub fn is_pause(&self) -> bool {
+        match self {
+            LinkError::Goodbye { why, .. } => *why == Farewell::Pausing,
+            LinkError::Fault { fault, .. } => fault.code == crate::wire::message::ErrorCode::TooHot,
+            _ => false,
+        }
+    }
+}
+
+/// Why nothing could be connected to, with what to look at.
+fn no_way(error: &std::io::Error) -> String {
+    use std::io::ErrorKind::*;
+    match error.kind() {
+        ConnectionRefused => "nothing listens there: is the worker running?".to_owned(),
+        TimedOut => "no answer: is the worker running, and is this the right network?".to_owned(),
+        // what macOS answers to a program that it keeps from the local network is this and nothing else
+        HostUnreachable | NetworkUnreachable | NetworkDown | PermissionDenied => format!(
+            "{error}: is it on the same network? On a Mac, System Settings > Privacy & Security > Local Network \
+             has to allow this terminal"
+        ),
+        _ => error.to_string(),
+    }
+}
+
 impl From<KeyError> for LinkError {
     fn from(error: KeyError) -> LinkError {
         LinkError::Keys(error.to_string())
@@ -202,7 +233,7 @@ fn farewell(why: &Farewell) -> &'static str {
     match why {
         Farewell::Finished => "has finished and closed the connection",
         Farewell::ShuttingDown => "is shutting down",
-        Farewell::Pausing => "is paused: unlock the phone and bring the app to the front",
+        Farewell::Pausing => "is paused; unlock the phone and bring the app to the front",
         Farewell::Replaced => "has a newer connection with this host",
     }
 }

@@ -392,8 +392,13 @@ impl Fault {
         let place = self.block.map(|b| format!("block {b}: ")).unwrap_or_default();
         let way_out = match self.code {
             ErrorCode::NonFinite | ErrorCode::Overflow => "; try --wire f32",
-            ErrorCode::NoMemory => "; try a smaller --ctx",
-            ErrorCode::TooHot => "; let the device cool down",
+            ErrorCode::NoMemory => {
+                "; it is out of memory: close other apps there, or take a smaller --ctx or fewer blocks"
+            }
+            ErrorCode::TooHot => "; take it out of its case and off the charger",
+            ErrorCode::SelfTest => {
+                "; it computes wrong values with this slice: cut it anew with dim-split and push it again"
+            }
             _ => "",
         };
         format!("{place}{}{way_out}", self.text)

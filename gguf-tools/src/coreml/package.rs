@@ -33,8 +33,10 @@ pub const MANIFEST: &str = "manifest.json";
 pub const SELF_TEST: &str = "selftest.bin";
 /// The weight file in a package.
 pub const WEIGHT_FILE: &str = "Data/com.apple.CoreML/weights/weight.bin";
-const MODEL_FILE: &str = "Data/com.apple.CoreML/model.mlmodel";
-const PACKAGE_MANIFEST: &str = "Manifest.json";
+/// The program in a package.
+pub const MODEL_FILE: &str = "Data/com.apple.CoreML/model.mlmodel";
+/// Apple's manifest in a package.
+pub const PACKAGE_MANIFEST: &str = "Manifest.json";
 
 /// Apple's manifest. The identifiers are any two that differ; fixed ones keep packages reproducible.
 const PACKAGE_MANIFEST_TEXT: &str = r#"{

@@ -7,6 +7,7 @@ pub mod demo;
 pub mod eval;
 pub mod generate;
 pub mod pair;
+pub mod push;
 pub mod report;
 pub mod stock;
 
