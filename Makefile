@@ -51,6 +51,7 @@ test-coreml: build
 
 test-swift: build
 	@sh .ci/setup venv
+	$(ENV) cargo build --release --locked --example swift-interop
 	@sh ios_worker/tools/test.sh
 
 test-vulkan: setup

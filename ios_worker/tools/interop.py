@@ -2,9 +2,9 @@
 
     interop.py BIN-DIR WORKER-COMMAND...
 
-For tiny qwen2, llama and qwen3 models: synthesise, split with --coreml, serve the packages with the Swift worker (reference
-evaluation), generate 64 greedy tokens with dim-host, and compare with stock llama.cpp. Then the same while the worker is
-killed in the middle of a reply and started again on the same port, and a worker that must refuse.
+For tiny qwen2, llama and qwen3 models: synthesise, split with --coreml, push the packages to the Swift worker (reference
+evaluation), generate 64 greedy tokens with dim-host, and compare with stock llama.cpp. Then a conversation with a rewind,
+replies while the worker is killed in the middle and started again on the same port, and a worker that must refuse.
 """
 
 import array
@@ -24,12 +24,14 @@ LONG = 200
 
 
 class Worker:
-    def __init__(self, command, directory, listen):
+    """A worker for the packages in `directory`, or, with `receive`, for what is pushed into it."""
+
+    def __init__(self, command, directory, listen, receive=False):
         self.errors = directory.parent / "worker.err"
         with self.errors.open("w") as errors:
             self.process = subprocess.Popen(
-                [*command, str(directory), "--listen", listen, "--key-file", str(directory.parent / "key"), "--name",
-                 "phone"],
+                [*command, *(["--receive"] if receive else []), str(directory), "--listen", listen, "--key-file",
+                 str(directory.parent / "key"), "--name", "phone"],
                 stdout=subprocess.PIPE, stderr=errors, text=True)
         line = self.process.stdout.readline()
         if not line.startswith("listening on "):
@@ -38,9 +40,12 @@ class Worker:
 
     def was_connected(self, seconds):
         """Whether a host connects, or has connected, within that time."""
+        return self.says(" connected, ", seconds)
+
+    def says(self, text, seconds):
         until = time.monotonic() + seconds
         while time.monotonic() < until:
-            if " connected, " in self.errors.read_text():
+            if text in self.errors.read_text():
                 return True
             time.sleep(0.005)
         return False
@@ -66,6 +71,12 @@ def generate(binaries, split, address, *more, tokens=TOKENS):
     return [
         binaries / "dim-host", "generate", "--split", split, "--worker", address, "--key-file", split.parent / "key",
         "--ctx", "256", "--threads", "1", "-p", PROMPT, "-n", str(tokens), "--temp", "0", "--json", *more]
+
+
+def chat(binaries, split, address, said):
+    return run(
+        binaries / "dim-host", "chat", "--split", split, "--worker", address, "--key-file", split.parent / "key", "--ctx",
+        "256", "--threads", "1", "-n", "12", "--temp", "0", input=said).strip()
 
 
 def stock(binaries, model, tokens):
@@ -112,14 +123,36 @@ def main():
             packages, split = out / f"{arch}.middle-1..2.coreml", out / f"{arch}.split.json"
             expected = stock(binaries, model, TOKENS)
 
-            worker = Worker(command, packages, "127.0.0.1:0")
+            # a phone without a model: it is pushed one, loads it and serves it
+            worker = Worker(command, out / "received", "127.0.0.1:0", receive=True)
+            nothing = subprocess.run(
+                [str(word) for word in generate(binaries, split, worker.address, "--give-up-after", "0")],
+                capture_output=True, text=True, timeout=60)
+            if nothing.returncode == 0 or "no slice" not in nothing.stderr:
+                raise SystemExit(f"error: a worker without packages: {nothing.stderr}")
+            pushed = subprocess.run(
+                [str(binaries / "dim-host"), "push", str(packages), "--worker", worker.address, "--key-file", str(out / "key")],
+                capture_output=True, text=True, timeout=120)
+            if pushed.returncode != 0 or "verified" not in pushed.stderr:
+                raise SystemExit(f"error: push: {pushed.stderr}")
+            if not worker.says("self-test:", 60):
+                raise SystemExit(f"error: the worker does not load what it was pushed: {worker.errors.read_text()}")
             for wire in ["f16", "f32"]:
                 found = json.loads(run(*generate(binaries, split, worker.address, "--wire", wire)))
                 if found["tokens"] != expected:
                     raise SystemExit(f"error: {arch}, {wire}: {found['tokens']} instead of {expected}")
                 if wire == "f16" and found["wire"]["gen_bytes_sent"] > (TOKENS - 1) * 2 * found_width(packages) + 63 * 50 + 420:
                     raise SystemExit(f"error: {arch}: too many bytes, {found['wire']}")
-            print(f"{arch}: {len(expected)} tokens equal to stock's, F16 and F32", flush=True)
+            print(f"{arch}: packages pushed; {len(expected)} tokens equal to stock's, F16 and F32", flush=True)
+            worker.stop()
+
+            worker = Worker(command, packages, worker.address)
+            # /clear and the same question: the worker rewinds, and the answer must be the first one
+            once = chat(binaries, split, worker.address, "The ships?\n/exit\n")
+            twice = chat(binaries, split, worker.address, "The ships?\nAnd the sea?\n/clear\nThe ships?\n/exit\n")
+            if not once or not twice.startswith(once) or not twice.endswith(once) or len(twice) <= 2 * len(once):
+                raise SystemExit(f"error: {arch}: after a rewind {twice!r}, without one {once!r}")
+            print(f"{arch}: the same reply after a rewind", flush=True)
 
             # without a fault: after so many tokens rounding may have led elsewhere than stock
             long = json.loads(run(*generate(binaries, split, worker.address, tokens=LONG)))["tokens"]

@@ -9,7 +9,8 @@
 #               the targets without I/O
 #   types       the files that Linux cannot build, against stub modules
 #   project     the Xcode project's structure, with planted faults
-#   interop     dim-host and dim-split against the Swift worker, if `make build` has built them
+#   interop     dim-host and dim-split against the Swift worker, and examples/swift-interop.rs, if they are built; round
+#               trips against a Rust worker's, both ends on one core: shown, not judged
 set -eu
 cd "$(dirname "$0")/.."
 skipped=
@@ -70,6 +71,12 @@ bin=${DIM_BIN:-$PWD/../target/release}
 if [ -x "$bin/dim-host" ] && [ -x "$bin/dim-split" ] && [ -x "$bin/dim-synth" ] && [ "$(uname -s)" = Linux ]; then
     say interop
     python3 tools/interop.py "$bin" "$PWD/tools/swift6" "$PWD/.build/release/dim-worker-swift"
+    if [ -x "$bin/examples/swift-interop" ]; then
+        "$bin/examples/swift-interop" "$PWD/tools/swift6" "$PWD/.build/release/dim-worker-swift"
+        taskset -c 0 "$bin/examples/swift-interop" --bench "$PWD/tools/swift6" "$PWD/.build/release/dim-worker-swift"
+    else
+        skip "the Rust host against the Swift worker by hand: cargo build --release --example swift-interop first"
+    fi
 else
     skip "dim-host with the Swift worker: run make build first"
 fi

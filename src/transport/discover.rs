@@ -140,13 +140,7 @@ impl Drop for Search {
 /// The name in `NAME._dim._tcp.local.`, safe to show.
 fn instance(fullname: &str) -> String {
     let name = fullname.strip_suffix(SERVICE).and_then(|n| n.strip_suffix('.')).unwrap_or(fullname);
-    // DNS writes a dot in a name as \. and a backslash as \\
-    let mut plain = String::new();
-    let mut characters = name.chars();
-    while let Some(c) = characters.next() {
-        plain.push(if c == '\\' { characters.next().unwrap_or('\\') } else { c });
-    }
-    let mut shown = printable(&plain);
+    let mut shown = printable(name);
     while shown.len() > MOST_NAME {
         shown.pop();
     }
@@ -192,10 +186,10 @@ mod tests {
     #[test]
     fn a_name_is_shown_without_what_a_terminal_would_obey() {
         assert_eq!(instance("Anna's iPhone._dim._tcp.local."), "Anna's iPhone");
-        assert_eq!(instance(r"a\.b\\c._dim._tcp.local."), r"a.b\c");
+        assert_eq!(instance(r"a.b\c._dim._tcp.local."), r"a.b\c");
         assert_eq!(instance("a\u{1b}[2Jb\u{202e}._dim._tcp.local."), "a\u{FFFD}[2Jb\u{FFFD}");
         assert!(instance(&"ä".repeat(300)).len() <= MOST_NAME);
-        // a name that ends in a backslash, and none at all
+        // another name than was asked for, and none at all
         assert_eq!(instance(r"x\"), r"x\");
         assert_eq!(instance("._dim._tcp.local."), "");
     }

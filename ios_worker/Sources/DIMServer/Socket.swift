@@ -138,15 +138,17 @@ final class Socket: @unchecked Sendable {
             set(Int32(IPPROTO_TCP), TCP_RXT_CONNDROPTIME, 3)
         #else
             set(Int32(IPPROTO_TCP), TCP_KEEPIDLE, 1)
-            set(Int32(IPPROTO_TCP), TCP_USER_TIMEOUT, 3000)
+            set(Int32(IPPROTO_TCP), TCP_USER_TIMEOUT, Int32(Socket.stalled))
         #endif
         set(Int32(IPPROTO_TCP), TCP_KEEPINTVL, 1)
         set(Int32(IPPROTO_TCP), TCP_KEEPCNT, 3)
-        // a peer that takes nothing for as long as silence may last is lost
         setTimeout(SO_SNDTIMEO, Time.silence)
         setTimeout(SO_RCVTIMEO, Socket.patience)
     }
 
+    /// How long a peer may take nothing. Not less: one that computes with its buffers full takes no bytes for as long,
+    /// and is heard all the same.
+    static let stalled: Milliseconds = 30_000
     /// How long one blocking receive waits before the caller looks at its clock again.
     static let patience: Milliseconds = 100
 
@@ -186,6 +188,7 @@ final class Socket: @unchecked Sendable {
     func send(_ bytes: [UInt8]) -> Bool {
         bytes.withUnsafeBytes { whole in
             var sent = 0
+            var waiting: Milliseconds?
             while sent < whole.count {
                 #if canImport(Darwin)
                     let count = Darwin.send(descriptor, whole.baseAddress! + sent, whole.count - sent, 0)
@@ -195,8 +198,18 @@ final class Socket: @unchecked Sendable {
                 #endif
                 if count > 0 {
                     sent += count
-                } else if errno != EINTR {
-                    return false
+                    waiting = nil
+                    continue
+                }
+                switch errno {
+                case EINTR: continue
+                case EAGAIN, EWOULDBLOCK:
+                    // SO_SNDTIMEO has passed without a byte taken
+                    let now = monotonicMilliseconds()
+                    let since = waiting ?? now - Time.silence
+                    if now - since >= Socket.stalled { return false }
+                    waiting = since
+                default: return false
                 }
             }
             return true
