@@ -135,7 +135,7 @@ def main():
                 capture_output=True, text=True, timeout=120)
             if pushed.returncode != 0 or "verified" not in pushed.stderr:
                 raise SystemExit(f"error: push: {pushed.stderr}")
-            if not worker.says("self-test:", 60):
+            if not worker.says("serving ", 60):
                 raise SystemExit(f"error: the worker does not load what it was pushed: {worker.errors.read_text()}")
             for wire in ["f16", "f32"]:
                 found = json.loads(run(*generate(binaries, split, worker.address, "--wire", wire)))

@@ -118,9 +118,9 @@ pub fn find(
     );
     let seen = match crowd.said.is_empty() {
         true => "none was seen: is it running on this network, the phone's app in the foreground?",
-        false => "the lines above say what is wrong with each that was seen",
+        false => "the lines above say what is wrong with each that was seen;",
     };
-    Err(Failure::failed(what).hint(format!("{seen} Or {by_hand}")))
+    Err(Failure::failed(what).hint(format!("{seen} or {by_hand}")))
 }
 
 const POLL: Duration = Duration::from_millis(50);
@@ -219,6 +219,10 @@ impl Crowd<'_> {
                     let what = format!("paired, holds {}", describe(&offer));
                     self.say(&sighting.name, &address, what);
                     let name = sighting.name;
+                    // seen again, with more addresses
+                    if self.candidates.iter().any(|c| c.address == address) {
+                        continue;
+                    }
                     self.candidates.push(Candidate { name, address, key, blocks, stage: None, failed: None });
                 }
             }

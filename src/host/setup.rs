@@ -167,6 +167,11 @@ pub fn open_split(args: &SplitArgs, machine: &MachineArgs) -> Result<Split, Fail
     for address in args.worker.iter().filter(|address| *address != AUTO) {
         let key = key_for(address, args.key_file.as_deref())?;
         let offer = keep_trying(args.patience(), || inquire(address, &key, &Timing::default()))?;
+        if offer.role == SliceRole::None {
+            return Err(Failure::misuse(format!("the worker at {address} has no slice yet")).hint(
+                "packages reach a phone with `dim-host push STEM.middle-A..B.coreml --worker ADDR:PORT`",
+            ));
+        }
         if offer.model != head.model_sha256.0 {
             return Err(Failure::misuse(format!(
                 "the worker at {address} holds a slice of another model ({}); {} is of {}",
@@ -560,9 +565,6 @@ pub fn refused(error: &LinkError) -> Failure {
 }
 
 fn describe_offer(offer: &Terms) -> String {
-    if offer.role == SliceRole::None {
-        return "no slice at all".to_owned();
-    }
     format!("{} blocks {}..{} of {}", offer.arch, offer.first_block, offer.last_block, offer.n_blocks)
 }
 

@@ -7,7 +7,7 @@
 //! The name is the device's own; the host name that mDNS needs besides is random. The machine's real one
 //! belongs to the system's own responder, and two that announce it make macOS rename the machine.
 
-use std::collections::HashSet;
+use std::collections::{HashMap, HashSet};
 use std::net::{IpAddr, SocketAddr, SocketAddrV6};
 use std::time::{Duration, Instant};
 
@@ -23,6 +23,8 @@ pub const MDNS_PORT: u16 = 5353;
 const MOST: usize = 64;
 /// Addresses of one announcement that are tried.
 const MOST_ADDRESSES: usize = 4;
+/// How long the addresses of an announcement are waited for after the first.
+const RIPENS: Duration = Duration::from_millis(150);
 /// Bytes of a name that are shown.
 const MOST_NAME: usize = 64;
 
@@ -61,10 +63,14 @@ impl Announcement {
         }
         let everywhere = address.ip().is_unspecified();
         let at = if everywhere { String::new() } else { address.ip().to_string() };
-        let properties: Option<std::collections::HashMap<String, String>> = None;
+        let properties: Option<HashMap<String, String>> = None;
         let mut info = ServiceInfo::new(SERVICE, &label, &host, at.as_str(), address.port(), properties)?;
         if everywhere {
             info = info.enable_addr_auto();
+            // a socket for IPv4 hears no IPv6, one for IPv6 hears both
+            if address.is_ipv4() {
+                info.set_interfaces(vec![IfKind::IPv4]);
+            }
         } else {
             info.set_interfaces(vec![match address.ip() {
                 ip if !ip.is_loopback() => IfKind::Addr(ip),
@@ -101,6 +107,8 @@ pub struct Sighting {
 pub struct Search {
     daemon: ServiceDaemon,
     events: mdns_sd::Receiver<ServiceEvent>,
+    /// seen, and since when: an announcement's addresses come one by one
+    fresh: HashMap<String, (Instant, Sighting)>,
     seen: HashSet<Vec<String>>,
 }
 
@@ -112,22 +120,39 @@ impl Search {
     pub fn start(mdns_port: u16) -> Result<Search, DiscoverError> {
         let daemon = ServiceDaemon::new_with_port(mdns_port)?;
         let events = daemon.browse(SERVICE)?;
-        Ok(Search { daemon, events, seen: HashSet::new() })
+        Ok(Search { daemon, events, fresh: HashMap::new(), seen: HashSet::new() })
     }
 
     /// The next worker that was not seen before, or one whose addresses have changed; `None` at `until`.
     pub fn next(&mut self, until: Instant) -> Option<Sighting> {
-        while let Ok(event) = self.events.recv_deadline(until) {
-            let ServiceEvent::ServiceResolved(found) = event else { continue };
-            let addresses = addresses(&found.addresses, found.port);
-            if addresses.is_empty() || self.seen.len() >= MOST || !self.seen.insert(addresses.clone()) {
+        loop {
+            let now = Instant::now();
+            let ripe =
+                self.fresh.iter().find(|(_, (since, _))| now >= *since + RIPENS).map(|(n, _)| n.clone());
+            if let Some((_, sighting)) = ripe.and_then(|name| self.fresh.remove(&name)) {
+                if self.seen.len() < MOST && self.seen.insert(sighting.addresses.clone()) {
+                    return Some(sighting);
+                }
                 continue;
             }
-            return Some(Sighting { name: instance(&found.fullname), addresses });
+            if now >= until {
+                return None;
+            }
+            let wake = self.fresh.values().map(|(since, _)| *since + RIPENS).fold(until, Instant::min);
+            match self.events.recv_deadline(wake) {
+                Ok(ServiceEvent::ServiceResolved(found)) => {
+                    let addresses = addresses(&found.addresses, found.port);
+                    if !addresses.is_empty() && self.fresh.len() < MOST {
+                        let sighting = Sighting { name: instance(&found.fullname), addresses };
+                        let since = self.fresh.get(&found.fullname).map_or_else(Instant::now, |(s, _)| *s);
+                        self.fresh.insert(found.fullname.clone(), (since, sighting));
+                    }
+                }
+                Ok(_) => {}
+                // at its time, or with the search itself: the caller's clock goes on all the same
+                Err(_) => std::thread::sleep(wake.saturating_duration_since(Instant::now())),
+            }
         }
-        // the channel ends early only with the search itself: the caller's clock goes on all the same
-        std::thread::sleep(until.saturating_duration_since(Instant::now()));
-        None
     }
 }
 

@@ -131,8 +131,8 @@ final class Worker {
         guard let directory = Places.newest(store) else {
             server.serve(.none)
             problem = """
-                No model yet. Copy the folder STEM.middle-A..B.coreml that dim-split --coreml wrote into DIM, with \
-                Finder or with the Files app, then reopen DIM.
+                No model yet. Pair with a host and send it from there with dim-host push; or copy the folder \
+                STEM.middle-A..B.coreml into DIM with Finder or the Files app, then reopen DIM.
                 """
             return
         }

@@ -73,7 +73,7 @@ struct FrameOpener {
             guard number < .max else { throw RuleBroken(.badTag, "no frame number is left") }
 
             let offset = message.count
-            message.append(contentsOf: repeatElement(0, count: plain))
+            message.appendZeros(plain)
             let good = input.take(2 + plain + tagBytes) { frame in
                 message.withUnsafeMutableBytes {
                     cipher.open(
@@ -140,7 +140,7 @@ struct FrameSealer {
             while offset < whole.count {
                 let plain = min(Limit.framePlaintext, whole.count - offset)
                 let begin = output.count
-                output.append(contentsOf: repeatElement(0, count: 2 + plain + tagBytes))
+                output.appendZeros(2 + plain + tagBytes)
                 output[begin] = UInt8(truncatingIfNeeded: plain + tagBytes)
                 output[begin + 1] = UInt8(truncatingIfNeeded: (plain + tagBytes) >> 8)
                 output.withUnsafeMutableBytes {

@@ -79,18 +79,26 @@ public func countNonFinite(_ bytes: UnsafeRawBufferPointer, _ dtype: DType) -> I
 
 private func countSet<T: FixedWidthInteger>(_ bytes: UnsafeRawBufferPointer, _ mask: T) -> Int {
     let count = bytes.count / MemoryLayout<T>.size
-    guard count > 0, let start = bytes.baseAddress else { return 0 }
-    if Int(bitPattern: start) % MemoryLayout<T>.alignment == 0 {
-        // one word of 0s and 1s per lane, so that the compiler makes it wide
-        let elements = UnsafeBufferPointer(start: start.assumingMemoryBound(to: T.self), count: count)
-        var found: T = 0
-        for element in elements { found |= T(littleEndian: element) & mask == mask ? 1 : 0 }
-        if found == 0 { return 0 }
+    // Several values at once: the exponent's bits plus its lowest one carry into the sign's place exactly if all are set,
+    // and no further.
+    let lowest = mask & ~(mask << 1)
+    let (masks, lowests) = (spread(mask), spread(lowest))
+    let words = bytes.count / 8
+    var found: UInt64 = 0
+    for word in 0..<words {
+        found |= (bytes.loadUnaligned(fromByteOffset: 8 * word, as: UInt64.self) & masks) &+ lowests
     }
+    let signs = spread(T(1) << (T.bitWidth - 1))
+    if found & signs == 0, words * 8 == bytes.count { return 0 }
     var total = 0
     for index in 0..<count {
         let element = bytes.loadUnaligned(fromByteOffset: index * MemoryLayout<T>.size, as: T.self)
         total += T(littleEndian: element) & mask == mask ? 1 : 0
     }
     return total
+}
+
+/// `value` in every lane of a word.
+private func spread<T: FixedWidthInteger>(_ value: T) -> UInt64 {
+    stride(from: 0, to: 64, by: T.bitWidth).reduce(0) { $0 | UInt64(truncatingIfNeeded: value) << UInt64($1) }
 }

@@ -165,6 +165,7 @@ func run(_ arguments: Arguments) throws {
     relay.onPushed = { place in
         do {
             server.serve(.ready(try load(place, arguments)))
+            say("serving \(place.lastPathComponent)")
         } catch {
             say("error: \(sentence(error))")
         }

@@ -394,6 +394,20 @@ import Testing
         #expect(countNonFinite(of: [0x7B, 0xFF].reversed(), .f16) == 0)
         #expect(countNonFinite(of: [0, 0, 0x80, 0x7F, 0, 0, 0x80, 0xFF, 0, 0, 0x7F, 0x7F], .f32) == 2)
         #expect(countNonFinite(of: [0x80, 0x7F, 0x7F, 0x7F], .bf16) == 1)
+        // every pattern of 16 bits, in every lane of a word and behind the last whole one, among neighbours with all bits set
+        // but one
+        for (dtype, mask) in [(DType.f16, UInt16(0x7C00)), (.bf16, 0x7F80)] {
+            let quiet = ~(mask & ~(mask << 1))
+            for bits in UInt16.min...UInt16.max {
+                var values = [UInt16](repeating: quiet, count: 6)
+                values[Int(bits % 6)] = bits
+                let expected = bits & mask == mask ? 1 : 0
+                guard values.withUnsafeBytes({ countNonFinite($0, dtype) }) == expected else {
+                    Issue.record("\(dtype), \(bits)")
+                    return
+                }
+            }
+        }
     }
 
     // MARK: time
