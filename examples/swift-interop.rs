@@ -167,7 +167,8 @@ fn strangers_and_mismatches(address: &str, key: &Key) {
 
     let held = inquire(address, key, &Timing::default()).unwrap();
     assert_eq!((held.n_embd, held.first_block, held.last_block), (N_EMBD as u32, 11, 12));
-    let changes: [(&str, fn(&mut Terms)); 10] = [
+    type Change = fn(&mut Terms);
+    let changes: [(&str, Change); 10] = [
         ("arch", |t| t.arch = "qwen2".into()),
         ("model", |t| t.model = [9; 32]),
         ("n_blocks", |t| t.n_blocks = 29),
