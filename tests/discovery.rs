@@ -175,7 +175,8 @@ fn without_any_worker_a_middle_at_hand_runs_here_and_without_one_the_way_out_is_
 fn a_hostile_name_is_shown_harmless_and_a_withdrawn_one_is_not_seen() {
     let port = mdns_port();
     let at: SocketAddr = "127.0.0.1:4567".parse().unwrap();
-    let evil = Announcement::start("evil\u{1b}[2J\u{202e}.\\name\r\nerror: trust me", at, port).unwrap();
+    let evil =
+        Announcement::start("evil\u{1b}[2J\u{202e}.\\name\r\nerror: trust me", at, port, |_| {}).unwrap();
     let mut search = Search::start(port).unwrap();
     let seen = search.next(Instant::now() + Duration::from_secs(20)).expect("it is seen");
     assert_eq!(seen.addresses, ["127.0.0.1:4567"]);
@@ -190,8 +191,16 @@ fn a_hostile_name_is_shown_harmless_and_a_withdrawn_one_is_not_seen() {
 #[test]
 fn a_worker_that_cannot_be_announced_works_all_the_same() {
     let cut = Cut::tiny("qwen2");
-    // port 1 is the system's: without rights to it, or with somebody else on it, there is no announcement
-    let worker = Worker::start(&cut.slice(1), &cut.key, &["--announce", "always", "--mdns-port", "0"]);
+    // a port that another program has to itself
+    let taken = std::net::UdpSocket::bind("0.0.0.0:0").unwrap();
+    let port = taken.local_addr().unwrap().port().to_string();
+    let worker = Worker::start(&cut.slice(1), &cut.key, &["--announce", "always", "--mdns-port", &port]);
+    assert_eq!(report(&mut cut.generate(&[&worker.address], &["-n", "2"])).tokens.len(), 2);
+    let begun = Instant::now();
+    while !worker.stderr().contains("hosts do not find this worker by themselves") {
+        assert!(begun.elapsed() < Duration::from_secs(20), "nothing is said: {}", worker.stderr());
+        std::thread::sleep(Duration::from_millis(50));
+    }
     assert_eq!(report(&mut cut.generate(&[&worker.address], &["-n", "2"])).tokens.len(), 2);
     let quiet = Worker::start(&cut.slice(1), &cut.key, &["--announce", "never"]);
     assert_eq!(report(&mut cut.generate(&[&quiet.address], &["-n", "2"])).tokens.len(), 2);

@@ -159,13 +159,14 @@ fn announce(args: &Args, listener: &Listener) -> Option<Announcement> {
         DEFAULT_PORT => device::name(),
         port => format!("{:.40} ({port})", device::name()),
     };
-    match Announcement::start(&name, address, args.mdns_port) {
-        Ok(announcement) => Some(announcement),
-        Err(error) => {
-            eprintln!("note: hosts have to be told this worker's address ({error})");
-            None
+    let by_hand =
+        |why: &str| eprintln!("note: hosts do not find this worker by themselves ({why}); its address works");
+    let told = move |is_out: bool| {
+        if !is_out {
+            by_hand("no announcement leaves this machine: is its UDP port 5353 taken or blocked?");
         }
-    }
+    };
+    Announcement::start(&name, address, args.mdns_port, told).inspect_err(|e| by_hand(&e.to_string())).ok()
 }
 
 fn keys(args: &Args) -> Result<Arc<dyn KeyRing>, Failure> {

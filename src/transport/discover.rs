@@ -11,7 +11,7 @@ use std::collections::{HashMap, HashSet};
 use std::net::{IpAddr, SocketAddr, SocketAddrV6};
 use std::time::{Duration, Instant};
 
-use mdns_sd::{IfKind, ScopedIp, ServiceDaemon, ServiceEvent, ServiceInfo};
+use mdns_sd::{DaemonEvent, IfKind, ScopedIp, ServiceDaemon, ServiceEvent, ServiceInfo};
 
 use crate::wire::codec::printable;
 
@@ -47,12 +47,19 @@ pub struct Announcement {
 
 impl Announcement {
     /// Announces that a worker called `name` listens at `address`: on every interface if that is the unspecified
-    /// address, on its own otherwise.
+    /// address, on its own otherwise. `told` hears, from another thread, whether the announcement has left this
+    /// machine within [`Announcement::LEAVES`].
     ///
     /// # Errors
     /// [`DiscoverError`], for the user; a worker works without.
-    pub fn start(name: &str, address: SocketAddr, mdns_port: u16) -> Result<Announcement, DiscoverError> {
+    pub fn start(
+        name: &str,
+        address: SocketAddr,
+        mdns_port: u16,
+        told: impl FnOnce(bool) + Send + 'static,
+    ) -> Result<Announcement, DiscoverError> {
         let daemon = ServiceDaemon::new_with_port(mdns_port)?;
+        let events = daemon.monitor()?;
         let mut random = [0; 8];
         getrandom::fill(&mut random).map_err(|e| DiscoverError(e.to_string()))?;
         let host = format!("dim-{:016x}.local.", u64::from_le_bytes(random));
@@ -80,8 +87,21 @@ impl Announcement {
         }
         let fullname = info.get_fullname().to_owned();
         daemon.register(info)?;
+        let watch = move || {
+            let until = Instant::now() + Announcement::LEAVES;
+            told(
+                std::iter::from_fn(|| events.recv_deadline(until).ok())
+                    .any(|e| matches!(e, DaemonEvent::Announce(..))),
+            );
+        };
+        let spawned = std::thread::Builder::new().name("dim-announce".into()).spawn(watch);
+        spawned.map_err(|e| DiscoverError(e.to_string()))?;
         Ok(Announcement { daemon, fullname })
     }
+
+    /// How long an announcement may take to leave: three quarters of a second of asking whether the name is free, and
+    /// as much again for each name that is not.
+    pub const LEAVES: Duration = Duration::from_secs(5);
 }
 
 impl Drop for Announcement {
