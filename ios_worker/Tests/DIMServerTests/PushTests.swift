@@ -40,9 +40,11 @@ import Testing
         FileManager.default.temporaryDirectory.appendingPathComponent("dim-push-\(UUID().uuidString)")
     }
 
-    /// Sends what the worker needs, at most `limit` bytes; then how it ended.
+    /// Sends what the worker needs, at most `limit` bytes; then how it ended. A push that stops at the limit waits until
+    /// the worker has reported so many bytes: what it has not read yet goes with the connection.
     private func push(
-        _ address: String, _ offer: PushOffer, _ files: [Data], limit: Int = .max, altering: Int? = nil
+        _ address: String, _ offer: PushOffer, _ files: [Data], limit: Int = .max, altering: Int? = nil,
+        reports: Reports? = nil
     ) throws -> Ending? {
         let host = try TestHost(address, .push(offer))
         guard let have = host.wait(for: { if case .needs(let have) = $0 { have } else { nil } }) else {
@@ -53,7 +55,14 @@ import Testing
             var offset = Int(have[index])
             while offset < file.count {
                 let count = min(Limit.pushData, file.count - offset, limit - sent)
-                if count == 0 { return nil }
+                if count == 0 {
+                    let stored = have.reduce(0, +) + UInt64(sent)
+                    func isStored(_ event: ServerEvent) -> Bool {
+                        if case .pushing(let bytes, _) = event { bytes >= stored } else { false }
+                    }
+                    for _ in 0..<12 where reports?.eventually(isStored) == false {}
+                    return nil
+                }
                 var piece = [UInt8](file[offset..<offset + count])
                 if altering == index { piece[0] ^= 1 }
                 host.say {
@@ -79,7 +88,7 @@ import Testing
         let (offer, files) = try offer(fixture)
         let total = files.reduce(0) { $0 + $1.count }
         for _ in 0..<2 {
-            #expect(try push(worker.address, offer, files, limit: total / 3) == nil)
+            #expect(try push(worker.address, offer, files, limit: total / 3, reports: worker.reports) == nil)
             #expect(store.complete().isEmpty)
             #expect(worker.reports.eventually { if case .disconnected = $0 { true } else { false } })
             usleep(300_000)
