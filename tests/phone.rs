@@ -74,13 +74,19 @@ impl Phone {
     }
 
     fn open(&mut self, readiness: Readiness) {
-        let config = ListenerConfig {
+        let config = || ListenerConfig {
             keys: Arc::new(self.key.clone()),
-            readiness,
+            readiness: readiness.clone(),
             timing: Timing::default(),
             notice: Box::new(|_| {}),
         };
-        let listener = Arc::new(Listener::bind(&self.address, config).unwrap());
+        // the door that was closed before gives its port back when its thread has ended
+        let bound = (0..500).find_map(|_| {
+            Listener::bind(&self.address, config())
+                .inspect_err(|_| std::thread::sleep(Duration::from_millis(10)))
+                .ok()
+        });
+        let listener = Arc::new(bound.expect("the port is free again"));
         self.address = listener.address().to_string();
         *self.listener.lock().unwrap() = Some(listener.clone());
         let info = open_slice(&self.slice, Verify::Never).unwrap();
