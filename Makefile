@@ -54,11 +54,14 @@ test-swift: build
 	$(ENV) cargo build --release --locked --example swift-interop
 	@sh ios_worker/tools/test.sh
 
+# One test at a time: ggml sets its Vulkan devices up without a lock. First as people run it, then without ggml's fusing
+# of operations, where not a bit may differ.
+OFFLOAD := VULKAN_SDK=$(CURDIR)/target/vulkan-sdk GGML_VK_VISIBLE_DEVICES=0 CARGO_TARGET_DIR=target/vulkan \
+	cargo test --release --locked -p llama-sys-patch --features vulkan --test offload -- --test-threads 1 --nocapture
 test-vulkan: setup
 	@sh tests/vulkan/setup.sh
-# one test at a time: ggml sets its Vulkan devices up without a lock
-	$(ENV) VULKAN_SDK=$(CURDIR)/target/vulkan-sdk GGML_VK_VISIBLE_DEVICES=0 CARGO_TARGET_DIR=target/vulkan \
-		cargo test --release --locked -p llama-sys-patch --features vulkan --test offload -- --test-threads 1 --nocapture
+	$(ENV) $(OFFLOAD)
+	$(ENV) GGML_VK_DISABLE_FUSION=1 $(OFFLOAD) stock_s_tokens sessions
 
 bench: build
 	$(ENV) cargo bench $(CARGO_FLAGS)

@@ -17,14 +17,18 @@ use llama_sys_patch::{
 };
 
 /// What the logits may differ by from stock's on the same backend, relative to their spread (the root mean square, about
-/// 4 in these models): a GPU backend fuses operations, and does so differently where a graph ends.
-const TOLERANCE: f32 = 2e-3;
+/// 4 in these models). A GPU backend fuses operations, and whether two of them are fused depends, among other things, on
+/// where the allocator has put their tensors, which is elsewhere in a slice's graph: a stage's rows then differ by about
+/// 1e-6. Without fusion there is no difference at all: `make test-vulkan` runs these tests both ways.
+fn tolerance() -> f32 {
+    if std::env::var_os("GGML_VK_DISABLE_FUSION").is_some() { 0.0 } else { 2e-3 }
+}
 
 /// The largest difference, and whether it is within the tolerance.
 fn within(ours: &[f32], stock: &[f32]) -> (f32, bool) {
     let spread = (stock.iter().map(|x| x * x).sum::<f32>() / stock.len() as f32).sqrt();
     let difference = max_difference(ours, stock);
-    (difference, difference <= TOLERANCE * spread)
+    (difference, difference <= tolerance() * spread)
 }
 
 fn on_gpu(path: &Path, no_lm_head: bool) -> Model {
