@@ -25,27 +25,35 @@ fn finish(host: Child) -> (Report, String) {
     (serde_json::from_slice(&output.stdout).unwrap(), stderr)
 }
 
-/// Bytes that come back from the worker in an undisturbed run: the room in which to break it.
-fn undisturbed(cut: &Cut) -> (Report, u64) {
+/// An undisturbed run, and which bytes from the worker are the room in which to break it: `before` are spent on the
+/// question what it holds, the handshake and the canary, `bytes` follow.
+struct Undisturbed {
+    report: Report,
+    before: u64,
+    bytes: u64,
+}
+
+fn undisturbed(cut: &Cut) -> Undisturbed {
     let worker = cut.worker(1);
-    let whole = report(&mut cut.generate(&[&worker.address], &OPTIONS));
-    assert_eq!(whole.tokens.len(), 128);
-    let bytes = whole.wire.bytes_received;
-    (whole, bytes)
+    let relay = Relay::to(&worker.address);
+    let report = report(&mut cut.generate(&[&relay.address()], &OPTIONS));
+    assert_eq!(report.tokens.len(), 128);
+    let bytes = report.wire.bytes_received;
+    Undisturbed { before: relay.received().saturating_sub(bytes), bytes, report }
 }
 
 #[test]
 fn a_worker_killed_at_any_point_and_restarted_changes_no_token() {
     for arch in ["qwen2", "llama"] {
         let cut = Cut::tiny(arch);
-        let (expected, bytes) = undisturbed(&cut);
+        let Undisturbed { report: expected, before, bytes } = undisturbed(&cut);
         let mut worker = cut.worker(1);
         let address = worker.address.clone();
         let relay = Relay::to(&address);
         let mut numbers = Numbers(42);
         let rounds = if arch == "qwen2" { ROUNDS } else { 5 };
         for round in 0..rounds {
-            relay.break_after(400 + numbers.below(bytes - 600));
+            relay.break_after(before + 400 + numbers.below(bytes - 600));
             let host = spawn(&mut cut.generate(&[&relay.address()], &OPTIONS));
             assert!(relay.wait_until_broken(), "round {round}: the reply ended before the break");
             worker.kill();
@@ -70,9 +78,10 @@ fn a_connection_cut_at_any_point_changes_no_token() {
     let generate = || cut.generate(&[&relay.address(), &second.address], &OPTIONS);
     let expected = report(&mut generate());
     let bytes = expected.wire.bytes_received / 2;
+    let before = relay.received().saturating_sub(bytes);
     let mut numbers = Numbers(7);
     for round in 0..ROUNDS {
-        relay.break_after(400 + numbers.below(bytes - 600));
+        relay.break_after(before + 400 + numbers.below(bytes - 600));
         let host = spawn(&mut generate());
         assert!(relay.wait_until_broken(), "round {round}");
         relay.mend();
@@ -86,13 +95,13 @@ fn a_connection_cut_at_any_point_changes_no_token() {
 #[test]
 fn a_worker_that_hangs_past_the_deadline_changes_no_token() {
     let cut = Cut::tiny("qwen2");
-    let (expected, bytes) = undisturbed(&cut);
+    let Undisturbed { report: expected, before, bytes } = undisturbed(&cut);
     let worker = cut.worker(1);
     let mut numbers = Numbers(3);
     for round in 0..3 {
         // the relay only tells when: it breaks nothing here that the stopped worker could notice
         let relay = Relay::to(&worker.address);
-        relay.break_after(1000 + numbers.below(bytes - 1500));
+        relay.break_after(before + 1000 + numbers.below(bytes - 1500));
         let host = spawn(&mut cut.generate(&[&relay.address()], &OPTIONS));
         assert!(relay.wait_until_broken());
         worker.signal("STOP");
@@ -130,11 +139,11 @@ fn a_hanging_worker_is_noticed_without_any_help_from_the_network() {
 #[test]
 fn a_worker_gone_for_good_is_one_clear_error_and_keeps_the_text() {
     let cut = Cut::tiny("qwen2");
-    let (expected, bytes) = undisturbed(&cut);
+    let Undisturbed { report: expected, before, bytes } = undisturbed(&cut);
     let mut worker = cut.worker(1);
     let relay = Relay::to(&worker.address);
     // the prompt is the larger part of the bytes: this falls among the tokens of the reply
-    relay.break_after(bytes * 8 / 10);
+    relay.break_after(before + bytes * 8 / 10);
     let start = Instant::now();
     let host = spawn(cut.generate(&[&relay.address()], &OPTIONS).args(["--give-up-after", "2"]));
     assert!(relay.wait_until_broken());
@@ -188,7 +197,7 @@ fn a_host_that_hangs_is_let_go_and_the_next_one_is_served() {
 fn garbage_on_the_port_disturbs_nobody() {
     use std::io::{Read as _, Write as _};
     let cut = Cut::tiny("qwen2");
-    let (expected, _) = undisturbed(&cut);
+    let Undisturbed { report: expected, .. } = undisturbed(&cut);
     let worker = cut.worker(1);
     let host = spawn(&mut cut.generate(&[&worker.address], &OPTIONS));
     let mut numbers = Numbers(9);

@@ -96,6 +96,7 @@ typedef struct dim_model_params {
     bool         use_mmap;      // map the file instead of reading it: a file truncated under the map is SIGBUS
     bool         lm_head;       // the file's output matrix will be used; false (head, middle): it stays in host memory,
                                 // as the same bytes as the token embedding, and on no device
+    bool         repack;        // weights may be kept in another order than the file's, where kernels are faster with it
     const char * device;        // one GPU by name, or NULL: all that there are
     dim_progress progress;      // may be NULL
     void *       progress_user; // passed on

@@ -90,6 +90,7 @@ dim_status dim_model_load(const char * const * paths, size_t n_paths, const dim_
         auto load = llama_model_default_params();
         load.load_mode = params->use_mmap ? LLAMA_LOAD_MODE_MMAP : LLAMA_LOAD_MODE_NONE;
         load.lazy_mode = LLAMA_LAZY_MODE_OFF;
+        load.use_extra_bufts = params->repack;
         load.progress_callback           = on_progress;
         load.progress_callback_user_data = &watch;
 

@@ -254,6 +254,11 @@ impl Relay {
         self.address.to_string()
     }
 
+    /// Bytes that have come from the worker so far.
+    pub fn received(&self) -> u64 {
+        self.state.from_worker.load(Ordering::SeqCst)
+    }
+
     /// Breaks all connections when `bytes` more bytes have come from the worker: in the middle of a frame, mostly.
     pub fn break_after(&self, bytes: u64) {
         self.state.broken.store(false, Ordering::SeqCst);
