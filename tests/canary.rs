@@ -202,15 +202,18 @@ fn a_spare_session_takes_the_canary() {
     assert!(failure(&mut cut.generate(&[&wrong.address], &OPTIONS), 1).contains("cosine"));
 }
 
-/// A reply longer than the canary's interval: a row of it is asked again, and the reply is what it is without.
+/// A session longer than the canary's interval: a row of the reply is asked again, and the reply is what it is without.
 #[test]
-fn a_long_reply_is_checked_on_its_way_and_stays_the_same() {
+fn a_long_session_is_checked_on_its_way_and_stays_the_same() {
     let cut = Cut::tiny("qwen2");
     let worker = Worker::start(&cut.slice(1), &cut.key, &["--ctx", "4608"]);
-    let options = ["-n", "4200", "--temp", "0", "--ignore-eos", "--ctx", "4608", "--wire", "f32"];
-    let with = report(&mut cut.generate(&[&worker.address], &options));
-    let without = report(cut.generate(&[&worker.address], &options).arg("--no-canary"));
-    assert_eq!(with.tokens.len(), 4200);
+    let options = ["--prompt-tokens", "4100", "-n", "24", "--temp", "0", "--ignore-eos", "--wire", "f32"];
+    let generate = |more: &[&str]| {
+        let mut command = cut.generate(&[&worker.address], &options);
+        report(command.args(["--ctx", "4608"]).args(more))
+    };
+    let (with, without) = (generate(&[]), generate(&["--no-canary"]));
+    assert_eq!((with.prompt_tokens, with.tokens.len()), (4100, 24));
     assert_eq!(with.tokens, without.tokens);
     assert_eq!(with.wire.round_trips, without.wire.round_trips);
 }

@@ -507,6 +507,70 @@ fn one_flipped_bit_is_found_and_named() {
     assert!(slice::verify(&damaged, |_, _| {}).is_err(), "a byte more");
 }
 
+/// Of the settings, whatever order they stand in; not of names and tokenizers, nor of the weights.
+#[test]
+fn parameters_have_a_digest_of_their_own() {
+    let folder = tempfile::tempdir().unwrap();
+    let out = folder.path();
+    let model = out.join("model.gguf");
+    common::tiny("llama", &model);
+    let manifest = cut(&model, &[range(1, 1), range(2, 3)], out);
+    let digest = manifest.model.params_sha256.clone().unwrap();
+    for entry in &manifest.slices {
+        let info = SliceInfo::read(out.join(&entry.file)).unwrap();
+        assert_eq!(info.params_sha256.unwrap().to_string(), digest, "{}", entry.file);
+    }
+
+    // as docs/ARCHITECTURE.md has it, written without the library's help
+    let gguf = Gguf::open(&model).unwrap();
+    let mut records = BTreeMap::new();
+    for entry in gguf.metadata().filter(|e| e.key.starts_with("llama.") || e.key == "general.architecture") {
+        let mut record = (entry.key.len() as u64).to_le_bytes().to_vec();
+        record.extend(entry.key.as_bytes());
+        record.extend(entry.value.value_type().id().to_le_bytes());
+        entry.value.encode(&mut record);
+        records.insert(entry.key.as_bytes().to_vec(), record);
+    }
+    let all: Vec<u8> = b"dim params v1".iter().copied().chain(records.into_values().flatten()).collect();
+    assert_eq!(Sha::of(&all).to_string(), digest);
+
+    let with = |change: &dyn Fn(&mut Vec<(String, Value<'static>)>)| {
+        let mut keys: Vec<_> = gguf.metadata().map(|e| (e.key.to_owned(), e.value.into_owned())).collect();
+        change(&mut keys);
+        let path = out.join("changed.gguf");
+        let specs: Vec<_> =
+            gguf.tensors().map(|t| TensorSpec::new(t.name(), t.tensor_type(), t.dims())).collect();
+        let mut writer = GgufWriter::create(&path, &keys, &specs).unwrap();
+        gguf.tensors().for_each(|t| writer.write(t.data().unwrap()).unwrap());
+        writer.finish().unwrap();
+        digest::of_params(&Gguf::open(&path).unwrap(), "llama").to_string()
+    };
+    let set = |key: &'static str, value: Value<'static>| {
+        with(&move |keys| keys.iter_mut().filter(|(k, _)| k == key).for_each(|(_, v)| *v = value.clone()))
+    };
+    assert_eq!(with(&|_| {}), digest);
+    assert_eq!(with(&|keys| keys.reverse()), digest, "the order of keys");
+    assert_eq!(set("general.name", Value::string("another name")), digest, "a name");
+    assert_eq!(with(&|keys| keys.retain(|(k, _)| !k.starts_with("tokenizer."))), digest, "the tokenizer");
+    assert_ne!(set("llama.rope.freq_base", Value::F32(5e5)), digest);
+    assert_ne!(set("llama.attention.layer_norm_rms_epsilon", Value::F32(1e-3)), digest);
+    assert_ne!(with(&|keys| keys.retain(|(k, _)| k != "llama.rope.freq_base")), digest, "a key less");
+    assert_ne!(with(&|keys| keys.push(("llama.rope.scaling.factor".into(), Value::F32(2.0)))), digest);
+    // what a slice without the key says is that it is not known
+    let slice = Gguf::open(out.join(&manifest.slices[1].file)).unwrap();
+    let keys: Vec<_> = slice
+        .metadata()
+        .filter(|e| e.key != "dim.params.sha256")
+        .map(|e| (e.key.to_owned(), e.value.into_owned()))
+        .collect();
+    let specs: Vec<_> =
+        slice.tensors().map(|t| TensorSpec::new(t.name(), t.tensor_type(), t.dims())).collect();
+    let mut writer = GgufWriter::create(out.join("older.gguf"), &keys, &specs).unwrap();
+    slice.tensors().for_each(|t| writer.write(t.data().unwrap()).unwrap());
+    writer.finish().unwrap();
+    assert_eq!(SliceInfo::read(out.join("older.gguf")).unwrap().params_sha256, None);
+}
+
 #[test]
 fn slices_of_different_models_are_told_apart() {
     let dir = tempfile::tempdir().unwrap();

@@ -10,7 +10,8 @@ use std::sync::{Arc, Mutex};
 use std::thread::JoinHandle;
 
 use dim::host::report::Report;
-use gguf_tools::gguf::Gguf;
+use gguf_tools::gguf::write::{GgufWriter, TensorSpec};
+use gguf_tools::gguf::{Entry, Gguf, Tensor, Value};
 use gguf_tools::manifest::Manifest;
 use gguf_tools::plan::{Plan, Request};
 use gguf_tools::split::split;
@@ -35,9 +36,29 @@ pub struct Cut {
 
 impl Cut {
     pub fn new(spec: &Spec, middles: &[&str]) -> Cut {
+        Cut::of(|path| spec.write(path).unwrap(), middles)
+    }
+
+    /// The same model with one number of its metadata changed.
+    pub fn with_f32(&self, key: &str, number: f32, middles: &[&str]) -> Cut {
+        let write = |path: &Path| {
+            let gguf = Gguf::open(&self.model).unwrap();
+            assert!(matches!(gguf.get(key), Some(Value::F32(old)) if old != number), "{key}");
+            let value = |e: Entry<'_>| if e.key == key { Value::F32(number) } else { e.value.into_owned() };
+            let metadata: Vec<_> = gguf.metadata().map(|e| (e.key.to_owned(), value(e))).collect();
+            let spec = |t: Tensor<'_>| TensorSpec::new(t.name(), t.tensor_type(), t.dims());
+            let specs: Vec<_> = gguf.tensors().map(spec).collect();
+            let mut writer = GgufWriter::create(path, &metadata, &specs).unwrap();
+            gguf.tensors().for_each(|t| writer.write(t.data().unwrap()).unwrap());
+            writer.finish().unwrap();
+        };
+        Cut::of(write, middles)
+    }
+
+    fn of(write: impl FnOnce(&Path), middles: &[&str]) -> Cut {
         let folder = tempfile::tempdir().unwrap();
         let model = folder.path().join("model.gguf");
-        spec.write(&model).unwrap();
+        write(&model);
         let gguf = Gguf::open(&model).unwrap();
         let request = Request {
             middles: middles.iter().map(|m| m.parse().unwrap()).collect(),
