@@ -6,8 +6,7 @@ mod common;
 use std::path::{Path, PathBuf};
 
 use common::{Cut, Relay, Worker, failure, report, run, text};
-use gguf_tools::gguf::write::{GgufWriter, TensorSpec};
-use gguf_tools::gguf::{Gguf, Tensor};
+use gguf_tools::gguf::Gguf;
 use gguf_tools::manifest::Manifest;
 use gguf_tools::synth::Spec;
 
@@ -16,18 +15,13 @@ const OPTIONS: [&str; 4] = ["-n", "24", "--temp", "0"];
 /// The middle of `cut` again, with the same keys, and for each tensor the data that stands in `from` under the name
 /// that `name` gives.
 fn tampered(cut: &Cut, from: &Path, name: impl Fn(&str) -> String) -> PathBuf {
-    let (own, from) = (Gguf::open(cut.slice(1)).unwrap(), Gguf::open(from).unwrap());
-    let metadata: Vec<_> = own.metadata().map(|e| (e.key.to_owned(), e.value)).collect();
-    let sources: Vec<_> = own.tensors().map(|t| from.tensor(&name(t.name())).unwrap()).collect();
-    let spec = |(t, source): (Tensor<'_>, &Tensor<'_>)| {
-        assert_eq!(source.dims(), t.dims());
-        TensorSpec::new(t.name(), source.tensor_type(), t.dims())
-    };
-    let specs: Vec<_> = own.tensors().zip(&sources).map(spec).collect();
     let path = cut.folder.path().join("tampered.gguf");
-    let mut writer = GgufWriter::create(&path, &metadata, &specs).unwrap();
-    sources.iter().for_each(|source| writer.write(source.data().unwrap()).unwrap());
-    writer.finish().unwrap();
+    let from = Gguf::open(from).unwrap();
+    common::tampered(&cut.slice(1), &path, |tensor| {
+        let source = from.tensor(&name(tensor.name())).unwrap();
+        assert_eq!(source.dims(), tensor.dims());
+        (source.tensor_type(), source.data().unwrap().to_vec())
+    });
     path
 }
 
