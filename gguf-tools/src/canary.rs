@@ -217,7 +217,7 @@ pub fn find(path: &std::path::Path, n_embd: usize, seed: u64) -> Result<Canary, 
         gpu_layers: Some(0),
         use_mmap: true,
         no_lm_head: true,
-        weights_as_stored: true,
+        no_repack: true,
         ..ModelParams::default()
     };
     let model = Model::load(&[path], params).map_err(|e| e.to_string())?;

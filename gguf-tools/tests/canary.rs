@@ -69,7 +69,7 @@ fn answer(slice: &Path, canary: &Canary, n_embd: usize, way: Way) -> Vec<f32> {
     let params = ModelParams {
         gpu_layers: Some(0),
         no_lm_head: true,
-        weights_as_stored: !way.repack,
+        no_repack: !way.repack,
         ..ModelParams::default()
     };
     let model = Model::load(&[slice], params).unwrap();

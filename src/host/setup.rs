@@ -564,9 +564,8 @@ fn load(files: &[PathBuf], machine: &MachineArgs, mmap: bool, lm_head: bool) -> 
         gpu_layers: machine.gpu_layers,
         use_mmap: mmap,
         no_lm_head: !lm_head,
-        weights_as_stored: false,
-        device: None,
         progress: Some(&mut on_progress),
+        ..Default::default()
     };
     Model::load(files, params).map_err(Failure::failed)
 }
