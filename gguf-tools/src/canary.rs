@@ -226,11 +226,9 @@ pub fn find(path: &std::path::Path, n_embd: usize, seed: u64) -> Result<Canary, 
     }
     let most = STEPS.into_iter().max().unwrap_or(1);
     let (n_ctx, blocks) = (STEPS.iter().sum(), 0..model.n_blocks());
-    let default = ContextParams::default();
-    // threads that wait for each other take longer than one alone where there is little to do
-    let worth = u32::try_from(model.weights_bytes() / BYTES_PER_THREAD).unwrap_or(u32::MAX).max(1);
-    let n_threads = default.n_threads.min(worth);
-    let context = ContextParams { n_ctx, n_batch: most, n_ubatch: most, n_threads, ..default };
+    // one thread: for so few rows a second one waits more than it helps, and the disk has work meanwhile
+    let context =
+        ContextParams { n_ctx, n_batch: most, n_ubatch: most, n_threads: 1, ..ContextParams::default() };
     let params = StageParams { blocks, takes_tokens: false, has_lm_head: false, context };
     let mut stage = Stage::new(&model, params).map_err(|e| e.to_string())?;
 
@@ -290,9 +288,6 @@ impl Canary {
     }
 }
 
-/// Weights that are worth a thread of their own.
-#[cfg(feature = "engine")]
-const BYTES_PER_THREAD: u64 = 32 << 20;
 /// Steps of a new canary.
 #[cfg(feature = "engine")]
 const STEPS: [u32; 2] = [8, 1];
