@@ -48,6 +48,12 @@ fn right_workers_pass_for_every_type_and_wire() {
             let worker = cut.worker(1);
             for wire in ["f16", "f32"] {
                 let with = report(cut.generate(&[&worker.address], &OPTIONS).args(["--wire", wire]));
+                let mut verbose = cut.generate(&[&worker.address], &["-n", "1", "--verbose", "--wire", wire]);
+                let told = text(&run(&mut verbose).stderr);
+                assert!(
+                    told.contains("answers right: a cosine of 0.999") || told.contains("a cosine of 1.0"),
+                    "{told}"
+                );
                 let mut without = cut.generate(&[&worker.address], &OPTIONS);
                 let without = report(without.args(["--wire", wire, "--no-canary"]));
                 assert_eq!(

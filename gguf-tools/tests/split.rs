@@ -534,7 +534,8 @@ fn parameters_have_a_digest_of_their_own() {
     let all: Vec<u8> = b"dim params v1".iter().copied().chain(records.into_values().flatten()).collect();
     assert_eq!(Sha::of(&all).to_string(), digest);
 
-    let with = |change: &dyn Fn(&mut Vec<(String, Value<'static>)>)| {
+    type Keys = Vec<(String, Value<'static>)>;
+    let with = |change: &dyn Fn(&mut Keys)| {
         let mut keys: Vec<_> = gguf.metadata().map(|e| (e.key.to_owned(), e.value.into_owned())).collect();
         change(&mut keys);
         let path = out.join("changed.gguf");

@@ -261,7 +261,8 @@ pub fn open_split(args: &SplitArgs, machine: &MachineArgs) -> Result<Split, Fail
                     Some(canary) => {
                         let n_embd = head.hparams.n_embd as usize;
                         let room = Room { n_embd, dtype, n_ctx, max_rows: n_ubatch, session };
-                        Box::new(checked(Guarded::new(stage, canary.clone(), room), args.patience())?)
+                        let stage = Guarded::new(stage, canary.clone(), room);
+                        Box::new(checked(stage, args.patience(), machine.verbose)?)
                     }
                 }))
             }
@@ -484,7 +485,7 @@ pub fn load_stage(
 }
 
 /// The same with as many rows at once as the buffers for computing have room for in `compute_bytes`: at most
-/// `--ubatch`, and at least [`LEAST_ROWS`].
+/// `--ubatch`, and at least 32.
 pub fn load_stage_within(
     path: &Path,
     info: &SliceInfo,
@@ -629,16 +630,25 @@ fn keep_trying<T>(
 }
 
 /// A worker that passed its canary. One that is lost meanwhile is looked for as at any other time.
-fn checked(mut stage: Guarded<WorkerStage>, patience: Patience) -> Result<Guarded<WorkerStage>, Failure> {
+fn checked(
+    mut stage: Guarded<WorkerStage>,
+    patience: Patience,
+    verbose: bool,
+) -> Result<Guarded<WorkerStage>, Failure> {
     let start = Instant::now();
     let mut result = stage.check();
     loop {
         match result {
-            Ok(()) => return Ok(stage),
+            Ok(cosine) => {
+                if let Some(cosine) = cosine.filter(|_| verbose) {
+                    eprintln!("note: {} answers right: a cosine of {cosine:.7}", stage.name());
+                }
+                return Ok(stage);
+            }
             Err(StageError::Lost(why)) if start.elapsed() < patience.give_up_after => {
                 eprintln!("{why}; trying again");
                 std::thread::sleep(patience.first_pause);
-                result = stage.reconnect();
+                result = stage.reconnect().map(|()| None);
             }
             Err(error) => {
                 let failure = Failure::failed(format!("{}: {error}", stage.name()));

@@ -71,16 +71,16 @@ impl<S: RemoteStage> Guarded<S> {
         }
     }
 
-    /// The worker's answer to the canary, held against the right one. The spare session is empty, and is left so;
-    /// nothing is in flight.
+    /// The worker's answer to the canary, held against the right one: the mean cosine of its rows, or `None` where the
+    /// rows' number format cannot hold it. The spare session is empty, and is left so; nothing is in flight.
     ///
     /// # Errors
     /// [`StageError::Wrong`], or whatever the stage itself fails with.
-    pub fn check(&mut self) -> Result<(), StageError> {
+    pub fn check(&mut self) -> Result<Option<f64>, StageError> {
         self.aside(|guard| {
             let (canary, room) = (&guard.canary, guard.room);
             if room.dtype == Dtype::F16 && canary.max_abs > MOST_IN_F16 {
-                return Ok(());
+                return Ok(None);
             }
             let input = canary.input(room.n_embd);
             let mut output: Vec<f32> = Vec::with_capacity(input.len());
@@ -108,7 +108,7 @@ impl<S: RemoteStage> Guarded<S> {
             guard.rows = 0;
             let verdict = guard.canary.compare(room.n_embd, &output);
             verdict
-                .map(|_| ())
+                .map(Some)
                 .map_err(|wrong| guard.wrong(&format!("of its answer to a known input, {wrong}")))
         })
     }
@@ -149,7 +149,7 @@ impl<S: RemoteStage> Guarded<S> {
     }
 
     /// What `work` sends, receives and takes belongs to no step.
-    fn aside(&mut self, work: impl FnOnce(&mut Self) -> Result<(), StageError>) -> Result<(), StageError> {
+    fn aside<T>(&mut self, work: impl FnOnce(&mut Self) -> Result<T, StageError>) -> Result<T, StageError> {
         let (start, before) = (Instant::now(), self.inner.traffic());
         let result = work(self);
         let now = self.inner.traffic();
@@ -173,8 +173,8 @@ impl<S: RemoteStage> RemoteStage for Guarded<S> {
     fn submit(&mut self, id: u64, spans: &[Span], rows: &Hidden) -> Result<(), StageError> {
         if self.rows >= EVERY_ROWS && self.in_flight == 0 {
             match spans {
-                _ if self.room.session > 0 => self.check()?,
-                [span] if span.position == 0 => self.check()?,
+                _ if self.room.session > 0 => drop(self.check()?),
+                [span] if span.position == 0 => drop(self.check()?),
                 [span] if span.count == 1 => self.again = Some((id, *span, rows.clone())),
                 _ => {}
             }
@@ -205,7 +205,7 @@ impl<S: RemoteStage> RemoteStage for Guarded<S> {
     fn reconnect(&mut self) -> Result<(), StageError> {
         self.inner.reconnect()?;
         (self.in_flight, self.again) = (0, None);
-        self.check()
+        self.check().map(drop)
     }
 
     fn traffic(&self) -> Traffic {
