@@ -142,7 +142,7 @@ impl Default for Patience {
 
 impl Patience {
     /// How long a worker is looked for that was lost like this.
-    fn limit(&self, lost: &StageError) -> Duration {
+    pub(crate) fn limit(&self, lost: &StageError) -> Duration {
         match lost {
             StageError::Paused(_) => self.paused_for.max(self.give_up_after),
             _ => self.give_up_after,

@@ -24,8 +24,8 @@ use crate::stage::canary::{Guarded, Room};
 use crate::stage::local::LlamaStage;
 use crate::stage::remote::WorkerStage;
 use crate::stage::verified::{Verify, open_slice};
-use crate::transport::discover::MDNS_PORT;
 use crate::stage::{Dtype, RemoteStage, StageError};
+use crate::transport::discover::MDNS_PORT;
 use crate::transport::{LinkError, Timing, inquire};
 use crate::wire::DType;
 use crate::wire::terms::{Reason, SliceRole, Terms};
@@ -645,8 +645,8 @@ fn checked(
                 }
                 return Ok(stage);
             }
-            Err(StageError::Lost(why)) if start.elapsed() < patience.give_up_after => {
-                eprintln!("{why}; trying again");
+            Err(lost) if lost.may_pass() && start.elapsed() < patience.limit(&lost) => {
+                eprintln!("{lost}; trying again");
                 std::thread::sleep(patience.first_pause);
                 result = stage.reconnect().map(|()| None);
             }
