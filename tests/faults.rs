@@ -2,11 +2,15 @@
 
 mod common;
 
+use std::fs;
+use std::io::Write as _;
+use std::path::Path;
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
 use common::{Cut, Numbers, Relay, Worker, failure, report, text};
 use dim::host::report::{Report, Stop};
+use gguf_tools::gguf::TensorType;
 use gguf_tools::synth::Spec;
 
 const TOKENS: &str = "128";
@@ -25,27 +29,35 @@ fn finish(host: Child) -> (Report, String) {
     (serde_json::from_slice(&output.stdout).unwrap(), stderr)
 }
 
-/// Bytes that come back from the worker in an undisturbed run: the room in which to break it.
-fn undisturbed(cut: &Cut) -> (Report, u64) {
+/// An undisturbed run, and which bytes from the worker are the room in which to break it: `before` are spent on the
+/// question what it holds, the handshake and the canary, `bytes` follow.
+struct Undisturbed {
+    report: Report,
+    before: u64,
+    bytes: u64,
+}
+
+fn undisturbed(cut: &Cut) -> Undisturbed {
     let worker = cut.worker(1);
-    let whole = report(&mut cut.generate(&[&worker.address], &OPTIONS));
-    assert_eq!(whole.tokens.len(), 128);
-    let bytes = whole.wire.bytes_received;
-    (whole, bytes)
+    let relay = Relay::to(&worker.address);
+    let report = report(&mut cut.generate(&[&relay.address()], &OPTIONS));
+    assert_eq!(report.tokens.len(), 128);
+    let bytes = report.wire.bytes_received;
+    Undisturbed { before: relay.received().saturating_sub(bytes), bytes, report }
 }
 
 #[test]
 fn a_worker_killed_at_any_point_and_restarted_changes_no_token() {
     for arch in ["qwen2", "llama"] {
         let cut = Cut::tiny(arch);
-        let (expected, bytes) = undisturbed(&cut);
+        let Undisturbed { report: expected, before, bytes } = undisturbed(&cut);
         let mut worker = cut.worker(1);
         let address = worker.address.clone();
         let relay = Relay::to(&address);
         let mut numbers = Numbers(42);
         let rounds = if arch == "qwen2" { ROUNDS } else { 5 };
         for round in 0..rounds {
-            relay.break_after(400 + numbers.below(bytes - 600));
+            relay.break_after(before + 400 + numbers.below(bytes - 600));
             let host = spawn(&mut cut.generate(&[&relay.address()], &OPTIONS));
             assert!(relay.wait_until_broken(), "round {round}: the reply ended before the break");
             worker.kill();
@@ -70,9 +82,10 @@ fn a_connection_cut_at_any_point_changes_no_token() {
     let generate = || cut.generate(&[&relay.address(), &second.address], &OPTIONS);
     let expected = report(&mut generate());
     let bytes = expected.wire.bytes_received / 2;
+    let before = relay.received().saturating_sub(bytes);
     let mut numbers = Numbers(7);
     for round in 0..ROUNDS {
-        relay.break_after(400 + numbers.below(bytes - 600));
+        relay.break_after(before + 400 + numbers.below(bytes - 600));
         let host = spawn(&mut generate());
         assert!(relay.wait_until_broken(), "round {round}");
         relay.mend();
@@ -86,13 +99,13 @@ fn a_connection_cut_at_any_point_changes_no_token() {
 #[test]
 fn a_worker_that_hangs_past_the_deadline_changes_no_token() {
     let cut = Cut::tiny("qwen2");
-    let (expected, bytes) = undisturbed(&cut);
+    let Undisturbed { report: expected, before, bytes } = undisturbed(&cut);
     let worker = cut.worker(1);
     let mut numbers = Numbers(3);
     for round in 0..3 {
         // the relay only tells when: it breaks nothing here that the stopped worker could notice
         let relay = Relay::to(&worker.address);
-        relay.break_after(1000 + numbers.below(bytes - 1500));
+        relay.break_after(before + 1000 + numbers.below(bytes - 1500));
         let host = spawn(&mut cut.generate(&[&relay.address()], &OPTIONS));
         assert!(relay.wait_until_broken());
         worker.signal("STOP");
@@ -127,14 +140,117 @@ fn a_hanging_worker_is_noticed_without_any_help_from_the_network() {
     }
 }
 
+/// A way on which nothing moves for a while, and then everything does: waited for, or, past the silence, dialled anew.
+#[test]
+fn a_link_that_stands_still_changes_no_token() {
+    let cut = Cut::tiny("qwen2");
+    let Undisturbed { report: expected, before, bytes } = undisturbed(&cut);
+    let worker = cut.worker(1);
+    let relay = Relay::to(&worker.address);
+    let mut numbers = Numbers(21);
+    for (stall_ms, is_lost) in
+        [(100, false), (700, false), (1800, false), (100, false), (4500, true), (7000, true)]
+    {
+        relay.stall_after(before + 1000 + numbers.below(bytes - 1500));
+        let host = spawn(&mut cut.generate(&[&relay.address()], &OPTIONS));
+        assert!(relay.wait_until_stalled(), "the reply ended before it stood still");
+        std::thread::sleep(Duration::from_millis(stall_ms));
+        relay.pace(u64::MAX);
+        let (got, stderr) = finish(host);
+        assert_eq!(got.tokens, expected.tokens, "{stall_ms} ms: {stderr}");
+        assert_eq!(got.stages[1].reconnects > 0, is_lost, "{stall_ms} ms: {stderr}");
+    }
+}
+
+#[test]
+fn a_slow_link_takes_time_and_nothing_else() {
+    let cut = Cut::tiny("qwen2");
+    let Undisturbed { report: expected, .. } = undisturbed(&cut);
+    let worker = cut.worker(1);
+    let relay = Relay::to(&worker.address);
+    for mbit_per_s in [1, 5, 20] {
+        relay.pace(mbit_per_s * 125_000);
+        let got = report(&mut cut.generate(&[&relay.address()], &OPTIONS));
+        assert_eq!(got.tokens, expected.tokens, "{mbit_per_s} Mbit/s");
+        assert_eq!(got.stages[1].reconnects, 0, "{mbit_per_s} Mbit/s");
+    }
+}
+
+/// Slices are read, not mapped: what happens to their files afterwards is nobody's concern.
+#[test]
+fn files_changed_under_a_reply_change_no_token() {
+    let cut = Cut::tiny("qwen2");
+    let other = Cut::new(&Spec::tiny("qwen2").unwrap().seed(2), &["1..2"]);
+    let Undisturbed { report: expected, before, bytes } = undisturbed(&cut);
+    let mut numbers = Numbers(17);
+    type Change = fn(&Path, &Path);
+    let changes: [(&str, Change); 5] = [
+        ("replaced by rename", |file, other| {
+            let beside = file.with_extension("new");
+            fs::copy(other, &beside).unwrap();
+            fs::rename(beside, file).unwrap();
+        }),
+        ("overwritten in place", |file, other| {
+            let bytes = fs::read(other).unwrap();
+            fs::OpenOptions::new().write(true).open(file).unwrap().write_all(&bytes).unwrap();
+        }),
+        ("made shorter", |file, _| {
+            let file = fs::OpenOptions::new().write(true).open(file).unwrap();
+            file.set_len(file.metadata().unwrap().len() / 2).unwrap();
+        }),
+        ("emptied", |file, _| drop(fs::File::create(file).unwrap())),
+        ("removed", |file, _| fs::remove_file(file).unwrap()),
+    ];
+    for (what, change) in changes {
+        for _ in 0..2 {
+            let worker = cut.worker(1);
+            let relay = Relay::to(&worker.address);
+            relay.stall_after(before + 1000 + numbers.below(bytes - 1500));
+            let host = spawn(&mut cut.generate(&[&relay.address()], &OPTIONS));
+            assert!(relay.wait_until_stalled());
+            let whole: Vec<Vec<u8>> = (0..3).map(|i| fs::read(cut.slice(i)).unwrap()).collect();
+            (0..3).for_each(|i| change(&cut.slice(i), &other.slice(i)));
+            relay.pace(u64::MAX);
+            let (got, stderr) = finish(host);
+            (0..3).for_each(|i| fs::write(cut.slice(i), &whole[i]).unwrap());
+            assert_eq!(got.tokens, expected.tokens, "{what}: {stderr}");
+            assert_eq!(got.stages[1].reconnects, 0, "{what}: {stderr}");
+        }
+    }
+}
+
+#[test]
+fn two_workers_and_a_host_may_be_started_in_any_order() {
+    let cut = Cut::new(&Spec::tiny("llama").unwrap(), &["1..2", "3..3"]);
+    let expected = report(&mut cut.generate(&[], &["-n", "4", "--temp", "0"]));
+    // addresses that are free now
+    let addresses = [cut.worker(1).address.clone(), cut.worker(2).address.clone()];
+    let pause = || std::thread::sleep(Duration::from_millis(400));
+    for order in [[0, 1, 2], [0, 2, 1], [1, 0, 2], [2, 0, 1], [1, 2, 0], [2, 1, 0]] {
+        let (mut host, mut workers) = (None, Vec::new());
+        for who in order {
+            match who {
+                0 => {
+                    let addresses = [addresses[0].as_str(), &addresses[1]];
+                    host = Some(spawn(&mut cut.generate(&addresses, &["-n", "4", "--temp", "0"])));
+                }
+                i => workers.push(Worker::start_at(&addresses[i - 1], &cut.slice(i), &cut.key, &[])),
+            }
+            pause();
+        }
+        let (got, stderr) = finish(host.unwrap());
+        assert_eq!(got.tokens, expected.tokens, "{order:?}: {stderr}");
+    }
+}
+
 #[test]
 fn a_worker_gone_for_good_is_one_clear_error_and_keeps_the_text() {
     let cut = Cut::tiny("qwen2");
-    let (expected, bytes) = undisturbed(&cut);
+    let Undisturbed { report: expected, before, bytes } = undisturbed(&cut);
     let mut worker = cut.worker(1);
     let relay = Relay::to(&worker.address);
     // the prompt is the larger part of the bytes: this falls among the tokens of the reply
-    relay.break_after(bytes * 8 / 10);
+    relay.break_after(before + bytes * 8 / 10);
     let start = Instant::now();
     let host = spawn(cut.generate(&[&relay.address()], &OPTIONS).args(["--give-up-after", "2"]));
     assert!(relay.wait_until_broken());
@@ -186,9 +302,9 @@ fn a_host_that_hangs_is_let_go_and_the_next_one_is_served() {
 /// Bytes that are no host's, while a host is served: the reply is the same, and nobody is let in.
 #[test]
 fn garbage_on_the_port_disturbs_nobody() {
-    use std::io::{Read as _, Write as _};
+    use std::io::Read as _;
     let cut = Cut::tiny("qwen2");
-    let (expected, _) = undisturbed(&cut);
+    let Undisturbed { report: expected, .. } = undisturbed(&cut);
     let worker = cut.worker(1);
     let host = spawn(&mut cut.generate(&[&worker.address], &OPTIONS));
     let mut numbers = Numbers(9);
@@ -214,6 +330,41 @@ fn garbage_on_the_port_disturbs_nobody() {
 fn numbers_byte(state: &mut u64) -> u8 {
     *state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1);
     (*state >> 56) as u8
+}
+
+/// A weight that is no number, at the worker and at the host: the side and the block are named, and no token is made
+/// of it.
+#[test]
+fn values_that_are_no_numbers_are_named_on_either_side() {
+    let cut = Cut::tiny("qwen2");
+    let broken = cut.folder.path().join("broken.gguf");
+    let nan_in = |slice: &Path, name: &str| {
+        common::tampered(slice, &broken, |tensor| {
+            let mut bytes = tensor.data().unwrap().to_vec();
+            if tensor.name() == name {
+                assert_eq!(tensor.tensor_type(), TensorType::F16);
+                bytes[100..102].copy_from_slice(&half::f16::NAN.to_le_bytes());
+            }
+            (tensor.tensor_type(), bytes)
+        });
+    };
+    let options = ["-n", "4", "--temp", "0", "--verify", "never"];
+    nan_in(&cut.slice(1), "blk.1.ffn_down.weight");
+    let worker = Worker::start(&broken, &cut.key, &["--verify", "never"]);
+    for wire in ["f16", "f32"] {
+        for canary in [&[][..], &["--no-canary"]] {
+            let mut command = cut.generate(&[&worker.address], &options);
+            let says = failure(command.args(["--wire", wire]).args(canary), 1);
+            assert!(says.contains(&worker.address) && says.contains("block 2"), "{says}");
+            assert!(says.contains("not finite") && says.contains("hint: "), "{says}");
+        }
+    }
+    // the worker lives on
+    let right = cut.worker(1);
+    nan_in(&cut.slice(0), "blk.0.ffn_down.weight");
+    fs::rename(&broken, cut.slice(0)).unwrap();
+    let says = failure(&mut cut.generate(&[&right.address], &options), 1);
+    assert!(says.contains("head") && says.contains("block 0") && says.contains("not finite"), "{says}");
 }
 
 /// What a host asks for and a worker cannot compute is an error, not silence: the overflow of a boundary.

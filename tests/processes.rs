@@ -166,6 +166,26 @@ fn a_worker_that_does_not_fit_is_refused_with_the_side_to_fix() {
     assert_eq!(report(&mut cut.generate(&[at], &["-n", "2"])).tokens.len(), 2);
 }
 
+/// The weights say nothing of the settings they were made for: those have a digest of their own.
+#[test]
+fn the_same_weights_with_other_settings_are_refused() {
+    let cut = Cut::tiny("qwen2");
+    let other = cut.with_f32("qwen2.rope.freq_base", 1.0e6, &["1..2"]);
+    assert_eq!(other.manifest.model.sha256, cut.manifest.model.sha256);
+    assert_ne!(other.manifest.model.params_sha256, cut.manifest.model.params_sha256);
+    let worker = other.worker(1);
+    let says = failure(&mut cut.generate(&[&worker.address], &["-n", "1"]), 2);
+    assert!(says.contains("the same weights with other settings (rope, norms, ...)"), "{says}");
+    assert!(says.contains(&worker.address) && says.contains("one split on both sides"), "{says}");
+    // as files of this machine
+    let mut mixed = Command::new(HOST);
+    mixed.args(["generate", "-p", "x", "--head"]).arg(cut.slice(0)).arg("--middle").arg(other.slice(1));
+    let says = failure(mixed.arg("--tail").arg(cut.slice(2)), 2);
+    assert!(says.contains("the same weights with other settings"), "{says}");
+    // among themselves they are a model
+    assert_eq!(report(&mut other.generate(&[&worker.address], &["-n", "1"])).tokens.len(), 1);
+}
+
 #[test]
 fn misuse_is_exit_code_2_and_one_error_line() {
     let cut = Cut::tiny("qwen2");
@@ -427,9 +447,30 @@ fn a_worker_takes_its_slice_its_cache_and_little_more() {
     let cut = Cut::new(&Spec::new("qwen2.5-0.5b", None).unwrap().blocks(6), &["1..4"]);
     let worker = Worker::start(&cut.slice(1), &cut.key, &["--ctx", "2048"]);
     report(&mut cut.generate(&[&worker.address], &["-n", "8", "--ctx", "2048"]));
-    let slice = cut.manifest.slices[1].bytes;
     // K and V of 4 blocks: 2048 positions, 2 heads of 64, 2 bytes
-    let cache = 4 * 2 * 2048 * 2 * 64 * 2;
+    within_its_promise(&worker, cut.manifest.slices[1].bytes, 4 * 2 * 2048 * 2 * 64 * 2);
+}
+
+/// At the width of a 7B model the buffers of 512 rows alone would take the 150 MiB: a worker computes fewer at once,
+/// unless it is told how many.
+#[cfg(target_os = "linux")]
+#[test]
+fn a_worker_of_a_7b_model_keeps_the_same_promise() {
+    let cut = Cut::new(&Spec::new("qwen2.5-7b", None).unwrap().blocks(3).vocab(512), &["1..1"]);
+    let worker = Worker::start(&cut.slice(1), &cut.key, &["--ctx", "2048"]);
+    let long = ["-n", "4", "--ctx", "2048", "--prompt-tokens", "600"];
+    let chosen = report(&mut cut.generate(&[&worker.address], &long));
+    assert_eq!(chosen.wire.round_trips, 3 + 3, "600 rows in steps of 256");
+    // K and V of one block: 2048 positions, 4 heads of 128, 2 bytes
+    within_its_promise(&worker, cut.manifest.slices[1].bytes, 2 * 2048 * 4 * 128 * 2);
+    drop(worker);
+    let told = Worker::start(&cut.slice(1), &cut.key, &["--ctx", "2048", "--ubatch", "512"]);
+    assert_eq!(report(&mut cut.generate(&[&told.address], &long)).wire.round_trips, 2 + 3);
+}
+
+/// Peak memory against the slice, its cache and 150 MiB.
+#[cfg(target_os = "linux")]
+fn within_its_promise(worker: &Worker, slice: u64, cache: u64) {
     let peak = peak_memory(worker.pid());
     let over = peak.saturating_sub(slice + cache) >> 20;
     println!(

@@ -7,6 +7,10 @@
 //! - A slice's digest is over the bytes of its file before the tensor data, with the digits of that digest
 //!   itself taken as `0`. Among those bytes are the digests of all its tensors, so that every byte of metadata
 //!   and data is covered.
+//! - A model's parameters digest is over what changes its computation and is no weight: the text `dim params v1`,
+//!   then one record per key, `general.architecture` and every key below the architecture's name, in the order of
+//!   their bytes: length of the key (u64), the key, type (u32) and value as GGUF writes them. It is taken from the
+//!   whole model before it is cut, so every slice of a cut carries the same one.
 
 use std::fmt;
 
@@ -101,6 +105,31 @@ pub fn of_model(gguf: &Gguf, mut each: impl FnMut(u64)) -> Result<Sha, Error> {
     }
     Ok(identity.finish())
 }
+
+/// The parameters digest of a whole model of this architecture.
+///
+/// What stands under `general.` (names, licences) and `tokenizer.` (which stays with the host) is not in it.
+pub fn of_params(gguf: &Gguf, arch: &str) -> Sha {
+    let below_arch = |key: &str| key.strip_prefix(arch).is_some_and(|rest| rest.starts_with('.'));
+    let mut entries: Vec<_> =
+        gguf.metadata().filter(|e| e.key == "general.architecture" || below_arch(e.key)).collect();
+    entries.sort_by(|a, b| a.key.as_bytes().cmp(b.key.as_bytes()));
+    let mut hash = Sha256::new();
+    hash.update(PARAMS_DOMAIN);
+    let mut value = Vec::new();
+    for entry in entries {
+        hash.update((entry.key.len() as u64).to_le_bytes());
+        hash.update(entry.key);
+        hash.update(entry.value.value_type().id().to_le_bytes());
+        value.clear();
+        entry.value.encode(&mut value);
+        hash.update(&value);
+    }
+    Sha(hash.finalize().into())
+}
+
+/// What a parameters digest begins with.
+const PARAMS_DOMAIN: &[u8] = b"dim params v1";
 
 #[cfg(test)]
 mod tests {

@@ -4,6 +4,7 @@
 #![deny(unsafe_code)]
 
 pub mod arch;
+pub mod canary;
 pub mod coreml;
 pub mod digest;
 pub mod gguf;

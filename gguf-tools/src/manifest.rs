@@ -9,7 +9,7 @@ use std::{
 
 use serde::{Deserialize, Serialize};
 
-use crate::{gguf::write::TempFile, plan::Role};
+use crate::{canary::Canary, gguf::write::TempFile, plan::Role};
 
 /// Version of the manifest's format.
 pub const VERSION: u32 = 1;
@@ -32,6 +32,9 @@ pub struct ModelEntry {
     pub name: String,
     /// Its identity (see [`digest`](crate::digest)), 64 hex digits.
     pub sha256: String,
+    /// The digest of its parameters that are not weights, 64 hex digits; not in manifests of older cuts.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub params_sha256: Option<String>,
     /// Its architecture.
     pub arch: String,
     /// Its blocks.
@@ -61,6 +64,9 @@ pub struct SliceEntry {
     pub bytes: u64,
     /// Its digest (see [`digest`](crate::digest)), 64 hex digits.
     pub sha256: String,
+    /// A middle's answer to a known input. Not in manifests of older cuts, nor of a dim-split without llama.cpp.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub canary: Option<Canary>,
 }
 
 /// Why a manifest could not be read.
@@ -109,7 +115,7 @@ impl Manifest {
     pub fn read(path: impl AsRef<Path>) -> Result<Manifest, ManifestError> {
         let path = path.as_ref();
         let io = |source| ManifestError::Io { path: path.to_owned(), source };
-        // a manifest has a line per slice: a larger file is something else
+        // a few lines per slice, and a canary of some KB per middle: a larger file is something else
         let len = fs::metadata(path).map_err(io)?.len();
         if len > MAX_BYTES {
             return Err(io(io::Error::new(
@@ -167,6 +173,9 @@ impl Manifest {
             if !plain || slice.file == "." || slice.file == ".." {
                 return Err(format!("slice {i} is not a file beside the manifest"));
             }
+            if let Some(canary) = &slice.canary {
+                canary.check().map_err(|why| format!("slice {i}'s canary {why}"))?;
+            }
             next = slice.last.checked_add(1);
         }
         if self.slices.len() < 2 || next != Some(self.model.n_blocks) {
@@ -176,4 +185,5 @@ impl Manifest {
     }
 }
 
-const MAX_BYTES: u64 = 1 << 20;
+/// 512 slices with a canary each take less.
+const MAX_BYTES: u64 = 8 << 20;

@@ -16,6 +16,7 @@ use std::{borrow::Cow, fmt, ops::Range, str::FromStr};
 
 use crate::{
     arch::{self, Arch, LmHead, Unsupported},
+    digest::{self, Sha},
     gguf::{
         self, Array, Gguf, Shown, Tensor, TensorType, Value, ValueType,
         check::{self, Hparams},
@@ -39,6 +40,8 @@ pub mod keys {
     pub const MODEL_NAME: &str = "dim.model.name";
     /// string, 64 hex digits: the model's identity.
     pub const MODEL_SHA256: &str = "dim.model.sha256";
+    /// string, 64 hex digits: the digest of the model's parameters that are not weights. Slices of older cuts have none.
+    pub const PARAMS_SHA256: &str = "dim.params.sha256";
     /// string, 64 hex digits: the slice's own digest.
     pub const SLICE_SHA256: &str = "dim.slice.sha256";
     /// array of strings, 64 hex digits each: the digest of every tensor's data, in file order.
@@ -150,6 +153,8 @@ pub struct Request {
     pub output_type: Option<TensorType>,
     /// What file names begin with.
     pub stem: String,
+    /// Leave the [canaries](crate::canary) out.
+    pub no_canary: bool,
 }
 
 /// A cut, planned.
@@ -161,6 +166,10 @@ pub struct Plan<'a> {
     pub hparams: Hparams,
     /// Its name: `general.name`, or the stem.
     pub model_name: String,
+    /// The digest of its parameters that are not weights.
+    pub params_sha256: Sha,
+    /// Whether each middle's answer to a known input is to be found.
+    pub canary: bool,
     /// The slices: head, middles, tail.
     pub slices: Vec<SlicePlan<'a>>,
 }
@@ -325,10 +334,13 @@ impl<'a> Plan<'a> {
 
         let ranges = ranges(&request.middles, hparams.n_blocks)?;
         let model_name = hparams.name.clone().unwrap_or_else(|| request.stem.clone());
-        let cutter = Cutter { gguf, arch, hparams: &hparams, request, model_name: &model_name };
+        let params_sha256 = digest::of_params(gguf, arch.name);
+        let cutter =
+            Cutter { gguf, arch, hparams: &hparams, request, model_name: &model_name, params_sha256 };
         let slices =
             ranges.into_iter().map(|(role, blocks)| cutter.slice(role, blocks)).collect::<Result<_, _>>()?;
-        Ok(Plan { gguf, hparams, model_name, slices })
+        let canary = !request.no_canary;
+        Ok(Plan { gguf, hparams, model_name, params_sha256, canary, slices })
     }
 
     /// Bytes of all slices' files.
@@ -389,6 +401,7 @@ struct Cutter<'a, 'p> {
     hparams: &'p Hparams,
     request: &'p Request,
     model_name: &'p str,
+    params_sha256: Sha,
 }
 
 impl<'a> Cutter<'a, '_> {
@@ -471,6 +484,7 @@ impl<'a> Cutter<'a, '_> {
                 (keys::MODEL_BLOCKS, Value::U32(self.hparams.n_blocks)),
                 (keys::MODEL_NAME, Value::string(self.model_name)),
                 (keys::MODEL_SHA256, Value::string(zeros.as_str())),
+                (keys::PARAMS_SHA256, Value::string(self.params_sha256.to_string())),
                 (keys::SLICE_SHA256, Value::string(zeros.as_str())),
                 (
                     keys::TENSOR_SHA256,

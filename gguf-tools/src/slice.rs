@@ -26,6 +26,8 @@ pub struct SliceInfo {
     pub model_name: String,
     /// The model's identity.
     pub model_sha256: Sha,
+    /// The digest of the model's parameters that are not weights; `None` in slices of older cuts.
+    pub params_sha256: Option<Sha>,
     /// The slice's own digest.
     pub slice_sha256: Sha,
     /// The slice's numbers, checked: those of a model of its own, blocks counted from 0.
@@ -109,6 +111,7 @@ impl SliceInfo {
             model_blocks,
             model_name: text(keys::MODEL_NAME)?,
             model_sha256: sha(keys::MODEL_SHA256)?,
+            params_sha256: gguf.entry(keys::PARAMS_SHA256).map(|_| sha(keys::PARAMS_SHA256)).transpose()?,
             slice_sha256: sha(keys::SLICE_SHA256)?,
             hparams,
             file_bytes: gguf.file_bytes(),

@@ -3,7 +3,8 @@
 //! 1. remove what killed runs left, compare the space needed with the space there is;
 //! 2. write every slice's header, then stream the tensors: the main thread copies, inside the system where it can,
 //!    two threads read the same pieces from its cache and digest them, another flushes what was written;
-//! 3. with all data seen, write the digests into the headers, flush, rename the slices in order;
+//! 3. with all data seen, write the digests into the headers, flush, find the middles' canaries meanwhile, rename the
+//!    slices in order;
 //! 4. the manifest last.
 //!
 //! Data is read through the file, not through a map: a model that becomes shorter meanwhile is an error, and one
@@ -25,6 +26,7 @@ use std::{
 use sha2::{Digest as _, Sha256};
 
 use crate::{
+    canary::{self, Canary},
     digest::{self, Identity, Sha},
     gguf::{
         self, Array, Tensor, Value,
@@ -32,7 +34,7 @@ use crate::{
     },
     manifest::{self, Manifest, ModelEntry, SliceEntry},
     os,
-    plan::{Plan, SlicePlan, Source, keys},
+    plan::{Plan, Role, SlicePlan, Source, keys},
     slice::{self, SliceError, SliceInfo},
 };
 
@@ -45,6 +47,8 @@ pub enum Progress<'a> {
     Flushing,
     /// Bytes compared, of how many, and the file.
     Verifying(u64, u64, &'a str),
+    /// This middle gets no canary: the file, and why.
+    NoCanary(&'a str, &'a str),
 }
 
 /// Why a cut failed. No slice of this run has its final name then, except those that were complete.
@@ -158,7 +162,6 @@ pub fn split(
         writer.read_header(|bytes| hash.update(bytes))?;
         let slice_sha256 = Sha(hash.finalize().into());
         writer.patch(keys::SLICE_SHA256, &Value::string(slice_sha256.to_string()))?;
-        writer.sync()?;
         entries.push(SliceEntry {
             role: slice.role,
             first: slice.blocks.first,
@@ -166,7 +169,16 @@ pub fn split(
             file: slice.file.clone(),
             bytes: slice.file_bytes,
             sha256: slice_sha256.to_string(),
+            canary: None,
         });
+    }
+    let canaries = sync(plan, &mut writers, model_sha256)?;
+    for (entry, canary) in entries.iter_mut().zip(canaries) {
+        match canary {
+            Some(Ok(canary)) => entry.canary = Some(canary),
+            Some(Err(why)) => progress(Progress::NoCanary(&entry.file, &why)),
+            None => {}
+        }
     }
     for writer in writers {
         writer.publish()?;
@@ -177,6 +189,7 @@ pub fn split(
         model: ModelEntry {
             name: plan.model_name.clone(),
             sha256: model_sha256.to_string(),
+            params_sha256: Some(plan.params_sha256.to_string()),
             arch: plan.hparams.arch.clone(),
             n_blocks: plan.hparams.n_blocks,
             n_embd: plan.hparams.n_embd,
@@ -188,6 +201,30 @@ pub fn split(
     };
     manifest.write(&manifest_path).map_err(|source| SplitError::Manifest { path: manifest_path, source })?;
     Ok(manifest)
+}
+
+/// Flushes every file to the disk, and meanwhile finds the middles' [canaries](crate::canary) in what the system
+/// still has in memory. `None` where none is wanted.
+fn sync(
+    plan: &Plan<'_>,
+    writers: &mut [GgufWriter],
+    model: Sha,
+) -> Result<Vec<Option<Result<Canary, String>>>, SplitError> {
+    let middle = |(slice, writer): (&SlicePlan<'_>, &GgufWriter)| {
+        let wanted = plan.canary && slice.role == Role::Middle;
+        writer.temp_path().filter(|_| wanted).map(Path::to_owned)
+    };
+    let middles: Vec<Option<PathBuf>> = plan.slices.iter().zip(&*writers).map(middle).collect();
+    // of the weights alone: the same cut gives the same manifest
+    let seed = model.0.iter().take(8).fold(0, |seed, &byte| seed << 8 | u64::from(byte));
+    let n_embd = plan.hparams.n_embd as usize;
+    thread::scope(|scope| {
+        let find =
+            || middles.iter().map(|m| m.as_ref().map(|path| canary::find(path, n_embd, seed))).collect();
+        let canaries = scope.spawn(find);
+        writers.iter_mut().try_for_each(GgufWriter::sync)?;
+        Ok(canaries.join().unwrap_or_else(|_| vec![None; plan.slices.len()]))
+    })
 }
 
 /// The manifest's file name.

@@ -507,6 +507,71 @@ fn one_flipped_bit_is_found_and_named() {
     assert!(slice::verify(&damaged, |_, _| {}).is_err(), "a byte more");
 }
 
+/// Of the settings, whatever order they stand in; not of names and tokenizers, nor of the weights.
+#[test]
+fn parameters_have_a_digest_of_their_own() {
+    let folder = tempfile::tempdir().unwrap();
+    let out = folder.path();
+    let model = out.join("model.gguf");
+    common::tiny("llama", &model);
+    let manifest = cut(&model, &[range(1, 1), range(2, 3)], out);
+    let digest = manifest.model.params_sha256.clone().unwrap();
+    for entry in &manifest.slices {
+        let info = SliceInfo::read(out.join(&entry.file)).unwrap();
+        assert_eq!(info.params_sha256.unwrap().to_string(), digest, "{}", entry.file);
+    }
+
+    // as docs/ARCHITECTURE.md has it, written without the library's help
+    let gguf = Gguf::open(&model).unwrap();
+    let mut records = BTreeMap::new();
+    for entry in gguf.metadata().filter(|e| e.key.starts_with("llama.") || e.key == "general.architecture") {
+        let mut record = (entry.key.len() as u64).to_le_bytes().to_vec();
+        record.extend(entry.key.as_bytes());
+        record.extend(entry.value.value_type().id().to_le_bytes());
+        entry.value.encode(&mut record);
+        records.insert(entry.key.as_bytes().to_vec(), record);
+    }
+    let all: Vec<u8> = b"dim params v1".iter().copied().chain(records.into_values().flatten()).collect();
+    assert_eq!(Sha::of(&all).to_string(), digest);
+
+    type Keys = Vec<(String, Value<'static>)>;
+    let with = |change: &dyn Fn(&mut Keys)| {
+        let mut keys: Vec<_> = gguf.metadata().map(|e| (e.key.to_owned(), e.value.into_owned())).collect();
+        change(&mut keys);
+        let path = out.join("changed.gguf");
+        let specs: Vec<_> =
+            gguf.tensors().map(|t| TensorSpec::new(t.name(), t.tensor_type(), t.dims())).collect();
+        let mut writer = GgufWriter::create(&path, &keys, &specs).unwrap();
+        gguf.tensors().for_each(|t| writer.write(t.data().unwrap()).unwrap());
+        writer.finish().unwrap();
+        digest::of_params(&Gguf::open(&path).unwrap(), "llama").to_string()
+    };
+    let set = |key: &'static str, value: Value<'static>| {
+        with(&move |keys| keys.iter_mut().filter(|(k, _)| k == key).for_each(|(_, v)| *v = value.clone()))
+    };
+    assert_eq!(with(&|_| {}), digest);
+    assert_eq!(with(&|keys| keys.reverse()), digest, "the order of keys");
+    assert_eq!(set("general.name", Value::string("another name")), digest, "a name");
+    assert_eq!(with(&|keys| keys.retain(|(k, _)| !k.starts_with("tokenizer."))), digest, "the tokenizer");
+    assert_ne!(set("llama.rope.freq_base", Value::F32(5e5)), digest);
+    assert_ne!(set("llama.attention.layer_norm_rms_epsilon", Value::F32(1e-3)), digest);
+    assert_ne!(with(&|keys| keys.retain(|(k, _)| k != "llama.rope.freq_base")), digest, "a key less");
+    assert_ne!(with(&|keys| keys.push(("llama.rope.scaling.factor".into(), Value::F32(2.0)))), digest);
+    // what a slice without the key says is that it is not known
+    let slice = Gguf::open(out.join(&manifest.slices[1].file)).unwrap();
+    let keys: Vec<_> = slice
+        .metadata()
+        .filter(|e| e.key != "dim.params.sha256")
+        .map(|e| (e.key.to_owned(), e.value.into_owned()))
+        .collect();
+    let specs: Vec<_> =
+        slice.tensors().map(|t| TensorSpec::new(t.name(), t.tensor_type(), t.dims())).collect();
+    let mut writer = GgufWriter::create(out.join("older.gguf"), &keys, &specs).unwrap();
+    slice.tensors().for_each(|t| writer.write(t.data().unwrap()).unwrap());
+    writer.finish().unwrap();
+    assert_eq!(SliceInfo::read(out.join("older.gguf")).unwrap().params_sha256, None);
+}
+
 #[test]
 fn slices_of_different_models_are_told_apart() {
     let dir = tempfile::tempdir().unwrap();
@@ -752,6 +817,29 @@ fn fill_up(disk: &Path) {
     );
     assert_clean(&out);
     println!("20 of 20 runs");
+}
+
+/// Heap, whatever the model's size: slices are streamed, and mapped for their canary. The middles here are larger than
+/// what is allowed, the second one of a type that llama.cpp would rather keep a second time in another order.
+#[cfg(target_os = "linux")]
+#[test]
+fn cutting_takes_less_than_64_mib_of_heap() {
+    let dir = tempfile::tempdir().unwrap();
+    for weights in ["f16", "q4_k"] {
+        let model = dir.path().join("model.gguf");
+        let spec = Spec::new("qwen2.5-7b", None).unwrap().blocks(3).vocab(512);
+        spec.with_type(weights).unwrap().write(&model).unwrap();
+        let mut command = Command::new(env!("CARGO_BIN_EXE_dim-split"));
+        let (output, peak) = common::memory::peak_of(command.arg(&model).args(["--middle", "1..1"])).unwrap();
+        assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+        let manifest = Manifest::read(dir.path().join("model.split.json")).unwrap();
+        let middle = &manifest.slices[1];
+        assert_eq!(middle.canary.is_some(), cfg!(feature = "engine"));
+        let peak = peak.expect("Linux says how much");
+        println!("{weights}: heap at most {} MiB for a middle of {} MiB", peak >> 20, middle.bytes >> 20);
+        assert!(middle.bytes > 100 << 20 && peak > 1 << 20, "{peak} bytes");
+        assert!(peak < 64 << 20, "{weights}: {} MiB of heap", peak >> 20);
+    }
 }
 
 #[test]

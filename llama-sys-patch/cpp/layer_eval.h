@@ -96,6 +96,8 @@ typedef struct dim_model_params {
     bool         use_mmap;      // map the file instead of reading it: a file truncated under the map is SIGBUS
     bool         lm_head;       // the file's output matrix will be used; false (head, middle): it stays in host memory,
                                 // as the same bytes as the token embedding, and on no device
+    bool         repack;        // the CPU may keep quantised matrices in an order of its own, which is faster and a second
+                                // copy of them; false: all weights stay where the file has them, mapped if use_mmap
     const char * device;        // one GPU by name, or NULL: all that there are
     dim_progress progress;      // may be NULL
     void *       progress_user; // passed on

@@ -70,9 +70,14 @@ bool on_progress(float fraction, void * data) {
 }
 
 // Host memory in the file's own layout, for matrices that no multiplication will read. The CPU's own buffer type would
-// let the loader choose a repacking one for the output matrix, which is a second copy of it (upstream.h, point 7).
+// let the loader choose a repacking one for the output matrix, which is a second copy of it (upstream.h, point 7). It has a
+// name of its own, because the loader tells buffer types apart by name, and only what is in the CPU's own can be mapped.
 ggml_backend_buffer_type_t plain_host_memory() {
-    static ggml_backend_buffer_type type = *ggml_backend_cpu_buffer_type();
+    static ggml_backend_buffer_type type = [] {
+        auto copy = *ggml_backend_cpu_buffer_type();
+        copy.iface.get_name = [](ggml_backend_buffer_type_t) { return "CPU_Plain"; };
+        return copy;
+    }();
     return &type;
 }
 
@@ -90,6 +95,7 @@ dim_status dim_model_load(const char * const * paths, size_t n_paths, const dim_
         auto load = llama_model_default_params();
         load.load_mode = params->use_mmap ? LLAMA_LOAD_MODE_MMAP : LLAMA_LOAD_MODE_NONE;
         load.lazy_mode = LLAMA_LAZY_MODE_OFF;
+        load.use_extra_bufts = params->repack;
         load.progress_callback           = on_progress;
         load.progress_callback_user_data = &watch;
 
@@ -108,7 +114,7 @@ dim_status dim_model_load(const char * const * paths, size_t n_paths, const dim_
             { "^output\\.(weight|bias)$", plain_host_memory() },
             { nullptr, nullptr },
         };
-        if (!params->lm_head) load.tensor_buft_overrides = vocabulary_stays;
+        if (!params->lm_head && params->repack) load.tensor_buft_overrides = vocabulary_stays;
 
         forget_log();
         llama_model * model = nullptr;

@@ -38,6 +38,9 @@ pub struct ModelParams<'a> {
     /// The output matrix of this file will never be used (a head or a middle): it then is on no GPU and takes no second
     /// copy in host memory.
     pub no_lm_head: bool,
+    /// Leave all weights where the file has them: no quantised matrix is put in an order of the CPU's own, which would be a
+    /// second copy of it. Slower; with [`use_mmap`](Self::use_mmap) the weights take no memory but the map's.
+    pub no_repack: bool,
     /// One GPU by its name in [`devices`]; `None` for all there are.
     pub device: Option<String>,
     /// Called with 0..1 while loading; `false` stops the load with [`Error::Cancelled`].
@@ -77,6 +80,7 @@ impl Model {
             },
             use_mmap: params.use_mmap,
             lm_head: !params.no_lm_head,
+            repack: !params.no_repack,
             device: device.as_ref().map_or(std::ptr::null(), |name| name.as_ptr()),
             progress: progress.is_some().then_some(on_progress),
             progress_user: (&raw mut progress).cast(),

@@ -6,10 +6,11 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 use std::sync::Arc;
 
-use clap::Parser;
+use clap::parser::ValueSource;
+use clap::{CommandFactory as _, FromArgMatches as _, Parser};
 use dim::failure::Failure;
 use dim::host::commands::MachineArgs;
-use dim::host::setup::{load_stage, set_log};
+use dim::host::setup::{load_stage, load_stage_within, set_log};
 use dim::keys::{Key, KeyStore};
 use dim::stage::verified::{Verify, open_slice};
 use dim::transport::discover::{Announcement, MDNS_PORT};
@@ -58,13 +59,17 @@ struct Args {
 }
 
 fn main() -> ExitCode {
-    match run(&Args::parse()) {
+    let matches = Args::command().get_matches();
+    // what was asked for is done; what was not is chosen so that a worker stays small
+    let chooses_rows = matches.value_source("n_ubatch") != Some(ValueSource::CommandLine);
+    let args = Args::from_arg_matches(&matches).unwrap_or_else(|e| e.exit());
+    match run(&args, chooses_rows) {
         Ok(()) => ExitCode::SUCCESS,
         Err(failure) => failure.report(),
     }
 }
 
-fn run(args: &Args) -> Result<(), Failure> {
+fn run(args: &Args, chooses_rows: bool) -> Result<(), Failure> {
     args.machine.check()?;
     set_log(&args.machine);
     let keys = keys(args)?;
@@ -78,7 +83,7 @@ fn run(args: &Args) -> Result<(), Failure> {
         .hint("the head and the tail stay with dim-host"));
     }
     let n_ctx = args.machine.n_ctx_for(info.hparams.n_ctx_train);
-    let terms = terms(args, &info, n_ctx);
+    let mut terms = terms(args, &info, n_ctx);
 
     // the door opens before the slice is loaded: an address that cannot be had is known at once, and a host is
     // told that this worker is loading
@@ -88,15 +93,13 @@ fn run(args: &Args) -> Result<(), Failure> {
     let listener = Arc::new(Listener::bind(&args.listen, config).map_err(cannot_listen)?);
     end_on_signals(Arc::clone(&listener));
 
-    let mut stage = load_stage(
-        &args.slice,
-        &info,
-        &args.machine,
-        args.mmap,
-        n_ctx,
-        args.machine.n_ubatch,
-        args.max_sessions,
-    )?;
+    let (machine, mmap, sessions) = (&args.machine, args.mmap, args.max_sessions);
+    let mut stage = if chooses_rows {
+        load_stage_within(&args.slice, &info, machine, mmap, n_ctx, sessions, COMPUTE_BYTES)?
+    } else {
+        load_stage(&args.slice, &info, machine, mmap, n_ctx, machine.n_ubatch, sessions)?
+    };
+    terms.max_rows = stage.inner().info().n_ubatch;
     listener.set_readiness(Readiness::Ready(terms));
     let count = info.blocks.count();
     eprintln!(
@@ -200,6 +203,7 @@ fn terms(args: &Args, info: &SliceInfo, n_ctx: u32) -> Terms {
         max_in_flight: MAX_IN_FLIGHT,
         model: info.model_sha256.0,
         slice: info.slice_sha256.0,
+        params: info.params_sha256.map_or([0; 32], |sha| sha.0),
         arch: info.hparams.arch.clone(),
         ..Terms::blank(0, &device::software("dim-worker"), &device::name())
     }
@@ -232,5 +236,9 @@ async fn signal() {
 
 /// Where a worker listens that is not told otherwise.
 const DEFAULT_PORT: u16 = 7878;
+/// What the buffers for computing may take unless `--ubatch` says how many rows they are for: a worker is to hold its
+/// slice, its cache, and 150 MiB at most.
+const COMPUTE_BYTES: u64 = 90 << 20;
+
 /// Steps a host may send ahead.
 const MAX_IN_FLIGHT: u32 = 4;

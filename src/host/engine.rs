@@ -252,6 +252,7 @@ fn explain(error: &PipelineError) -> Failure {
         PipelineError::Stage { source: StageError::Refused(_), .. } => {
             failure.hint("the sentence above names the side to fix")
         }
+        PipelineError::Stage { source: StageError::Wrong(_), .. } => failure.hint(WRONG_WORKER),
         PipelineError::Stage { source: StageError::Failed(why), .. }
             if why.contains("finite") || why.contains("65504") =>
         {
@@ -263,6 +264,10 @@ fn explain(error: &PipelineError) -> Failure {
         }
     }
 }
+
+/// What to do about a worker that computes wrongly.
+pub(crate) const WRONG_WORKER: &str = "don't use that worker as it is: start it with --verify always, and if its slice is whole, with --gpu-layers 0; \
+     a phone: push its blocks again";
 
 /// A count as a position; the context's limit is checked before it gets anywhere near the largest one.
 pub(crate) fn to_u32(n: usize) -> u32 {

@@ -142,7 +142,7 @@ impl Default for Patience {
 
 impl Patience {
     /// How long a worker is looked for that was lost like this.
-    fn limit(&self, lost: &StageError) -> Duration {
+    pub(crate) fn limit(&self, lost: &StageError) -> Duration {
         match lost {
             StageError::Paused(_) => self.paused_for.max(self.give_up_after),
             _ => self.give_up_after,
@@ -368,11 +368,12 @@ impl Pipeline {
             unreachable!("only a remote stage is waited for")
         };
         let mut rows = self.spare.pop().unwrap_or_else(|| Hidden::empty(self.dtype));
-        let start = Instant::now();
+        let (start, aside) = (Instant::now(), stage.time_aside());
         match stage.collect(&mut rows) {
             Ok((id, compute)) => {
+                let aside = stage.time_aside() - aside;
                 slot.stats.compute += compute;
-                slot.stats.wait += start.elapsed().saturating_sub(compute);
+                slot.stats.wait += start.elapsed().saturating_sub(compute + aside);
                 let id = JobId(id);
                 if expected != Some(id) {
                     return Err(OutOfTurn { stage: i, got: id, expected }.into());

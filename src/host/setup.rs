@@ -5,6 +5,7 @@ use std::fmt::Write as _;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
+use gguf_tools::canary::Canary;
 use gguf_tools::gguf::{Gguf, check};
 use gguf_tools::manifest::Manifest;
 use gguf_tools::plan::Role;
@@ -15,13 +16,15 @@ use crate::device;
 use crate::failure::Failure;
 use crate::host::auto::{self, AUTO};
 use crate::host::commands::MachineArgs;
+use crate::host::engine::WRONG_WORKER;
 use crate::host::pipeline::{Patience, Pipeline, StageSlot};
 use crate::keys::{Key, KeyStore};
 use crate::progress::Progress;
-use crate::stage::Dtype;
+use crate::stage::canary::{Guarded, Room};
 use crate::stage::local::LlamaStage;
 use crate::stage::remote::WorkerStage;
 use crate::stage::verified::{Verify, open_slice};
+use crate::stage::{Dtype, RemoteStage, StageError};
 use crate::transport::discover::MDNS_PORT;
 use crate::transport::{LinkError, Timing, inquire};
 use crate::wire::DType;
@@ -61,6 +64,9 @@ pub struct SplitArgs {
     /// Longest time a worker may take for one step
     #[arg(long, value_name = "SECONDS", default_value_t = 120, value_parser = clap::value_parser!(u64).range(1..=86_400))]
     step_timeout: u64,
+    /// Do not hold the workers' answers to a known input against the right ones
+    #[arg(long)]
+    no_canary: bool,
     /// How long a lost worker is looked for before the reply ends
     #[arg(long, value_name = "SECONDS", default_value_t = 30, value_parser = clap::value_parser!(u64).range(0..=86_400))]
     give_up_after: u64,
@@ -140,6 +146,8 @@ enum Place {
         first: u32,
         last: u32,
         slice: [u8; 32],
+        /// How many sessions to ask for: one more than the conversation's, where the worker has it.
+        sessions: u32,
         found: Option<Box<WorkerStage>>,
     },
 }
@@ -187,6 +195,7 @@ pub fn open_split(args: &SplitArgs, machine: &MachineArgs) -> Result<Split, Fail
             first: offer.first_block,
             last: offer.last_block,
             slice: files.slice_of(offer.first_block, offer.last_block),
+            sessions: offer.max_sessions.min(2),
             found: None,
         });
     }
@@ -226,8 +235,15 @@ pub fn open_split(args: &SplitArgs, machine: &MachineArgs) -> Result<Split, Fail
     for place in &mut places {
         slots.push(match place {
             Place::File { .. } => None,
-            Place::Worker { address, key, first, last, slice, found } => {
-                let terms = worker_terms(args, machine, &head, n_ctx, (*first, *last), *slice);
+            Place::Worker { address, key, first, last, slice, sessions, found } => {
+                let canary = files.canary_of(*first, *last).filter(|_| !args.no_canary);
+                if canary.is_none() && machine.verbose {
+                    eprintln!("note: whether {address} computes right is not checked: {}", no_canary(args));
+                }
+                let mut terms = worker_terms(args, machine, &head, n_ctx, (*first, *last), *slice);
+                if canary.is_some() {
+                    terms.max_sessions = *sessions;
+                }
                 let limit = Duration::from_secs(args.step_timeout);
                 let stage = match found.take() {
                     Some(stage) => *stage,
@@ -235,10 +251,20 @@ pub fn open_split(args: &SplitArgs, machine: &MachineArgs) -> Result<Split, Fail
                         WorkerStage::connect(address, key, terms.clone(), Timing::default(), limit)
                     })?,
                 };
+                // the last one is nobody else's, if there is more than one
+                let session = stage.link().map_or(0, |link| link.agreed().max_sessions.saturating_sub(1));
                 if let Some(link) = stage.link() {
                     n_ubatch = n_ubatch.min(link.agreed().max_rows);
                 }
-                Some(StageSlot::Remote(Box::new(stage)))
+                Some(StageSlot::Remote(match canary {
+                    None => Box::new(stage),
+                    Some(canary) => {
+                        let n_embd = head.hparams.n_embd as usize;
+                        let room = Room { n_embd, dtype, n_ctx, max_rows: n_ubatch, session };
+                        let stage = Guarded::new(stage, canary.clone(), room);
+                        Box::new(checked(stage, args.patience(), machine.verbose)?)
+                    }
+                }))
             }
         });
     }
@@ -289,6 +315,7 @@ fn worker_terms(
         max_in_flight: crate::host::pipeline::REMOTE_WINDOW_U32,
         model: head.model_sha256.0,
         slice,
+        params: head.params_sha256.map_or([0; 32], |sha| sha.0),
         arch: head.hparams.arch.clone(),
         ..Terms::blank(0, &device::software("dim-host"), &device::name())
     }
@@ -325,7 +352,7 @@ fn find_workers(
     let place = |found: auto::Found| {
         let auto::Found { address, key, blocks: (first, last), stage } = found;
         let slice = files.slice_of(first, last);
-        Place::Worker { address, key, first, last, slice, found: Some(Box::new(stage)) }
+        Place::Worker { address, key, first, last, slice, sessions: 1, found: Some(Box::new(stage)) }
     };
     Ok(found.into_iter().map(place).collect())
 }
@@ -336,6 +363,7 @@ struct MiddleFile {
     first: u32,
     last: u32,
     sha256: [u8; 32],
+    canary: Option<Canary>,
 }
 
 /// The files of a split model.
@@ -351,6 +379,11 @@ impl Files {
         self.middles.iter().find(|m| (m.first, m.last) == (first, last)).map_or([0; 32], |m| m.sha256)
     }
 
+    /// What the middle with these blocks has to answer, if it is known.
+    fn canary_of(&self, first: u32, last: u32) -> Option<&Canary> {
+        self.middles.iter().find(|m| (m.first, m.last) == (first, last))?.canary.as_ref()
+    }
+
     fn of(args: &SplitArgs) -> Result<Files, Failure> {
         if let Some(path) = &args.split {
             let manifest = Manifest::read(path).map_err(Failure::misuse)?;
@@ -359,7 +392,8 @@ impl Files {
             let middles = (1..last).map(|i| {
                 let slice = &manifest.slices[i];
                 let sha256 = gguf_tools::digest::Sha::parse(&slice.sha256).map_or([0; 32], |s| s.0);
-                MiddleFile { path: file(i), first: slice.first, last: slice.last, sha256 }
+                let canary = slice.canary.clone();
+                MiddleFile { path: file(i), first: slice.first, last: slice.last, sha256, canary }
             });
             return Ok(Files { head: file(0), tail: file(last), middles: middles.collect() });
         }
@@ -369,7 +403,7 @@ impl Files {
         let middles = args.middle.iter().map(|path| {
             let info = open(path, Role::Middle, Verify::Never)?;
             let (first, last) = (info.blocks.first, info.blocks.last);
-            Ok(MiddleFile { path: path.clone(), first, last, sha256: info.slice_sha256.0 })
+            Ok(MiddleFile { path: path.clone(), first, last, sha256: info.slice_sha256.0, canary: None })
         });
         Ok(Files {
             head: head.clone(),
@@ -391,7 +425,15 @@ fn open(path: &Path, role: Role, verify: Verify) -> Result<SliceInfo, Failure> {
 
 fn same_model(path: &Path, a: &SliceInfo, other: &Path, b: &SliceInfo) -> Result<(), Failure> {
     if a.model_sha256 == b.model_sha256 {
-        return Ok(());
+        return match (a.params_sha256, b.params_sha256) {
+            (Some(ours), Some(theirs)) if ours != theirs => Err(Failure::misuse(format!(
+                "{} and {} hold the same weights with other settings (rope, norms, ...)",
+                path.display(),
+                other.display()
+            ))
+            .hint("take the slices of one dim-split run")),
+            _ => Ok(()),
+        };
     }
     Err(Failure::misuse(format!(
         "{} and {} are slices of different models ({} {:.8}, {} {:.8})",
@@ -438,8 +480,50 @@ pub fn load_stage(
     n_ubatch: u32,
     max_sessions: u32,
 ) -> Result<LlamaStage, Failure> {
+    let model = load(&[path.to_owned()], machine, mmap, info.role == Role::Tail)?;
+    stage_of(&model, path, info, machine, n_ctx, n_ubatch, max_sessions)
+}
+
+/// The same with as many rows at once as the buffers for computing have room for in `compute_bytes`: at most
+/// `--ubatch`, and at least 32.
+pub fn load_stage_within(
+    path: &Path,
+    info: &SliceInfo,
+    machine: &MachineArgs,
+    mmap: bool,
+    n_ctx: u32,
+    max_sessions: u32,
+    compute_bytes: u64,
+) -> Result<LlamaStage, Failure> {
+    let model = load(&[path.to_owned()], machine, mmap, info.role == Role::Tail)?;
+    let mut n_ubatch = machine.n_ubatch;
+    loop {
+        let stage = stage_of(&model, path, info, machine, n_ctx, n_ubatch, max_sessions)?;
+        let bytes = stage.inner().info().compute_bytes;
+        let least = LEAST_ROWS.max(max_sessions);
+        if bytes <= compute_bytes || n_ubatch <= least {
+            return Ok(stage);
+        }
+        // what grows with the rows is most of it; if something else does, the next round goes on
+        let fit = u64::from(n_ubatch) * compute_bytes / bytes;
+        let fit = u32::try_from(fit).unwrap_or(n_ubatch).min(n_ubatch - 1).max(least);
+        n_ubatch = if fit.is_power_of_two() { fit } else { (fit.next_power_of_two() / 2).max(least) };
+    }
+}
+
+/// Rows that a stage can always compute at once, whatever they take.
+const LEAST_ROWS: u32 = 32;
+
+fn stage_of(
+    model: &Model,
+    path: &Path,
+    info: &SliceInfo,
+    machine: &MachineArgs,
+    n_ctx: u32,
+    n_ubatch: u32,
+    max_sessions: u32,
+) -> Result<LlamaStage, Failure> {
     let is_tail = info.role == Role::Tail;
-    let model = load(&[path.to_owned()], machine, mmap, is_tail)?;
     let context = ContextParams {
         n_ctx,
         n_batch: n_ubatch,
@@ -454,7 +538,7 @@ pub fn load_stage(
         has_lm_head: is_tail,
         context,
     };
-    let stage = Stage::new(&model, params).map_err(|e| {
+    let stage = Stage::new(model, params).map_err(|e| {
         Failure::failed(format!("{}: {e}", path.display())).hint("a smaller --ctx needs less memory")
     })?;
     Ok(LlamaStage::new(stage, info.role.as_str(), info.blocks.first))
@@ -481,8 +565,8 @@ fn load(files: &[PathBuf], machine: &MachineArgs, mmap: bool, lm_head: bool) -> 
         gpu_layers: machine.gpu_layers,
         use_mmap: mmap,
         no_lm_head: !lm_head,
-        device: None,
         progress: Some(&mut on_progress),
+        ..Default::default()
     };
     Model::load(files, params).map_err(Failure::failed)
 }
@@ -542,6 +626,47 @@ fn keep_trying<T>(
         }
         std::thread::sleep(pause.min(limit - waited));
         pause = (pause * 2).min(patience.longest_pause);
+    }
+}
+
+/// A worker that passed its canary. One that is lost meanwhile is looked for as at any other time.
+fn checked(
+    mut stage: Guarded<WorkerStage>,
+    patience: Patience,
+    verbose: bool,
+) -> Result<Guarded<WorkerStage>, Failure> {
+    let start = Instant::now();
+    let mut result = stage.check();
+    loop {
+        match result {
+            Ok(cosine) => {
+                if let Some(cosine) = cosine.filter(|_| verbose) {
+                    eprintln!("note: {} answers right: a cosine of {cosine:.7}", stage.name());
+                }
+                return Ok(stage);
+            }
+            Err(lost) if lost.may_pass() && start.elapsed() < patience.limit(&lost) => {
+                eprintln!("{lost}; trying again");
+                std::thread::sleep(patience.first_pause);
+                result = stage.reconnect().map(|()| None);
+            }
+            Err(error) => {
+                let failure = Failure::failed(format!("{}: {error}", stage.name()));
+                let wrong = matches!(error, StageError::Wrong(_));
+                return Err(if wrong { failure.hint(WRONG_WORKER) } else { failure });
+            }
+        }
+    }
+}
+
+/// Why a worker has no canary.
+fn no_canary(args: &SplitArgs) -> &'static str {
+    if args.no_canary {
+        "--no-canary"
+    } else if args.split.is_none() {
+        "only --split STEM.split.json says what it has to answer"
+    } else {
+        "the manifest says nothing of it; cut the model again"
     }
 }
 

@@ -4,6 +4,7 @@
 //! on where that session stands. The rows are tokens (only into the head), hidden rows, or logits (only out
 //! of the tail).
 
+pub mod canary;
 pub mod local;
 pub mod remote;
 pub mod replay;
@@ -139,6 +140,9 @@ pub enum StageError {
     /// The worker refuses this host, for a reason that waiting does not change.
     #[error("{0}")]
     Refused(String),
+    /// The worker computes something else than its blocks.
+    #[error("{0}")]
+    Wrong(String),
     /// The step itself failed: numbers out of range, a full context, a bug.
     #[error("{0}")]
     Failed(String),
@@ -184,6 +188,10 @@ pub trait RemoteStage {
     fn reconnect(&mut self) -> Result<(), StageError>;
     /// Bytes sent, bytes received and steps answered since the start, over all connections.
     fn traffic(&self) -> Traffic;
+    /// Time that collecting and submitting took for checks of the worker, which no step asked for.
+    fn time_aside(&self) -> Duration {
+        Duration::ZERO
+    }
 }
 
 /// What crossed a socket.

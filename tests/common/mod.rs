@@ -10,7 +10,8 @@ use std::sync::{Arc, Mutex};
 use std::thread::JoinHandle;
 
 use dim::host::report::Report;
-use gguf_tools::gguf::Gguf;
+use gguf_tools::gguf::write::{GgufWriter, TensorSpec};
+use gguf_tools::gguf::{Entry, Gguf, Tensor, TensorType, Value};
 use gguf_tools::manifest::Manifest;
 use gguf_tools::plan::{Plan, Request};
 use gguf_tools::split::split;
@@ -35,9 +36,29 @@ pub struct Cut {
 
 impl Cut {
     pub fn new(spec: &Spec, middles: &[&str]) -> Cut {
+        Cut::of(|path| spec.write(path).unwrap(), middles)
+    }
+
+    /// The same model with one number of its metadata changed.
+    pub fn with_f32(&self, key: &str, number: f32, middles: &[&str]) -> Cut {
+        let write = |path: &Path| {
+            let gguf = Gguf::open(&self.model).unwrap();
+            assert!(matches!(gguf.get(key), Some(Value::F32(old)) if old != number), "{key}");
+            let value = |e: Entry<'_>| if e.key == key { Value::F32(number) } else { e.value.into_owned() };
+            let metadata: Vec<_> = gguf.metadata().map(|e| (e.key.to_owned(), value(e))).collect();
+            let spec = |t: Tensor<'_>| TensorSpec::new(t.name(), t.tensor_type(), t.dims());
+            let specs: Vec<_> = gguf.tensors().map(spec).collect();
+            let mut writer = GgufWriter::create(path, &metadata, &specs).unwrap();
+            gguf.tensors().for_each(|t| writer.write(t.data().unwrap()).unwrap());
+            writer.finish().unwrap();
+        };
+        Cut::of(write, middles)
+    }
+
+    fn of(write: impl FnOnce(&Path), middles: &[&str]) -> Cut {
         let folder = tempfile::tempdir().unwrap();
         let model = folder.path().join("model.gguf");
-        spec.write(&model).unwrap();
+        write(&model);
         let gguf = Gguf::open(&model).unwrap();
         let request = Request {
             middles: middles.iter().map(|m| m.parse().unwrap()).collect(),
@@ -111,6 +132,19 @@ pub fn run(command: &mut Command) -> Output {
 
 pub fn text(bytes: &[u8]) -> String {
     String::from_utf8_lossy(bytes).into_owned()
+}
+
+/// The slice at `from` again at `to`, with the same keys and the contents that `contents` gives for each tensor: what
+/// only a worker that does not look at the digests loads.
+pub fn tampered(from: &Path, to: &Path, contents: impl Fn(&Tensor<'_>) -> (TensorType, Vec<u8>)) {
+    let gguf = Gguf::open(from).unwrap();
+    let metadata: Vec<_> = gguf.metadata().map(|e| (e.key.to_owned(), e.value)).collect();
+    let contents: Vec<_> = gguf.tensors().map(|t| contents(&t)).collect();
+    let spec = |(t, (ty, _)): (Tensor<'_>, &(TensorType, _))| TensorSpec::new(t.name(), *ty, t.dims());
+    let specs: Vec<_> = gguf.tensors().zip(&contents).map(spec).collect();
+    let mut writer = GgufWriter::create(to, &metadata, &specs).unwrap();
+    contents.iter().for_each(|(_, bytes)| writer.write(bytes).unwrap());
+    writer.finish().unwrap();
 }
 
 /// A dim-worker process.
@@ -206,6 +240,11 @@ struct RelayState {
     break_at: AtomicU64,
     from_worker: AtomicU64,
     broken: AtomicBool,
+    /// stand still once this many bytes have come from the worker; u64::MAX: never
+    stall_at: AtomicU64,
+    stalled: AtomicBool,
+    /// bytes a second, each way; 0: nothing moves, u64::MAX: as fast as it goes
+    pace: AtomicU64,
     connections: Mutex<Vec<TcpStream>>,
 }
 
@@ -218,6 +257,9 @@ impl Relay {
             break_at: AtomicU64::new(u64::MAX),
             from_worker: AtomicU64::new(0),
             broken: AtomicBool::new(false),
+            stall_at: AtomicU64::new(u64::MAX),
+            stalled: AtomicBool::new(false),
+            pace: AtomicU64::new(u64::MAX),
             connections: Mutex::new(Vec::new()),
         });
         let shared = Arc::clone(&state);
@@ -230,7 +272,13 @@ impl Relay {
                     shared.connections.lock().unwrap().push(stream.try_clone().unwrap());
                 }
                 let (h, w) = (host.try_clone().unwrap(), worker.try_clone().unwrap());
-                std::thread::spawn(move || copy(host, worker, |n| n));
+                let pace = Arc::clone(&shared);
+                std::thread::spawn(move || {
+                    copy(host, worker, |n| {
+                        pace.hold_up(n);
+                        n
+                    });
+                });
                 let shared = Arc::clone(&shared);
                 std::thread::spawn(move || {
                     copy(w, h, |n| {
@@ -239,6 +287,12 @@ impl Relay {
                         if room < n as u64 {
                             shared.broken.store(true, Ordering::SeqCst);
                         }
+                        if before + n as u64 > shared.stall_at.load(Ordering::SeqCst) {
+                            shared.stall_at.store(u64::MAX, Ordering::SeqCst);
+                            shared.pace.store(0, Ordering::SeqCst);
+                            shared.stalled.store(true, Ordering::SeqCst);
+                        }
+                        shared.hold_up(n);
                         usize::try_from(room).unwrap_or(n).min(n)
                     });
                     if shared.broken.load(Ordering::SeqCst) {
@@ -254,6 +308,11 @@ impl Relay {
         self.address.to_string()
     }
 
+    /// Bytes that have come from the worker so far.
+    pub fn received(&self) -> u64 {
+        self.state.from_worker.load(Ordering::SeqCst)
+    }
+
     /// Breaks all connections when `bytes` more bytes have come from the worker: in the middle of a frame, mostly.
     pub fn break_after(&self, bytes: u64) {
         self.state.broken.store(false, Ordering::SeqCst);
@@ -263,13 +322,23 @@ impl Relay {
 
     /// Waits until it has broken, at most a minute; false if it did not.
     pub fn wait_until_broken(&self) -> bool {
-        for _ in 0..60_000 {
-            if self.state.broken.load(Ordering::SeqCst) {
-                return true;
-            }
-            std::thread::sleep(std::time::Duration::from_millis(1));
-        }
-        false
+        comes_true(&self.state.broken)
+    }
+
+    /// Stands still in both directions, without closing anything, when `bytes` more bytes have come from the worker.
+    pub fn stall_after(&self, bytes: u64) {
+        self.state.stalled.store(false, Ordering::SeqCst);
+        self.state.stall_at.store(self.received().saturating_add(bytes), Ordering::SeqCst);
+    }
+
+    /// Waits until it stands still, at most a minute; false if it does not.
+    pub fn wait_until_stalled(&self) -> bool {
+        comes_true(&self.state.stalled)
+    }
+
+    /// Hands on this many bytes a second each way from now on; u64::MAX: as fast as it goes.
+    pub fn pace(&self, bytes_per_s: u64) {
+        self.state.pace.store(bytes_per_s, Ordering::SeqCst);
     }
 
     /// Lets everything through again.
@@ -278,7 +347,30 @@ impl Relay {
     }
 }
 
+fn comes_true(flag: &AtomicBool) -> bool {
+    for _ in 0..60_000 {
+        if flag.load(Ordering::SeqCst) {
+            return true;
+        }
+        std::thread::sleep(std::time::Duration::from_millis(1));
+    }
+    false
+}
+
 impl RelayState {
+    /// As long as the pace demands for `n` bytes.
+    fn hold_up(&self, n: usize) {
+        loop {
+            match self.pace.load(Ordering::SeqCst) {
+                u64::MAX => return,
+                0 => std::thread::sleep(std::time::Duration::from_millis(1)),
+                pace => {
+                    return std::thread::sleep(std::time::Duration::from_secs_f64(n as f64 / pace as f64));
+                }
+            }
+        }
+    }
+
     fn cut(&self) {
         for stream in self.connections.lock().unwrap().drain(..) {
             let _ = stream.shutdown(Shutdown::Both);

@@ -54,6 +54,11 @@ struct Options {
     #[arg(long)]
     verify: bool,
 
+    /// Do not find out what the middles have to answer to a known input: a host then cannot tell whether a worker
+    /// computes right.
+    #[arg(long)]
+    no_canary: bool,
+
     /// Print one JSON object on standard output.
     #[arg(long)]
     json: bool,
@@ -93,6 +98,7 @@ fn run(options: &Options) -> Result<(), (u8, String)> {
         embed_type: options.embed_type,
         output_type: options.output_type,
         stem: stem.clone(),
+        no_canary: options.no_canary,
     };
     let plan = Plan::new(&gguf, &request).map_err(|e: PlanError| bad_input(&e))?;
     let n_ctx = options.ctx.unwrap_or(plan.hparams.n_ctx_train.min(4096));
@@ -118,8 +124,13 @@ fn run(options: &Options) -> Result<(), (u8, String)> {
     let mut meter = Meter::new();
     let mut copied = None;
     let result = split::split(&plan, &out, &stem, |p| {
-        if p == Progress::Flushing {
-            copied = Some(started.elapsed().as_secs_f64());
+        match p {
+            Progress::Flushing => copied = Some(started.elapsed().as_secs_f64()),
+            Progress::NoCanary(file, why) => {
+                meter.clear();
+                eprintln!("{file}: no canary, so a host cannot tell whether a worker computes right: {why}");
+            }
+            _ => {}
         }
         meter.show(p);
     });
@@ -314,6 +325,7 @@ fn print_json(
                 "weight_bytes": slice.weight_bytes,
                 "kv_bytes": slice.kv_bytes_per_position * u64::from(n_ctx),
                 "sha256": written.map(|(m, _)| &m.slices[i].sha256),
+                "canary": written.is_some_and(|(m, _)| m.slices[i].canary.is_some()),
             })
         })
         .collect();
@@ -380,6 +392,7 @@ impl Meter {
             Progress::Flushing => "flushing to the disk".to_owned(),
             Progress::Writing(done, total, file) => self.line("writing", done, total, file),
             Progress::Verifying(done, total, file) => self.line("verifying", done, total, file),
+            Progress::NoCanary(..) => return,
         };
         if self.terminal {
             eprint!("\r\x1b[K{text}");

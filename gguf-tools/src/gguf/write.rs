@@ -236,6 +236,12 @@ impl GgufWriter {
         self.out.get_ref().try_clone()
     }
 
+    /// Where the file stands before [`publish`](Self::publish), for reading it. What is still gathered in memory is not
+    /// in it: [`read_header`](Self::read_header) hands that to the system.
+    pub fn temp_path(&self) -> Option<&Path> {
+        self.temp.path.as_deref()
+    }
+
     /// Flushes everything to the disk; what remains is [`publish`](Self::publish).
     ///
     /// # Errors

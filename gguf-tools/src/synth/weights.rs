@@ -127,7 +127,7 @@ pub fn tensor_key(seed: u64, name: &str) -> u64 {
 
 /// 64 random bits at a position of a stream (SplitMix64, which is a counter and a mix).
 #[inline]
-fn random(key: u64, counter: u64) -> u64 {
+pub(crate) fn random(key: u64, counter: u64) -> u64 {
     mix(key.wrapping_add(counter.wrapping_mul(GOLDEN)))
 }
 

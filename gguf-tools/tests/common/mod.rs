@@ -1,6 +1,8 @@
 //! What the tests share: a writer of GGUF bytes that is free to be wrong, and a random number generator.
 #![allow(dead_code, missing_docs)]
 
+pub mod memory;
+
 use std::path::Path;
 
 use gguf_tools::synth::Spec;
