@@ -4,12 +4,18 @@
 //! rows times SCALE (the packages' residual scale) to fp16, and feeds those, over SCALE, through FIRST..=LAST. STEPS.json
 //! is a list of {"session", "rewind" (or null), "tokens"}, done in order; OUT gets, per step, the rows fed and the rows
 //! computed, as fp32 (n, n_embd) each.
+//!
+//! The blocks FIRST..=LAST are evaluated with a KV cache of F32 and without flash attention, and MODEL.gguf must hold
+//! them as F32: for other weights llama.cpp rounds what it multiplies them with to their type.
 
 use std::fs;
 use std::io::Write;
 
+use gguf_tools::gguf::{Gguf, TensorType};
 use half::f16;
-use llama_sys_patch::{ContextParams, FlashAttn, Input, Model, ModelParams, Output, Row, Stage, StageParams};
+use llama_sys_patch::{
+    ContextParams, FlashAttn, Input, KvType, Model, ModelParams, Output, Row, Stage, StageParams,
+};
 use serde::Deserialize;
 
 #[derive(Deserialize)]
@@ -29,9 +35,14 @@ fn main() -> Result<()> {
     let scale: f32 = scale.parse()?;
     let (first, last): (u32, u32) = (first.parse()?, last.parse()?);
     let steps: Vec<Step> = serde_json::from_slice(&fs::read(steps)?)?;
+    let (blocks, gguf) = (first..=last, Gguf::open(model)?);
+    let is_in = |name: &str| blocks.clone().any(|block| name.starts_with(&format!("blk.{block}.")));
+    if let Some(other) = gguf.tensors().find(|t| is_in(t.name()) && t.tensor_type() != TensorType::F32) {
+        return Err(format!("{} is {}, not F32", other.name(), other.tensor_type().name()).into());
+    }
     let model = Model::load(
         &[model],
-        ModelParams { gpu_layers: Some(0), use_mmap: true, no_lm_head: true, ..Default::default() },
+        ModelParams { gpu_layers: Some(0), use_mmap: true, no_lm_head: true, no_repack: true, ..Default::default() },
     )?;
     let longest = steps.iter().map(|s| s.tokens.len()).max().unwrap_or(0);
     let n_positions: usize = steps.iter().map(|s| s.tokens.len()).sum();
@@ -42,6 +53,7 @@ fn main() -> Result<()> {
         n_ubatch: longest.max(n_sessions as usize) as u32,
         max_sessions: n_sessions,
         flash_attn: FlashAttn::Off,
+        kv_type: KvType::F32,
         ..ContextParams::default()
     };
     let stage = |blocks: std::ops::Range<u32>| {

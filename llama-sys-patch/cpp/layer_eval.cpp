@@ -107,7 +107,8 @@ int64_t now_ns() {
 
 struct dim_stage {
     llama_context_ptr   context;
-    const llama_model & model;
+    llama_memory_ptr    memory;           // the KV cache in use; the context's own one is empty
+    llama_model &       model;
     const uint32_t      first, last;      // blocks [first, last)
     const bool          takes_tokens, has_lm_head;
     const size_t        n_embd, n_vocab;
@@ -122,7 +123,7 @@ struct dim_stage {
 
     // The graph of the last chunk.
     std::unique_ptr<llm_graph_result> whole;   // llama.cpp's: owns every tensor but ours, and the inputs
-    std::vector<uint8_t>              memory;  // of `ours`
+    std::vector<uint8_t>              room;    // of `ours`
     ggml_context_ptr                  ours;    // our own few tensors and the cut graph
     ggml_cgraph *                     graph = nullptr;   // NULL: must be built
     graph_kind                        kind {};
@@ -142,10 +143,15 @@ struct dim_stage {
     std::vector<float>           watched_values;
     int64_t                      watch_since_ns = 0;
 
-    dim_stage(llama_context_ptr ctx, const llama_model & model, const dim_stage_params & p)
-        : context(std::move(ctx)), model(model), first(p.first), last(p.last), takes_tokens(p.takes_tokens), has_lm_head(p.has_lm_head),
+    dim_stage(stage_context made, llama_model & model, const dim_stage_params & p)
+        : context(std::move(made.context)), memory(std::move(made.memory)), model(model), first(p.first), last(p.last), takes_tokens(p.takes_tokens), has_lm_head(p.has_lm_head),
           n_embd(model.hparams.n_embd), n_vocab(model.vocab.n_tokens()),
           session(p.context.max_sessions, p.context.n_ctx), batch(context.get()), splitter(model.hparams.n_pos_per_embd()) {}
+
+    ~dim_stage() {
+        const no_allocation nothing(model);
+        context.reset();
+    }
 
     void evaluate(const dim_row * rows, size_t n_rows, dim_dtype input_type, const void * input_rows, size_t input_len,
                   dim_dtype output_type, void * output_rows, size_t output_len, size_t * n_written);
@@ -213,7 +219,7 @@ void dim_stage::evaluate(const dim_row * rows, size_t n_rows, dim_dtype input_ty
         ~undo() {
             if (done) return;
             stage.graph = nullptr;   // its allocation may be half made
-            stage.session.roll_back(*stage.context, rows, n_rows);
+            stage.session.roll_back(*stage.memory, rows, n_rows);
         }
     } undo { *this, rows, n_rows, false };
     compute(rows, n_rows, input_type, in, output_type, out);
@@ -232,8 +238,7 @@ void dim_stage::compute(const dim_row * rows, size_t n_rows, dim_dtype input_typ
     int32_t n_out = 0;
     for (size_t i = 0; i < n_rows; i++) if (output_type != DIM_LOGITS || rows[i].want_output) output_row[i] = n_out++;
 
-    ctx.memory_update(false);
-    const auto cells = ctx.get_memory()->init_batch(splitter, ctx.n_ubatch(), false);
+    const auto cells = memory->init_batch(splitter, ctx.n_ubatch(), false);
     if (!cells || cells->get_status() != LLAMA_MEMORY_STATUS_SUCCESS) fail(DIM_COMPUTE_FAILED, "no room in the KV cache for %zu rows", n_rows);
     do {
         const auto & ubatch = cells->get_ubatch();
@@ -447,8 +452,8 @@ void dim_stage::cut() {
     }
 
     const size_t max_nodes = (size_t) whole->get_max_nodes();
-    memory.resize(8 * ggml_tensor_overhead() + ggml_graph_overhead_custom(max_nodes, false));
-    ours.reset(ggml_init({ memory.size(), memory.data(), /*no_alloc =*/ true }));
+    room.resize(8 * ggml_tensor_overhead() + ggml_graph_overhead_custom(max_nodes, false));
+    ours.reset(ggml_init({ room.size(), room.data(), /*no_alloc =*/ true }));
     graph = ggml_new_graph_custom(ours.get(), max_nodes, false);
 
     if (start) {
@@ -538,7 +543,7 @@ void dim_stage::prepare() {
     auto & ctx = *context;
     const uint32_t n_sessions = session.count();
     const uint32_t per_session = std::max(1u, std::min(ctx.n_ctx(), ctx.n_ubatch()) / n_sessions);
-    const auto cells = ctx.get_memory()->init_full();
+    const auto cells = memory->init_full();
     if (!cells) fail(DIM_OUT_OF_MEMORY, "llama.cpp could not prepare the KV cache");
     llama_batch_allocr reserve(model.hparams.n_pos_per_embd());
     llama_ubatch ubatch = reserve.ubatch_reserve(per_session, n_sessions);
@@ -613,13 +618,12 @@ dim_status dim_stage_create(llama_model * model, const dim_stage_params * params
             if (!hparams.has_kv(block)) refuse("a block uses the keys and values of another");
         }
 
-        // one row of output per session is reserved: the logits of a prompt's last row; more are allocated when asked for
-        auto ctx = make_context(model, params->context, params->context.max_sessions);
-        auto * kv = ctx->get_memory();
+        auto made = make_stage_context(model, params->context, params->first, params->last);
+        auto * kv = made.memory.get();
         if (!dynamic_cast<llama_kv_cache *>(kv) && !dynamic_cast<llama_kv_cache_iswa *>(kv)) {
             refuse("it keeps a state that is not a KV cache, and cannot be rewound");
         }
-        std::unique_ptr<dim_stage> stage(new dim_stage(std::move(ctx), *model, *params));
+        std::unique_ptr<dim_stage> stage(new dim_stage(std::move(made), *model, *params));
         stage->prepare();
         *out = stage.release();
     });
@@ -630,7 +634,7 @@ void dim_stage_free(dim_stage * stage) {
 }
 
 dim_status dim_stage_describe(const dim_stage * stage, dim_context_info * out) {
-    return guarded([&] { *out = describe(*stage->context); });
+    return guarded([&] { *out = describe(*stage->context, *stage->memory); });
 }
 
 dim_status dim_stage_evaluate(dim_stage * stage, const dim_row * rows, size_t n_rows,
@@ -642,7 +646,7 @@ dim_status dim_stage_evaluate(dim_stage * stage, const dim_row * rows, size_t n_
 }
 
 dim_status dim_stage_rewind(dim_stage * stage, uint32_t session, uint32_t position, dim_fault * fault) {
-    return guarded(fault, [&] { stage->session.rewind(*stage->context, session, position); });
+    return guarded(fault, [&] { stage->session.rewind(*stage->memory, session, position); });
 }
 
 dim_status dim_stage_length(const dim_stage * stage, uint32_t session, uint32_t * length, dim_fault * fault) {

@@ -162,6 +162,9 @@ dim_status dim_model_is_eog(const struct llama_model * model, int32_t token, boo
 
 typedef enum dim_flash_attn { DIM_FLASH_ATTN_AUTO = -1, DIM_FLASH_ATTN_OFF = 0, DIM_FLASH_ATTN_ON = 1 } dim_flash_attn;
 
+// Of cached keys and values. F16 is llama.cpp's default, and queries are then rounded to it as well.
+typedef enum dim_kv_type { DIM_KV_F16 = 0, DIM_KV_F32 = 1 } dim_kv_type;
+
 typedef struct dim_context_params {
     uint32_t       n_ctx;        // positions of one session
     uint32_t       n_batch;      // most rows of one call
@@ -169,6 +172,7 @@ typedef struct dim_context_params {
     uint32_t       n_threads;
     uint32_t       max_sessions; // each with n_ctx positions of its own
     dim_flash_attn flash_attn;
+    dim_kv_type    kv_type;
     uint32_t       max_outputs;  // stock only: most rows of logits of one call; 0: n_batch, llama.cpp's default
 } dim_context_params;
 
@@ -182,7 +186,8 @@ typedef struct dim_stage_params {
 typedef struct dim_stage dim_stage;
 
 // Makes a stage. Refuses (DIM_UNSUPPORTED) models whose blocks cannot be evaluated apart, and finds out by building the
-// graph once, at its largest; so the buffers are allocated when it returns. On DIM_OK *out belongs to the caller, who
+// graph once, at its largest; so the buffers are allocated when it returns: a KV cache of its own blocks (of all blocks of
+// the file where these differ in size, or some attend to a window) and room for the largest graph. On DIM_OK *out belongs to the caller, who
 // frees it with dim_stage_free() before the model. Thread: any.
 dim_status dim_stage_create(struct llama_model * model, const dim_stage_params * params, dim_stage ** out);
 

@@ -54,7 +54,7 @@ void dim_stock::decode(const dim_row * rows, size_t n_rows, const int32_t * toke
     forget_log();
     const int32_t status = llama_decode(context.get(), batch);
     if (status != 0) {
-        session.roll_back(*context, rows, n_rows);
+        session.roll_back(*context->get_memory(), rows, n_rows);
         fail(DIM_COMPUTE_FAILED, "llama_decode: %d: %s", status, log_error_line());
     }
     session.extend(rows, n_rows);
@@ -81,11 +81,14 @@ dim_status dim_stock_create(llama_model * model, const dim_context_params * para
 }
 
 void dim_stock_free(dim_stock * stock) {
-    guarded([&] { delete stock; });
+    guarded([&] {
+        const std::lock_guard<std::mutex> lock(allocation_lock());
+        delete stock;
+    });
 }
 
 dim_status dim_stock_describe(const dim_stock * stock, dim_context_info * out) {
-    return guarded([&] { *out = describe(*stock->context); });
+    return guarded([&] { *out = describe(*stock->context, *stock->context->get_memory()); });
 }
 
 dim_status dim_stock_decode(dim_stock * stock, const dim_row * rows, size_t n_rows, const int32_t * tokens, size_t tokens_len,
@@ -94,7 +97,7 @@ dim_status dim_stock_decode(dim_stock * stock, const dim_row * rows, size_t n_ro
 }
 
 dim_status dim_stock_rewind(dim_stock * stock, uint32_t session, uint32_t position, dim_fault * fault) {
-    return guarded(fault, [&] { stock->session.rewind(*stock->context, session, position); });
+    return guarded(fault, [&] { stock->session.rewind(*stock->context->get_memory(), session, position); });
 }
 
 dim_status dim_stock_length(const dim_stock * stock, uint32_t session, uint32_t * length, dim_fault * fault) {

@@ -13,11 +13,17 @@
 //   6. llama-model.cpp, load_tensors(): n_gpu_layers counts from the last block, and the output is one more after it
 //      (i_gpu_start = n_layer + 1 - n_gpu_layers). model.cpp asks for blocks + 1. Older ones counted the blocks first.
 //   7. llama-model-loader.cpp, create_tensor(): an override naming the CPU's own buffer type may still pick a repacking
-//      one; model.cpp therefore passes a copy of it, under another address.
+//      one; model.cpp therefore passes a copy of it, under another address. llama-model-loader.h, ctx_key: tensors are put
+//      together by the *name* of their buffer type; load_tensors() maps those of the CPU's own type only.
 //   8. GGML_ASSERTs between evaluate() and the kernels: llama-batch.cpp, llama-kv-cache.cpp (seq ids, empty ubatches,
 //      n_tokens % n_seqs), llama-context.cpp (n_outputs_max, n_batch), llama-vocab.cpp (type NONE; bos/eos/sep null).
 //   9. llama-kv-cache.cpp, prepare() and find_slot(): where a token's cell goes. Replay with the same chunks finds the
-//      same cells, which is why it is bit-identical.
+//      same cells, which is why it is bit-identical. A stage's sessions only grow and shrink: no cell is shifted or copied,
+//      so llama_context::memory_update() would find nothing to do.
+//  10. llama-kv-cache.cpp, constructor: `filter` is asked for every block first; then `reuse`, and `filter` again, block by
+//      block (context.cpp, own_cache()). llama-model.cpp, create_memory(): how the cache of an ordinary model is made.
+//  11. hparams.no_alloc: read when a context is made (its cache and graph buffers then take no memory), described and freed,
+//      and nowhere else after loading (context.h, no_allocation).
 #pragma once
 
 #include "llama-adapter.h"
@@ -56,7 +62,9 @@ static_assert(std::is_same_v<decltype(&llama_context::get_sched), ggml_backend_s
 static_assert(std::is_same_v<decltype(&llama_context::get_memory), llama_memory_t (llama_context::*)() const>, "get_memory");
 static_assert(std::is_same_v<decltype(&llama_context::graph_compute), ggml_status (llama_context::*)(ggml_cgraph *, bool)>, "graph_compute");
 static_assert(std::is_same_v<decltype(&llama_context::graph_max_nodes), uint32_t (llama_context::*)(uint32_t) const>, "graph_max_nodes");
-static_assert(std::is_same_v<decltype(&llama_context::memory_update), bool (llama_context::*)(bool)>, "memory_update");
+static_assert(std::is_same_v<decltype(&llama_model::create_memory),
+        llama_memory_i * (llama_model::*)(const llama_memory_params &, const llama_cparams &) const>, "create_memory");
+static_assert(std::is_same_v<decltype(llama_hparams::no_alloc), bool>, "llama_hparams: no_alloc: point 11 above");
 static_assert(std::is_same_v<decltype(&llama_model::build_graph), ggml_cgraph * (llama_model::*)(const llm_graph_params &) const>, "build_graph");
 static_assert(std::is_same_v<decltype(&llama_model::dev_layer), ggml_backend_dev_t (llama_model::*)(int) const>, "dev_layer");
 static_assert(std::is_same_v<decltype(&llama_model::n_gpu_layers), uint32_t (llama_model::*)() const>, "n_gpu_layers: point 6 above");

@@ -33,7 +33,9 @@ pub use error::Error;
 pub use model::{Device, LogLevel, Model, ModelParams, Offload, devices, set_log};
 pub use quantise::{Quantised, quantise_model};
 pub use rows::{RowType, dequantize_rows, quantize_rows};
-pub use stage::{BlockStats, ContextInfo, ContextParams, FlashAttn, Input, Output, Row, Stage, StageParams};
+pub use stage::{
+    BlockStats, ContextInfo, ContextParams, FlashAttn, Input, KvType, Output, Row, Stage, StageParams,
+};
 pub use stock::Stock;
 
 /// The llama.cpp bindings this crate is built on, for samplers: `llama_cpp_2::sampling`.

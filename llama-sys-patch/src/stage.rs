@@ -21,6 +21,16 @@ pub enum FlashAttn {
     On,
 }
 
+/// Type of the cached keys and values.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum KvType {
+    /// llama.cpp's default. Queries, too, are rounded to it before they meet the keys.
+    #[default]
+    F16,
+    /// Twice the memory, nothing rounded: with F32 weights and [`FlashAttn::Off`] the evaluation is F32 throughout.
+    F32,
+}
+
 /// The settings a stage and a [`Stock`](crate::Stock) context have in common.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct ContextParams {
@@ -36,6 +46,8 @@ pub struct ContextParams {
     pub max_sessions: u32,
     /// Fused attention.
     pub flash_attn: FlashAttn,
+    /// Cached keys and values: every stage of a pipeline must use the same.
+    pub kv_type: KvType,
 }
 
 impl Default for ContextParams {
@@ -49,6 +61,7 @@ impl Default for ContextParams {
             n_threads,
             max_sessions: 1,
             flash_attn: FlashAttn::Auto,
+            kv_type: KvType::F16,
         }
     }
 }
@@ -65,6 +78,10 @@ impl ContextParams {
                 FlashAttn::Auto => ffi::DIM_FLASH_ATTN_AUTO,
                 FlashAttn::Off => ffi::DIM_FLASH_ATTN_OFF,
                 FlashAttn::On => ffi::DIM_FLASH_ATTN_ON,
+            },
+            kv_type: match self.kv_type {
+                KvType::F16 => ffi::DIM_KV_F16,
+                KvType::F32 => ffi::DIM_KV_F32,
             },
             max_outputs,
         }
@@ -301,7 +318,8 @@ impl Stage {
         &self.info
     }
 
-    /// Bytes of the KV cache. For a range of a larger file it is that of all the file's blocks: slices are separate files.
+    /// Bytes of the KV cache: that of the stage's own blocks. (Of all blocks of the file, where these differ in size or some
+    /// attend to a window only.)
     pub fn kv_bytes(&self) -> u64 {
         self.info.kv_bytes
     }

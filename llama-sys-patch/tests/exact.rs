@@ -2,9 +2,11 @@
 
 mod common;
 
-use common::{Chain, Wire, argmax, assert_exact, context, decode, load, stock, tokens};
+use common::{
+    Chain, Wire, argmax, assert_exact, context, decode, load, max_difference, stock, tokens,
+};
 use gguf_tools::synth::Spec;
-use llama_sys_patch::{ContextParams, FlashAttn, Row};
+use llama_sys_patch::{ContextParams, FlashAttn, KvType, Row};
 
 /// A prompt in one call (several chunks of n_ubatch), then greedy single tokens.
 fn prompt_and_decode_are_exact(spec: &Spec, cuts: &[u32], context: &ContextParams) {
@@ -73,6 +75,27 @@ fn both_kinds_of_attention_are_exact() {
         let context = ContextParams { flash_attn, ..context() };
         prompt_and_decode_are_exact(&Spec::tiny("qwen2").unwrap(), &[2, 4], &context);
     }
+}
+
+#[test]
+fn a_cache_of_f32_is_exact_and_not_that_of_f16() {
+    let spec = Spec::tiny("qwen2").unwrap().with_type("f32").unwrap();
+    for flash_attn in [FlashAttn::Off, FlashAttn::On] {
+        let context = ContextParams { flash_attn, kv_type: KvType::F32, ..context() };
+        prompt_and_decode_are_exact(&spec, &[2, 4], &context);
+    }
+    // the option does something: other bits, and not by much
+    let model = load(&spec);
+    let prompt = tokens(&model, 7, 77);
+    let rows = Row::chunk(0, 0, prompt.len());
+    let logits = |kv_type| {
+        let context = ContextParams { flash_attn: FlashAttn::Off, kv_type, ..context() };
+        Chain::new(&model, &[3], &context, Wire::F32).evaluate(&rows, &prompt).expect("the prompt")
+    };
+    let (f16, f32) = (logits(KvType::F16), logits(KvType::F32));
+    let difference = max_difference(&f16, &f32);
+    let largest = f32.iter().fold(0f32, |max, x| max.max(x.abs()));
+    assert!(difference > 0.0 && difference < 1e-2 * largest, "{difference} of {largest}");
 }
 
 #[test]

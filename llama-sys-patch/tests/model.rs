@@ -2,9 +2,11 @@
 
 mod common;
 
-use common::{context, load, write};
+use common::{context, decode, load, max_difference, stock, tokens, write};
 use gguf_tools::synth::Spec;
-use llama_sys_patch::{Input, Model, ModelParams, Output, Row, Stage, StageParams, Stock};
+use llama_sys_patch::{
+    ContextParams, Input, KvType, Model, ModelParams, Output, Row, Stage, StageParams, Stock,
+};
 
 /// Fails if `LlamaModel` is not transparent over the pointer (src/model.rs, `adopt`): every number comes through it on
 /// one side and through our own C functions on the other.
@@ -47,7 +49,7 @@ fn a_file_whose_lm_head_is_not_used_holds_one_vocabulary_matrix() {
 fn buffers_of_a_stage_do_not_grow_with_the_vocabulary() {
     // 512 rows of logits over 100,000 tokens would be 195 MiB
     let model = load(&Spec::tiny("qwen2").unwrap().vocab(100_000));
-    let context = llama_sys_patch::ContextParams { n_ctx: 512, n_batch: 512, n_ubatch: 512, ..context() };
+    let context = ContextParams { n_ctx: 512, n_batch: 512, n_ubatch: 512, ..context() };
     let stage =
         |blocks| Stage::new(&model, StageParams::of_whole_model(&model, blocks, context.clone())).unwrap();
     let mib = |bytes: u64| bytes as f64 / f64::from(1 << 20);
@@ -68,6 +70,48 @@ fn buffers_of_a_stage_do_not_grow_with_the_vocabulary() {
         assert!(mib(info.compute_bytes) < 16.0, "{name}: {:.1} MiB", mib(info.compute_bytes));
     }
     assert!(stock.info().compute_bytes > 150 << 20, "else this test shows nothing");
+}
+
+#[test]
+fn a_stage_keeps_keys_and_values_of_its_own_blocks_only() {
+    let model = load(&Spec::tiny("qwen2").unwrap());
+    let kv_bytes = |blocks, kv_type| {
+        let context = ContextParams { kv_type, ..context() };
+        Stage::new(&model, StageParams::of_whole_model(&model, blocks, context)).unwrap().kv_bytes()
+    };
+    let whole = Stock::new(&model, &context(), None).unwrap().info().kv_bytes;
+    let n_blocks = u64::from(model.n_blocks());
+    assert!(whole > 0);
+    for blocks in [0..1, 2..3, 2..5, 5..6, 0..6] {
+        let expected = whole / n_blocks * blocks.len() as u64;
+        assert_eq!(kv_bytes(blocks.clone(), KvType::F16), expected, "{blocks:?}");
+        assert_eq!(kv_bytes(blocks.clone(), KvType::F32), 2 * expected, "{blocks:?}");
+    }
+    // blocks that attend to a window only: llama.cpp keeps two caches, and they are of all blocks
+    let model = load(&Spec::tiny("olmo2").unwrap().window(64));
+    let stage = Stage::new(&model, StageParams::of_whole_model(&model, 2..3, context())).unwrap();
+    assert_eq!(stage.kv_bytes(), Stock::new(&model, &context(), None).unwrap().info().kv_bytes);
+}
+
+#[test]
+fn weights_stay_where_the_file_has_them() {
+    // q4_0 is a type that the CPU repacks for products
+    let file = write(&Spec::tiny("qwen2").unwrap().with_type("q4_0").unwrap());
+    let model = |no_repack| {
+        let params = ModelParams { gpu_layers: Some(0), use_mmap: true, no_repack, ..Default::default() };
+        Model::load(&[&file.path], params).unwrap()
+    };
+    let logits = |model: &Model| {
+        let prompt = tokens(model, 7, 40);
+        decode(&mut stock(model, &context()), &Row::chunk(0, 0, prompt.len()), &prompt)
+    };
+    let (repacked, plain) = (model(false), model(true));
+    assert_eq!(plain.offload().host_bytes, plain.weights_bytes());
+    // other kernels, which round activations at other places
+    let (a, b) = (logits(&repacked), logits(&plain));
+    let largest = a.iter().fold(0f32, |max, x| max.max(x.abs()));
+    let difference = max_difference(&a, &b);
+    assert!(difference < 0.1 * largest, "{difference} of {largest}");
 }
 
 #[test]

@@ -480,7 +480,7 @@ impl<'a> Plan<'a> {
             notices.push(Notice::NoSelfTest { possible: true });
             return Ok((None, 1.0));
         }
-        let measured = selftest::measure(self.gguf, self.options, &self.runs, progress)?;
+        let measured = selftest::measure(self.gguf, self.options, &self.runs, staging, progress)?;
         let max_abs = measured.max_abs_hidden.iter().fold(0.0f32, |a, &b| a.max(b));
         let scale = residual_scale(max_abs);
         if scale < LEAST_SCALE {

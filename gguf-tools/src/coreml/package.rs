@@ -14,8 +14,8 @@
 //! Every name is a literal of this file. The temporary directory stands beside the final one, so that the rename
 //! stays on one disk, and is locked: a later run removes what a killed one left, and nothing that is still written.
 
-use std::fs::{self, File};
-use std::io::Write;
+use std::fs::{self, File, OpenOptions};
+use std::io::{Read, Seek, Write};
 use std::path::{Path, PathBuf};
 
 use prost::Message;
@@ -112,6 +112,36 @@ impl Staging {
     /// Writing fails.
     pub fn write(&self, name: &str, bytes: &[u8]) -> Result<PackageFile, Error> {
         write_file(&self.path, name, bytes)
+    }
+
+    /// Makes a file in it, to be written and read over, and closed with [`finish`](Self::finish).
+    ///
+    /// # Errors
+    /// Making it fails.
+    pub fn open(&self, name: &str) -> Result<File, Error> {
+        let path = self.path.join(name);
+        OpenOptions::new().read(true).write(true).create_new(true).open(&path).at(&path)
+    }
+
+    /// Reads through the file `name`, brings it to the disk, and gives its entry for a manifest.
+    ///
+    /// # Errors
+    /// Reading or writing fails.
+    pub fn finish(&self, name: &str, mut file: File) -> Result<PackageFile, Error> {
+        let path = self.path.join(name);
+        file.sync_all().at(&path)?;
+        file.rewind().at(&path)?;
+        let (mut sha, mut bytes, mut piece) = (Sha256::new(), 0, vec![0; 1 << 16]);
+        loop {
+            match file.read(&mut piece).at(&path)? {
+                0 => break,
+                n => {
+                    sha.update(&piece[..n]);
+                    bytes += n as u64;
+                }
+            }
+        }
+        Ok(PackageFile { path: name.into(), bytes, sha256: hex(&sha.finalize()) })
     }
 
     /// Writes package `index`: its files, in the order in which Apple's tools list them.

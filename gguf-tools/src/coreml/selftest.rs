@@ -1,29 +1,38 @@
 //! Hidden rows of a real text at every package boundary, by llama.cpp: what a worker checks itself with.
 //!
-//! The text goes through the blocks before the middle, then through the blocks of each package, in F32 on the CPU. The
-//! rows at the boundaries are kept; the greatest |hidden| after every block is what decides whether fp16 holds the
-//! residual stream. The text starts as the model wants it (its beginning-of-text token first): the first token of a
-//! text carries the massive activations that matter here.
+//! The text goes through one block after the other, from the embedding to the middle's end, on the CPU, with hidden rows
+//! and KV cache in F32. The rows at the boundaries are kept; the greatest |hidden| after every block is what decides
+//! whether fp16 holds the residual stream. The text starts as the model wants it (its beginning-of-text token first): the
+//! first token of a text carries the massive activations that matter here.
+//!
+//! Memory does not grow with the model: its weights stay where they are mapped, a block's KV cache and buffers go with
+//! the block, and boundaries go to the file as they are reached, unscaled, to be scaled there at the end.
 //!
 //! selftest.bin is one array after the other, little-endian, row-major: per boundary (n_rows, n_embd) in fp16, then the
 //! same in fp32, all times the residual scale. Every offset is in the manifest.
 
+use std::fs::File;
+use std::io::{self, Read, Seek, SeekFrom, Write};
 use std::ops::RangeInclusive;
 
 use half::f16;
-use llama_sys_patch::{ContextParams, FlashAttn, Input, Model, ModelParams, Output, Row, Stage, StageParams};
+use llama_sys_patch::{
+    ContextParams, FlashAttn, Input, KvType, Model, ModelParams, Output, Row, Stage, StageParams,
+};
 
 use super::manifest::{Boundary, SelfTest};
 use super::package::{SELF_TEST, Staging};
-use super::{Error, Options, Progress};
+use super::{Error, IoContext, Options, Progress};
 use crate::gguf::Gguf;
 
 /// Tokens of the calibration text, if the vectors need no more.
 const CALIBRATION_TOKENS: usize = 128;
 /// Rows after the prefill that the vectors hold, one decode step each.
 const DECODE_STEPS: usize = 8;
-/// Rows computed at once.
-const CHUNK: usize = 128;
+/// Rows computed at once: few, for the sake of the widest intermediate result, (CHUNK, n_ff) of F32.
+const CHUNK: usize = 32;
+/// Values scaled at once.
+const PIECE: usize = 1 << 14;
 
 /// The calibration text: prose, a list, numbers, code and a second language, so that many kinds of tokens occur.
 const TEXT: &str = "\
@@ -49,15 +58,15 @@ with its 9,862 entries, went to the harbour office, where it can still be read: 
 the coast; they differ by less than half a degree, and by no more than one point of the compass.
 ";
 
-/// What the evaluation gave.
+/// What the evaluation gave. The rows are in selftest.bin already, as fp32 and unscaled.
 pub(super) struct Measured {
+    file: File,
     n_embd: usize,
     n_tokens: usize,
     n_rows: usize,
     n_prefill: usize,
-    /// Per boundary (n_tokens, n_embd).
-    boundaries: Vec<Vec<f32>>,
-    /// Before the first block, then after each.
+    n_boundaries: usize,
+    /// Before the first block of the middle, then after each.
     pub(super) max_abs_hidden: Vec<f32>,
 }
 
@@ -66,6 +75,7 @@ pub(super) fn measure(
     gguf: &Gguf,
     options: Options,
     runs: &[RangeInclusive<u32>],
+    staging: &Staging,
     progress: &mut dyn FnMut(Progress),
 ) -> Result<Measured, Error> {
     let (n_ctx, n_prefill) = (options.n_ctx as usize, options.n_prefill as usize);
@@ -74,41 +84,86 @@ pub(super) fn measure(
     progress(Progress::Calibrating { n_tokens });
 
     let files: Vec<_> = gguf.files().collect();
-    let model = Model::load(
-        &files,
-        ModelParams { gpu_layers: Some(0), use_mmap: true, no_lm_head: true, ..Default::default() },
-    )?;
+    let params = ModelParams {
+        gpu_layers: Some(0),
+        use_mmap: true,
+        no_lm_head: true,
+        no_repack: true,
+        ..Default::default()
+    };
+    let model = Model::load(&files, params)?;
     let tokens = tokens(&model, n_tokens)?;
-    let n_embd = model.n_embd();
+    let mut measured = Measured {
+        file: staging.open(SELF_TEST)?,
+        n_embd: model.n_embd(),
+        n_tokens,
+        n_rows,
+        n_prefill: n_prefill.min(n_rows),
+        n_boundaries: 0,
+        max_abs_hidden: Vec::new(),
+    };
 
-    let first = *runs[0].start();
-    let mut rows = vec![0.0; n_tokens * n_embd];
-    evaluate(&model, 0..first, Input::Tokens(&tokens), &mut rows)?;
-    let mut max_abs_hidden = vec![rows.iter().fold(0.0f32, |max, x| max.max(x.abs()))];
-    let mut boundaries = vec![rows];
-    for run in runs {
-        let mut out = vec![0.0; n_tokens * n_embd];
-        let input = boundaries.last().expect("there is one before the first run");
-        max_abs_hidden.extend(evaluate(&model, *run.start()..run.end() + 1, Input::F32(input), &mut out)?);
-        boundaries.push(out);
+    let (first, last) = (*runs[0].start(), *runs[runs.len() - 1].end());
+    let mut rows = vec![0.0; n_tokens * model.n_embd()];
+    for block in 0..=last {
+        evaluate(&model, block, &tokens, &mut rows)?;
+        if block + 1 >= first {
+            measured.max_abs_hidden.push(rows.iter().fold(0.0, |max, x| max.max(x.abs())));
+        }
+        if block + 1 == first || runs.iter().any(|run| *run.end() == block) {
+            measured.push(&rows).at(&staging.path().join(SELF_TEST))?;
+        }
     }
-    Ok(Measured { n_embd, n_tokens, n_rows, n_prefill: n_prefill.min(n_rows), boundaries, max_abs_hidden })
+    Ok(measured)
 }
 
 impl Measured {
-    /// Writes selftest.bin.
-    pub(super) fn write(&self, staging: &Staging, scale: f32) -> Result<SelfTest, Error> {
-        let mut bytes = Vec::new();
-        let mut boundaries = Vec::new();
-        for rows in &self.boundaries {
-            let rows = &rows[..self.n_rows * self.n_embd];
-            let f16_offset = bytes.len() as u64;
-            bytes.extend(rows.iter().flat_map(|x| f16::from_f32(x * scale).to_le_bytes()));
-            let f32_offset = bytes.len() as u64;
-            bytes.extend(rows.iter().flat_map(|x| (x * scale).to_le_bytes()));
-            boundaries.push(Boundary { f16_offset, f32_offset });
+    /// Where boundary `index` has its rows in fp16, and in fp32.
+    fn offsets(&self, index: usize) -> Boundary {
+        let n_values = (self.n_rows * self.n_embd) as u64;
+        let f16_offset = 6 * n_values * index as u64;
+        Boundary { f16_offset, f32_offset: f16_offset + 2 * n_values }
+    }
+
+    /// Adds a boundary: `rows` (n_tokens, n_embd), of which the vectors hold the first n_rows.
+    fn push(&mut self, rows: &[f32]) -> io::Result<()> {
+        self.file.seek(SeekFrom::Start(self.offsets(self.n_boundaries).f32_offset))?;
+        for piece in rows[..self.n_rows * self.n_embd].chunks(PIECE) {
+            let bytes: Vec<u8> = piece.iter().flat_map(|x| x.to_le_bytes()).collect();
+            self.file.write_all(&bytes)?;
         }
-        let file = staging.write(SELF_TEST, &bytes)?;
+        self.n_boundaries += 1;
+        Ok(())
+    }
+
+    /// Brings a boundary to its scale, and writes its rows in fp16.
+    fn scale(&mut self, boundary: &Boundary, scale: f32) -> io::Result<()> {
+        let n_values = self.n_rows * self.n_embd;
+        let mut bytes = vec![0; 4 * PIECE];
+        for at in (0..n_values).step_by(PIECE) {
+            let n = PIECE.min(n_values - at);
+            let in_f32 = SeekFrom::Start(boundary.f32_offset + 4 * at as u64);
+            self.file.seek(in_f32)?;
+            self.file.read_exact(&mut bytes[..4 * n])?;
+            let (values, _) = bytes[..4 * n].as_chunks();
+            let scaled: Vec<f32> = values.iter().map(|&x| f32::from_le_bytes(x) * scale).collect();
+            let (f32s, f16s): (Vec<_>, Vec<_>) =
+                scaled.iter().map(|x| (x.to_le_bytes(), f16::from_f32(*x).to_le_bytes())).unzip();
+            self.file.seek(in_f32)?;
+            self.file.write_all(f32s.as_flattened())?;
+            self.file.seek(SeekFrom::Start(boundary.f16_offset + 2 * at as u64))?;
+            self.file.write_all(f16s.as_flattened())?;
+        }
+        Ok(())
+    }
+
+    /// Completes selftest.bin.
+    pub(super) fn write(mut self, staging: &Staging, scale: f32) -> Result<SelfTest, Error> {
+        let boundaries: Vec<_> = (0..self.n_boundaries).map(|index| self.offsets(index)).collect();
+        for boundary in &boundaries {
+            self.scale(boundary, scale).at(&staging.path().join(SELF_TEST))?;
+        }
+        let file = staging.finish(SELF_TEST, self.file)?;
         Ok(SelfTest {
             file: file.path,
             bytes: file.bytes,
@@ -116,7 +171,7 @@ impl Measured {
             n_rows: self.n_rows as u64,
             n_prefill_rows: self.n_prefill as u64,
             boundaries,
-            max_abs_hidden: self.max_abs_hidden.clone(),
+            max_abs_hidden: self.max_abs_hidden,
             n_calibration_tokens: self.n_tokens as u64,
         })
     }
@@ -133,32 +188,33 @@ fn tokens(model: &Model, n: usize) -> Result<Vec<i32>, Error> {
     Ok(tokens)
 }
 
-/// Rows of one session from position 0 through `blocks`; gives the greatest |hidden| after each block.
-fn evaluate(
-    model: &Model,
-    blocks: std::ops::Range<u32>,
-    input: Input<'_>,
-    out: &mut [f32],
-) -> Result<Vec<f32>, Error> {
-    let n_rows = out.len() / model.n_embd();
+/// One session from position 0 through a block: `rows` (n_tokens, n_embd) become its output. Block 0 starts from `tokens`.
+fn evaluate(model: &Model, block: u32, tokens: &[i32], rows: &mut [f32]) -> Result<(), Error> {
     let context = ContextParams {
-        n_ctx: n_rows as u32,
-        n_batch: n_rows as u32,
-        n_ubatch: n_rows.min(CHUNK) as u32,
+        n_ctx: tokens.len() as u32,
+        n_batch: CHUNK as u32,
+        n_ubatch: CHUNK as u32,
         max_sessions: 1,
-        flash_attn: FlashAttn::Off, // the plain operations, closer to F32
+        flash_attn: FlashAttn::Off, // the plain operations, and with them F32 throughout
+        kv_type: KvType::F32,
         ..ContextParams::default()
     };
-    let takes_tokens = matches!(input, Input::Tokens(_));
-    let mut stage = Stage::new(model, StageParams { blocks, takes_tokens, has_lm_head: false, context })?;
-    stage.watch_blocks(true)?;
-    stage.evaluate(&Row::chunk(0, 0, n_rows), input, Output::F32(out))?;
-    stage
-        .block_stats()?
-        .iter()
-        .map(|stats| match (stats.not_finite, stats.block) {
-            (0, _) => Ok(stats.max_abs),
-            (count, block) => Err(Error::NotFinite { block: block.unwrap_or(0), count }),
-        })
-        .collect()
+    let params =
+        StageParams { blocks: block..block + 1, takes_tokens: block == 0, has_lm_head: false, context };
+    let mut stage = Stage::new(model, params)?;
+    let mut out = vec![0.0; CHUNK * model.n_embd()];
+    for (at, rows) in (0..).step_by(CHUNK).zip(rows.chunks_mut(out.len())) {
+        let n = rows.len() / model.n_embd();
+        let out = &mut out[..rows.len()];
+        let input = match block {
+            0 => Input::Tokens(&tokens[at..at + n]),
+            _ => Input::F32(rows),
+        };
+        stage.evaluate(&Row::chunk(0, at as u32, n), input, Output::F32(out)).map_err(|e| match e {
+            llama_sys_patch::Error::OutputNotFinite { block, count, .. } => Error::NotFinite { block, count },
+            e => e.into(),
+        })?;
+        rows.copy_from_slice(out);
+    }
+    Ok(())
 }
