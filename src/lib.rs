@@ -5,7 +5,6 @@
 
 pub mod ab;
 pub mod device;
-pub mod failure;
 pub mod host;
 pub mod keys;
 pub mod progress;
@@ -13,3 +12,5 @@ pub mod stage;
 pub mod transport;
 pub mod wire;
 pub mod worker;
+
+pub use gguf_tools::failure;

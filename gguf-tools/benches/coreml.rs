@@ -2,19 +2,23 @@
 //!
 //! Writing reads every weight once, hashes it and writes it once; `cp` reads and writes. Both end with the data on the
 //! disk (`cp` followed by `sync` of the copies). The answer is asserted first: every tensor of the weight files is the
-//! model's, byte for byte. The self-test is left out: it is llama.cpp's time, not the writer's.
+//! model's, byte for byte. The self-test is left out of the time: it is llama.cpp's, not the writer's.
 //!
-//!     cargo bench -p gguf-tools --no-default-features --bench coreml
-//!     BLOCKS=2 ROUNDS=5 DIR=/mnt/disk cargo bench -p gguf-tools --bench coreml
+//! Memory is what the process allocates (RssAnon in /proc, its greatest value): of the writer alone, in this process, and
+//! of a whole `dim-split --coreml`, slices and self-test included, in one of its own. The model has the vocabulary of the
+//! real one, whose tokenizer the self-test loads.
+//!
+//!     cargo bench -p gguf-tools --bench coreml
+//!     BLOCKS=2 VOCAB=512 ROUNDS=5 DIR=/mnt/disk cargo bench -p gguf-tools --bench coreml
 
 #[path = "../../benches/machine/mod.rs"]
 mod machine;
+#[path = "../tests/common/memory.rs"]
+mod memory;
 
 use std::fs;
-use std::path::Path;
 use std::process::Command;
-use std::sync::atomic::{AtomicBool, Ordering};
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use gguf_tools::coreml::{Identity, Options, Plan, Report};
 use gguf_tools::gguf::{Gguf, TensorType};
@@ -24,6 +28,7 @@ use machine::{env, median};
 fn main() {
     let n_blocks: u32 = env("BLOCKS", "6").parse().expect("BLOCKS is a number");
     let rounds: usize = env("ROUNDS", "3").parse().expect("ROUNDS is a number");
+    let n_vocab: u32 = env("VOCAB", "152064").parse().expect("VOCAB is a number");
     let weights = env("TYPE", "f16");
     machine::describe("coreml");
     let folder = match std::env::var_os("DIR") {
@@ -35,13 +40,14 @@ fn main() {
     let spec = Spec::new("qwen2.5-7b", None)
         .and_then(|s| s.with_type(&weights))
         .expect("a shape of dim-synth --list");
-    spec.blocks(n_blocks + 2).vocab(512).write(&model).expect("the model");
+    spec.blocks(n_blocks + 2).vocab(n_vocab).write(&model).expect("the model");
     let gguf = Gguf::open(&model).expect("the model");
 
     let out = folder.path().join("out.coreml");
-    let plan = Plan::new(&gguf, 1..=n_blocks, Options::default()).expect("the blocks");
+    let options = Options { selftest: false, ..Options::default() };
+    let plan = Plan::new(&gguf, 1..=n_blocks, options).expect("the blocks");
     let identity = Identity { model_name: "bench", model_sha256: "", slice_sha256: "" };
-    let (report, peak) = peak_heap(|| plan.write(&out, &identity, &mut |_| ()).expect("the packages"));
+    let (report, writer) = memory::growth(|| plan.write(&out, &identity, &mut |_| ()).expect("the packages"));
     if weights == "f16" {
         assert_weights(&gguf, &report);
     }
@@ -78,11 +84,19 @@ fn main() {
         gb / cp_unsynced_s
     );
     println!("  {ratio:.2} x cp + sync (wanted: at least 0.6)");
-    match peak {
-        Some(bytes) => {
-            println!("  heap while writing: at most {:.1} MiB (wanted: below 64)", bytes as f64 / 1048576.0)
-        }
-        None => println!("  heap while writing: not measured, /proc/self/status is Linux's"),
+    show("heap while writing", writer);
+    fs::remove_dir_all(&out).expect("the packages");
+    let mut run = Command::new(env!("CARGO_BIN_EXE_dim-split"));
+    run.arg(&model).args(["--middle", &format!("1..{n_blocks}"), "--coreml", "--out"]).arg(folder.path());
+    let (output, whole) = memory::peak_of(&mut run).expect("dim-split");
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    show("heap of dim-split --coreml, self-test included", whole);
+}
+
+fn show(what: &str, bytes: Option<u64>) {
+    match bytes {
+        Some(bytes) => println!("  {what}: at most {:.1} MiB (wanted: below 64)", bytes as f64 / 1048576.0),
+        None => println!("  {what}: not measured, RssAnon is Linux's"),
     }
 }
 
@@ -109,32 +123,6 @@ fn assert_weights(gguf: &Gguf, report: &Report) {
         }
     }
     assert!(compared > report.bytes / 100 * 99, "{compared} of {} bytes compared", report.bytes);
-}
-
-/// What `work` gives, and the most anonymous memory the process had more than before it.
-fn peak_heap<T>(work: impl FnOnce() -> T) -> (T, Option<u64>) {
-    let before = anonymous_bytes();
-    let done = AtomicBool::new(false);
-    std::thread::scope(|scope| {
-        let watcher = scope.spawn(|| {
-            let mut peak = anonymous_bytes();
-            while !done.load(Ordering::Relaxed) {
-                peak = peak.max(anonymous_bytes());
-                std::thread::sleep(Duration::from_millis(2));
-            }
-            peak
-        });
-        let result = work();
-        done.store(true, Ordering::Relaxed);
-        let peak = watcher.join().expect("the watcher does not panic");
-        (result, peak.zip(before).map(|(peak, before)| peak.saturating_sub(before)))
-    })
-}
-
-fn anonymous_bytes() -> Option<u64> {
-    let status = fs::read_to_string(Path::new("/proc/self/status")).ok()?;
-    let line = status.lines().find_map(|l| l.strip_prefix("RssAnon:"))?;
-    line.trim().strip_suffix("kB")?.trim().parse::<u64>().ok().map(|kb| kb * 1024)
 }
 
 /// Waits until what was written before is on the disk.

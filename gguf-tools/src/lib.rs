@@ -7,6 +7,7 @@ pub mod arch;
 pub mod canary;
 pub mod coreml;
 pub mod digest;
+pub mod failure;
 pub mod gguf;
 pub mod manifest;
 mod os;

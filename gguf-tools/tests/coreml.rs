@@ -454,35 +454,14 @@ fn write_packages_as_a_child() {
 #[cfg(target_os = "linux")]
 #[test]
 fn a_disk_that_fills_up_leaves_the_old_directory_and_no_rest() {
-    const INSIDE: &str = "DIM_TEST_SMALL_DISK";
-    if let Some(disk) = std::env::var_os(INSIDE) {
-        return fill_up(Path::new(&disk));
-    }
-    let dir = tempfile::tempdir().unwrap();
-    let script = r#"mount -t tmpfs -o size=200m tmpfs "$1" || exit 77
-        export DIM_TEST_SMALL_DISK="$1"; shift; exec "$@""#;
-    let output = Command::new("unshare")
-        .args(["--user", "--map-root-user", "--mount", "sh", "-c", script, "sh"])
-        .arg(dir.path())
-        .arg(std::env::current_exe().unwrap())
-        .args(["--exact", "a_disk_that_fills_up_leaves_the_old_directory_and_no_rest", "--nocapture"])
-        .output();
-    let text =
-        |o: &Output| format!("{}{}", String::from_utf8_lossy(&o.stdout), String::from_utf8_lossy(&o.stderr));
-    match output {
-        Ok(o) if o.status.success() => assert!(text(&o).contains("20 of 20 runs"), "{}", text(&o)),
-        // no namespaces here: everything but the mount is covered by the test with the limit
-        Ok(o) if o.status.code() == Some(77) || text(&o).starts_with("unshare:") => {
-            eprintln!("no mount: {}", text(&o))
-        }
-        Ok(o) => panic!("{}", text(&o)),
-        Err(e) => eprintln!("no unshare: {e}"),
+    match common::small_disk() {
+        Some(disk) => fill_up(&disk),
+        None => common::on_a_small_disk("200m", "a_disk_that_fills_up_leaves_the_old_directory_and_no_rest"),
     }
 }
 
 #[cfg(target_os = "linux")]
 fn fill_up(disk: &Path) {
-    use std::io::Write;
     let models = two_models(disk);
     let ggufs = models.map(|m| Gguf::open(m).unwrap());
     let options = Options { max_bytes: 7_000_000, ..OPTIONS };
@@ -502,8 +481,7 @@ fn fill_up(disk: &Path) {
             written += bytes;
             if written >= at && !filled {
                 filled = true;
-                let mut file = fs::File::create(&filler).unwrap();
-                while file.write(&[1; 4096]).is_ok_and(|n| n > 0) {}
+                common::fill(&filler);
             }
         });
         fs::remove_file(&filler).unwrap();
@@ -517,9 +495,7 @@ fn fill_up(disk: &Path) {
         assert_eq!(names(disk).iter().filter(|n| n.starts_with('.')).count(), 0);
     }
     // known beforehand: said so
-    let mut file = fs::File::create(&filler).unwrap();
-    while file.write(&[1; 4096]).is_ok_and(|n| n > 0) {}
-    drop(file);
+    common::fill(&filler);
     let says = coreml::check_space(&plans, disk, 0).unwrap_err().to_string();
     assert!(says.starts_with("need ") && says.contains(", have 0.0 MiB in "), "{says}");
     println!("20 of 20 runs");
@@ -556,4 +532,29 @@ fn a_hostile_file_gets_the_same_error_with_coreml() {
         }
     }
     assert!(errors.len() > 50, "{} different errors", errors.len());
+}
+
+/// The whole run, llama.cpp's evaluation of the self-test included, takes the same little memory for any model: weights
+/// are read where they are mapped, whatever their type.
+#[cfg(all(feature = "engine", target_os = "linux"))]
+#[test]
+fn the_run_with_its_selftest_takes_less_than_64_mib_of_heap() {
+    let dir = tempfile::tempdir().unwrap();
+    for (weights, at_least) in [("f16", 450 << 20), ("q4_0", 120 << 20)] {
+        // the vocabulary is the real one's, in number: its tokenizer is what takes most
+        let model = dir.path().join(format!("{weights}.gguf"));
+        let spec = Spec::new("qwen2.5-0.5b", None).unwrap().with_type(weights).unwrap();
+        spec.blocks(8).write(&model).unwrap();
+        assert!(fs::metadata(&model).unwrap().len() > at_least);
+        let mut command = Command::new(env!("CARGO_BIN_EXE_dim-split"));
+        command.arg(&model).args(["--middle", "1..3", "--coreml", "--json", "--out"]).arg(dir.path());
+        let (output, peak) = common::memory::peak_of(&mut command).unwrap();
+        assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+        let json: serde_json::Value = serde_json::from_slice(&output.stdout).unwrap();
+        assert_eq!(json["coreml"][0]["max_abs_hidden"].as_array().map(Vec::len), Some(4), "{json}");
+        let peak = peak.expect("RssAnon of the program");
+        println!("{weights}: {:.1} MiB", peak as f64 / f64::from(1 << 20));
+        assert!(peak > 8 << 20, "{peak}: nothing was measured");
+        assert!(peak < 64 << 20, "{weights}: {peak} bytes");
+    }
 }

@@ -742,35 +742,14 @@ fn writing_that_fails_at_any_point_leaves_the_old_slices_and_no_rest() {
 #[cfg(target_os = "linux")]
 #[test]
 fn a_disk_that_fills_up_leaves_the_old_slices_and_no_rest() {
-    const INSIDE: &str = "DIM_TEST_SMALL_DISK";
-    if let Some(disk) = std::env::var_os(INSIDE) {
-        return fill_up(Path::new(&disk));
-    }
-    let dir = tempfile::tempdir().unwrap();
-    let script = r#"mount -t tmpfs -o size=160m tmpfs "$1" || exit 77
-        export DIM_TEST_SMALL_DISK="$1"; shift; exec "$@""#;
-    let output = Command::new("unshare")
-        .args(["--user", "--map-root-user", "--mount", "sh", "-c", script, "sh"])
-        .arg(dir.path())
-        .arg(std::env::current_exe().unwrap())
-        .args(["--exact", "a_disk_that_fills_up_leaves_the_old_slices_and_no_rest", "--nocapture"])
-        .output();
-    let text =
-        |o: &Output| format!("{}{}", String::from_utf8_lossy(&o.stdout), String::from_utf8_lossy(&o.stderr));
-    match output {
-        Ok(o) if o.status.success() => assert!(text(&o).contains("20 of 20 runs"), "{}", text(&o)),
-        // no namespaces here: everything but the mount is covered by the test with the limit
-        Ok(o) if o.status.code() == Some(77) || text(&o).starts_with("unshare:") => {
-            eprintln!("no mount: {}", text(&o))
-        }
-        Ok(o) => panic!("{}", text(&o)),
-        Err(e) => eprintln!("no unshare: {e}"),
+    match common::small_disk() {
+        Some(disk) => fill_up(&disk),
+        None => common::on_a_small_disk("160m", "a_disk_that_fills_up_leaves_the_old_slices_and_no_rest"),
     }
 }
 
 #[cfg(target_os = "linux")]
 fn fill_up(disk: &Path) {
-    use std::io::Write;
     let (models, identities) = two_models(disk);
     let out = disk.join("out");
     fs::create_dir(&out).unwrap();
@@ -791,8 +770,7 @@ fn fill_up(disk: &Path) {
                 && !filled
             {
                 filled = true;
-                let mut file = fs::File::create(&filler).unwrap();
-                while file.write(&[1; 4096]).is_ok_and(|n| n > 0) {}
+                common::fill(&filler);
             }
         });
         fs::remove_file(&filler).unwrap();
@@ -804,9 +782,7 @@ fn fill_up(disk: &Path) {
         assert_eq!(assert_whole_or_absent(&out, &SLICES, &identities[..1]), 3);
     }
     // known beforehand: nothing is begun
-    let mut file = fs::File::create(&filler).unwrap();
-    while file.write(&[1; 4096]).is_ok_and(|n| n > 0) {}
-    drop(file);
+    common::fill(&filler);
     let error = split::split(&plan, &out, "model", |_| panic!("written without room")).unwrap_err();
     let text = error.to_string();
     assert!(

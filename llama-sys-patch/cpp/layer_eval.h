@@ -91,7 +91,15 @@ struct llama_model;   // llama.cpp's own; owned by whoever dim_model_load() gave
 // Called on the loading thread with 0..1; false stops the load (DIM_CANCELLED). Must not unwind.
 typedef bool (*dim_progress)(float fraction, void * user);
 
+// What of a file is loaded.
+typedef enum dim_model_part {
+    DIM_MODEL_WHOLE     = 0,
+    DIM_MODEL_TOKENIZER = 1,    // no weights, and no dimensions: dim_model_describe() has zeros for all but the tokens
+    DIM_MODEL_WEIGHTS   = 2,    // no tokenizer, whose texts take some 50 MB; n_vocab as in the whole
+} dim_model_part;
+
 typedef struct dim_model_params {
+    dim_model_part part;
     int32_t      gpu_blocks;    // blocks put on the GPU, counted from the last; -1: all of them; 0: no GPU is touched
     bool         use_mmap;      // map the file instead of reading it: a file truncated under the map is SIGBUS
     bool         lm_head;       // the file's output matrix will be used; false (head, middle): it stays in host memory,

@@ -2,11 +2,14 @@
 #include "boundary.h"
 #include "upstream.h"
 
+#include "gguf.h"
 #include "llama-vocab.h"
 #include "llama.h"
 
 #include <climits>
+#include <cstdio>
 #include <cstring>
+#include <memory>
 #include <string>
 #include <vector>
 
@@ -81,6 +84,25 @@ ggml_backend_buffer_type_t plain_host_memory() {
     return &type;
 }
 
+// Says that the model has no tokenizer, but a vocabulary of as many tokens: what a slice without one says of itself. Nothing
+// where the file has no list of tokens anyway. Two overrides and the empty one that ends the list.
+std::vector<llama_model_kv_override> no_tokenizer(const char * path) {
+    std::unique_ptr<gguf_context, decltype(&gguf_free)> file(gguf_init_from_file(path, { /*no_alloc =*/ true, nullptr }), gguf_free);
+    if (!file) return {};   // the loader will say why
+    const int64_t arch   = gguf_find_key(file.get(), "general.architecture");
+    const int64_t tokens = gguf_find_key(file.get(), "tokenizer.ggml.tokens");
+    if (arch < 0 || gguf_get_kv_type(file.get(), arch) != GGUF_TYPE_STRING) return {};
+    if (tokens < 0 || gguf_get_kv_type(file.get(), tokens) != GGUF_TYPE_ARRAY) return {};
+    std::vector<llama_model_kv_override> overrides(3);
+    overrides[0].tag = LLAMA_KV_OVERRIDE_TYPE_STR;
+    std::snprintf(overrides[0].key,     sizeof overrides[0].key,     "tokenizer.ggml.model");
+    std::snprintf(overrides[0].val_str, sizeof overrides[0].val_str, "none");
+    overrides[1].tag     = LLAMA_KV_OVERRIDE_TYPE_INT;
+    overrides[1].val_i64 = (int64_t) gguf_get_arr_n(file.get(), tokens);
+    std::snprintf(overrides[1].key, sizeof overrides[1].key, "%s.vocab_size", gguf_get_val_str(file.get(), arch));
+    return overrides;
+}
+
 } // namespace
 
 dim_status dim_model_load(const char * const * paths, size_t n_paths, const dim_model_params * params, llama_model ** out) {
@@ -96,6 +118,10 @@ dim_status dim_model_load(const char * const * paths, size_t n_paths, const dim_
         load.load_mode = params->use_mmap ? LLAMA_LOAD_MODE_MMAP : LLAMA_LOAD_MODE_NONE;
         load.lazy_mode = LLAMA_LAZY_MODE_OFF;
         load.use_extra_bufts = params->repack;
+        load.vocab_only      = params->part == DIM_MODEL_TOKENIZER;
+        std::vector<llama_model_kv_override> overrides;
+        if (params->part == DIM_MODEL_WEIGHTS) overrides = no_tokenizer(paths[0]);
+        if (!overrides.empty()) load.kv_overrides = overrides.data();
         load.progress_callback           = on_progress;
         load.progress_callback_user_data = &watch;
 

@@ -30,7 +30,7 @@ mod stage;
 mod stock;
 
 pub use error::Error;
-pub use model::{Device, LogLevel, Model, ModelParams, Offload, devices, set_log};
+pub use model::{Device, LogLevel, Model, ModelParams, ModelPart, Offload, devices, set_log};
 pub use quantise::{Quantised, quantise_model};
 pub use rows::{RowType, dequantize_rows, quantize_rows};
 pub use stage::{

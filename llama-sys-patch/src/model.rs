@@ -26,9 +26,23 @@ struct Loaded {
     arch: String,
 }
 
+/// What of a file is loaded.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum ModelPart {
+    /// Everything.
+    #[default]
+    Whole,
+    /// The tokenizer alone: text to tokens and back. No weights, no dimensions, and no [`Stage`](crate::Stage) of it.
+    Tokenizer,
+    /// Everything but the tokenizer, whose texts take some 50 MB of memory where a vocabulary has 150,000.
+    Weights,
+}
+
 /// How to load a model.
 #[derive(Default)]
 pub struct ModelParams<'a> {
+    /// What of it.
+    pub part: ModelPart,
     /// Blocks put on the GPU, counted from the last one: `None` for all (nothing, where there is no GPU), `Some(0)` for a
     /// CPU run that touches no GPU. In llama.cpp's own count, which has the output as one more layer, it is one more.
     pub gpu_layers: Option<u32>,
@@ -74,6 +88,11 @@ impl Model {
         let device = params.device.map(CString::new).transpose().map_err(|_| nul("the device's name"))?;
         let mut progress = params.progress;
         let c_params = ffi::dim_model_params {
+            part: match params.part {
+                ModelPart::Whole => ffi::DIM_MODEL_WHOLE,
+                ModelPart::Tokenizer => ffi::DIM_MODEL_TOKENIZER,
+                ModelPart::Weights => ffi::DIM_MODEL_WEIGHTS,
+            },
             gpu_blocks: match params.gpu_layers {
                 None => -1,
                 Some(n) => i32::try_from(n).map_err(|_| Error::InvalidArgument(format!("{n} GPU layers")))?,

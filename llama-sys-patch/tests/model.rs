@@ -5,7 +5,7 @@ mod common;
 use common::{context, decode, load, max_difference, stock, tokens, write};
 use gguf_tools::synth::Spec;
 use llama_sys_patch::{
-    ContextParams, Input, KvType, Model, ModelParams, Output, Row, Stage, StageParams, Stock,
+    ContextParams, Error, Input, KvType, Model, ModelParams, ModelPart, Output, Row, Stage, StageParams, Stock,
 };
 
 /// Fails if `LlamaModel` is not transparent over the pointer (src/model.rs, `adopt`): every number comes through it on
@@ -112,6 +112,31 @@ fn weights_stay_where_the_file_has_them() {
     let largest = a.iter().fold(0f32, |max, x| max.max(x.abs()));
     let difference = max_difference(&a, &b);
     assert!(difference < 0.1 * largest, "{difference} of {largest}");
+}
+
+#[test]
+fn tokenizer_and_weights_can_be_loaded_apart() {
+    let file = write(&Spec::tiny("llama").unwrap().tied(true));
+    let load = |part| {
+        let params = ModelParams { part, gpu_layers: Some(0), use_mmap: true, ..Default::default() };
+        Model::load(&[&file.path], params).unwrap()
+    };
+    let whole = load(ModelPart::Whole);
+    let (tokenizer, weights) = (load(ModelPart::Tokenizer), load(ModelPart::Weights));
+
+    let text = "The wind had turned, and 2 ships had passed.";
+    let tokens = whole.tokenize(text, true, false).unwrap();
+    assert_eq!(tokenizer.tokenize(text, true, false).unwrap(), tokens);
+    assert!(matches!(weights.tokenize(text, true, false), Err(Error::NoTokenizer(_))));
+
+    let logits = |model: &Model| {
+        decode(&mut stock(model, &context()), &Row::chunk(0, 0, tokens.len()), &tokens)
+    };
+    assert_eq!(weights.n_vocab(), whole.n_vocab());
+    common::assert_exact(&logits(&weights), &logits(&whole), "without a tokenizer");
+    let params = StageParams { blocks: 0..1, takes_tokens: true, has_lm_head: false, context: context() };
+    assert!(Stage::new(&tokenizer, params).is_err());
+    assert!(Stock::new(&tokenizer, &context(), None).is_err());
 }
 
 #[test]

@@ -10,6 +10,7 @@ use std::{
 use clap::Parser;
 use gguf_tools::{
     coreml::{self, CoremlArgs},
+    failure::Failure,
     gguf::{Gguf, TensorType},
     manifest::Manifest,
     plan::{BlockRange, Plan, PlanError, Request, Role},
@@ -74,23 +75,16 @@ fn tensor_type(text: &str) -> Result<TensorType, String> {
     })
 }
 
-/// Exit codes: the model or the request is at fault, or the machine is.
-const BAD_INPUT: u8 = 2;
-const FAILURE: u8 = 1;
-
 fn main() -> ExitCode {
     let options = Options::parse();
     match run(&options) {
         Ok(()) => ExitCode::SUCCESS,
-        Err((code, text)) => {
-            eprintln!("dim-split: {text}");
-            ExitCode::from(code)
-        }
+        Err(failure) => failure.hint_from_message().report(),
     }
 }
 
-fn run(options: &Options) -> Result<(), (u8, String)> {
-    let bad_input = |e: &dyn std::fmt::Display| (BAD_INPUT, e.to_string());
+fn run(options: &Options) -> Result<(), Failure> {
+    let bad_input = |e: &dyn std::fmt::Display| Failure::misuse(e);
     let gguf = Gguf::open(&options.model).map_err(|e| bad_input(&e))?;
     let stem = gguf.stem();
     let request = Request {
@@ -135,7 +129,7 @@ fn run(options: &Options) -> Result<(), (u8, String)> {
         meter.show(p);
     });
     meter.clear();
-    let manifest = result.map_err(|e| (code_of(&e), e.to_string()))?;
+    let manifest = result.map_err(failure_of)?;
     let seconds = started.elapsed().as_secs_f64();
     let took = Took { seconds, copy_seconds: copied.unwrap_or(seconds), verified: options.verify };
     eprintln!(
@@ -149,7 +143,7 @@ fn run(options: &Options) -> Result<(), (u8, String)> {
         let mut meter = Meter::new();
         let result = split::verify(&plan, &out, &manifest, |p| meter.show(p));
         meter.clear();
-        result.map_err(|e| (FAILURE, e.to_string()))?;
+        result.map_err(Failure::failed)?;
         eprintln!("verified: every key and tensor of the slices equals the model's");
     }
     let reports = write_packages(&packages, &manifest, &out, &stem)?;
@@ -177,22 +171,28 @@ fn write_packages(
     manifest: &Manifest,
     out: &Path,
     stem: &str,
-) -> Result<Vec<coreml::Report>, (u8, String)> {
-    let total = packages.iter().map(coreml::Plan::weight_bytes).sum();
+) -> Result<Vec<coreml::Report>, Failure> {
+    let total: u64 = packages.iter().map(coreml::Plan::weight_bytes).sum();
     let mut meter = Meter::new();
-    let mut done = 0;
+    let (mut done, mut before) = (0, 0);
     let result = coreml::write_middles(packages, manifest, out, stem, &mut |progress| match progress {
         coreml::Progress::Calibrating { n_tokens } => {
             meter.clear();
             eprintln!("evaluating {n_tokens} tokens of text up to the end of the middle, for the self-test");
+            before = done;
         }
         coreml::Progress::Writing { index, bytes } => {
+            // an evaluation is not writing's time
+            if done == before {
+                meter = Meter::new();
+            }
             done += bytes;
+            let (done, total) = (done - before, total - before);
             meter.show(Progress::Writing(done, total, &coreml::package::directory_name(index)));
         }
     });
     meter.clear();
-    let reports = result.map_err(|e| (if e.is_bad_input() { BAD_INPUT } else { FAILURE }, e.to_string()))?;
+    let reports = result.map_err(|e| if e.is_bad_input() { Failure::misuse(e) } else { Failure::failed(e) })?;
     for report in &reports {
         for notice in &report.notices {
             eprintln!("{notice}");
@@ -215,10 +215,10 @@ fn write_packages(
     Ok(reports)
 }
 
-fn code_of(error: &SplitError) -> u8 {
+fn failure_of(error: SplitError) -> Failure {
     match error {
-        SplitError::Space { .. } | SplitError::OverModel(_) | SplitError::Read(_) => BAD_INPUT,
-        _ => FAILURE,
+        SplitError::Space { .. } | SplitError::OverModel(_) | SplitError::Read(_) => Failure::misuse(error),
+        _ => Failure::failed(error),
     }
 }
 
@@ -309,7 +309,7 @@ fn print_json(
     written: Option<(&Manifest, &Path)>,
     took: Option<Took>,
     packages: &[coreml::Report],
-) -> Result<(), (u8, String)> {
+) -> Result<(), Failure> {
     let slices: Vec<_> = plan
         .slices
         .iter()
@@ -348,7 +348,7 @@ fn print_json(
         "verified": took.is_some_and(|t| t.verified),
     });
     let mut out = std::io::stdout().lock();
-    writeln!(out, "{object}").map_err(|e| (FAILURE, format!("cannot write to standard output: {e}")))
+    writeln!(out, "{object}").map_err(|e| Failure::failed(format!("cannot write to standard output: {e}")))
 }
 
 fn coreml_json(report: &coreml::Report) -> serde_json::Value {

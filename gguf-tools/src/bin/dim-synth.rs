@@ -8,6 +8,7 @@ use std::{
 };
 
 use clap::Parser;
+use gguf_tools::failure::Failure;
 use gguf_tools::synth::{self, FAMILIES, Head, SHAPES, Spec};
 
 /// Write a GGUF of a real architecture and shape with random weights: for tests, benchmarks and the demo.
@@ -59,10 +60,8 @@ fn main() -> ExitCode {
     }
     match run(&args) {
         Ok(()) => ExitCode::SUCCESS,
-        Err(error) => {
-            eprintln!("dim-synth: {error}");
-            ExitCode::from(if error.is_misuse() { 2 } else { 1 })
-        }
+        Err(error) if error.is_misuse() => Failure::misuse(error).hint_from_message().report(),
+        Err(error) => Failure::failed(error).hint_from_message().report(),
     }
 }
 

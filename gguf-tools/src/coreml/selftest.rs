@@ -5,8 +5,9 @@
 //! whether fp16 holds the residual stream. The text starts as the model wants it (its beginning-of-text token first): the
 //! first token of a text carries the massive activations that matter here.
 //!
-//! Memory does not grow with the model: its weights stay where they are mapped, a block's KV cache and buffers go with
-//! the block, and boundaries go to the file as they are reached, unscaled, to be scaled there at the end.
+//! Memory does not grow with the model: the tokenizer is gone before the first block is evaluated, weights stay where
+//! they are mapped, a block's KV cache and buffers go with the block, and boundaries go to the file as they are reached,
+//! unscaled, to be scaled there at the end.
 //!
 //! selftest.bin is one array after the other, little-endian, row-major: per boundary (n_rows, n_embd) in fp16, then the
 //! same in fp32, all times the residual scale. Every offset is in the manifest.
@@ -17,7 +18,7 @@ use std::ops::RangeInclusive;
 
 use half::f16;
 use llama_sys_patch::{
-    ContextParams, FlashAttn, Input, KvType, Model, ModelParams, Output, Row, Stage, StageParams,
+    ContextParams, FlashAttn, Input, KvType, Model, ModelParams, ModelPart, Output, Row, Stage, StageParams,
 };
 
 use super::manifest::{Boundary, SelfTest};
@@ -84,15 +85,19 @@ pub(super) fn measure(
     progress(Progress::Calibrating { n_tokens });
 
     let files: Vec<_> = gguf.files().collect();
-    let params = ModelParams {
-        gpu_layers: Some(0),
-        use_mmap: true,
-        no_lm_head: true,
-        no_repack: true,
-        ..Default::default()
+    let load = |part| {
+        let params = ModelParams {
+            part,
+            gpu_layers: Some(0),
+            use_mmap: true,
+            no_lm_head: true,
+            no_repack: true,
+            ..Default::default()
+        };
+        Model::load(&files, params)
     };
-    let model = Model::load(&files, params)?;
-    let tokens = tokens(&model, n_tokens)?;
+    let tokens = tokens(&load(ModelPart::Tokenizer)?, n_tokens)?;
+    let model = load(ModelPart::Weights)?;
     let mut measured = Measured {
         file: staging.open(SELF_TEST)?,
         n_embd: model.n_embd(),

@@ -164,6 +164,49 @@ impl Raw {
     }
 }
 
+/// Runs this test program's test `name` on a disk of its own, of `size` as mount(8) takes it, where the system lets a test
+/// mount one. The test is told the disk by [`small_disk`], and must print "20 of 20 runs".
+#[cfg(target_os = "linux")]
+pub fn on_a_small_disk(size: &str, name: &str) {
+    use std::process::{Command, Output};
+    let dir = tempfile::tempdir().unwrap();
+    let script = format!(
+        r#"mount -t tmpfs -o size={size} tmpfs "$1" || exit 77
+        export {SMALL_DISK}="$1"; shift; exec "$@""#
+    );
+    let output = Command::new("unshare")
+        .args(["--user", "--map-root-user", "--mount", "sh", "-c", &script, "sh"])
+        .arg(dir.path())
+        .arg(std::env::current_exe().unwrap())
+        .args(["--exact", name, "--nocapture"])
+        .output();
+    let text =
+        |o: &Output| format!("{}{}", String::from_utf8_lossy(&o.stdout), String::from_utf8_lossy(&o.stderr));
+    match output {
+        Ok(o) if o.status.success() => assert!(text(&o).contains("20 of 20 runs"), "{}", text(&o)),
+        // no namespaces here: everything but the mount is covered by the tests with a limit on file size
+        Ok(o) if o.status.code() == Some(77) || text(&o).starts_with("unshare:") => {
+            eprintln!("no mount: {}", text(&o))
+        }
+        Ok(o) => panic!("{}", text(&o)),
+        Err(e) => eprintln!("no unshare: {e}"),
+    }
+}
+
+/// The small disk this process was started for.
+pub fn small_disk() -> Option<std::path::PathBuf> {
+    std::env::var_os(SMALL_DISK).map(Into::into)
+}
+
+const SMALL_DISK: &str = "DIM_TEST_SMALL_DISK";
+
+/// Somebody else takes all the room that is left on the disk of `filler`.
+pub fn fill(filler: &Path) {
+    use std::io::Write;
+    let mut file = std::fs::File::create(filler).unwrap();
+    while file.write(&[1; 4096]).is_ok_and(|n| n > 0) {}
+}
+
 pub const N_TOKENS: u64 = 300;
 
 /// Writes a tiny model of this architecture.

@@ -14,17 +14,19 @@ def bf16(x):
     return ((bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000).astype(np.uint32).view(np.float32)
 
 
-def rewrite(source, target, as_f32=False, keys=None, scale=None, extra=None):
+def rewrite(source, target, as_f32=False, n_blocks=None, keys=None, scale=None, extra=None):
     """Copies a GGUF with its vectors rounded to BF16, as published models' are.
 
     as_f32 stores every tensor as F32, of the same values: llama.cpp then computes in F32 throughout, where for F16
-    weights it rounds activations to F16. `keys` replaces or adds keys (GGUF type and value by name); `scale` multiplies
+    weights it rounds activations to F16. `n_blocks` keeps only so many, from the first. `keys` replaces or adds keys (GGUF type and value by name); `scale` multiplies
     chosen rows of tensors, as {name: (rows, factor)}; `extra` adds F32 tensors by name.
     """
     reader = GGUFReader(source)
     arch = reader.get_field("general.architecture").contents()
     writer = GGUFWriter(target, arch)
     keys = dict(keys or {})
+    if n_blocks is not None:
+        keys[f"{arch}.block_count"] = (GGUFValueType.UINT32, n_blocks)
     for field in reader.fields.values():
         if field.name.startswith("GGUF.") or field.name == "general.architecture" or field.name in keys:
             continue
@@ -33,6 +35,9 @@ def rewrite(source, target, as_f32=False, keys=None, scale=None, extra=None):
     for name, (kind, value) in keys.items():
         writer.add_key_value(name, value, kind)
     for tensor in reader.tensors:
+        block = tensor.name.split(".")[1] if tensor.name.startswith("blk.") else None
+        if n_blocks is not None and block is not None and int(block) >= n_blocks:
+            continue
         shape = [int(d) for d in tensor.shape[::-1]]
         kind, data = tensor.tensor_type, tensor.data
         rows, factor = (scale or {}).get(tensor.name, ([], 1))

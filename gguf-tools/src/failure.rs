@@ -27,6 +27,16 @@ impl Failure {
         self
     }
 
+    /// Takes what stands behind the last semicolon for the hint: where this crate's errors name the way out.
+    pub fn hint_from_message(mut self) -> Failure {
+        // a semicolon in a quoted name ends no sentence
+        let is_sentence = |text: &str| ['"', '\''].iter().all(|&quote| text.matches(quote).count() % 2 == 0);
+        if let Some((says, hint)) = self.message.rsplit_once("; ").filter(|(_, hint)| is_sentence(hint)) {
+            (self.hint, self.message) = (Some(hint.to_owned()), says.to_owned());
+        }
+        self
+    }
+
     /// The sentence without `error:`.
     pub fn message(&self) -> &str {
         &self.message
@@ -49,3 +59,27 @@ impl fmt::Display for Failure {
 }
 
 impl std::error::Error for Failure {}
+
+#[cfg(test)]
+mod tests {
+    use super::Failure;
+
+    #[test]
+    fn the_way_out_is_what_stands_behind_the_last_semicolon() {
+        let lines = |text: &str| {
+            let failure = Failure::misuse(text).hint_from_message();
+            (failure.message, failure.hint)
+        };
+        let hint = |text: &str| Some(text.to_owned());
+        assert_eq!(
+            lines("need 2; have 1; free some space"),
+            ("need 2; have 1".into(), hint("free some space"))
+        );
+        assert_eq!(lines("no way out"), ("no way out".into(), None));
+        assert_eq!(lines("tensor \"a; b\" is odd"), ("tensor \"a; b\" is odd".into(), None));
+        assert_eq!(
+            lines("tensor 'a; b' is odd; leave it out"),
+            ("tensor 'a; b' is odd".into(), hint("leave it out"))
+        );
+    }
+}
