@@ -110,7 +110,7 @@ struct dim_stage {
     llama_memory_ptr    memory;           // the KV cache in use; the context's own one is empty
     llama_model &       model;
     const uint32_t      first, last;      // blocks [first, last)
-    const bool          takes_tokens, has_lm_head;
+    const bool          takes_tokens, has_lm_head, f32_products;
     const size_t        n_embd, n_vocab;
     sessions            session;
 
@@ -124,7 +124,7 @@ struct dim_stage {
     // The graph of the last chunk.
     std::unique_ptr<llm_graph_result> whole;   // llama.cpp's: owns every tensor but ours, and the inputs
     std::vector<uint8_t>              room;    // of `ours`
-    ggml_context_ptr                  ours;    // our own few tensors and the cut graph
+    ggml_context_ptr                  ours;    // our own tensors and the cut graph
     ggml_cgraph *                     graph = nullptr;   // NULL: must be built
     graph_kind                        kind {};
     ggml_tensor *                     input  = nullptr;  // our leaf (n_embd, rows), or NULL for tokens
@@ -145,6 +145,7 @@ struct dim_stage {
 
     dim_stage(stage_context made, llama_model & model, const dim_stage_params & p)
         : context(std::move(made.context)), memory(std::move(made.memory)), model(model), first(p.first), last(p.last), takes_tokens(p.takes_tokens), has_lm_head(p.has_lm_head),
+          f32_products(p.context.f32_products),
           n_embd(model.hparams.n_embd), n_vocab(model.vocab.n_tokens()),
           session(p.context.max_sessions, p.context.n_ctx), batch(context.get()), splitter(model.hparams.n_pos_per_embd()) {}
 
@@ -168,6 +169,8 @@ private:
     llm_graph_params graph_params(const llama_ubatch & ubatch, const llama_memory_context_i * cells, uint32_t n_outputs);
     void build(const llm_graph_params & params, graph_kind kind);
     void cut();
+    size_t n_rounding_parts() const;
+    void replace_rounding_products();
     void check_inputs() const;
     void check_link(const ggml_tensor * tensor, int block) const;
     void place(const llama_ubatch & ubatch, ggml_tensor * tensor, const char * name, int block);
@@ -452,7 +455,7 @@ void dim_stage::cut() {
     }
 
     const size_t max_nodes = (size_t) whole->get_max_nodes();
-    room.resize(8 * ggml_tensor_overhead() + ggml_graph_overhead_custom(max_nodes, false));
+    room.resize((8 + 4 * n_rounding_parts()) * ggml_tensor_overhead() + ggml_graph_overhead_custom(max_nodes, false));
     ours.reset(ggml_init({ room.size(), room.data(), /*no_alloc =*/ true }));
     graph = ggml_new_graph_custom(ours.get(), max_nodes, false);
 
@@ -470,11 +473,14 @@ void dim_stage::cut() {
         }
     }
 
+    if (f32_products) replace_rounding_products();
+
     // expanding a node adds what it reads first, if it is not there yet
     for (int i = i_start + 1; i <= i_end; i++) {
         // llama.cpp builds both kinds of input and marks the nodes of the one that was chosen
         if (from->nodes[i]->flags & GGML_TENSOR_FLAG_COMPUTE) ggml_build_forward_expand(graph, from->nodes[i]);
     }
+    if (graph->n_nodes + graph->n_leafs > (int) max_nodes) unsupported("its matrices have too many parts for f32_products");
     output = result;
     ggml_set_output(result);   // kept for check_output(), also where it is converted
     if (kind.output == DIM_F16) {
@@ -491,6 +497,77 @@ void dim_stage::cut() {
     if (watching) {
         watched.clear();
         for (uint32_t block = first; block < last; block++) if (block_output[block]) watched[block_output[block]] = block - first;
+    }
+}
+
+// ---- products in F32
+
+// A product of rows with a weight matrix for which llama.cpp rounds the rows to the matrix's type.
+static bool is_rounding_product(const ggml_tensor * node) {
+    if (node->op != GGML_OP_MUL_MAT) return false;
+    const auto * matrix = node->src[0];
+    return matrix->op == GGML_OP_NONE && matrix->type != GGML_TYPE_F32 && ggml_n_dims(matrix) <= 2
+        && matrix->buffer && ggml_backend_buffer_get_usage(matrix->buffer) == GGML_BACKEND_BUFFER_USAGE_WEIGHTS;
+}
+
+// Rows of a matrix that are turned into F32 at once: 8 MiB of them.
+static int64_t rows_of_a_part(const ggml_tensor * matrix) {
+    return std::clamp<int64_t>((8 << 20) / (matrix->ne[0] * (int64_t) sizeof(float)), 1, matrix->ne[1]);
+}
+
+size_t dim_stage::n_rounding_parts() const {
+    size_t n = 0;
+    if (!f32_products) return n;
+    const auto * from = whole->get_gf();
+    for (int i = 0; i < from->n_nodes; i++) {
+        if (!is_rounding_product(from->nodes[i])) continue;
+        const auto * matrix = from->nodes[i]->src[0];
+        n += (size_t) ((matrix->ne[1] + rows_of_a_part(matrix) - 1) / rows_of_a_part(matrix));
+    }
+    return n;
+}
+
+// Puts, in the place of every such product, products with parts of the matrix that are F32, joined.
+void dim_stage::replace_rounding_products() {
+    auto * from = whole->get_gf();
+    std::unordered_map<const ggml_tensor *, ggml_tensor *> joined;
+    for (int i = 0; i < from->n_nodes; i++) {
+        const auto * node = from->nodes[i];
+        if (node->op == GGML_OP_MUL_MAT_ID) unsupported("it has experts, for which there are no f32_products");
+        if (!is_rounding_product(node)) continue;
+        auto * matrix = node->src[0];
+        const int64_t n_rows = rows_of_a_part(matrix);
+        std::vector<ggml_tensor *> parts;
+        for (int64_t row = 0; row < matrix->ne[1]; row += n_rows) {
+            auto * rows = ggml_view_2d(ours.get(), matrix, matrix->ne[0], std::min(n_rows, matrix->ne[1] - row), matrix->nb[1], (size_t) row * matrix->nb[1]);
+            parts.push_back(ggml_mul_mat(ours.get(), ggml_cast(ours.get(), rows, GGML_TYPE_F32), node->src[1]));
+        }
+        // two by two, so that no value is copied often
+        while (parts.size() > 1) {
+            std::vector<ggml_tensor *> pairs;
+            for (size_t k = 0; k < parts.size(); k += 2) {
+                pairs.push_back(k + 1 < parts.size() ? ggml_concat(ours.get(), parts[k], parts[k + 1], 0) : parts[k]);
+            }
+            parts = std::move(pairs);
+        }
+        joined[node] = parts[0];
+    }
+    const auto redirect = [&](ggml_tensor *& tensor) {
+        const auto found = joined.find(tensor);
+        if (found != joined.end()) tensor = found->second;
+    };
+    redirect(result);
+    // a part reads rows that may be a product, or a view of one, themselves
+    for (auto * tensor = ggml_get_first_tensor(ours.get()); tensor; tensor = ggml_get_next_tensor(ours.get(), tensor)) {
+        for (auto & src : tensor->src) redirect(src);
+    }
+    for (int i = 0; i < from->n_nodes; i++) {
+        if (joined.count(from->nodes[i])) {
+            from->nodes[i]->flags &= ~GGML_TENSOR_FLAG_COMPUTE;   // nobody reads it any more
+            continue;
+        }
+        for (auto & src : from->nodes[i]->src) redirect(src);
+        redirect(from->nodes[i]->view_src);
     }
 }
 

@@ -181,6 +181,8 @@ typedef struct dim_context_params {
     uint32_t       max_sessions; // each with n_ctx positions of its own
     dim_flash_attn flash_attn;
     dim_kv_type    kv_type;
+    bool           f32_products; // stages only: products with matrices of other types are computed with their rows turned to
+                                 // F32, a few at a time, where llama.cpp rounds what it multiplies them with to their type
     uint32_t       max_outputs;  // stock only: most rows of logits of one call; 0: n_batch, llama.cpp's default
 } dim_context_params;
 

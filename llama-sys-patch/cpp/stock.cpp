@@ -74,6 +74,7 @@ dim_status dim_stock_create(llama_model * model, const dim_context_params * para
         initialize();
         if (model->hparams.vocab_only || model->vocab.n_tokens() == 0) fail(DIM_UNSUPPORTED, "the file gives no vocabulary size");
         if (llama_model_has_encoder(model)) fail(DIM_UNSUPPORTED, "%s has an encoder", model->arch_name().c_str());
+        if (params->f32_products) fail(DIM_INVALID_ARGUMENT, "llama_decode() knows no f32_products: a stage does");
         const uint32_t least = params->max_outputs == 0 ? 0 : std::max(params->max_outputs, params->max_sessions);
         auto ctx = make_context(model, *params, least);
         *out = new dim_stock { std::move(ctx), *model, (size_t) model->vocab.n_tokens(), sessions(params->max_sessions, params->n_ctx) };

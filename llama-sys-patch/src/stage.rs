@@ -27,7 +27,8 @@ pub enum KvType {
     /// llama.cpp's default. Queries, too, are rounded to it before they meet the keys.
     #[default]
     F16,
-    /// Twice the memory, nothing rounded: with F32 weights and [`FlashAttn::Off`] the evaluation is F32 throughout.
+    /// Twice the memory, nothing rounded: with [`FlashAttn::Off`] and F32 weights, or
+    /// [`f32_products`](ContextParams::f32_products), the evaluation is F32 throughout.
     F32,
 }
 
@@ -48,6 +49,10 @@ pub struct ContextParams {
     pub flash_attn: FlashAttn,
     /// Cached keys and values: every stage of a pipeline must use the same.
     pub kv_type: KvType,
+    /// Compute products with matrices that are not F32 with their rows turned to F32, a few at a time: llama.cpp rounds
+    /// what it multiplies a matrix with to the matrix's type (F16, BF16, 8-bit blocks for quantised ones). Slower, on
+    /// the CPU only. For stages; [`Stock`](crate::Stock) refuses it.
+    pub f32_products: bool,
 }
 
 impl Default for ContextParams {
@@ -62,6 +67,7 @@ impl Default for ContextParams {
             max_sessions: 1,
             flash_attn: FlashAttn::Auto,
             kv_type: KvType::F16,
+            f32_products: false,
         }
     }
 }
@@ -83,6 +89,7 @@ impl ContextParams {
                 KvType::F16 => ffi::DIM_KV_F16,
                 KvType::F32 => ffi::DIM_KV_F32,
             },
+            f32_products: self.f32_products,
             max_outputs,
         }
     }

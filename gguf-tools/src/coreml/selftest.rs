@@ -1,7 +1,8 @@
 //! Hidden rows of a real text at every package boundary, by llama.cpp: what a worker checks itself with.
 //!
-//! The text goes through one block after the other, from the embedding to the middle's end, on the CPU, with hidden rows
-//! and KV cache in F32. The rows at the boundaries are kept; the greatest |hidden| after every block is what decides
+//! The text goes through one block after the other, from the embedding to the middle's end, on the CPU and in F32: hidden
+//! rows, KV cache and products, whatever the weights' type (rounding what they are multiplied with to an 8-bit type, as
+//! llama.cpp does by itself, would be a larger difference than the one a worker looks for). The rows at the boundaries are kept; the greatest |hidden| after every block is what decides
 //! whether fp16 holds the residual stream. The text starts as the model wants it (its beginning-of-text token first): the
 //! first token of a text carries the massive activations that matter here.
 //!
@@ -200,8 +201,10 @@ fn evaluate(model: &Model, block: u32, tokens: &[i32], rows: &mut [f32]) -> Resu
         n_batch: CHUNK as u32,
         n_ubatch: CHUNK as u32,
         max_sessions: 1,
-        flash_attn: FlashAttn::Off, // the plain operations, and with them F32 throughout
+        // F32 throughout
+        flash_attn: FlashAttn::Off,
         kv_type: KvType::F32,
+        f32_products: true,
         ..ContextParams::default()
     };
     let params =

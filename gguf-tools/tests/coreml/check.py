@@ -30,7 +30,12 @@ from evaluator import Broken
 from models import Tools, rewrite
 from worker import PackageSet, Session
 
-EXACT, FP16 = 1e-3, 1e-2
+# Relative differences that are allowed. The packages in float64 differ from llama.cpp by what the writer rounds to fp16
+# (weights that are not, cos and sin); with fp16 everywhere, by every operation's rounding too. The plain reference rounds
+# nothing: it shows how well llama.cpp's F32 is met at all.
+ROWS = {"plain": 1e-5, "exact": 1e-3, "fp16": 4e-3}
+STATE = {"exact": 5e-4, "fp16": 2e-3}
+EXACT = ROWS["exact"]
 N_CTX, N_PREFILL = 64, 8
 FIGURES = []
 
@@ -120,8 +125,7 @@ class Case:
 
     def figures(self):
         """Relative differences. Per mode: all rows, updates (out - in) and the worst single row against llama.cpp; the
-        worst single row and the state against the plain reference. llama.cpp keeps its cache, and the queries it
-        multiplies it with, in fp16, which shows in single rows; the plain reference does not."""
+        worst single row and the state against the plain reference."""
         fed = np.concatenate([f for f, _ in self.rows])
         expected = np.concatenate(self.expected())
         update = lambda out: np.delete(out - fed, self.loud, axis=1)
@@ -206,13 +210,13 @@ class Checks(unittest.TestCase):
         self.addCleanup(shutil.rmtree, folder)
         return Case(self.tools, folder, name, *args, **kwargs)
 
-    def assert_agrees(self, case, exact=EXACT, fp16=FP16, selftest=True):
+    def assert_agrees(self, case, selftest=True):
         figures = case.figures()
         FIGURES.append((case.name, figures))
-        for mode, limit in (("plain", exact), ("exact", exact), ("fp16", fp16)):
-            rows, updates, worst, *against_plain = figures[mode]
-            self.assertLess(max(rows, updates, *against_plain), limit, mode)
-            self.assertLess(worst, 2 * limit, mode)
+        for mode, limit in ROWS.items():
+            self.assertLess(max(figures[mode][:4]), limit, mode)
+        for mode, limit in STATE.items():
+            self.assertLess(figures[mode][4], limit, mode)
         compared = sum(infer_types(case.directory / p["directory"]) for p in case.packages.manifest["packages"])
         self.assertGreater(compared, 60)
         if selftest:
