@@ -42,7 +42,13 @@ fn main() -> Result<()> {
     }
     let model = Model::load(
         &[model],
-        ModelParams { gpu_layers: Some(0), use_mmap: true, no_lm_head: true, no_repack: true, ..Default::default() },
+        ModelParams {
+            gpu_layers: Some(0),
+            use_mmap: true,
+            no_lm_head: true,
+            no_repack: true,
+            ..Default::default()
+        },
     )?;
     let longest = steps.iter().map(|s| s.tokens.len()).max().unwrap_or(0);
     let n_positions: usize = steps.iter().map(|s| s.tokens.len()).sum();

@@ -169,8 +169,8 @@ private:
     llm_graph_params graph_params(const llama_ubatch & ubatch, const llama_memory_context_i * cells, uint32_t n_outputs);
     void build(const llm_graph_params & params, graph_kind kind);
     void cut();
-    size_t n_rounding_parts() const;
-    void replace_rounding_products();
+    size_t n_parts(int begin, int end, int64_t part_bytes) const;
+    void replace_rounding_products(int begin, int end, int64_t part_bytes);
     void check_inputs() const;
     void check_link(const ggml_tensor * tensor, int block) const;
     void place(const llama_ubatch & ubatch, ggml_tensor * tensor, const char * name, int block);
@@ -455,7 +455,15 @@ void dim_stage::cut() {
     }
 
     const size_t max_nodes = (size_t) whole->get_max_nodes();
-    room.resize((8 + 4 * n_rounding_parts()) * ggml_tensor_overhead() + ggml_graph_overhead_custom(max_nodes, false));
+    // four nodes a part; larger parts where the graph, or the scheduler, which is made for as many nodes, has no room
+    size_t  n_parts = 0;
+    int64_t part_bytes = 4 << 20;
+    if (f32_products) {
+        const size_t n_others = (size_t) (i_end - i_start + from->n_leafs + 8);
+        while (n_others + 4 * (n_parts = this->n_parts(i_start + 1, i_end + 1, part_bytes)) > max_nodes && part_bytes < INT64_MAX / 2) part_bytes *= 2;
+        if (n_others + 4 * n_parts > max_nodes) unsupported("its graph has no room for f32_products");
+    }
+    room.resize((8 + 4 * n_parts) * ggml_tensor_overhead() + ggml_graph_overhead_custom(max_nodes, false));
     ours.reset(ggml_init({ room.size(), room.data(), /*no_alloc =*/ true }));
     graph = ggml_new_graph_custom(ours.get(), max_nodes, false);
 
@@ -473,14 +481,14 @@ void dim_stage::cut() {
         }
     }
 
-    if (f32_products) replace_rounding_products();
+    if (f32_products) replace_rounding_products(i_start + 1, i_end + 1, part_bytes);
 
     // expanding a node adds what it reads first, if it is not there yet
     for (int i = i_start + 1; i <= i_end; i++) {
         // llama.cpp builds both kinds of input and marks the nodes of the one that was chosen
         if (from->nodes[i]->flags & GGML_TENSOR_FLAG_COMPUTE) ggml_build_forward_expand(graph, from->nodes[i]);
     }
-    if (graph->n_nodes + graph->n_leafs > (int) max_nodes) unsupported("its matrices have too many parts for f32_products");
+    if (f32_products) ggml_build_forward_expand(graph, result);   // logits are a product, which was replaced
     output = result;
     ggml_set_output(result);   // kept for check_output(), also where it is converted
     if (kind.output == DIM_F16) {
@@ -510,33 +518,40 @@ static bool is_rounding_product(const ggml_tensor * node) {
         && matrix->buffer && ggml_backend_buffer_get_usage(matrix->buffer) == GGML_BACKEND_BUFFER_USAGE_WEIGHTS;
 }
 
-// Rows of a matrix that are turned into F32 at once: 8 MiB of them.
-static int64_t rows_of_a_part(const ggml_tensor * matrix) {
-    return std::clamp<int64_t>((8 << 20) / (matrix->ne[0] * (int64_t) sizeof(float)), 1, matrix->ne[1]);
+// Rows of a matrix that are turned into F32 at once, for parts of so many bytes.
+static int64_t rows_of_a_part(const ggml_tensor * matrix, int64_t part_bytes) {
+    return std::clamp<int64_t>(part_bytes / (matrix->ne[0] * (int64_t) sizeof(float)), 1, matrix->ne[1]);
 }
 
-size_t dim_stage::n_rounding_parts() const {
+// Parts of all the matrices of such products among the nodes [begin, end).
+size_t dim_stage::n_parts(int begin, int end, int64_t part_bytes) const {
     size_t n = 0;
-    if (!f32_products) return n;
-    const auto * from = whole->get_gf();
-    for (int i = 0; i < from->n_nodes; i++) {
-        if (!is_rounding_product(from->nodes[i])) continue;
-        const auto * matrix = from->nodes[i]->src[0];
-        n += (size_t) ((matrix->ne[1] + rows_of_a_part(matrix) - 1) / rows_of_a_part(matrix));
+    for (int i = begin; i < end; i++) {
+        const auto * node = whole->get_gf()->nodes[i];
+        if (node->op == GGML_OP_MUL_MAT_ID) unsupported("it has experts, for which there are no f32_products");
+        if (!is_rounding_product(node)) continue;
+        const int64_t n_rows = rows_of_a_part(node->src[0], part_bytes);
+        n += (size_t) ((node->src[0]->ne[1] + n_rows - 1) / n_rows);
     }
     return n;
 }
 
-// Puts, in the place of every such product, products with parts of the matrix that are F32, joined.
-void dim_stage::replace_rounding_products() {
+// Puts, in the place of every such product among the nodes [begin, end), products with parts of its matrix that are F32,
+// joined.
+void dim_stage::replace_rounding_products(int begin, int end, int64_t part_bytes) {
     auto * from = whole->get_gf();
     std::unordered_map<const ggml_tensor *, ggml_tensor *> joined;
-    for (int i = 0; i < from->n_nodes; i++) {
-        const auto * node = from->nodes[i];
-        if (node->op == GGML_OP_MUL_MAT_ID) unsupported("it has experts, for which there are no f32_products");
+    const auto redirect = [&](ggml_tensor *& tensor) {
+        const auto found = joined.find(tensor);
+        if (found != joined.end()) tensor = found->second;
+    };
+    for (int i = begin; i < end; i++) {
+        auto * node = from->nodes[i];
+        for (auto & src : node->src) redirect(src);
+        redirect(node->view_src);
         if (!is_rounding_product(node)) continue;
         auto * matrix = node->src[0];
-        const int64_t n_rows = rows_of_a_part(matrix);
+        const int64_t n_rows = rows_of_a_part(matrix, part_bytes);
         std::vector<ggml_tensor *> parts;
         for (int64_t row = 0; row < matrix->ne[1]; row += n_rows) {
             auto * rows = ggml_view_2d(ours.get(), matrix, matrix->ne[0], std::min(n_rows, matrix->ne[1] - row), matrix->nb[1], (size_t) row * matrix->nb[1]);
@@ -551,24 +566,9 @@ void dim_stage::replace_rounding_products() {
             parts = std::move(pairs);
         }
         joined[node] = parts[0];
+        node->flags &= ~GGML_TENSOR_FLAG_COMPUTE;   // nobody reads it any more
     }
-    const auto redirect = [&](ggml_tensor *& tensor) {
-        const auto found = joined.find(tensor);
-        if (found != joined.end()) tensor = found->second;
-    };
     redirect(result);
-    // a part reads rows that may be a product, or a view of one, themselves
-    for (auto * tensor = ggml_get_first_tensor(ours.get()); tensor; tensor = ggml_get_next_tensor(ours.get(), tensor)) {
-        for (auto & src : tensor->src) redirect(src);
-    }
-    for (int i = 0; i < from->n_nodes; i++) {
-        if (joined.count(from->nodes[i])) {
-            from->nodes[i]->flags &= ~GGML_TENSOR_FLAG_COMPUTE;   // nobody reads it any more
-            continue;
-        }
-        for (auto & src : from->nodes[i]->src) redirect(src);
-        redirect(from->nodes[i]->view_src);
-    }
 }
 
 // Refuses graphs that read more of the batch than its positions, or that get the tokens past our input.

@@ -187,6 +187,12 @@ fn stages_that_cannot_be_are_refused() {
         assert!(matches!(error, Error::InvalidArgument(_)), "{size:?}: {error}");
         assert!(Stock::new(&model, &size, None).is_err(), "{size:?}");
     }
+    let error = Stock::new(&model, &ContextParams { f32_products: true, ..context() }, None).unwrap_err();
+    assert!(matches!(&error, Error::InvalidArgument(why) if why.contains("f32_products")), "{error}");
+    let experts = load(&Spec::tiny("qwen3moe").unwrap());
+    let exact = ContextParams { f32_products: true, ..context() };
+    let error = Stage::new(&experts, StageParams::of_whole_model(&experts, 1..3, exact)).unwrap_err();
+    assert!(matches!(&error, Error::Unsupported(why) if why.contains("experts")), "{error}");
     // more memory than there is: 800 GiB of keys and values
     let deep = load(&Spec::tiny("qwen2").unwrap().blocks(200));
     let huge = ContextParams { n_ctx: 1 << 22, ..context() };

@@ -5,7 +5,8 @@ mod common;
 use common::{context, decode, load, max_difference, stock, tokens, write};
 use gguf_tools::synth::Spec;
 use llama_sys_patch::{
-    ContextParams, Error, Input, KvType, Model, ModelParams, ModelPart, Output, Row, Stage, StageParams, Stock,
+    ContextParams, Error, Input, KvType, Model, ModelParams, ModelPart, Output, Row, Stage, StageParams,
+    Stock,
 };
 
 /// Fails if `LlamaModel` is not transparent over the pointer (src/model.rs, `adopt`): every number comes through it on
@@ -129,9 +130,8 @@ fn tokenizer_and_weights_can_be_loaded_apart() {
     assert_eq!(tokenizer.tokenize(text, true, false).unwrap(), tokens);
     assert!(matches!(weights.tokenize(text, true, false), Err(Error::NoTokenizer(_))));
 
-    let logits = |model: &Model| {
-        decode(&mut stock(model, &context()), &Row::chunk(0, 0, tokens.len()), &tokens)
-    };
+    let logits =
+        |model: &Model| decode(&mut stock(model, &context()), &Row::chunk(0, 0, tokens.len()), &tokens);
     assert_eq!(weights.n_vocab(), whole.n_vocab());
     common::assert_exact(&logits(&weights), &logits(&whole), "without a tokenizer");
     let params = StageParams { blocks: 0..1, takes_tokens: true, has_lm_head: false, context: context() };

@@ -192,7 +192,8 @@ fn write_packages(
         }
     });
     meter.clear();
-    let reports = result.map_err(|e| if e.is_bad_input() { Failure::misuse(e) } else { Failure::failed(e) })?;
+    let reports =
+        result.map_err(|e| if e.is_bad_input() { Failure::misuse(e) } else { Failure::failed(e) })?;
     for report in &reports {
         for notice in &report.notices {
             eprintln!("{notice}");
