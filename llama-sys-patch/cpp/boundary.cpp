@@ -9,6 +9,10 @@
 #include <cstring>
 #include <mutex>
 
+#if defined(__GLIBC__)
+#    include <malloc.h>
+#endif
+
 namespace dim {
 
 static thread_local char message[1024]   = "";
@@ -69,6 +73,12 @@ void initialize() {
         llama_log_set(on_log, nullptr);
         llama_backend_init();
     });
+}
+
+void give_memory_back() noexcept {
+#if defined(__GLIBC__)
+    malloc_trim(0);
+#endif
 }
 
 } // namespace dim

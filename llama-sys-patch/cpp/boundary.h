@@ -38,6 +38,9 @@ void forget_log() noexcept;
 // Installs our log callback and initialises llama.cpp, once per process. Called by everything that makes objects.
 void initialize();
 
+// Gives back to the system what was freed and malloc() would keep. After what frees much, and is done rarely.
+void give_memory_back() noexcept;
+
 template <class Body>
 dim_status guarded(dim_fault * fault, Body && body) noexcept {
     // The catch clauses below are all there are in this crate.

@@ -707,7 +707,10 @@ dim_status dim_stage_create(llama_model * model, const dim_stage_params * params
 }
 
 void dim_stage_free(dim_stage * stage) {
-    guarded([&] { delete stage; });
+    guarded([&] {
+        delete stage;
+        give_memory_back();
+    });
 }
 
 dim_status dim_stage_describe(const dim_stage * stage, dim_context_info * out) {

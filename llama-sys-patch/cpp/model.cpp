@@ -13,10 +13,6 @@
 #include <string>
 #include <vector>
 
-#if defined(__GLIBC__)
-#    include <malloc.h>
-#endif
-
 using namespace dim;
 
 // ---- devices
@@ -159,9 +155,7 @@ dim_status dim_model_load(const char * const * paths, size_t n_paths, const dim_
             const char * why = log_error_line();
             fail(DIM_LOAD_FAILED, "%s: %s", paths[0], *why ? why : "llama.cpp could not load it");
         }
-#if defined(__GLIBC__)
-        malloc_trim(0);   // a file's keys are a few hundred thousand small pieces, freed by now, which malloc() would keep
-#endif
+        give_memory_back();   // a file's keys are a few hundred thousand small pieces, freed by now
         *out = model;
     });
 }
