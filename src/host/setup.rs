@@ -531,6 +531,7 @@ fn stage_of(
         n_threads: machine.n_threads(),
         max_sessions,
         flash_attn: FlashAttn::Auto,
+        ..ContextParams::default()
     };
     let params = StageParams {
         blocks: 0..model.n_blocks(),
@@ -580,6 +581,7 @@ pub fn stock_params(machine: &MachineArgs, n_ctx: u32) -> ContextParams {
         n_threads: machine.n_threads(),
         max_sessions: 1,
         flash_attn: FlashAttn::Auto,
+        ..ContextParams::default()
     }
 }
 

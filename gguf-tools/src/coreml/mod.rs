@@ -188,7 +188,11 @@ pub enum Error {
     #[error(transparent)]
     Gguf(#[from] gguf::Error),
     /// An architecture without a program.
-    #[error("no Core ML program for architecture \"{arch}\": there is one for {}", ARCHITECTURES.join(", "))]
+    #[error(
+        "no Core ML program for architecture \"{arch}\": there is one for {}; run these blocks as a GGUF slice instead \
+         (without --coreml)",
+        ARCHITECTURES.join(", ")
+    )]
     Architecture {
         /// What the file says.
         arch: String,
@@ -277,13 +281,17 @@ pub enum Error {
         n_blocks: u32,
     },
     /// A context length the program cannot have.
-    #[error("--coreml-ctx {n_ctx}: it must be a multiple of 64 between 64 and 16384")]
+    #[error(
+        "--coreml-ctx {n_ctx}: no program has such a context; give a multiple of 64 between 64 and 16384"
+    )]
     Ctx {
         /// Asked for.
         n_ctx: u32,
     },
     /// A chunk the program cannot have.
-    #[error("--coreml-prefill {n_prefill}: it must be between 2 and 512, and at most the context of {n_ctx}")]
+    #[error(
+        "--coreml-prefill {n_prefill}: no program has such a chunk; give 2 to 512 rows, at most the context of {n_ctx}"
+    )]
     Prefill {
         /// Asked for.
         n_prefill: u32,
