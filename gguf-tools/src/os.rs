@@ -81,6 +81,20 @@ pub(crate) fn forget_cached(path: &Path) {
     let _ = path;
 }
 
+/// Fills `buf` from byte `at` of a file, without moving where it stands.
+///
+/// # Errors
+/// Reading fails, or the file ends before.
+pub(crate) fn read_exact_at(file: &File, buf: &mut [u8], at: u64) -> io::Result<()> {
+    #[cfg(unix)]
+    return std::os::unix::fs::FileExt::read_exact_at(file, buf, at);
+    #[cfg(not(unix))]
+    {
+        let _ = (file, buf, at);
+        Err(io::ErrorKind::Unsupported.into()) // only copy_range() leads here
+    }
+}
+
 /// Copies up to `n` bytes of `from`, from byte `at` on, to where `to` stands, without the detour through this
 /// process. Returns how many; where the system cannot do that for these files, none.
 ///

@@ -21,7 +21,7 @@
 //! - BF16 and F32: rounded to fp16; a value outside its range is an error that names the tensor.
 //! - quantised types: through ggml's own dequantiser, then as F32.
 
-use std::fs::File;
+use std::fs::{File, OpenOptions};
 use std::io::Write;
 use std::ops::{Range, RangeInclusive};
 use std::path::Path;
@@ -35,6 +35,7 @@ use super::graph::{self, BlockWeights, FfnPart, Projection, Weight};
 use super::shape::{Shape, printable};
 use super::{Error, IoContext};
 use crate::gguf::{Gguf, Tensor, TensorType};
+use crate::os;
 
 /// Data type code of fp16 in a record.
 const FP16: u32 = 1;
@@ -121,18 +122,27 @@ impl WeightPlan {
     /// # Errors
     /// Reading or writing fails, a value does not fit fp16, a type cannot be read here.
     pub fn write(&self, gguf: &Gguf, path: &Path, progress: &mut dyn FnMut(u64)) -> Result<[u8; 32], Error> {
-        let file = &File::create_new(path).at(path)?;
+        let file = &OpenOptions::new().read(true).write(true).create_new(true).open(path).at(path)?;
         std::thread::scope(|scope| {
-            let (to_hash, pieces) = mpsc::sync_channel::<Vec<u8>>(PIECES);
+            let (to_hash, pieces) = mpsc::sync_channel::<Piece>(PIECES);
             let (to_reuse, used) = mpsc::channel::<Vec<u8>>();
             let (to_flush, flushes) = mpsc::sync_channel::<()>(1);
-            let hasher = scope.spawn(move || {
-                let mut hash = Sha256::new();
+            let hasher = scope.spawn(move || -> Result<[u8; 32], Error> {
+                let (mut hash, mut copy) = (Sha256::new(), Vec::new());
                 for piece in pieces {
-                    hash.update(&piece);
-                    let _ = to_reuse.send(piece); // the writer may be gone already
+                    match piece {
+                        Piece::Written(bytes) => {
+                            hash.update(&bytes);
+                            let _ = to_reuse.send(bytes); // the writer may be gone already
+                        }
+                        Piece::Copied { at, n } => {
+                            copy.resize(n, 0);
+                            os::read_exact_at(file, &mut copy, at).at(path)?;
+                            hash.update(&copy);
+                        }
+                    }
                 }
-                <[u8; 32]>::from(hash.finalize())
+                Ok(<[u8; 32]>::from(hash.finalize()))
             });
             // keeps the disk busy from the start, instead of all at once in the end
             let flusher = scope.spawn(move || flushes.iter().try_for_each(|()| file.sync_data()));
@@ -143,7 +153,7 @@ impl WeightPlan {
             let flushed = flusher.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic));
             written?;
             flushed.and_then(|()| file.sync_all()).at(path)?;
-            Ok(hash)
+            hash
         })
     }
 
@@ -316,11 +326,19 @@ impl Planner<'_> {
     }
 }
 
+/// What the hasher takes, in file order.
+enum Piece {
+    /// Bytes that were written.
+    Written(Vec<u8>),
+    /// Bytes that the system copied: read back, so that the hash is that of what was written.
+    Copied { at: u64, n: usize },
+}
+
 /// The file being written, and the thread that hashes it.
 struct Output<'a> {
     file: &'a File,
     path: &'a Path,
-    to_hash: mpsc::SyncSender<Vec<u8>>,
+    to_hash: mpsc::SyncSender<Piece>,
     used: mpsc::Receiver<Vec<u8>>,
     to_flush: mpsc::SyncSender<()>,
     at: u64,
@@ -343,14 +361,29 @@ impl Output<'_> {
 
     fn write(&mut self, piece: Vec<u8>) -> Result<(), Error> {
         self.file.write_all(&piece).at(self.path)?;
+        self.advance(piece.len(), Piece::Written(piece));
+        Ok(())
+    }
+
+    /// Copies up to `n` bytes of `from`, from byte `at` on, without a detour through this process. Gives how many: none
+    /// where the system does not do that.
+    fn copy(&mut self, from: &File, at: u64, n: u64) -> Result<u64, Error> {
+        let copied = os::copy_range(from, at, self.file, n).at(self.path)?;
+        if copied > 0 {
+            self.advance(copied as usize, Piece::Copied { at: self.at, n: copied as usize });
+        }
+        Ok(copied)
+    }
+
+    /// `n` bytes more are in the file: `piece`.
+    fn advance(&mut self, n: usize, piece: Piece) {
         let before = self.at / FLUSH_BYTES;
-        self.at += piece.len() as u64;
+        self.at += n as u64;
         if self.at / FLUSH_BYTES != before {
             let _ = self.to_flush.try_send(()); // the one before may not be done yet
         }
-        (self.progress)(piece.len() as u64);
-        self.to_hash.send(piece).expect("the hasher takes pieces until the sender is gone");
-        Ok(())
+        (self.progress)(n as u64);
+        let _ = self.to_hash.send(piece); // a hasher that failed says so when it is waited for
     }
 }
 
@@ -379,6 +412,16 @@ impl<'a> Source<'a> {
             let mut at = blob.rows.start * self.row_bytes;
             let end = blob.rows.end * self.row_bytes;
             while at < end {
+                if let Some(file) = self.tensor.source() {
+                    let n = (end - at).min(PIECE_BYTES);
+                    match out.copy(file, self.tensor.file_offset() + at, n)? {
+                        0 => {} // this part then goes through memory
+                        n => {
+                            at += n;
+                            continue;
+                        }
+                    }
+                }
                 let mut piece = out.buffer((end - at).min(PIECE_BYTES));
                 self.tensor.read_at(at, &mut piece)?;
                 at += piece.len() as u64;

@@ -309,7 +309,7 @@ impl<'a> Tensor<'a> {
     }
 
     /// The open file the data stands in, unless the model is held in memory.
-    pub(super) fn source(&self) -> Option<&'a File> {
+    pub(crate) fn source(&self) -> Option<&'a File> {
         match &self.part().source {
             Source::File { file, .. } | Source::Mapped { file, .. } => Some(file),
             Source::Memory(_) => None,
