@@ -125,8 +125,18 @@ pub fn breakdown(table: &Table, name: String) -> Option<Chart> {
 pub fn against_memory(tables: &[&Table], name: String) -> Option<Chart> {
     let x = |s: &Scenario| s.memory_limit_bytes.map(|b| b as f64 / 1e9);
     let limited: Vec<&Table> = tables.iter().copied().filter(|t| x(&t.scenario).is_some()).collect();
-    let arms = [Arm::Split, Arm::Solo, Arm::Rpc, Arm::Q8_0, Arm::Q4KM, Arm::SoloUnlimited];
-    let plots = lines(&limited, &arms, |s| x(s).unwrap_or(0.0))?;
+    let arms = [Arm::Split, Arm::Solo, Arm::Rpc, Arm::Q8_0, Arm::Q4KM];
+    let mut plots = lines(&limited, &arms, |s| x(s).unwrap_or(0.0))?;
+    // the ceiling knows no limit: one measurement of it holds for all
+    let ceiling =
+        limited.iter().flat_map(|t| &t.rows).find(|r| r.arm == Arm::SoloUnlimited).and_then(|r| r.generation);
+    if let Some(ceiling) = ceiling {
+        let limits = || limited.iter().filter_map(|t| x(&t.scenario));
+        let ends = [limits().fold(f64::INFINITY, f64::min), limits().fold(0.0, f64::max)];
+        let line = LinePlot::new().with_data(ends.map(|limit| (limit, ceiling.median)).to_vec());
+        let line = line.with_color(GRAY).with_line_style(LineStyle::Dashed);
+        plots.push(Plot::Line(line.with_legend(Arm::SoloUnlimited.title())));
+    }
     let model =
         limited.iter().flat_map(|t| &t.rows).find(|r| r.arm == Arm::Solo).map(|r| r.model_bytes as f64 / 1e9);
     let mut layout = base(&plots).with_x_label("memory limit of the host, GB").with_log_y();
@@ -337,7 +347,7 @@ mod tests {
         let texts = [
             &["tokens generated per second", "solo Q8_0", "split"][..],
             &["milliseconds per generated token", "wire and waiting", "whole model"],
-            &["memory limit of the host, GB", "solo", "split"],
+            &["memory limit of the host, GB", "solo", "split", "solo, no limit"],
             &["round trip of the link, ms", "bound: solo plus one round trip", "llama.cpp RPC"],
         ];
         for (chart, texts) in charts.iter().zip(texts) {

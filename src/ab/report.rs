@@ -155,16 +155,18 @@ impl Page {
         self.blocks.push(Block::Table { head: kept.iter().map(|&i| head[i]).collect(), rows });
     }
 
-    /// Plots over tables that differ in one thing only.
+    /// Plots over tables that differ in one thing only. How many tokens were generated is no difference: speeds are per
+    /// token, and where each takes ten seconds fewer are waited for.
     fn over_several(&mut self, tables: &[Table]) {
         let without_limit = |s: &Scenario| Scenario {
             memory_limit_bytes: None,
             middle: String::new(),
             remote_blocks: 0,
             worker_memory_limit_bytes: None,
+            n_predict: 0,
             ..s.clone()
         };
-        let without_link = |s: &Scenario| Scenario { link: None, ..s.clone() };
+        let without_link = |s: &Scenario| Scenario { link: None, n_predict: 0, ..s.clone() };
         let mut groups: Vec<(Vec<&Table>, bool)> = Vec::new();
         for (same, by_memory) in
             [(&without_limit as &dyn Fn(&Scenario) -> Scenario, true), (&without_link, false)]
