@@ -407,7 +407,8 @@ fn breakdown_cells(row: &Row) -> Option<Vec<String>> {
         row.arm.title().to_owned(),
         significant(b.total_ms),
         parts,
-        format!("{:.1} %", b.unexplained() * 100.0),
+        // + 0.0: a rounded minus nothing is shown as nothing
+        format!("{:.1} %", (b.unexplained() * 1e3).round() / 10.0 + 0.0),
     ])
 }
 
