@@ -128,14 +128,9 @@ pub fn against_memory(tables: &[&Table], name: String) -> Option<Chart> {
     let arms = [Arm::Split, Arm::Solo, Arm::Rpc, Arm::Q8_0, Arm::Q4KM];
     let mut plots = lines(&limited, &arms, |s| x(s).unwrap_or(0.0))?;
     // the ceiling knows no limit: one measurement of it holds for all
-    let ceiling =
-        limited.iter().flat_map(|t| &t.rows).find(|r| r.arm == Arm::SoloUnlimited).and_then(|r| r.generation);
-    if let Some(ceiling) = ceiling {
-        let limits = || limited.iter().filter_map(|t| x(&t.scenario));
-        let ends = [limits().fold(f64::INFINITY, f64::min), limits().fold(0.0, f64::max)];
-        let line = LinePlot::new().with_data(ends.map(|limit| (limit, ceiling.median)).to_vec());
-        let line = line.with_color(GRAY).with_line_style(LineStyle::Dashed);
-        plots.push(Plot::Line(line.with_legend(Arm::SoloUnlimited.title())));
+    if let Some(ceiling) = limited.iter().find_map(|t| generation(t, Arm::SoloUnlimited)) {
+        let level = limited.iter().filter_map(|t| Some((x(&t.scenario)?, ceiling.median)));
+        plots.push(dashed(level.collect(), Arm::SoloUnlimited.title()));
     }
     let model =
         limited.iter().flat_map(|t| &t.rows).find(|r| r.arm == Arm::Solo).map(|r| r.model_bytes as f64 / 1e9);
@@ -157,10 +152,7 @@ pub fn against_round_trip(tables: &[&Table], name: String) -> Option<Chart> {
     linked.sort_by(|a, b| x(&a.scenario).partial_cmp(&x(&b.scenario)).unwrap_or(std::cmp::Ordering::Equal));
     let mut plots =
         lines(&linked, &[Arm::Split, Arm::Rpc, Arm::Solo, Arm::SoloUnlimited], |s| x(s).unwrap_or(0.0))?;
-    let solo = |t: &Table| {
-        let row = |arm| t.rows.iter().find(|r| r.arm == arm).and_then(|r| r.generation);
-        row(Arm::SoloUnlimited).or_else(|| row(Arm::Solo))
-    };
+    let solo = |t: &Table| generation(t, Arm::SoloUnlimited).or_else(|| generation(t, Arm::Solo));
     let bound: Vec<(f64, f64)> = linked
         .iter()
         .filter_map(|t| {
@@ -169,8 +161,7 @@ pub fn against_round_trip(tables: &[&Table], name: String) -> Option<Chart> {
         })
         .collect();
     if bound.len() >= 2 {
-        let line = LinePlot::new().with_data(bound).with_color(GRAY).with_line_style(LineStyle::Dashed);
-        plots.push(Plot::Line(line.with_legend("bound: solo plus one round trip")));
+        plots.push(dashed(bound, "bound: solo plus one round trip"));
     }
     let layout = base(&plots).with_x_label("round trip of the link, ms").with_y_axis_min(0.0);
     let layout = finish(layout);
@@ -181,14 +172,23 @@ pub fn against_round_trip(tables: &[&Table], name: String) -> Option<Chart> {
     ))
 }
 
+/// An arm's generation speed, where it was measured.
+fn generation(table: &Table, arm: Arm) -> Option<Summary> {
+    table.rows.iter().find(|r| r.arm == arm)?.generation
+}
+
+/// What the others are held against.
+fn dashed(points: Vec<(f64, f64)>, legend: &str) -> Plot {
+    let line = LinePlot::new().with_data(points).with_color(GRAY).with_line_style(LineStyle::Dashed);
+    Plot::Line(line.with_legend(legend))
+}
+
 /// A line with whiskers for each arm that was measured at two or more values of `x`.
 fn lines(tables: &[&Table], arms: &[Arm], x: impl Fn(&Scenario) -> f64) -> Option<Vec<Plot>> {
     let mut plots = Vec::new();
     for &arm in arms {
-        let mut points: Vec<(f64, Summary)> = tables
-            .iter()
-            .filter_map(|t| Some((x(&t.scenario), t.rows.iter().find(|r| r.arm == arm)?.generation?)))
-            .collect();
+        let mut points: Vec<(f64, Summary)> =
+            tables.iter().filter_map(|t| Some((x(&t.scenario), generation(t, arm)?))).collect();
         points.sort_by(|a, b| a.0.total_cmp(&b.0));
         points.dedup_by(|a, b| a.0 == b.0);
         if points.len() < 2 {

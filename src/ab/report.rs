@@ -155,8 +155,8 @@ impl Page {
         self.blocks.push(Block::Table { head: kept.iter().map(|&i| head[i]).collect(), rows });
     }
 
-    /// Plots over tables that differ in one thing only. How many tokens were generated is no difference: speeds are per
-    /// token, and where each takes ten seconds fewer are waited for.
+    /// Plots over tables that differ in one thing only. How many tokens were generated does not count: speeds are
+    /// per token, and where one takes ten seconds nobody waits for 64.
     fn over_several(&mut self, tables: &[Table]) {
         let without_limit = |s: &Scenario| Scenario {
             memory_limit_bytes: None,
