@@ -19,11 +19,11 @@ use std::process::{Child, Command, Stdio};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use dim::keys::Key;
-use dim::transport::{Event, Link, Listener, ListenerConfig, Readiness, Timing, dial};
-use dim::wire::message::{Farewell, Span};
-use dim::wire::rows::RowsRef;
-use dim::wire::terms::{SliceRole, Terms};
+use dim_wire::keys::Key;
+use dim_wire::message::{Farewell, Span};
+use dim_wire::rows::RowsRef;
+use dim_wire::terms::{SliceRole, Terms};
+use dim_wire::transport::{Event, Link, Listener, ListenerConfig, Readiness, Timing, dial};
 use half::f16;
 
 const N_EMBD: usize = 3584;
@@ -135,7 +135,7 @@ fn terms(name: &str) -> Terms {
 
 /// Microseconds to seal and open a row's message in both directions.
 fn cipher() -> f64 {
-    use dim::wire::frame::{Inbox, Opener, Outgoing, Sealer};
+    use dim_wire::frame::{Inbox, Opener, Outgoing, Sealer};
     let mut message = vec![0; 32 + 2 * N_EMBD];
     let length = message.len() as u32;
     message[4..8].copy_from_slice(&length.to_le_bytes());

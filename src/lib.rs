@@ -3,14 +3,10 @@
 //! The way of the data, and where each part of it stands: docs/ARCHITECTURE.md.
 #![forbid(unsafe_code)]
 
-pub mod ab;
 pub mod device;
 pub mod host;
-pub mod keys;
 pub mod progress;
 pub mod stage;
-pub mod transport;
-pub mod wire;
 pub mod worker;
 
 pub use gguf_tools::failure;

@@ -13,14 +13,14 @@ use std::time::Duration;
 
 use clap::Parser as _;
 use common::{Cut, Numbers, failure, report, text};
-use dim::host::commands::MachineArgs;
+use dim::host::machine::MachineArgs;
 use dim::host::report::Report;
 use dim::host::setup::load_stage;
-use dim::keys::Key;
 use dim::stage::verified::{Verify, open_slice};
-use dim::transport::{Listener, ListenerConfig, Readiness, Sender, Timing};
-use dim::wire::message::{ErrorCode, Farewell, Fault};
-use dim::wire::terms::{Reason, SliceRole, Terms};
+use dim_wire::keys::Key;
+use dim_wire::message::{ErrorCode, Farewell, Fault};
+use dim_wire::terms::{Reason, SliceRole, Terms};
+use dim_wire::transport::{Listener, ListenerConfig, Readiness, Sender, Timing};
 
 const OPTIONS: [&str; 6] = ["-n", "200", "--temp", "0", "--ubatch", "48"];
 

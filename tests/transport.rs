@@ -7,14 +7,14 @@ use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
-use dim::keys::{Key, KeyStore, PairingCode};
-use dim::transport::{
+use dim_wire::error::HandshakeError;
+use dim_wire::keys::{Key, KeyStore, PairingCode};
+use dim_wire::message::{ErrorCode, Farewell, Fault, Span};
+use dim_wire::rows::RowsRef;
+use dim_wire::terms::{Reason, SliceRole, Terms};
+use dim_wire::transport::{
     Event, Link, LinkError, Listener, ListenerConfig, Notice, Readiness, Timing, dial, inquire, pair,
 };
-use dim::wire::error::HandshakeError;
-use dim::wire::message::{ErrorCode, Farewell, Fault, Span};
-use dim::wire::rows::RowsRef;
-use dim::wire::terms::{Reason, SliceRole, Terms};
 use half::f16;
 
 const N_EMBD: usize = 64;
@@ -107,7 +107,7 @@ impl Drop for Adder {
     }
 }
 
-fn config(keys: Arc<dyn dim::transport::KeyRing>, timing: Timing) -> ListenerConfig {
+fn config(keys: Arc<dyn dim_wire::transport::KeyRing>, timing: Timing) -> ListenerConfig {
     ListenerConfig { keys, readiness: Readiness::Ready(worker_terms()), timing, notice: Box::new(|_| {}) }
 }
 
@@ -599,7 +599,7 @@ fn version_skew_is_answered_with_both_ranges() {
     // a host of the future, by hand: speaks 2-3
     let worker = Adder::plain();
     let mut peer = TcpStream::connect(worker.listener.address()).unwrap();
-    let mut preamble = dim::wire::handshake::MAGIC.to_vec();
+    let mut preamble = dim_wire::handshake::MAGIC.to_vec();
     preamble.extend([2, 0, 3, 0, 0, 0, 0, 0, 1, 2, 3, 4, 5, 6, 7, 8]);
     preamble.extend([48, 0]);
     preamble.extend([0; 48]);
@@ -615,7 +615,7 @@ fn version_skew_is_answered_with_both_ranges() {
     let future = std::thread::spawn(move || {
         let (mut peer, _) = door.accept().unwrap();
         peer.read_exact(&mut [0; 74]).unwrap();
-        let mut answer = dim::wire::handshake::MAGIC.to_vec();
+        let mut answer = dim_wire::handshake::MAGIC.to_vec();
         answer.extend([3, 0, 4, 0, 1, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0]);
         peer.write_all(&answer).unwrap();
     });
@@ -658,7 +658,7 @@ fn garbage_is_closed_without_an_answer_and_the_host_goes_on() {
 fn a_drip_feed_is_closed_at_the_absolute_deadline() {
     let worker = Adder::plain();
     let flight = {
-        let h = dim::wire::handshake::HostHandshake::new(&key(), dim::wire::handshake::Purpose::Key, 1..=1);
+        let h = dim_wire::handshake::HostHandshake::new(&key(), dim_wire::handshake::Purpose::Key, 1..=1);
         *h.unwrap().first_flight()
     };
     let peers: Vec<_> = (0..4)
@@ -696,7 +696,7 @@ fn a_key_holder_that_says_nothing_is_closed_after_five_seconds() {
     let worker = Adder::start(config(Arc::new(key()), timing));
     let mut peer = TcpStream::connect(worker.listener.address()).unwrap();
     let mut h =
-        dim::wire::handshake::HostHandshake::new(&key(), dim::wire::handshake::Purpose::Key, 1..=1).unwrap();
+        dim_wire::handshake::HostHandshake::new(&key(), dim_wire::handshake::Purpose::Key, 1..=1).unwrap();
     let begun = Instant::now();
     peer.write_all(h.first_flight()).unwrap();
     let mut answer = [0; 98];

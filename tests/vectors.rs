@@ -4,17 +4,17 @@
 
 use std::path::PathBuf;
 
-use dim::keys::{Key, KeyId, PairingCode};
-use dim::wire::connection::{Books, Connection, Role};
-use dim::wire::error::{HandshakeError, ReceiveError};
-use dim::wire::frame::{Inbox, Opener, Outgoing, Sealer};
-use dim::wire::handshake::{Established, HostHandshake, Lookup, Purpose, WorkerHandshake};
-use dim::wire::message::{
+use dim_wire::connection::{Books, Connection, Role};
+use dim_wire::error::{HandshakeError, ReceiveError};
+use dim_wire::frame::{Inbox, Opener, Outgoing, Sealer};
+use dim_wire::handshake::{Established, HostHandshake, Lookup, Purpose, WorkerHandshake};
+use dim_wire::keys::{Key, KeyId, PairingCode};
+use dim_wire::message::{
     Activity, ErrorCode, Farewell, Fault, Item, ItemKind, Message, PushOffer, PushOutcome, RowFormat, Span,
     Status, Temperature, encode_step_done_head, encode_step_head,
 };
-use dim::wire::rows::RowsRef;
-use dim::wire::terms::{self, Agreed, Reason, SliceRole, Terms, features};
+use dim_wire::rows::RowsRef;
+use dim_wire::terms::{self, Agreed, Reason, SliceRole, Terms, features};
 use half::{bf16, f16};
 use ring::hmac;
 use serde_json::{Value, json};
@@ -1246,7 +1246,7 @@ fn sessions() {
     check("sessions.json", json!({ "agreed": agreed_json(&agreed), "scripts": list }));
 }
 
-fn play(books: &mut Books, event: &Value) -> Result<(), dim::wire::Misbehaved> {
+fn play(books: &mut Books, event: &Value) -> Result<(), dim_wire::Misbehaved> {
     let n = |field: &str| event[field].as_u64().unwrap() as u32;
     let format = || RowFormat::from_u8(n("row_format") as u8).unwrap();
     match event["event"].as_str().unwrap() {
@@ -1418,12 +1418,12 @@ impl End {
             Message::Step(s) => {
                 let spans: Vec<Span> = s.spans().collect();
                 let values: Vec<f16> = s.hidden.chunks(2).map(|b| f16::from_le_bytes([b[0], b[1]])).collect();
-                let rows = dim::wire::Rows { values: RowsRef::F16(&values), exponents: s.exponents };
+                let rows = dim_wire::Rows { values: RowsRef::F16(&values), exponents: s.exponents };
                 assert_eq!(self.connection.send_step(&spans, &rows), Ok(s.step));
             }
             Message::StepDone(s) => {
                 let values: Vec<f16> = s.hidden.chunks(2).map(|b| f16::from_le_bytes([b[0], b[1]])).collect();
-                let rows = dim::wire::Rows { values: RowsRef::F16(&values), exponents: s.exponents };
+                let rows = dim_wire::Rows { values: RowsRef::F16(&values), exponents: s.exponents };
                 self.connection.send_step_done(s.step, s.n_rows, &rows).unwrap();
             }
             other => self.connection.send(other).unwrap(),
@@ -1474,7 +1474,7 @@ fn hex(bytes: &[u8]) -> String {
 /// Compares with the file, or writes it. Rules are errors' names: that they are those of PROTOCOL.md is
 /// checked too.
 fn check(file: &str, made: Value) {
-    let path = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("docs/vectors").join(file);
+    let path = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("../../docs/vectors").join(file);
     if std::env::var_os("DIM_WRITE_VECTORS").is_some() {
         let text = serde_json::to_string_pretty(&made).unwrap() + "\n";
         std::fs::create_dir_all(path.parent().unwrap()).unwrap();

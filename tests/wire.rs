@@ -3,14 +3,14 @@
 
 use std::collections::VecDeque;
 
-use dim::keys::Key;
-use dim::wire::connection::{Connection, Heartbeats, Role, Silence};
-use dim::wire::error::{FrameError, ReceiveError};
-use dim::wire::frame::{Inbox, MAX_BODY, Opener, Outgoing, Sealer, Store, wire_bytes};
-use dim::wire::handshake::{Established, HostHandshake, Lookup, Purpose, WorkerHandshake};
-use dim::wire::message::{Kind, Message, Span, encode_step_done_head, encode_step_head};
-use dim::wire::rows::{Rows, RowsRef};
-use dim::wire::terms::{self, Agreed, Reason, SliceRole, Terms};
+use dim_wire::connection::{Connection, Heartbeats, Role, Silence};
+use dim_wire::error::{FrameError, ReceiveError};
+use dim_wire::frame::{Inbox, MAX_BODY, Opener, Outgoing, Sealer, Store, wire_bytes};
+use dim_wire::handshake::{Established, HostHandshake, Lookup, Purpose, WorkerHandshake};
+use dim_wire::keys::Key;
+use dim_wire::message::{Kind, Message, Span, encode_step_done_head, encode_step_head};
+use dim_wire::rows::{Rows, RowsRef};
+use dim_wire::terms::{self, Agreed, Reason, SliceRole, Terms};
 use half::f16;
 use proptest::prelude::*;
 
@@ -277,7 +277,7 @@ proptest! {
 
     #[test]
     fn garbage_is_never_a_handshake(bytes in prop::collection::vec(any::<u8>(), 0..200), magic in any::<bool>()) {
-        let mut flight = if magic { dim::wire::handshake::MAGIC.to_vec() } else { Vec::new() };
+        let mut flight = if magic { dim_wire::handshake::MAGIC.to_vec() } else { Vec::new() };
         flight.extend(bytes);
         let mut worker = WorkerHandshake::new(1..=1);
         let key = Key::from_bytes([3; 32]);

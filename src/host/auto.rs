@@ -12,13 +12,13 @@ use std::sync::mpsc::{Receiver, Sender, channel};
 use std::time::{Duration, Instant};
 
 use crate::failure::Failure;
-use crate::host::pipeline::Patience;
-use crate::keys::{Key, KeyStore, Peer};
 use crate::stage::remote::WorkerStage;
-use crate::transport::discover::{Search, Sighting};
-use crate::transport::{LinkError, Timing, inquire};
-use crate::wire::HandshakeError;
-use crate::wire::terms::{SliceRole, Terms};
+use dim_core::pipeline::Patience;
+use dim_wire::HandshakeError;
+use dim_wire::keys::{Key, KeyStore, Peer};
+use dim_wire::terms::{SliceRole, Terms};
+use dim_wire::transport::discover::{Search, Sighting};
+use dim_wire::transport::{LinkError, Timing, inquire};
 
 /// What `--worker` says instead of an address.
 pub const AUTO: &str = "auto";

@@ -3,8 +3,8 @@
 use std::time::{Duration, Instant};
 
 use crate::failure::Failure;
-use crate::host::pipeline::{Event, Finished, Pipeline, PipelineError, Step};
-use crate::stage::{Span, StageError, Traffic};
+use dim_core::pipeline::{Event, Finished, Pipeline, PipelineError, Step};
+use dim_core::stage::{Span, StageError, Traffic};
 
 /// One session's evaluation. Its length is what was evaluated and not rewound.
 pub trait Engine {
@@ -114,16 +114,15 @@ impl Engine for SplitEngine {
     }
 
     fn stages(&self) -> Vec<StageSnapshot> {
-        let snapshot =
-            |(name, blocks, stats): (&str, Option<(u32, u32)>, crate::host::pipeline::StageStats)| {
-                StageSnapshot {
-                    name: name.to_owned(),
-                    blocks: blocks.map_or(String::new(), |(a, b)| format!("{a}..{b}")),
-                    compute: stats.compute,
-                    wait: stats.wait,
-                    reconnects: stats.reconnects,
-                }
-            };
+        let snapshot = |(name, blocks, stats): (&str, Option<(u32, u32)>, dim_core::pipeline::StageStats)| {
+            StageSnapshot {
+                name: name.to_owned(),
+                blocks: blocks.map_or(String::new(), |(a, b)| format!("{a}..{b}")),
+                compute: stats.compute,
+                wait: stats.wait,
+                reconnects: stats.reconnects,
+            }
+        };
         self.pipeline.stages().map(snapshot).collect()
     }
 
@@ -266,11 +265,11 @@ fn explain(error: &PipelineError) -> Failure {
 }
 
 /// What to do about a worker that computes wrongly.
-pub(crate) const WRONG_WORKER: &str = "don't use that worker as it is: start it with --verify always, and if its slice is whole, with --gpu-layers 0; \
+pub const WRONG_WORKER: &str = "don't use that worker as it is: start it with --verify always, and if its slice is whole, with --gpu-layers 0; \
      a phone: push its blocks again";
 
 /// A count as a position; the context's limit is checked before it gets anywhere near the largest one.
-pub(crate) fn to_u32(n: usize) -> u32 {
+pub fn to_u32(n: usize) -> u32 {
     u32::try_from(n).unwrap_or(u32::MAX)
 }
 

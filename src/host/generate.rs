@@ -10,7 +10,7 @@ use crate::host::engine::{Engine, StageSnapshot, to_u32};
 use crate::host::report::{Report, StageReport, Stop, WireReport, ms, per_second};
 use crate::host::sampler::Sampler;
 use crate::host::text::TextStream;
-use crate::stage::Traffic;
+use dim_core::stage::Traffic;
 
 /// What one generation is to do.
 pub struct Request<'a> {

@@ -7,15 +7,13 @@
 
 pub mod auto;
 pub mod chat;
-pub mod commands;
 pub mod engine;
 pub mod generate;
 pub mod interrupt;
+pub mod machine;
 pub mod packages;
-pub mod pipeline;
 pub mod report;
 pub mod sampler;
-pub mod schedule;
 pub mod setup;
 pub mod template;
 pub mod text;

@@ -15,7 +15,7 @@ use gguf_tools::coreml::package::{
 use gguf_tools::digest::Sha;
 use sha2::{Digest, Sha256};
 
-use crate::wire::message::{Item, ItemKind, MAX_ITEMS, PushOffer};
+use dim_wire::message::{Item, ItemKind, MAX_ITEMS, PushOffer};
 
 /// The files of a package, with their kinds.
 const PACKAGE_FILES: [(ItemKind, &str); 3] = [
@@ -125,7 +125,7 @@ impl Packages {
             name: String::new(),
         };
         debug_assert!(offer.is_valid());
-        let model_name = crate::wire::codec::printable(&manifest.model.name);
+        let model_name = dim_wire::codec::printable(&manifest.model.name);
         Ok(Packages { offer, files, model_name, bytes })
     }
 }

@@ -15,20 +15,20 @@ use llama_sys_patch::{ContextParams, FlashAttn, LogLevel, Model, ModelParams, St
 use crate::device;
 use crate::failure::Failure;
 use crate::host::auto::{self, AUTO};
-use crate::host::commands::MachineArgs;
 use crate::host::engine::WRONG_WORKER;
-use crate::host::pipeline::{Patience, Pipeline, StageSlot};
-use crate::keys::{Key, KeyStore};
+use crate::host::machine::MachineArgs;
 use crate::progress::Progress;
-use crate::stage::canary::{Guarded, Room};
 use crate::stage::local::LlamaStage;
 use crate::stage::remote::WorkerStage;
 use crate::stage::verified::{Verify, open_slice};
-use crate::stage::{Dtype, RemoteStage, StageError};
-use crate::transport::discover::MDNS_PORT;
-use crate::transport::{LinkError, Timing, inquire};
-use crate::wire::DType;
-use crate::wire::terms::{Reason, SliceRole, Terms};
+use dim_core::guard::{Guarded, Room};
+use dim_core::pipeline::{Patience, Pipeline, StageSlot};
+use dim_core::stage::{Dtype, RemoteStage, StageError};
+use dim_wire::DType;
+use dim_wire::keys::{Key, KeyStore};
+use dim_wire::terms::{Reason, SliceRole, Terms};
+use dim_wire::transport::discover::MDNS_PORT;
+use dim_wire::transport::{LinkError, Timing, inquire};
 
 /// The parts of a split model and where they are.
 #[derive(Clone, Debug, clap::Args)]
@@ -312,7 +312,7 @@ fn worker_terms(
         n_ctx,
         max_rows: machine.n_ubatch,
         max_sessions: 1,
-        max_in_flight: crate::host::pipeline::REMOTE_WINDOW_U32,
+        max_in_flight: dim_core::pipeline::REMOTE_WINDOW_U32,
         model: head.model_sha256.0,
         slice,
         params: head.params_sha256.map_or([0; 32], |sha| sha.0),
@@ -674,7 +674,7 @@ fn no_canary(args: &SplitArgs) -> &'static str {
 
 /// A link's error with the way out.
 pub fn refused(error: &LinkError) -> Failure {
-    use crate::wire::HandshakeError;
+    use dim_wire::HandshakeError;
     match error {
         LinkError::Refused { reason: Reason::NoMemory, .. } => Failure::failed(error)
             .hint("close other apps on it, take a smaller --ctx, or give it fewer blocks"),

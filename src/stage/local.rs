@@ -4,7 +4,7 @@ use std::time::{Duration, Instant};
 
 use llama_sys_patch::{Error, Input, Output, Row, Stage};
 
-use crate::stage::{Hidden, LocalStage, Span, StageError, StageInput, StageOutput};
+use dim_core::stage::{Hidden, LocalStage, Span, StageError, StageInput, StageOutput};
 
 /// A slice, loaded, with its place in the model.
 pub struct LlamaStage {

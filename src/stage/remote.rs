@@ -2,12 +2,12 @@
 
 use std::time::{Duration, Instant};
 
-use crate::keys::Key;
-use crate::stage::{Hidden, RemoteStage, Span, StageError, Traffic};
-use crate::transport::{Counters, Event, Link, LinkError, Timing, dial};
-use crate::wire::message::Farewell;
-use crate::wire::rows::RowsRef;
-use crate::wire::terms::Terms;
+use dim_core::stage::{Hidden, RemoteStage, Span, StageError, Traffic};
+use dim_wire::keys::Key;
+use dim_wire::message::Farewell;
+use dim_wire::rows::RowsRef;
+use dim_wire::terms::Terms;
+use dim_wire::transport::{Counters, Event, Link, LinkError, Timing, dial};
 
 /// A worker that serves one stage.
 pub struct WorkerStage {

@@ -12,11 +12,11 @@ use std::time::Instant;
 use llama_sys_patch::Error;
 
 use crate::stage::local::LlamaStage;
-use crate::stage::{Hidden, StageInput, StageOutput};
-use crate::transport::{Event, Link, LinkError, Receiver, Sender};
-use crate::wire::DType;
-use crate::wire::message::{Activity, ErrorCode, Fault, Status};
-use crate::wire::rows::RowsRef;
+use dim_core::stage::{Hidden, StageInput, StageOutput};
+use dim_wire::DType;
+use dim_wire::message::{Activity, ErrorCode, Fault, Status};
+use dim_wire::rows::RowsRef;
+use dim_wire::transport::{Event, Link, LinkError, Receiver, Sender};
 
 /// Serves a host until it leaves, is lost, breaks a rule or asks for something that fails. Says why it ended.
 pub fn serve(stage: &mut LlamaStage, link: Link) -> LinkError {

@@ -42,7 +42,6 @@ use crate::{
 use families::{Fill, Tensor};
 use tokenizer::Tokenizer;
 use weights::Filler;
-pub(crate) use weights::random;
 
 /// A model to be synthesised: a shape, a family, a weight type and a seed.
 #[derive(Debug, Clone)]

@@ -8,6 +8,7 @@
 //! tensor; filling a tensor is then a random index and a copy. The largest is 3.7 sigma: no outliers. Quantised
 //! blocks are written directly (random quants, a scale that gives the wanted variance), so no quantiser is needed.
 
+use dim_core::random::{GOLDEN, mix, random};
 use half::{bf16, f16};
 
 use crate::gguf::TensorType;
@@ -123,19 +124,6 @@ pub fn tensor_key(seed: u64, name: &str) -> u64 {
         .bytes()
         .fold(0xcbf2_9ce4_8422_2325, |h: u64, b| (h ^ u64::from(b)).wrapping_mul(0x100_0000_01b3));
     mix(seed.wrapping_mul(GOLDEN) ^ hash)
-}
-
-/// 64 random bits at a position of a stream (SplitMix64, which is a counter and a mix).
-#[inline]
-pub(crate) fn random(key: u64, counter: u64) -> u64 {
-    mix(key.wrapping_add(counter.wrapping_mul(GOLDEN)))
-}
-
-#[inline]
-fn mix(mut z: u64) -> u64 {
-    z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-    z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
-    z ^ (z >> 31)
 }
 
 /// Random quants and scale factors for one block.
@@ -319,8 +307,6 @@ const SUB_SCALE_RMS: f32 = 52.0;
 
 /// Entries of a quantile table: an index is 12 random bits.
 const TABLE: usize = 4096;
-
-const GOLDEN: u64 = 0x9e37_79b9_7f4a_7c15;
 
 /// IQ4_NL's values, from ggml-common.h.
 const IQ4_NL_VALUES: [i8; 16] = [-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113];
