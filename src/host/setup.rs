@@ -23,7 +23,8 @@ use crate::stage::remote::WorkerStage;
 use crate::stage::verified::{Verify, open_slice};
 use dim_core::guard::{Guarded, Room};
 use dim_core::pipeline::{Patience, Pipeline, StageSlot};
-use dim_core::stage::{Dtype, RemoteStage, StageError};
+use dim_core::rows::RowType;
+use dim_core::stage::{RemoteStage, StageError};
 use dim_wire::DType;
 use dim_wire::keys::{Key, KeyStore};
 use dim_wire::terms::{Reason, SliceRole, Terms};
@@ -227,8 +228,8 @@ pub fn open_split(args: &SplitArgs, machine: &MachineArgs) -> Result<Split, Fail
 
     // loaded and dialled
     let dtype = match args.wire.unwrap_or_default() {
-        WireType::F16 => Dtype::F16,
-        WireType::F32 => Dtype::F32,
+        WireType::F16 => RowType::F16,
+        WireType::F32 => RowType::F32,
     };
     let mut n_ubatch = machine.n_ubatch;
     let mut slots: Vec<Option<StageSlot>> = Vec::new();

@@ -4,7 +4,8 @@ use std::time::{Duration, Instant};
 
 use llama_sys_patch::{Error, Input, Output, Row, Stage};
 
-use dim_core::stage::{Hidden, LocalStage, Span, StageError, StageInput, StageOutput};
+use dim_core::rows::{Rows, RowsRef};
+use dim_core::stage::{LocalStage, Span, StageError, StageInput, StageOutput};
 
 /// A slice, loaded, with its place in the model.
 pub struct LlamaStage {
@@ -42,15 +43,15 @@ impl LlamaStage {
         let n_embd = self.stage.model().n_embd();
         let input = match input {
             StageInput::Tokens(tokens) => Input::Tokens(tokens),
-            StageInput::F16(rows) => Input::F16(rows),
-            StageInput::F32(rows) => Input::F32(rows),
+            StageInput::Rows(RowsRef::F16(rows)) => Input::F16(rows),
+            StageInput::Rows(RowsRef::F32(rows)) => Input::F32(rows),
         };
         match output {
-            StageOutput::Hidden(hidden) => {
+            StageOutput::Rows(hidden) => {
                 hidden.resize(self.rows.len() * n_embd);
                 let output = match hidden {
-                    Hidden::F16(rows) => Output::F16(rows),
-                    Hidden::F32(rows) => Output::F32(rows),
+                    Rows::F16(rows) => Output::F16(rows),
+                    Rows::F32(rows) => Output::F32(rows),
                 };
                 self.stage.evaluate(&self.rows, input, output)?;
             }

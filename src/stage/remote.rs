@@ -2,7 +2,8 @@
 
 use std::time::{Duration, Instant};
 
-use dim_core::stage::{Hidden, RemoteStage, Span, StageError, Traffic};
+use dim_core::rows::Rows;
+use dim_core::stage::{RemoteStage, Span, StageError, Traffic};
 use dim_wire::keys::Key;
 use dim_wire::message::Farewell;
 use dim_wire::rows::RowsRef;
@@ -106,10 +107,10 @@ impl RemoteStage for WorkerStage {
         Some((self.terms.first_block, self.terms.last_block))
     }
 
-    fn submit(&mut self, id: u64, spans: &[Span], rows: &Hidden) -> Result<(), StageError> {
+    fn submit(&mut self, id: u64, spans: &[Span], rows: &Rows) -> Result<(), StageError> {
         let rows = match rows {
-            Hidden::F16(v) => RowsRef::F16(v),
-            Hidden::F32(v) => RowsRef::F32(v),
+            Rows::F16(v) => RowsRef::F16(v),
+            Rows::F32(v) => RowsRef::F32(v),
         };
         match self.link_mut()?.send_step(spans, rows.into()) {
             Ok(_) => {
@@ -124,17 +125,17 @@ impl RemoteStage for WorkerStage {
         }
     }
 
-    fn collect(&mut self, rows: &mut Hidden) -> Result<(u64, Duration), StageError> {
+    fn collect(&mut self, rows: &mut Rows) -> Result<(u64, Duration), StageError> {
         let deadline = Instant::now() + self.step_limit;
         let id = self.unanswered.front().copied();
         let received = match self.link_mut()?.receive(Some(deadline)) {
             Ok(Event::Done { rows: answer, compute, .. }) => {
                 match (rows, answer.values) {
-                    (Hidden::F16(to), RowsRef::F16(from)) => {
+                    (Rows::F16(to), RowsRef::F16(from)) => {
                         to.clear();
                         to.extend_from_slice(from);
                     }
-                    (Hidden::F32(to), RowsRef::F32(from)) => {
+                    (Rows::F32(to), RowsRef::F32(from)) => {
                         to.clear();
                         to.extend_from_slice(from);
                     }

@@ -12,10 +12,11 @@ use std::time::Instant;
 use llama_sys_patch::Error;
 
 use crate::stage::local::LlamaStage;
-use dim_core::stage::{Hidden, StageInput, StageOutput};
+use dim_core::rows::{Rows, RowsRef};
+use dim_core::stage::{StageInput, StageOutput};
 use dim_wire::DType;
 use dim_wire::message::{Activity, ErrorCode, Fault, Status};
-use dim_wire::rows::RowsRef;
+use dim_wire::rows;
 use dim_wire::transport::{Event, Link, LinkError, Receiver, Sender};
 
 /// Serves a host until it leaves, is lost, breaks a rule or asks for something that fails. Says why it ended.
@@ -30,8 +31,8 @@ pub fn serve(stage: &mut LlamaStage, link: Link) -> LinkError {
     }
     let (sender, mut receiver) = link.split();
     let mut out = match agreed.dtype {
-        DType::F32 => Hidden::F32(Vec::new()),
-        DType::F16 | DType::Bf16 => Hidden::F16(Vec::new()),
+        DType::F32 => Rows::F32(Vec::new()),
+        DType::F16 | DType::Bf16 => Rows::F16(Vec::new()),
     };
     loop {
         if let Err(end) = next(stage, &sender, &mut receiver, &mut out) {
@@ -45,7 +46,7 @@ fn next(
     stage: &mut LlamaStage,
     sender: &Sender,
     receiver: &mut Receiver,
-    out: &mut Hidden,
+    out: &mut Rows,
 ) -> Result<(), LinkError> {
     match receiver.receive(None)? {
         Event::Step { step, spans, rows, arrived } => {
@@ -56,19 +57,19 @@ fn next(
                 ..Status::default()
             });
             let input = match rows.values {
-                RowsRef::F16(v) => StageInput::F16(v),
-                RowsRef::F32(v) => StageInput::F32(v),
-                RowsRef::Bf16(_) => unreachable!("BF16 is not among the formats this worker offers"),
+                rows::RowsRef::F16(v) => StageInput::Rows(RowsRef::F16(v)),
+                rows::RowsRef::F32(v) => StageInput::Rows(RowsRef::F32(v)),
+                rows::RowsRef::Bf16(_) => unreachable!("BF16 is not among the formats this worker offers"),
             };
             let n_rows = spans.iter().map(|s| s.count).sum();
             let start = Instant::now();
-            if let Err(error) = stage.run(spans, input, StageOutput::Hidden(out)) {
+            if let Err(error) = stage.run(spans, input, StageOutput::Rows(out)) {
                 return Err(fail(stage, sender, step, &error));
             }
             let compute = start.elapsed();
             let rows = match out {
-                Hidden::F16(v) => RowsRef::F16(v),
-                Hidden::F32(v) => RowsRef::F32(v),
+                Rows::F16(v) => rows::RowsRef::F16(v),
+                Rows::F32(v) => rows::RowsRef::F32(v),
             };
             sender.send_done(step, n_rows, rows.into(), compute, wait)?;
             sender.set_status(Status { step, ..Status::default() });

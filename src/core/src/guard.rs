@@ -17,7 +17,8 @@ use std::time::{Duration, Instant};
 use crate::canary::{Canary, LEAST_MEAN_COSINE, Likeness};
 use half::f16;
 
-use crate::stage::{Dtype, Hidden, RemoteStage, Span, StageError, Traffic};
+use crate::rows::{RowType, Rows};
+use crate::stage::{RemoteStage, Span, StageError, Traffic};
 
 /// Rows between two checks.
 pub const EVERY_ROWS: u32 = 4096;
@@ -31,7 +32,7 @@ pub struct Room {
     /// The length of a row.
     pub n_embd: usize,
     /// The number format of the rows.
-    pub dtype: Dtype,
+    pub dtype: RowType,
     /// Positions of a session.
     pub n_ctx: u32,
     /// The most rows of a step.
@@ -50,7 +51,7 @@ pub struct Guarded<S> {
     /// steps submitted and not answered
     in_flight: u32,
     /// the step that is to be asked again when its answer is there
-    again: Option<(u64, Span, Hidden)>,
+    again: Option<(u64, Span, Rows)>,
     /// what the checks sent and received
     aside: Traffic,
     spent: Duration,
@@ -79,12 +80,12 @@ impl<S: RemoteStage> Guarded<S> {
     pub fn check(&mut self) -> Result<Option<f64>, StageError> {
         self.aside(|guard| {
             let (canary, room) = (&guard.canary, guard.room);
-            if room.dtype == Dtype::F16 && canary.max_abs > MOST_IN_F16 {
+            if room.dtype == RowType::F16 && canary.max_abs > MOST_IN_F16 {
                 return Ok(None);
             }
             let input = canary.input(room.n_embd);
             let mut output: Vec<f32> = Vec::with_capacity(input.len());
-            let mut answer = Hidden::empty(room.dtype);
+            let mut answer = Rows::empty(room.dtype);
             let mut position = 0;
             let most = room.max_rows.max(1);
             let pieces = canary
@@ -114,9 +115,9 @@ impl<S: RemoteStage> Guarded<S> {
     }
 
     /// Takes a step back that was just answered, asks it again, and compares.
-    fn ask_again(&mut self, id: u64, span: Span, before: &Hidden, first: &Hidden) -> Result<(), StageError> {
+    fn ask_again(&mut self, id: u64, span: Span, before: &Rows, first: &Rows) -> Result<(), StageError> {
         self.aside(|guard| {
-            let mut second = Hidden::empty(guard.room.dtype);
+            let mut second = Rows::empty(guard.room.dtype);
             guard.inner.rewind(span.session, span.position)?;
             guard.inner.submit(id, &[span], before)?;
             guard.inner.collect(&mut second)?;
@@ -170,7 +171,7 @@ impl<S: RemoteStage> RemoteStage for Guarded<S> {
         self.inner.blocks()
     }
 
-    fn submit(&mut self, id: u64, spans: &[Span], rows: &Hidden) -> Result<(), StageError> {
+    fn submit(&mut self, id: u64, spans: &[Span], rows: &Rows) -> Result<(), StageError> {
         if self.rows >= EVERY_ROWS && self.in_flight == 0 {
             match spans {
                 _ if self.room.session > 0 => drop(self.check()?),
@@ -185,7 +186,7 @@ impl<S: RemoteStage> RemoteStage for Guarded<S> {
         Ok(())
     }
 
-    fn collect(&mut self, rows: &mut Hidden) -> Result<(u64, Duration), StageError> {
+    fn collect(&mut self, rows: &mut Rows) -> Result<(u64, Duration), StageError> {
         let (id, compute) = self.inner.collect(rows)?;
         self.in_flight = self.in_flight.saturating_sub(1);
         // with another step behind it the row cannot be taken back; a later one can
@@ -223,23 +224,23 @@ impl<S: RemoteStage> RemoteStage for Guarded<S> {
 }
 
 /// Rows as they go over the wire; a canary's are exact in every format.
-fn hidden(values: &[f32], dtype: Dtype) -> Hidden {
+fn hidden(values: &[f32], dtype: RowType) -> Rows {
     match dtype {
-        Dtype::F16 => Hidden::F16(values.iter().map(|&x| f16::from_f32(x)).collect()),
-        Dtype::F32 => Hidden::F32(values.to_vec()),
+        RowType::F16 => Rows::F16(values.iter().map(|&x| f16::from_f32(x)).collect()),
+        RowType::F32 => Rows::F32(values.to_vec()),
     }
 }
 
-fn floats(rows: &Hidden) -> Vec<f32> {
+fn floats(rows: &Rows) -> Vec<f32> {
     let mut out = Vec::new();
     extend(&mut out, rows);
     out
 }
 
-fn extend(out: &mut Vec<f32>, rows: &Hidden) {
+fn extend(out: &mut Vec<f32>, rows: &Rows) {
     match rows {
-        Hidden::F16(values) => out.extend(values.iter().map(|x| x.to_f32())),
-        Hidden::F32(values) => out.extend_from_slice(values),
+        Rows::F16(values) => out.extend(values.iter().map(|x| x.to_f32())),
+        Rows::F32(values) => out.extend_from_slice(values),
     }
 }
 
@@ -271,7 +272,7 @@ mod tests {
         fn blocks(&self) -> Option<(u32, u32)> {
             Some((11, 16))
         }
-        fn submit(&mut self, id: u64, spans: &[Span], rows: &Hidden) -> Result<(), StageError> {
+        fn submit(&mut self, id: u64, spans: &[Span], rows: &Rows) -> Result<(), StageError> {
             let span = spans[0];
             self.log.push(format!("{}:{}+{}", span.session, span.position, span.count));
             self.sessions.resize(self.sessions.len().max(span.session as usize + 1), Vec::new());
@@ -291,12 +292,12 @@ mod tests {
             self.answers.push_back((id, out));
             Ok(())
         }
-        fn collect(&mut self, rows: &mut Hidden) -> Result<(u64, Duration), StageError> {
+        fn collect(&mut self, rows: &mut Rows) -> Result<(u64, Duration), StageError> {
             let (id, out) = self.answers.pop_front().expect("an answer to nothing");
             if self.lost_at == Some(self.steps) {
                 return Err(StageError::Lost("gone".into()));
             }
-            *rows = hidden(&out, rows.dtype());
+            *rows = hidden(&out, rows.row_type());
             Ok((id, Duration::ZERO))
         }
         fn rewind(&mut self, session: u32, position: u32) -> Result<(), StageError> {
@@ -319,21 +320,21 @@ mod tests {
         let blank = Canary { seed: 7, exponent: -5, steps: vec![3, 1], max_abs: 100, updates: vec![] };
         let mut worker = Worker::default();
         let input = blank.input(N_EMBD);
-        let mut out = Hidden::empty(Dtype::F32);
-        worker.submit(0, &[Span { session: 0, position: 0, count: 4 }], &Hidden::F32(input)).unwrap();
+        let mut out = Rows::empty(RowType::F32);
+        worker.submit(0, &[Span { session: 0, position: 0, count: 4 }], &Rows::F32(input)).unwrap();
         worker.collect(&mut out).unwrap();
         blank.with_answer(N_EMBD, &floats(&out))
     }
 
     fn guarded(worker: Worker, session: u32) -> Guarded<Worker> {
-        let room = Room { n_embd: N_EMBD, dtype: Dtype::F32, n_ctx: 100_000, max_rows: 512, session };
+        let room = Room { n_embd: N_EMBD, dtype: RowType::F32, n_ctx: 100_000, max_rows: 512, session };
         Guarded::new(worker, canary(), room)
     }
 
     fn step(stage: &mut Guarded<Worker>, position: u32, count: u32) -> Result<(), StageError> {
-        let rows = Hidden::F32((0..count as usize * N_EMBD).map(|i| (i % 5) as f32).collect());
+        let rows = Rows::F32((0..count as usize * N_EMBD).map(|i| (i % 5) as f32).collect());
         stage.submit(9, &[Span { session: 0, position, count }], &rows)?;
-        let mut out = Hidden::empty(Dtype::F32);
+        let mut out = Rows::empty(RowType::F32);
         let (id, _) = stage.collect(&mut out)?;
         assert_eq!((id, floats(&out).len()), (9, count as usize * N_EMBD));
         Ok(())
@@ -415,7 +416,7 @@ mod tests {
         assert_eq!(stage.traffic().round_trips, 8 + 3);
         assert!(stage.time_aside() > Duration::ZERO);
         // the session holds what it would hold without
-        let all = Hidden::F32((0..512 * N_EMBD).map(|i| (i % 5) as f32).collect());
+        let all = Rows::F32((0..512 * N_EMBD).map(|i| (i % 5) as f32).collect());
         for position in (0..EVERY_ROWS).step_by(512) {
             plain.submit(0, &[Span { session: 0, position, count: 512 }], &all).unwrap();
         }
@@ -449,8 +450,8 @@ mod tests {
         for position in (0..EVERY_ROWS).step_by(512) {
             step(&mut stage, position, 512).unwrap();
         }
-        let one = Hidden::F32(vec![1.0; N_EMBD]);
-        let mut out = Hidden::empty(Dtype::F32);
+        let one = Rows::F32(vec![1.0; N_EMBD]);
+        let mut out = Rows::empty(RowType::F32);
         for position in [EVERY_ROWS, EVERY_ROWS + 1] {
             stage.submit(position.into(), &[Span { session: 0, position, count: 1 }], &one).unwrap();
         }
@@ -473,7 +474,7 @@ mod tests {
         // an answer beyond F16 is not asked for in F16
         let mut stage = guarded(Worker::default(), 0);
         stage.canary.max_abs = 70_000;
-        stage.room.dtype = Dtype::F16;
+        stage.room.dtype = RowType::F16;
         stage.check().unwrap();
         assert!(stage.inner.log.is_empty());
     }

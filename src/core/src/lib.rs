@@ -4,7 +4,8 @@
 //! | module | what |
 //! |---|---|
 //! | [`blocks`], [`digest`] | names of parts of a model |
-//! | [`stage`] | rows, steps, and the two kinds of stage |
+//! | [`rows`] | hidden rows and their number formats |
+//! | [`stage`] | steps, and the two kinds of stage |
 //! | [`schedule`] | which stage runs what next: pure |
 //! | [`pipeline`] | the stages, driven by the schedule |
 //! | [`replay`] | what a worker that lost its memory is told again |
@@ -12,6 +13,7 @@
 
 #![forbid(unsafe_code)]
 
+pub mod bell;
 pub mod blocks;
 pub mod canary;
 pub mod digest;
@@ -19,5 +21,6 @@ pub mod guard;
 pub mod pipeline;
 pub mod random;
 pub mod replay;
+pub mod rows;
 pub mod schedule;
 pub mod stage;

@@ -9,10 +9,9 @@ use std::collections::HashMap;
 use std::time::{Duration, Instant};
 
 use crate::replay::{ReplayLog, ReplayOp};
+use crate::rows::{RowType, Rows};
 use crate::schedule::{JobId, OutOfTurn, Placement, Progress, Schedule, Start};
-use crate::stage::{
-    Dtype, Hidden, LocalStage, RemoteStage, Span, StageError, StageInput, StageOutput, Traffic,
-};
+use crate::stage::{LocalStage, RemoteStage, Span, StageError, StageInput, StageOutput, Traffic};
 
 /// Rows to evaluate together.
 #[derive(Clone, Debug, PartialEq)]
@@ -161,7 +160,7 @@ fn event_of<'a>(stage: &'a str, lost: &StageError, reason: &'a str, give_up_afte
 struct Job {
     step: Step,
     /// the rows before the stage it waits for; none before stage 0
-    hidden: Option<Hidden>,
+    hidden: Option<Rows>,
 }
 
 struct Slot {
@@ -177,8 +176,8 @@ pub struct Pipeline {
     schedule: Schedule,
     jobs: HashMap<JobId, Job>,
     /// buffers of hidden rows that are free
-    spare: Vec<Hidden>,
-    dtype: Dtype,
+    spare: Vec<Rows>,
+    dtype: RowType,
     patience: Patience,
     observer: Box<dyn FnMut(Event<'_>)>,
 }
@@ -186,7 +185,7 @@ pub struct Pipeline {
 impl Pipeline {
     /// A pipeline over `stages` with hidden rows of `dtype` between them. The first and the last stage have to
     /// be local: tokens and logits do not leave this machine.
-    pub fn new(stages: Vec<StageSlot>, dtype: Dtype, patience: Patience) -> Pipeline {
+    pub fn new(stages: Vec<StageSlot>, dtype: RowType, patience: Patience) -> Pipeline {
         let placements: Vec<Placement> = stages
             .iter()
             .map(|s| match s {
@@ -252,7 +251,7 @@ impl Pipeline {
     }
 
     /// The number format between the stages.
-    pub fn dtype(&self) -> Dtype {
+    pub fn dtype(&self) -> RowType {
         self.dtype
     }
 
@@ -321,15 +320,15 @@ impl Pipeline {
             StageSlot::Local(stage) => {
                 let before = job.hidden.take();
                 let input = match &before {
-                    Some(hidden) => hidden.as_input(),
+                    Some(hidden) => StageInput::Rows(hidden.as_ref()),
                     None => StageInput::Tokens(&job.step.tokens),
                 };
                 let mut logits = Vec::new();
-                let mut after = self.spare.pop().unwrap_or_else(|| Hidden::empty(self.dtype));
+                let mut after = self.spare.pop().unwrap_or_else(|| Rows::empty(self.dtype));
                 let output = if last {
                     StageOutput::Logits { rows: &job.step.want_logits, out: &mut logits }
                 } else {
-                    StageOutput::Hidden(&mut after)
+                    StageOutput::Rows(&mut after)
                 };
                 let spent = stage
                     .evaluate(&job.step.spans, input, output)
@@ -367,7 +366,7 @@ impl Pipeline {
         let StageSlot::Remote(stage) = &mut slot.stage else {
             unreachable!("only a remote stage is waited for")
         };
-        let mut rows = self.spare.pop().unwrap_or_else(|| Hidden::empty(self.dtype));
+        let mut rows = self.spare.pop().unwrap_or_else(|| Rows::empty(self.dtype));
         let (start, aside) = (Instant::now(), stage.time_aside());
         match stage.collect(&mut rows) {
             Ok((id, compute)) => {
@@ -451,8 +450,8 @@ impl Pipeline {
 }
 
 /// Sends everything in `log`, a few steps ahead of the answers, which are dropped.
-fn replay(stage: &mut dyn RemoteStage, log: &ReplayLog, dtype: Dtype) -> Result<(), StageError> {
-    let mut dropped = Hidden::empty(dtype);
+fn replay(stage: &mut dyn RemoteStage, log: &ReplayLog, dtype: RowType) -> Result<(), StageError> {
+    let mut dropped = Rows::empty(dtype);
     let mut ahead = 0;
     for op in log.ops() {
         match op {
@@ -481,6 +480,7 @@ pub const REMOTE_WINDOW_U32: u32 = 2;
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::rows::RowsRef;
     use proptest::prelude::*;
     use std::cell::RefCell;
     use std::collections::{BTreeMap, VecDeque};
@@ -508,10 +508,10 @@ mod tests {
         }
     }
 
-    fn floats(h: &Hidden) -> Vec<f32> {
+    fn floats(h: &Rows) -> Vec<f32> {
         match h {
-            Hidden::F32(v) => v.clone(),
-            Hidden::F16(v) => v.iter().map(|x| x.to_f32()).collect(),
+            Rows::F32(v) => v.clone(),
+            Rows::F16(v) => v.iter().map(|x| x.to_f32()).collect(),
         }
     }
 
@@ -532,12 +532,12 @@ mod tests {
         ) -> Result<Duration, StageError> {
             let values = match input {
                 StageInput::Tokens(t) => t.iter().map(|&t| t as f32).collect(),
-                StageInput::F32(v) => v.to_vec(),
-                StageInput::F16(v) => v.iter().map(|x| x.to_f32()).collect(),
+                StageInput::Rows(RowsRef::F32(v)) => v.to_vec(),
+                StageInput::Rows(RowsRef::F16(v)) => v.iter().map(|x| x.to_f32()).collect(),
             };
             let results = self.0.step(spans, &values);
             match output {
-                StageOutput::Hidden(h) => *h = Hidden::F32(results),
+                StageOutput::Rows(h) => *h = Rows::F32(results),
                 StageOutput::Logits { rows, out } => {
                     out.extend(results.iter().zip(rows).filter(|(_, w)| **w).map(|(r, _)| *r));
                 }
@@ -575,16 +575,16 @@ mod tests {
         fn blocks(&self) -> Option<(u32, u32)> {
             None
         }
-        fn submit(&mut self, id: u64, spans: &[Span], rows: &Hidden) -> Result<(), StageError> {
+        fn submit(&mut self, id: u64, spans: &[Span], rows: &Rows) -> Result<(), StageError> {
             self.call()?;
             let results = self.sums.step(spans, &floats(rows));
             self.answers.push_back((id, results));
             Ok(())
         }
-        fn collect(&mut self, rows: &mut Hidden) -> Result<(u64, Duration), StageError> {
+        fn collect(&mut self, rows: &mut Rows) -> Result<(u64, Duration), StageError> {
             self.call()?;
             let (id, results) = self.answers.pop_front().expect("asked for an answer to nothing");
-            *rows = Hidden::F32(results);
+            *rows = Rows::F32(results);
             Ok((id, Duration::ZERO))
         }
         fn rewind(&mut self, session: u32, position: u32) -> Result<(), StageError> {
@@ -628,7 +628,7 @@ mod tests {
             })));
         }
         stages.push(StageSlot::Local(Box::new(Local(Sums::default()))));
-        Pipeline::new(stages, Dtype::F32, patience)
+        Pipeline::new(stages, RowType::F32, patience)
     }
 
     /// What a run does: feed a session some tokens in chunks, or rewind it.

@@ -8,7 +8,8 @@
 
 use std::collections::VecDeque;
 
-use crate::stage::{Hidden, Span};
+use crate::rows::Rows;
+use crate::stage::Span;
 
 /// One step as it was sent.
 #[derive(Clone, Debug)]
@@ -18,7 +19,7 @@ pub struct LoggedStep {
     /// Which rows belong to which session.
     pub spans: Vec<Span>,
     /// The rows, in the order of the spans: (n_rows, n_embd).
-    pub rows: Hidden,
+    pub rows: Rows,
     /// How many rows of each span still count after rewinds.
     live: Vec<u32>,
 }
@@ -33,7 +34,7 @@ pub enum ReplayOp<'a> {
         /// As it was.
         spans: &'a [Span],
         /// As they were.
-        rows: &'a Hidden,
+        rows: &'a Rows,
     },
     /// The rows of `session` from `position` on were taken back.
     Rewind {
@@ -52,7 +53,7 @@ pub struct ReplayLog {
 
 impl ReplayLog {
     /// Remembers a step; its rows move into the log, and [`last`](Self::last) lends them for sending.
-    pub fn push(&mut self, id: u64, spans: Vec<Span>, rows: Hidden) {
+    pub fn push(&mut self, id: u64, spans: Vec<Span>, rows: Rows) {
         let live = spans.iter().map(|s| s.count).collect();
         self.steps.push_back(LoggedStep { id, spans, rows, live });
     }
@@ -130,8 +131,8 @@ mod tests {
     }
 
     /// Rows that name their step, so that a test can see which one filled a position.
-    fn rows(id: u64, n: u32) -> Hidden {
-        Hidden::F32(vec![id as f32; n as usize * N_EMBD])
+    fn rows(id: u64, n: u32) -> Rows {
+        Rows::F32(vec![id as f32; n as usize * N_EMBD])
     }
 
     /// What a stage's cache holds: for each session, per position the step (and its size) that wrote it.

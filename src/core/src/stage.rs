@@ -6,7 +6,7 @@
 
 use std::time::Duration;
 
-use half::f16;
+use crate::rows::{Rows, RowsRef};
 
 /// Consecutive rows of one session in a step.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -19,108 +19,20 @@ pub struct Span {
     pub count: u32,
 }
 
-/// The number format of hidden rows between stages.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub enum Dtype {
-    /// 2 bytes a value: the default.
-    F16,
-    /// 4 bytes a value: for runs that are to be bit-exact.
-    F32,
-}
-
-impl Dtype {
-    /// `f16` or `f32`.
-    pub fn name(self) -> &'static str {
-        match self {
-            Dtype::F16 => "f16",
-            Dtype::F32 => "f32",
-        }
-    }
-}
-
-/// Hidden rows, row-major (n_rows, n_embd).
-#[derive(Clone, Debug, PartialEq)]
-pub enum Hidden {
-    /// As [`Dtype::F16`].
-    F16(Vec<f16>),
-    /// As [`Dtype::F32`].
-    F32(Vec<f32>),
-}
-
-impl Hidden {
-    /// No rows.
-    pub fn empty(dtype: Dtype) -> Hidden {
-        match dtype {
-            Dtype::F16 => Hidden::F16(Vec::new()),
-            Dtype::F32 => Hidden::F32(Vec::new()),
-        }
-    }
-
-    /// The rows as a stage takes them.
-    pub fn as_input(&self) -> StageInput<'_> {
-        match self {
-            Hidden::F16(v) => StageInput::F16(v),
-            Hidden::F32(v) => StageInput::F32(v),
-        }
-    }
-
-    /// Their number format.
-    pub fn dtype(&self) -> Dtype {
-        match self {
-            Hidden::F16(_) => Dtype::F16,
-            Hidden::F32(_) => Dtype::F32,
-        }
-    }
-
-    /// The size of the rows in memory and on the wire.
-    pub fn bytes(&self) -> usize {
-        match self {
-            Hidden::F16(v) => v.len() * 2,
-            Hidden::F32(v) => v.len() * 4,
-        }
-    }
-
-    /// Makes room for `n` values; what they are is up to who writes them next.
-    pub fn resize(&mut self, n: usize) {
-        match self {
-            Hidden::F16(v) => v.resize(n, f16::ZERO),
-            Hidden::F32(v) => v.resize(n, 0.0),
-        }
-    }
-
-    /// Keeps the rows whose entry in `keep` is true; `keep` has an entry for every row.
-    pub fn retain_rows(&mut self, keep: &[bool]) {
-        fn retain<T>(values: &mut Vec<T>, keep: &[bool]) {
-            let n_embd = values.len() / keep.len().max(1);
-            let mut i = 0;
-            values.retain(|_| {
-                i += 1;
-                keep[(i - 1) / n_embd]
-            });
-        }
-        match self {
-            Hidden::F16(v) => retain(v, keep),
-            Hidden::F32(v) => retain(v, keep),
-        }
-    }
-}
-
 /// What goes into a stage.
 #[derive(Clone, Copy, Debug)]
 pub enum StageInput<'a> {
     /// Token ids, one a row: into the head.
     Tokens(&'a [i32]),
-    /// Hidden rows (n_rows, n_embd).
-    F16(&'a [f16]),
-    /// Hidden rows (n_rows, n_embd).
-    F32(&'a [f32]),
+    /// Rows rows (n_rows, n_embd).
+    Rows(RowsRef<'a>),
 }
 
 /// What comes out of a stage.
 #[derive(Debug)]
 pub enum StageOutput<'a> {
-    /// Hidden rows (n_rows, n_embd), one for each row that went in; resized by the stage.
-    Hidden(&'a mut Hidden),
+    /// Rows rows (n_rows, n_embd), one for each row that went in; resized by the stage.
+    Rows(&'a mut Rows),
     /// Logits (n_wanted, n_vocab) of the rows whose entry in `rows` is true: out of the tail; resized by it.
     Logits {
         /// An entry for every row that went in.
@@ -182,9 +94,9 @@ pub trait RemoteStage {
     /// Its blocks, first to last inclusive.
     fn blocks(&self) -> Option<(u32, u32)>;
     /// Sends a step. Returns once it is on its way; `rows` are lent only for the call.
-    fn submit(&mut self, id: u64, spans: &[Span], rows: &Hidden) -> Result<(), StageError>;
+    fn submit(&mut self, id: u64, spans: &[Span], rows: &Rows) -> Result<(), StageError>;
     /// Waits for the answer to the oldest step that was submitted, and says how long the worker computed.
-    fn collect(&mut self, rows: &mut Hidden) -> Result<(u64, Duration), StageError>;
+    fn collect(&mut self, rows: &mut Rows) -> Result<(u64, Duration), StageError>;
     /// Forgets the rows of `session` from `position` on.
     fn rewind(&mut self, session: u32, position: u32) -> Result<(), StageError>;
     /// Dials again: one attempt. The worker has forgotten everything afterwards.
