@@ -729,4 +729,111 @@ mod tests {
         assert_eq!(*heard.borrow(), ["lost", "replaying", "back"]);
         assert_eq!(p.stages().nth(1).unwrap().2.reconnects, 1);
     }
+
+    /// Stages that take their time on a clock of their own, so that a run of seconds takes none.
+    type Clock = Rc<RefCell<Duration>>;
+
+    struct TimedLocal(Duration, Clock);
+
+    impl LocalStage for TimedLocal {
+        fn name(&self) -> String {
+            "local".into()
+        }
+        fn blocks(&self) -> Option<(u32, u32)> {
+            None
+        }
+        fn evaluate(
+            &mut self,
+            _: &[Span],
+            _: StageInput<'_>,
+            _: StageOutput<'_>,
+        ) -> Result<Duration, StageError> {
+            *self.1.borrow_mut() += self.0;
+            Ok(self.0)
+        }
+        fn rewind(&mut self, _: u32, _: u32) -> Result<(), StageError> {
+            Ok(())
+        }
+    }
+
+    struct TimedRemote {
+        compute: Duration,
+        one_way: Duration,
+        clock: Clock,
+        free_at: Duration,
+        answers: VecDeque<(u64, Duration)>,
+    }
+
+    impl RemoteStage for TimedRemote {
+        fn name(&self) -> String {
+            "remote".into()
+        }
+        fn blocks(&self) -> Option<(u32, u32)> {
+            None
+        }
+        fn submit(&mut self, id: u64, _: &[Span], _: &Rows) -> Result<(), StageError> {
+            self.free_at = self.free_at.max(*self.clock.borrow() + self.one_way) + self.compute;
+            self.answers.push_back((id, self.free_at + self.one_way));
+            Ok(())
+        }
+        fn collect(&mut self, _: &mut Rows) -> Result<(u64, Duration), StageError> {
+            let (id, at) = self.answers.pop_front().expect("asked for an answer to nothing");
+            let mut now = self.clock.borrow_mut();
+            *now = now.max(at);
+            Ok((id, self.compute))
+        }
+        fn rewind(&mut self, _: u32, _: u32) -> Result<(), StageError> {
+            Ok(())
+        }
+        fn reconnect(&mut self) -> Result<(), StageError> {
+            Ok(())
+        }
+        fn traffic(&self) -> Traffic {
+            Traffic::default()
+        }
+    }
+
+    /// How long 20 steps take that are submitted at once, over the bound of the busiest device.
+    fn over_the_bound(stages_ms: &[u64], one_way_ms: u64) -> f64 {
+        let clock = Clock::default();
+        let ms = Duration::from_millis;
+        let last = stages_ms.len() - 1;
+        let stages = stages_ms.iter().enumerate().map(|(i, &compute)| match i {
+            i if i == 0 || i == last => {
+                StageSlot::Local(Box::new(TimedLocal(ms(compute), Rc::clone(&clock))))
+            }
+            _ => StageSlot::Remote(Box::new(TimedRemote {
+                compute: ms(compute),
+                one_way: ms(one_way_ms),
+                clock: Rc::clone(&clock),
+                free_at: Duration::ZERO,
+                answers: VecDeque::new(),
+            })),
+        });
+        let mut pipeline = Pipeline::new(stages.collect(), RowType::F32, QUICK);
+        for position in 0..20 {
+            let spans = vec![Span { session: 0, position, count: 1 }];
+            pipeline.submit(Step { spans, tokens: vec![1], want_logits: vec![true] });
+        }
+        while pipeline.advance().unwrap().is_some() {}
+        let bound =
+            stages_ms[1..last].iter().copied().max().unwrap().max(stages_ms[0] + stages_ms[last]) * 20;
+        clock.borrow().as_secs_f64() * 1e3 / bound as f64
+    }
+
+    #[test]
+    fn whichever_worker_answers_first_is_heard_first() {
+        for (stages, most) in [
+            (&[10, 60, 10][..], 1.10),
+            (&[10, 60, 60, 10], 1.15),
+            (&[10, 30, 90, 10], 1.15),
+            (&[10, 60, 60, 60, 10], 1.25),
+        ] {
+            for one_way_ms in [0, 5] {
+                let ratio = over_the_bound(stages, one_way_ms);
+                println!("{stages:?} ms, one way {one_way_ms} ms: {ratio:.2} of the bound");
+                assert!(ratio <= most, "{stages:?} ms, one way {one_way_ms} ms: {ratio:.2} of the bound");
+            }
+        }
+    }
 }
