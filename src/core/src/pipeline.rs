@@ -18,8 +18,9 @@
 //! ([`remote`]); the caller notices only through the [observer](Pipeline::observe).
 
 mod remote;
+mod table;
 
-use std::collections::{HashMap, VecDeque};
+use std::collections::VecDeque;
 use std::time::{Duration, Instant};
 
 use crate::bell::Bell;
@@ -32,6 +33,7 @@ use crate::stage::{LocalStage, RemoteStage, Span, StageInput, StageOutput, Traff
 use crate::trace::{Happened, Traced};
 use crate::window::LEAST_WINDOW;
 use remote::{Connection, Remote};
+use table::Table;
 
 /// Rows of one session to evaluate together.
 #[derive(Clone, Debug, PartialEq)]
@@ -204,7 +206,7 @@ enum Kind {
 pub struct Pipeline {
     slots: Vec<Slot>,
     schedule: Schedule,
-    work: HashMap<JobId, Work>,
+    work: Table<Work>,
     finished: VecDeque<Finished>,
     /// buffers of hidden rows that are free
     spare: Vec<Rows>,
@@ -221,6 +223,8 @@ pub struct Pipeline {
     is_bell_shared: bool,
     /// how much has been heard of remote stages
     n_heard: u64,
+    /// the time as it was read last, while nothing has happened since that takes any
+    moment: Option<Instant>,
     /// how long the last wait was, if nothing has been answered since
     waited: Option<Duration>,
 }
@@ -259,7 +263,7 @@ impl Pipeline {
         Pipeline {
             schedule: Schedule::new(&placements, steps_under_way(&slots)),
             slots,
-            work: HashMap::new(),
+            work: Table::default(),
             finished: VecDeque::new(),
             spare: Vec::new(),
             spare_logits: Vec::new(),
@@ -272,6 +276,7 @@ impl Pipeline {
             bell: Bell::new(),
             is_bell_shared: false,
             n_heard: 0,
+            moment: None,
             waited: None,
         }
     }
@@ -344,7 +349,7 @@ impl Pipeline {
         // its caller has yet to hear that the session has failed
         if self.finished.iter().any(|f| f.session == step.session && f.outcome.is_err()) {
             self.schedule.cancel(step.session, job);
-            self.work.remove(&job);
+            self.work.remove(job);
         }
         job
     }
@@ -378,6 +383,7 @@ impl Pipeline {
     /// Runs until a step has left the last stage or a session has failed; not beyond `deadline`, except for a local
     /// stage's step that has begun.
     pub fn advance(&mut self, deadline: Option<Instant>) -> Advance {
+        self.moment = None;
         self.hear();
         loop {
             if let Some(finished) = self.finished.pop_front() {
@@ -386,6 +392,7 @@ impl Pipeline {
             match self.schedule.next() {
                 Some(Next::Run(job, stage)) => {
                     self.note(Happened::Run(job, stage));
+                    self.moment = None;
                     self.run(job, stage);
                     self.hear();
                     if self.finished.is_empty() && deadline.is_some_and(|d| self.clock.now() >= d) {
@@ -422,7 +429,7 @@ impl Pipeline {
         let is_last = at.0 + 1 == self.slots.len();
         let slot = &mut self.slots[at.0];
         let Kind::Local(stage) = &mut slot.kind else { unreachable!("the schedule runs local stages only") };
-        let step = match self.work.get_mut(&id) {
+        let step = match self.work.get_mut(id) {
             Some(Work::Step(step)) => step,
             Some(&mut Work::Rewind(session, position)) => {
                 if let Err(source) = stage.rewind(session, position) {
@@ -480,8 +487,8 @@ impl Pipeline {
     fn form_batch(&mut self, id: JobId, at: StageId) {
         let others: Vec<JobId> = self.schedule.members(at, id).skip(1).map(|member| member.job).collect();
         for other in others {
-            let Some(Work::Step(more)) = self.work.remove(&other) else { continue };
-            let Some(Work::Step(step)) = self.work.get_mut(&id) else { continue };
+            let Some(Work::Step(more)) = self.work.remove(other) else { continue };
+            let Some(Work::Step(step)) = self.work.get_mut(id) else { continue };
             if step.parts.is_empty() {
                 step.parts.push(step.part(id));
             }
@@ -495,7 +502,7 @@ impl Pipeline {
     /// Takes the rows of jobs that nobody wants any more out of a batch, before its next stage: what they stand on may
     /// have been given up before it came here.
     fn shed_void(&mut self, id: JobId, at: StageId) {
-        let Some(Work::Step(step)) = self.work.get_mut(&id) else { return };
+        let Some(Work::Step(step)) = self.work.get_mut(id) else { return };
         if step.parts.is_empty() {
             return;
         }
@@ -524,26 +531,24 @@ impl Pipeline {
     /// A step's logits are there: they go to its session, or, of a batch, to each of its sessions.
     fn came_out(&mut self, id: JobId, at: StageId, logits: Vec<f32>) {
         self.note(Happened::Done(id, at));
-        let parts = match self.work.remove(&id) {
-            Some(Work::Step(step)) if step.parts.is_empty() => vec![step.part(id)],
-            Some(Work::Step(step)) => step.parts,
-            _ => Vec::new(),
-        };
-        let n_wanted: usize = parts.iter().map(|part| part.2).sum();
-        let n_vocab = logits.len() / n_wanted.max(1);
+        let Some(Work::Step(step)) = self.work.remove(id) else { return };
         let void: Vec<JobId> = self.schedule.members(at, id).filter(|m| m.is_void).map(|m| m.job).collect();
         if let Err(error) = self.schedule.finished(at, id) {
             unreachable!("a local stage runs one job: {error}");
         }
-        if let [(job, session, _)] = parts[..] {
-            if !void.contains(&job) {
-                self.note(Happened::Out(job));
-                self.finished.push_back(Finished { job, session, outcome: Ok(logits) });
+        if step.parts.is_empty() {
+            if void.is_empty() {
+                let session = step.spans[0].session();
+                self.note(Happened::Out(id));
+                self.finished.push_back(Finished { job: id, session, outcome: Ok(logits) });
             } else {
                 self.reuse(logits);
             }
             return;
         }
+        let parts = step.parts;
+        let n_wanted: usize = parts.iter().map(|part| part.2).sum();
+        let n_vocab = logits.len() / n_wanted.max(1);
         let mut begin = 0;
         for (job, session, n_wanted) in parts {
             let end = begin + n_wanted * n_vocab;
@@ -561,7 +566,7 @@ impl Pipeline {
 
     /// Forgets what goes with a job that has left.
     fn forget(&mut self, id: JobId) {
-        if let Some(Work::Step(StepWork { hidden: Some(rows), .. })) = self.work.remove(&id) {
+        if let Some(Work::Step(StepWork { hidden: Some(rows), .. })) = self.work.remove(id) {
             self.spare.push(rows);
         }
     }

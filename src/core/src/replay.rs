@@ -35,8 +35,31 @@ pub struct LoggedStep {
     pub spans: Vec<Span>,
     /// The rows, in the order of the spans: (n_rows, n_embd).
     pub rows: Rows,
-    /// How many rows of each span still count after rewinds.
+    /// How many rows of each span still count after rewinds; empty: all of them.
     live: Vec<u32>,
+}
+
+impl LoggedStep {
+    fn live(&self) -> impl Iterator<Item = u32> {
+        let all = self.spans.iter().map(|span| span.count).filter(|_| self.live.is_empty());
+        all.chain(self.live.iter().copied())
+    }
+
+    /// The rows of `session` from `position` on no longer count.
+    fn cut(&mut self, session: SessionId, position: u32) {
+        let is_cut = |span: &Span| span.session() == session && span.end() > position;
+        if !self.spans.iter().any(is_cut) {
+            return;
+        }
+        if self.live.is_empty() {
+            self.live = self.spans.iter().map(|span| span.count).collect();
+        }
+        for (span, live) in self.spans.iter().zip(&mut self.live) {
+            if span.session() == session {
+                *live = (*live).min(position.saturating_sub(span.position));
+            }
+        }
+    }
 }
 
 /// What was sent.
@@ -84,8 +107,7 @@ pub struct ReplayLog {
 impl ReplayLog {
     /// Remembers a step that is about to be sent; its rows move into the log, and [`last`](Self::last) lends them.
     pub fn push(&mut self, job: JobId, spans: Vec<Span>, rows: Rows) {
-        let live = spans.iter().map(|s| s.count).collect();
-        self.sent.push_back(LoggedOp::Step(LoggedStep { job, spans, rows, live }));
+        self.sent.push_back(LoggedOp::Step(LoggedStep { job, spans, rows, live: Vec::new() }));
     }
 
     /// The step remembered last, if it has no answer and nothing was sent behind it.
@@ -125,14 +147,8 @@ impl ReplayLog {
     fn settle(&mut self) {
         while let Some(&LoggedOp::Rewind { session, position }) = self.sent.front() {
             self.sent.pop_front();
-            for step in &mut self.done {
-                for (span, live) in step.spans.iter().zip(&mut step.live) {
-                    if span.session() == session {
-                        *live = (*live).min(position.saturating_sub(span.position));
-                    }
-                }
-            }
-            self.done.retain(|step| step.live.iter().any(|&live| live > 0));
+            self.done.iter_mut().for_each(|step| step.cut(session, position));
+            self.done.retain(|step| step.live().any(|live| live > 0));
         }
     }
 
@@ -152,7 +168,7 @@ impl ReplayLog {
         let step = self.done.get(step)?;
         let mut spans = step.spans.clone();
         let mut cuts = Vec::new();
-        for (span, &live) in spans.iter_mut().zip(&step.live) {
+        for (span, live) in spans.iter_mut().zip(step.live()) {
             let length = standing.0.entry(span.session).or_default();
             // Rows that count are where their session stands: the ones before them count too, and were written earlier.
             // Rows that don't go on wherever that is, at most where they were.

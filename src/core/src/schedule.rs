@@ -215,6 +215,8 @@ struct LaneItem {
 pub struct Schedule {
     stages: Vec<StageQueue>,
     lanes: Vec<Lane>,
+    /// how much waits in all of them
+    n_in_lanes: usize,
     /// the lane whose turn it is
     turn: usize,
     next_id: u64,
@@ -243,6 +245,7 @@ impl Schedule {
         Schedule {
             stages: placements.iter().map(stage).collect(),
             lanes: Vec::new(),
+            n_in_lanes: 0,
             turn: 0,
             next_id: 0,
             under_way: 0,
@@ -271,6 +274,7 @@ impl Schedule {
     fn push_item(&mut self, session: SessionId, what: What, rows: u32) -> JobId {
         let job = self.new_id();
         let at = self.lane_of(session);
+        self.n_in_lanes += 1;
         self.lanes[at].items.push_back(LaneItem { job, what, rows });
         job
     }
@@ -449,6 +453,7 @@ impl Schedule {
             lane.items.retain(|item| {
                 let stays = item.what == What::Rewind || !is_meant(item.job);
                 if !stays {
+                    self.n_in_lanes -= 1;
                     gone.first = gone.first.into_iter().chain([item.job]).min();
                     gone.vanished.push(item.job);
                 }
@@ -493,8 +498,7 @@ impl Schedule {
 
     /// No job anywhere.
     pub fn is_idle(&self) -> bool {
-        self.stages.iter().all(|s| s.waiting.is_empty() && s.running.is_empty())
-            && self.lanes.iter().all(|lane| lane.items.is_empty())
+        self.n_in_lanes == 0 && self.stages.iter().all(|s| s.running.is_empty() && s.waiting.is_empty())
     }
 
     /// Takes what may start on `stage` now out of its queue.
@@ -502,7 +506,7 @@ impl Schedule {
         let queue = &mut self.stages[stage];
         match queue.waiting.front() {
             Some(front) if queue.takes(front.what) => queue.waiting.pop_front(),
-            None if stage == 0 => self.enter(),
+            None if stage == 0 && self.n_in_lanes > 0 => self.enter(),
             _ => None,
         }
     }
@@ -519,8 +523,9 @@ impl Schedule {
             return None;
         }
         let decode = self.next_lane(StepKind::Decode);
-        let prefill = self.next_lane(StepKind::Prefill).filter(|&at| self.may_prefill(at));
-        let at = match (decode, prefill) {
+        let is_alone = self.lanes.len() == 1 && decode.is_some();
+        let prefill = if is_alone { None } else { self.next_lane(StepKind::Prefill) };
+        let at = match (decode, prefill.filter(|&at| self.may_prefill(at))) {
             (Some(decode), Some(prefill)) => {
                 let replies = self.lanes.iter().filter(|lane| lane.is_in_reply()).count();
                 if self.decodes_in_a_row >= replies { prefill } else { decode }
@@ -556,6 +561,7 @@ impl Schedule {
     fn entry_of(&mut self, at: usize) -> Option<Entry> {
         let lane = &mut self.lanes[at];
         let item = lane.items.pop_front()?;
+        self.n_in_lanes -= 1;
         lane.decodes_under_way += usize::from(item.what == What::Step(StepKind::Decode));
         let first = Member { job: item.job, session: Some(lane.session), is_void: false };
         Some(Entry { first, others: Vec::new(), what: item.what, last: self.stages.len() - 1 })

@@ -130,7 +130,7 @@ impl Pipeline {
             self.schedule.withdraw(at, id);
             return self.forget(id);
         }
-        match self.work.get(&id) {
+        match self.work.get(id) {
             Some(&Work::Rewind(session, position)) => {
                 let remote = self.remote(at.0);
                 remote.log.rewind(session, position);
@@ -148,7 +148,7 @@ impl Pipeline {
             }
             Some(&Work::Check(piece)) => self.send_piece(id, at, piece),
             Some(Work::CheckEnd) => {
-                self.work.remove(&id);
+                self.work.remove(id);
                 let stage = &mut self.remote(at.0).stage;
                 let session = stage.guard().map(|guard| guard.session());
                 if let Some(Err(lost)) = session.map(|session| stage.rewind(session, 0)) {
@@ -165,7 +165,7 @@ impl Pipeline {
 
     fn send_step(&mut self, id: JobId, at: StageId) {
         let Kind::Remote(remote) = &mut self.slots[at.0].kind else { return };
-        let Some(Work::Step(step)) = self.work.get_mut(&id) else { return };
+        let Some(Work::Step(step)) = self.work.get_mut(id) else { return };
         if !remote.is_up() {
             // it was given up, and is needed again
             return self.lost(at.0, StageError::lost("there is no connection to it"));
@@ -186,11 +186,12 @@ impl Pipeline {
             begins_check = guard.is_due() && guard.has_spare_session() && remote.check.is_none();
         }
         remote.log.push(id, step.spans.clone(), rows);
-        remote.sent_at.push_back(self.clock.now());
+        let now = self.clock.now();
+        remote.sent_at.push_back(now);
         let sent = remote.log.last().expect("just pushed");
         match remote.stage.submit(id, &sent.spans, &sent.rows) {
             Ok(()) if begins_check => self.begin_check(at),
-            Ok(()) => {}
+            Ok(()) => self.moment = Some(now),
             Err(lost) if lost.may_pass() => self.lost(at.0, lost),
             Err(source) => {
                 remote.sent_at.pop_back();
@@ -253,7 +254,8 @@ impl Pipeline {
         let mut rows = self.spare.pop().unwrap_or_else(|| Rows::empty(self.dtype));
         match self.remote(i).stage.poll(&mut rows) {
             Ok(Some(answer)) => {
-                self.take_in(i, answer, rows);
+                let now = self.clock.now();
+                self.take_in(i, answer, rows, now);
                 self.remote(i).is_up()
             }
             Ok(None) => {
@@ -271,15 +273,17 @@ impl Pipeline {
     /// Waits for the one stage that can answer. Whether there may be something to do now.
     pub(super) fn collect(&mut self, i: usize, deadline: Option<Instant>) -> bool {
         let mut rows = self.spare.pop().unwrap_or_else(|| Rows::empty(self.dtype));
-        let began = self.clock.now();
+        // a step that was just sent is waited for from then on
+        let began = self.moment.take().unwrap_or_else(|| self.clock.now());
         let remote = self.remote(i);
         remote.listen(None);
         let result = remote.stage.collect_until(&mut rows, deadline);
-        let waited = self.clock.now().saturating_duration_since(began);
+        let now = self.clock.now();
+        let waited = now.saturating_duration_since(began);
         match result {
             Ok(Some(answer)) => {
                 self.waited = Some(waited);
-                self.take_in(i, answer, rows);
+                self.take_in(i, answer, rows, now);
                 self.waited = None;
                 true
             }
@@ -296,8 +300,8 @@ impl Pipeline {
         }
     }
 
-    /// An answer has come.
-    fn take_in(&mut self, i: usize, answer: Answer, rows: Rows) {
+    /// An answer has come, and is seen now.
+    fn take_in(&mut self, i: usize, answer: Answer, rows: Rows, now: Instant) {
         self.n_heard += 1;
         let at = StageId(i);
         let expected = self.schedule.front(at);
@@ -306,7 +310,6 @@ impl Pipeline {
             let error = OutOfTurn { stage: at, got: answer.job, expected }.into();
             return self.useless(i, error);
         }
-        let now = self.clock.now();
         let rows = match self.asked_again(i, answer, rows, now) {
             Some(rows) => rows,
             None => return,
@@ -320,7 +323,7 @@ impl Pipeline {
             self.schedule.set_window(at, remote.trips.window(remote.agreed));
         }
         self.note(Happened::Done(answer.job, at));
-        if let Some(Work::Check(_)) = self.work.get(&answer.job) {
+        if let Some(Work::Check(_)) = self.work.get(answer.job) {
             return self.piece_answered(at, answer.job, rows);
         }
         let slot = &mut self.slots[i];
@@ -331,7 +334,7 @@ impl Pipeline {
         if let Some(waited) = self.waited.take() {
             slot.stats.wait += waited.saturating_sub(answer.compute);
         }
-        match (self.schedule.finished(at, answer.job), self.work.get_mut(&answer.job)) {
+        match (self.schedule.finished(at, answer.job), self.work.get_mut(answer.job)) {
             (Ok(Progress::Next(_)), Some(Work::Step(step))) => step.hidden = Some(rows),
             (Ok(_), _) => {
                 self.spare.push(rows);
@@ -392,7 +395,7 @@ impl Pipeline {
 
     /// A step of a check has its answer.
     fn piece_answered(&mut self, at: StageId, id: JobId, rows: Rows) {
-        self.work.remove(&id);
+        self.work.remove(id);
         self.waited = None;
         if let Err(error) = self.schedule.finished(at, id) {
             return self.useless(at.0, error.into());
@@ -424,7 +427,7 @@ impl Pipeline {
             return self.lost(i, error);
         }
         let front = self.schedule.front(at);
-        let is_check = front.is_some_and(|id| matches!(self.work.get(&id), Some(Work::Check(_))));
+        let is_check = front.is_some_and(|id| matches!(self.work.get(id), Some(Work::Check(_))));
         if is_check && let Some(guard) = self.remote(i).stage.guard() {
             let wrong = guard.in_check(error);
             let error = self.stage_error(i, wrong);
@@ -471,7 +474,7 @@ impl Pipeline {
         let Kind::Remote(remote) = &mut self.slots[i].kind else { return };
         for op in remote.log.take_unanswered() {
             if let LoggedOp::Step(step) = op
-                && let Some(Work::Step(work)) = self.work.get_mut(&step.job)
+                && let Some(Work::Step(work)) = self.work.get_mut(step.job)
             {
                 work.hidden = Some(step.rows);
             }
@@ -522,7 +525,7 @@ impl Pipeline {
         let Some(losses) = self.remote(i).losses.take() else { return true };
         let after = since.saturating_sub(losses.since);
         let error = PipelineError::WorkerKeepsFailing { stage, after, losses: losses.count, reason };
-        match front.filter(|id| matches!(self.work.get(id), Some(Work::Step(_)))) {
+        match front.filter(|id| matches!(self.work.get(*id), Some(Work::Step(_)))) {
             Some(id) => self.fail_members(id, at, &error),
             None => {
                 self.useless(i, error);
