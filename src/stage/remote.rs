@@ -2,13 +2,12 @@
 
 use std::time::{Duration, Instant};
 
-use dim_core::rows::Rows;
+use dim_core::rows::{Rows, RowsRef};
 use dim_core::stage::{RemoteStage, Span, StageError, Traffic};
 use dim_wire::keys::Key;
 use dim_wire::message::Farewell;
-use dim_wire::rows::RowsRef;
 use dim_wire::terms::Terms;
-use dim_wire::transport::{Counters, Event, Link, LinkError, Timing, dial};
+use dim_wire::transport::{Counters, Event, Link, LinkError, LinkErrorKind, Timing, dial};
 
 /// A worker that serves one stage.
 pub struct WorkerStage {
@@ -79,7 +78,7 @@ impl WorkerStage {
 
     /// A link's error as the pipeline sees it. The link is over unless nothing was sent.
     fn lost(&mut self, error: LinkError) -> StageError {
-        if let LinkError::Misuse(_) = error {
+        if let LinkError { kind: LinkErrorKind::Misuse(_), .. } = error {
             return StageError::Failed(error.to_string());
         }
         self.hang_up();
@@ -93,7 +92,7 @@ fn sort(error: LinkError) -> StageError {
     match error {
         _ if error.is_pause() => StageError::Paused(text),
         _ if error.may_pass() => StageError::Lost(text),
-        LinkError::Fault { .. } => StageError::Failed(text),
+        LinkError { kind: LinkErrorKind::Fault(_), .. } => StageError::Failed(text),
         _ => StageError::Refused(text),
     }
 }
@@ -104,15 +103,11 @@ impl RemoteStage for WorkerStage {
     }
 
     fn blocks(&self) -> Option<(u32, u32)> {
-        Some((self.terms.first_block, self.terms.last_block))
+        Some((self.terms.blocks.first, self.terms.blocks.last))
     }
 
     fn submit(&mut self, id: u64, spans: &[Span], rows: &Rows) -> Result<(), StageError> {
-        let rows = match rows {
-            Rows::F16(v) => RowsRef::F16(v),
-            Rows::F32(v) => RowsRef::F32(v),
-        };
-        match self.link_mut()?.send_step(spans, rows.into()) {
+        match self.link_mut()?.send_step(spans, rows.as_ref()) {
             Ok(_) => {
                 self.unanswered.push_back(id);
                 Ok(())
@@ -130,7 +125,7 @@ impl RemoteStage for WorkerStage {
         let id = self.unanswered.front().copied();
         let received = match self.link_mut()?.receive(Some(deadline)) {
             Ok(Event::Done { rows: answer, compute, .. }) => {
-                match (rows, answer.values) {
+                match (rows, answer) {
                     (Rows::F16(to), RowsRef::F16(from)) => {
                         to.clear();
                         to.extend_from_slice(from);
