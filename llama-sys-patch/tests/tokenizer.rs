@@ -14,7 +14,8 @@ mod common;
 /// Characters of a run. Room for what is not the recursion (1 MiB) is 5 % of what this many may take.
 const RUN: usize = 20_000;
 
-const PRE_TOKENIZERS: [&str; 92] = [
+/// All that llama.cpp names but gemma4, which is split without `std::regex` and wants a vocabulary of another kind.
+const PRE_TOKENIZERS: [&str; 91] = [
     "a.x-4.0",
     "afmoe",
     "bailingmoe",
@@ -38,7 +39,6 @@ const PRE_TOKENIZERS: [&str; 92] = [
     "falcon",
     "falcon-h1",
     "falcon3",
-    "gemma4",
     "gigachat",
     "glm4",
     "glm5",
