@@ -14,8 +14,9 @@ mod common;
 /// Characters of a run. Room for what is not the recursion (1 MiB) is 5 % of what this many may take.
 const RUN: usize = 20_000;
 
-/// All that llama.cpp names but gemma4, which is split without `std::regex` and wants a vocabulary of another kind.
-const PRE_TOKENIZERS: [&str; 91] = [
+/// All that llama.cpp names but two that want a vocabulary of another kind: gemma4 is split without `std::regex`,
+/// whitespace (an embedder's) leaves spaces in its words, which llama.cpp's merges do not take.
+const PRE_TOKENIZERS: [&str; 90] = [
     "a.x-4.0",
     "afmoe",
     "bailingmoe",
@@ -105,7 +106,6 @@ const PRE_TOKENIZERS: [&str; 91] = [
     "trillion",
     "ufakzeka",
     "viking",
-    "whitespace",
     "youtu",
 ];
 
@@ -134,7 +134,8 @@ fn a_run_of_one_kind_of_character_ends_no_tokenizer() {
         eprintln!("{pre}");
         let model = with_pre(&gguf, &folder.path().join("pre.gguf"), pre);
         for run in RUNS {
-            let text = run.repeat(RUN);
+            // superbpe looks ahead over the whole run at every character: 20,000 take it 50 s
+            let text = run.repeat(if pre == "superbpe" { RUN / 10 } else { RUN });
             let tokens =
                 model.tokenize(&text, false, false).unwrap_or_else(|e| panic!("{pre}: {run:?}: {e}"));
             let mut bytes = Vec::new();
