@@ -383,7 +383,9 @@ impl Endpoint {
 
     /// When [`handle_timeout`](Self::handle_timeout) is to be called, if nothing else happens before.
     pub fn poll_timeout(&self) -> Option<Instant> {
-        let heartbeat = self.timers.at(Timer::Heartbeat).filter(|_| !self.outbox.is_halfway());
+        // nothing can be said behind what nobody takes
+        let is_free = !self.outbox.is_halfway() && self.untaken == 0;
+        let heartbeat = self.timers.at(Timer::Heartbeat).filter(|_| is_free);
         [Timer::Opening, Timer::Silence, Timer::StalledWrite]
             .into_iter()
             .filter_map(|timer| self.timers.at(timer))

@@ -189,8 +189,14 @@ impl Endpoint {
                 Ok(Message::PushNeed(have))
             }
             Message::Hello(terms) => {
+                // it has said what it needs: the rest is this side's to answer
+                self.timers.clear(Timer::Opening);
                 self.peer_terms = Some(terms.clone());
                 Ok(Message::Hello(terms))
+            }
+            Message::PushOffer(offer) => {
+                self.timers.clear(Timer::Opening);
+                Ok(Message::PushOffer(offer))
             }
             Message::StepDone(done) => {
                 self.counters.round_trips += 1;
