@@ -6,8 +6,7 @@ use std::path::{Path, PathBuf};
 
 use dim_core::blocks::BlockRange;
 
-use super::plan::{CTX_STEP, MAX_CTX, MAX_PREFILL, MIN_PREFILL};
-use super::shape::ARCHITECTURES;
+use super::limits::{ARCHITECTURES, CTX_STEP, MAX_CTX, MAX_PREFILL, MIN_PREFILL};
 use crate::failure::Explained;
 use crate::gguf::{self, TensorType};
 use crate::text::gib;

@@ -15,6 +15,7 @@
 
 mod error;
 pub mod graph;
+pub mod limits;
 pub mod manifest;
 pub mod mil;
 pub mod package;

@@ -7,6 +7,7 @@ use std::time::Instant;
 use dim_core::blocks::BlockRange;
 
 use super::graph::{self, Context};
+use super::limits::{CTX_STEP, MAX_CTX, MAX_PREFILL, MIN_PREFILL};
 use super::manifest::{self, Manifest};
 use super::shape::Shape;
 use super::weights::{self, Rows, WeightPlan};
@@ -14,15 +15,6 @@ use super::{Error, Identity, Notice, Options, Progress, Report, package, proto, 
 #[cfg(feature = "engine")]
 use super::{residual_scale, selftest};
 use crate::gguf::{Gguf, check};
-
-/// Contexts are multiples of this.
-pub(super) const CTX_STEP: u32 = 64;
-/// The longest context of a program.
-pub(super) const MAX_CTX: u32 = 16384;
-/// Fewest rows of a prefill call.
-pub(super) const MIN_PREFILL: u32 = 2;
-/// Most rows of a prefill call.
-pub(super) const MAX_PREFILL: u32 = 512;
 
 /// Bytes of a value in the state.
 const F16_BYTES: u64 = 2;

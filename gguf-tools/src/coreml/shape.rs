@@ -8,11 +8,9 @@
 use std::f64::consts::PI;
 
 use super::Error;
+pub use super::limits::ARCHITECTURES;
 use crate::gguf::{Gguf, Tensor, TensorType, Value};
 use crate::text::Shown;
-
-/// The architectures, by GGUF's names. Mistral's models are `llama` in GGUF; newer ones are `mistral3`.
-pub const ARCHITECTURES: &[&str] = &["qwen2", "llama", "qwen3", "mistral3"];
 
 /// The dimensions of a model's blocks.
 #[derive(Clone, Debug, PartialEq)]

@@ -43,7 +43,12 @@ fn run(options: &Options) -> Result<(), Failure> {
         no_canary: options.no_canary,
     };
     let plan = Plan::new(&gguf, &request)?;
-    let n_ctx = options.ctx.unwrap_or(plan.hparams.n_ctx_train.min(MOST_CTX_SHOWN));
+    let n_ctx_train = plan.hparams.n_ctx_train;
+    let n_ctx = match options.ctx {
+        None => n_ctx_train.min(MOST_CTX_SHOWN),
+        Some(0) => n_ctx_train,
+        Some(n_ctx) => n_ctx,
+    };
     let packages = match options.coreml.options() {
         Some(o) => coreml::plan_middles(&gguf, &options.middle, o)?,
         None => Vec::new(),

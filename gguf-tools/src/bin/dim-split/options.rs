@@ -31,8 +31,8 @@ pub(crate) struct Options {
     #[arg(long, value_name = "TYPE", value_parser = tensor_type)]
     pub(crate) output_type: Option<TensorType>,
 
-    /// Context length that the memory figures are for [default: the model's, at most 4096].
-    #[arg(long, value_name = "TOKENS", value_parser = clap::value_parser!(u32).range(1..))]
+    /// Context length that the memory figures are for; 0 is the model's [default: the model's, at most 4096].
+    #[arg(long, value_name = "TOKENS")]
     pub(crate) ctx: Option<u32>,
 
     /// Show the plan and write nothing.
@@ -43,8 +43,8 @@ pub(crate) struct Options {
     #[arg(long)]
     pub(crate) verify: bool,
 
-    /// Do not find out what the middles have to answer to a known input: a host then cannot tell whether a worker
-    /// computes right.
+    /// Do not find out what the middles have to answer to a known input, nor whether llama.cpp loads them: a host then
+    /// cannot tell whether a worker computes right.
     #[arg(long)]
     pub(crate) no_canary: bool,
 

@@ -159,6 +159,18 @@ impl<'a> Keys<'a> {
         }
     }
 
+    /// Heads are as many in every block: the graphs of the architectures known here build all blocks like the first.
+    fn one_for_all(&self, name: &str, of_blocks: &Option<Vec<u32>>) -> Result<(), Error> {
+        let numbers = of_blocks.as_deref().unwrap_or_default();
+        match numbers.iter().position(|n| Some(n) != numbers.first()) {
+            Some(block) => {
+                let says = format!("{} for block 0 and {} for block {block}", numbers[0], numbers[block]);
+                self.refuse(name, says, "the same for every block")
+            }
+            None => Ok(()),
+        }
+    }
+
     pub(super) fn hparams(&self) -> Result<Hparams, Error> {
         let n_blocks = self.required("block_count", 1, MAX_BLOCKS)?;
         let n_embd = self.required("embedding_length", 1, MAX_WIDTH)?;
@@ -182,6 +194,14 @@ impl<'a> Keys<'a> {
                 }
             }
         }
+        if arch::is_supported(&self.arch) {
+            self.one_for_all("attention.head_count", &n_head)?;
+            self.one_for_all("attention.head_count_kv", &n_head_kv)?;
+            if n_head.is_none() {
+                return Err(self.gguf.key_error(&self.key("attention.head_count"), Rule::KeyMissing));
+            }
+        }
+        // without heads there is no attention, as in recurrent models
         let n_head = n_head.unwrap_or_else(|| vec![0; n_blocks as usize]);
         let n_head_kv = n_head_kv.unwrap_or_else(|| n_head.clone());
         let (key_length, value_length, rope_dims) = self.heads(n_embd, n_head[0])?;

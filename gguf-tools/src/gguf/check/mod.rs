@@ -5,7 +5,7 @@
 //! zero, a token that stands twice, a norm stored as F16. Whoever loads a file calls [`model`] first. Each rule
 //! here names the key or tensor, what the file says and what it must be.
 //!
-//! Not checked: what llama.cpp itself refuses with an error, such as a tensor of the wrong shape.
+//! Not checked: what llama.cpp itself refuses with an error, such as most tensors that are missing or of the wrong shape.
 //!
 //! `keys` reads the numbers under the architecture's name, `vocabulary` the tokenizer; what concerns tensors is here.
 
@@ -146,6 +146,7 @@ fn tensors(gguf: &Gguf, hparams: &Hparams) -> Result<(), Error> {
             }
         }
         tensor_type(&tensor, arch::is_supported(&hparams.arch))?;
+        scaled_and_biased(gguf, &tensor)?;
     }
     // llama.cpp asserts that an NVFP4 lm_head with scales beside it is not the embedding
     if let Some(scale) = gguf.tensor("output.scale").or_else(|| gguf.tensor("output.input_scale"))
@@ -155,10 +156,43 @@ fn tensors(gguf: &Gguf, hparams: &Hparams) -> Result<(), Error> {
         let must = "beside output.weight".into();
         return Err(scale.error(Rule::Hparam { says: "a scale without output.weight".into(), must }));
     }
+    if arch::is_supported(&hparams.arch) {
+        (0..hparams.n_blocks).try_for_each(|block| attention(gguf, block, hparams.n_blocks))?;
+    }
     if let Some(block) = blocks.iter().position(|&seen| !seen) {
         let rule = Rule::TensorMissing { blocks: hparams.n_blocks.into() };
         let place = Place::Tensor(format!("blk.{block}.*"));
         return Err(Error { place, ..Error::file(gguf.path(), rule) });
+    }
+    Ok(())
+}
+
+/// The attention's matrices, in one or in three: some loaders take a block without them, and its graph then has none.
+fn attention(gguf: &Gguf, block: u32, n_blocks: u32) -> Result<(), Error> {
+    let name = |part: &str| format!("blk.{block}.{part}.weight");
+    let has = |part: &str| gguf.tensor(&name(part)).is_some();
+    if has("attn_qkv") {
+        return Ok(());
+    }
+    match ["attn_q", "attn_k", "attn_v"].into_iter().find(|part| !has(part)) {
+        Some(part) => {
+            let rule = Rule::TensorMissing { blocks: n_blocks.into() };
+            Err(Error { place: Place::Tensor(name(part)), ..Error::file(gguf.path(), rule) })
+        }
+        None => Ok(()),
+    }
+}
+
+/// llama.cpp asserts that what it multiplies by a scale of its own has no bias as well.
+fn scaled_and_biased(gguf: &Gguf, tensor: &Tensor<'_>) -> Result<(), Error> {
+    let found = tensor.tensor_type();
+    let Some(stem) = tensor.name().strip_suffix(".weight").filter(|_| found == TensorType::NVFP4) else {
+        return Ok(());
+    };
+    let beside = |part: &str| gguf.tensor(&format!("{stem}.{part}")).is_some();
+    if beside("scale") && beside("bias") {
+        let must = "another type beside both a scale and a bias";
+        return Err(tensor.error(Rule::TensorTypeForbidden { found, must }));
     }
     Ok(())
 }
