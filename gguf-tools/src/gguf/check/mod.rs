@@ -156,13 +156,13 @@ fn tensors(gguf: &Gguf, hparams: &Hparams) -> Result<(), Error> {
         let must = "beside output.weight".into();
         return Err(scale.error(Rule::Hparam { says: "a scale without output.weight".into(), must }));
     }
-    if arch::is_supported(&hparams.arch) {
-        (0..hparams.n_blocks).try_for_each(|block| attention(gguf, block, hparams.n_blocks))?;
-    }
     if let Some(block) = blocks.iter().position(|&seen| !seen) {
         let rule = Rule::TensorMissing { blocks: hparams.n_blocks.into() };
         let place = Place::Tensor(format!("blk.{block}.*"));
         return Err(Error { place, ..Error::file(gguf.path(), rule) });
+    }
+    if arch::is_supported(&hparams.arch) {
+        (0..hparams.n_blocks).try_for_each(|block| attention(gguf, block, hparams.n_blocks))?;
     }
     Ok(())
 }
