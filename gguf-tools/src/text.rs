@@ -24,6 +24,16 @@ impl fmt::Display for Shown<'_> {
     }
 }
 
+/// A message that may hold text out of a file or from llama.cpp, made safe in the same way, and not cut.
+#[derive(Clone, Copy, Debug)]
+pub struct Safe<'a>(pub &'a str);
+
+impl fmt::Display for Safe<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.0.chars().try_for_each(|c| write_safe(c, f))
+    }
+}
+
 /// Whether a character says something to a terminal, or about text beside it, instead of being shown: control
 /// characters, line separators, and those that change the direction of text.
 pub(crate) fn is_hidden(c: char) -> bool {
@@ -60,6 +70,8 @@ mod tests {
     fn nothing_a_terminal_obeys_passes() {
         let text = "a\u{1b}[2Jb\u{202e}c\nd\u{9b}e\u{7}";
         assert_eq!(Shown(text).to_string(), "a\\u{1b}[2Jb\\u{202e}c\\nd\\u{9b}e\\u{7}");
+        assert_eq!(Safe(text).to_string(), Shown(text).to_string());
+        assert_eq!(Safe(&"x".repeat(81)).to_string(), "x".repeat(81));
         assert_eq!(Shown("Zoë's 電話 📱").to_string(), "Zoë's 電話 📱");
         assert_eq!(Shown(&"x".repeat(81)).to_string(), format!("{}...", "x".repeat(80)));
     }

@@ -343,7 +343,8 @@ fn what_cannot_be_loaded_again_is_no_success() {
     assert_eq!(code, Some(1), "{stderr}");
     let lines: Vec<&str> = stderr.lines().rev().take(2).collect();
     assert!(lines[0].starts_with("hint: ") && lines[0].contains("convert it again"), "{stderr}");
-    assert!(lines[1].starts_with("error: x.middle-1..2.gguf: "), "{stderr}");
+    assert!(lines[1].starts_with("error: x.middle-1..2.gguf cannot be loaded again: "), "{stderr}");
+    assert!(lines[1].ends_with("wrong number of tensors; expected 28, got 26"), "{stderr}");
     assert!(names(&out).is_empty(), "{:?}", names(&out));
 }
 

@@ -10,6 +10,7 @@ use std::{
 use clap::Parser;
 use gguf_tools::failure::Failure;
 use gguf_tools::synth::{self, FAMILIES, Head, SHAPES, Spec};
+use gguf_tools::text::Safe;
 
 /// Write a GGUF of a real architecture and shape with random weights: for tests, benchmarks and the demo.
 #[derive(Parser)]
@@ -88,7 +89,7 @@ fn run(args: &Args) -> Result<(), synth::Error> {
         let seconds = start.elapsed().as_secs_f64();
         say(format_args!(
             "{}: {}, {:.1} MB in {seconds:.1} s, {:.2} GB/s\n",
-            out.display(),
+            Safe(&out.display().to_string()),
             spec.name(),
             bytes as f64 / 1e6,
             bytes as f64 / 1e9 / seconds

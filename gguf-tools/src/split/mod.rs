@@ -36,7 +36,7 @@ use crate::{
     plan::{Plan, SlicePlan},
     requantise::RequantiseError,
     slice::{Role, SliceError, keys},
-    text::{Shown, gib},
+    text::{Safe, Shown, gib},
 };
 use stream::stream;
 pub use verify::verify;
@@ -97,7 +97,7 @@ pub enum SplitError {
     #[error(transparent)]
     Requantise(#[from] RequantiseError),
     /// llama.cpp does not load a slice that was just written. Nothing is left of it.
-    #[error("{file}: {}", Shown(&why.to_string()))]
+    #[error("{file} cannot be loaded again: {}", Safe(&why.to_string()))]
     Unloadable {
         /// The slice.
         file: String,

@@ -18,7 +18,7 @@ use gguf_tools::{
     manifest::Manifest,
     plan::{Plan, Request},
     split::{self, Progress},
-    text::{Shown, gib},
+    text::gib,
 };
 use meter::{Meter, say, say_on_line};
 use options::Options;
@@ -86,10 +86,8 @@ fn write_slices(plan: &Plan<'_>, out: &Path, stem: &str, verify: bool) -> Result
             Progress::Flushing => copied = Some(started.elapsed().as_secs_f64()),
             Progress::NoCanary(file, why) => {
                 meter.clear();
-                let why = why.to_string();
                 say(format_args!(
-                    "{file}: no canary, so a host cannot tell whether a worker computes right: {}",
-                    Shown(&why)
+                    "{file}: no canary, so a host cannot tell whether a worker computes right: {why}"
                 ));
             }
             _ => {}

@@ -6,14 +6,14 @@ use std::{
     time::{Duration, Instant},
 };
 
-use gguf_tools::split::Progress;
+use gguf_tools::{split::Progress, text::Safe};
 
-/// One line on standard error. That nobody reads it is no reason to stop.
+/// One line on standard error, with nothing in it that a terminal obeys. That nobody reads it is no reason to stop.
 pub(crate) fn say(text: impl fmt::Display) {
-    say_on_line(format_args!("{text}\n"));
+    say_on_line(format_args!("{}\n", Safe(&text.to_string())));
 }
 
-/// The same without an end of line.
+/// The same as it is, without an end of line.
 pub(crate) fn say_on_line(text: impl fmt::Display) {
     let _ = write!(io::stderr(), "{text}");
 }
@@ -49,7 +49,7 @@ impl Meter {
             Progress::NoCanary(..) => return,
         };
         if self.terminal {
-            say_on_line(format_args!("{REDRAW}{text}"));
+            say_on_line(format_args!("{REDRAW}{}", Safe(&text)));
             self.drawn = true;
         } else {
             say(text);

@@ -11,7 +11,7 @@ use gguf_tools::{
     failure::Failure,
     manifest::Manifest,
     plan::{Plan, Role},
-    text::{Shown, gib},
+    text::{Safe, Shown, gib},
 };
 
 /// What will be where, and what it takes.
@@ -101,7 +101,11 @@ impl fmt::Display for PackagesView<'_> {
             let (n, directory) = (plan.n_packages(), coreml::directory_name(self.stem, plan.blocks()));
             let (weights, state) = (gib(plan.weight_bytes()), gib(plan.state_bytes()));
             let packages = if n == 1 { "package" } else { "packages" };
-            writeln!(out, "  Core ML: {directory}: {n} {packages}, {weights} weights + {state} cache")?;
+            writeln!(
+                out,
+                "  Core ML: {}: {n} {packages}, {weights} weights + {state} cache",
+                Safe(&directory)
+            )?;
         }
         Ok(())
     }
