@@ -387,7 +387,7 @@ impl Files {
 
     fn of(args: &SplitArgs) -> Result<Files, Failure> {
         if let Some(path) = &args.split {
-            let manifest = Manifest::read(path).map_err(Failure::misuse)?;
+            let manifest = Manifest::read(path)?;
             let file = |i: usize| Manifest::slice_path(path, &manifest.slices[i]);
             let last = manifest.slices.len() - 1;
             let middles = (1..last).map(|i| {
@@ -416,7 +416,7 @@ impl Files {
 
 /// Reads and checks a slice that has to be a `role`.
 fn open(path: &Path, role: Role, verify: Verify) -> Result<SliceInfo, Failure> {
-    let info = open_slice(path, verify).map_err(Failure::misuse)?;
+    let info = open_slice(path, verify)?;
     if info.role != role {
         return Err(Failure::misuse(format!("{} is a {} slice, not a {role}", path.display(), info.role))
             .hint("--split STEM.split.json names all files at once"));
@@ -548,8 +548,8 @@ fn stage_of(
 
 /// Loads a whole model, after this project's own checks: llama.cpp aborts on some files that these refuse.
 pub fn load_model(path: &Path, machine: &MachineArgs, mmap: bool) -> Result<Model, Failure> {
-    let gguf = Gguf::open(path).map_err(Failure::misuse)?;
-    check::model(&gguf).map_err(Failure::misuse)?;
+    let gguf = Gguf::open(path)?;
+    check::model(&gguf)?;
     let files: Vec<PathBuf> = gguf.files().map(Path::to_owned).collect();
     drop(gguf);
     load(&files, machine, mmap, true)

@@ -109,10 +109,10 @@ pub fn run(args: &Args) -> Result<(), Failure> {
             "--host-cpus, --worker-cpus: processes cannot be pinned to cores on this system",
         ));
     }
-    let gguf = Gguf::open(&args.model).map_err(Failure::misuse)?;
+    let gguf = Gguf::open(&args.model)?;
     let model_parts: Vec<PathBuf> = gguf.files().map(Path::to_owned).collect();
     drop(gguf);
-    let manifest = Manifest::read(&args.split).map_err(Failure::misuse)?;
+    let manifest = Manifest::read(&args.split)?;
     same_model(&args.model, &model_parts, &args.split, &manifest)?;
     let middles: Vec<&SliceEntry> = manifest.slices.iter().filter(|s| s.role == Role::Middle).collect();
     if !args.worker.is_empty() && args.worker.len() != middles.len() {
@@ -127,7 +127,7 @@ pub fn run(args: &Args) -> Result<(), Failure> {
         manifest.slices.iter().filter(|s| s.role != Role::Middle).map(path).collect();
     // slices are compared with their digests now, so that no first load has to
     for slice in &host_slices {
-        open_slice(slice, Verify::Once).map_err(Failure::misuse)?;
+        open_slice(slice, Verify::Once)?;
     }
 
     std::fs::create_dir_all(&args.out)

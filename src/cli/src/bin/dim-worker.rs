@@ -73,7 +73,7 @@ fn run(args: &Args, chooses_rows: bool) -> Result<(), Failure> {
     args.machine.check()?;
     set_log(&args.machine);
     let keys = keys(args)?;
-    let info = open_slice(&args.slice, args.verify).map_err(Failure::misuse)?;
+    let info = open_slice(&args.slice, args.verify)?;
     if info.role != Role::Middle {
         return Err(Failure::misuse(format!(
             "{} is a {} slice; a worker serves a middle",

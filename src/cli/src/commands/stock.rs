@@ -62,8 +62,8 @@ fn load(args: &Args) -> Result<llama_sys_patch::Model, Failure> {
     let (Some(server), Some(n_blocks)) = (args.rpc, args.rpc_blocks) else {
         return load_model(&args.model, &args.machine, !args.no_mmap);
     };
-    let gguf = Gguf::open(&args.model).map_err(Failure::misuse)?;
-    check::model(&gguf).map_err(Failure::misuse)?;
+    let gguf = Gguf::open(&args.model)?;
+    check::model(&gguf)?;
     let files: Vec<PathBuf> = gguf.files().map(std::path::Path::to_owned).collect();
     llama_sys_patch::rpc::load(&files, server, n_blocks, !args.no_mmap).map_err(Failure::failed)
 }

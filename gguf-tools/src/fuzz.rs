@@ -1,7 +1,7 @@
 //! What is done with any bytes at all: the body of the fuzz target `gguf-tools/fuzz`, also run as a unit test.
 
-use super::{Gguf, check};
 use crate::{
+    gguf::{Gguf, check},
     plan::{BlockRange, Plan, Request},
     slice,
 };
