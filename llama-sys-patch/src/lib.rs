@@ -38,5 +38,8 @@ pub use stage::{
 };
 pub use stock::Stock;
 
+/// The version of llama-cpp-sys-2, the crate whose llama.cpp this is built on.
+pub const LLAMA_CPP_SYS_VERSION: &str = env!("LLAMA_CPP_SYS_VERSION");
+
 /// The llama.cpp bindings this crate is built on, for samplers: `llama_cpp_2::sampling`.
 pub use llama_cpp_2;
