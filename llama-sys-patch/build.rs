@@ -33,6 +33,7 @@ fn main() {
         println!("cargo:rerun-if-changed={file}");
     }
 
+    check_cpu();
     let root = PathBuf::from(env::var_os("DEP_LLAMA_ROOT").expect(
         "DEP_LLAMA_ROOT is not set: llama-cpp-sys-2 must be a direct dependency (its `links` key is \"llama\")",
     ));
@@ -91,6 +92,28 @@ fn source_directory(cache: &Path) -> PathBuf {
     let internal = directory.join("src/llama-context.h");
     assert!(internal.is_file(), "{} is missing: llama.cpp's internal headers are needed", internal.display());
     directory
+}
+
+/// llama-cpp-sys-2 compiles llama.cpp for the CPU that rustc is told to compile for, and says nothing about it. This
+/// workspace's .cargo/config.toml says "native"; a program elsewhere that depends on this crate has no such line.
+/// [`unused_cpu_features`](../src/cpu.rs) is the same question at run time.
+fn check_cpu() {
+    let var = |name| env::var(name).unwrap_or_default();
+    let (host, target) = (var("HOST"), var("TARGET"));
+    let native = var("CARGO_ENCODED_RUSTFLAGS").split('\x1f').any(|flag| flag.ends_with("target-cpu=native"));
+    assert!(
+        host == target || !native,
+        "target-cpu=native is the CPU of {host}, but this is a build for {target}: name that machine's CPU instead, as \
+         RUSTFLAGS=\"-C target-cpu=x86-64-v3\", or set RUSTFLAGS= for the least there is"
+    );
+    if var("CARGO_CFG_TARGET_ARCH") == "x86_64"
+        && !var("CARGO_CFG_TARGET_FEATURE").split(',').any(|f| f == "avx2")
+    {
+        println!(
+            "cargo:warning=llama.cpp is compiled without AVX2 and will be about ten times slower than it could be: set \
+             RUSTFLAGS=\"-C target-cpu=native\" for this machine, \"-C target-cpu=x86-64-v3\" for those made since 2013"
+        );
+    }
 }
 
 /// The `rpc` feature needs a llama.cpp that was configured with its RPC backend.

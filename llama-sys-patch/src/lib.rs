@@ -19,6 +19,7 @@
 //! cpp/*.cpp                            llama.cpp's internals behind one exception boundary
 //! ```
 
+mod cpu;
 mod error;
 mod ffi;
 mod model;
@@ -29,6 +30,7 @@ pub mod rpc;
 mod stage;
 mod stock;
 
+pub use cpu::unused_cpu_features;
 pub use error::Error;
 pub use model::{Device, LogLevel, Model, ModelParams, ModelPart, Offload, devices, set_log};
 pub use quantise::{Quantised, quantise_model};
