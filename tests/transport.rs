@@ -7,6 +7,7 @@ use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
+use dim_core::bell::Bell;
 use dim_wire::error::HandshakeError;
 use dim_wire::keys::{Key, KeyStore, PairingCode};
 use dim_wire::message::{ErrorCode, Farewell, Fault, Span};
@@ -275,6 +276,47 @@ fn a_goodbye_is_not_held_up_by_a_blocked_send() {
     sender.stop();
     assert!(sending.join().unwrap().is_err());
     assert!(begun.elapsed() < Duration::from_secs(2), "{:?}", begun.elapsed());
+}
+
+#[test]
+fn a_bell_rings_for_every_message_and_at_the_end_and_nothing_blocks() {
+    let worker = Adder::plain();
+    let mut link = worker.dial("host").unwrap();
+    let bell = Bell::new();
+    let rung = || assert!(bell.wait(soon()), "nobody rang");
+    token(&mut link, 0).unwrap();
+    assert!(matches!(link.receiver().try_receive(), Ok(None)));
+    link.receiver().notify(Some(bell.clone()));
+    for position in 1..50 {
+        let span = [Span { session: 0, position, count: 1 }];
+        let step = link.send_step(&span, rows(1, 1.0).as_slice().into()).unwrap();
+        let answered = loop {
+            rung();
+            match link.receiver().try_receive().unwrap() {
+                Some(Event::Done { step, .. }) => break step,
+                None => {}
+                other => panic!("{other:?}"),
+            }
+        };
+        assert_eq!(answered, step);
+        assert!(matches!(link.receiver().try_receive(), Ok(None)));
+    }
+    // a blocking receive works beside it, and direct reads after it
+    token(&mut link, 50).unwrap();
+    link.receiver().notify(None);
+    token(&mut link, 51).unwrap();
+    token(&mut link, 52).unwrap();
+    link.receiver().notify(Some(bell.clone()));
+    while bell.wait(Some(Instant::now())) {}
+    drop(worker);
+    let lost = loop {
+        rung();
+        match link.receiver().try_receive() {
+            Ok(event) => assert!(event.is_none(), "{event:?}"),
+            Err(lost) => break lost,
+        }
+    };
+    assert!(matches!(lost, LinkError::Goodbye { why: Farewell::ShuttingDown, .. }), "{lost:?}");
 }
 
 #[test]

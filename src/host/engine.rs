@@ -3,8 +3,11 @@
 use std::time::{Duration, Instant};
 
 use crate::failure::Failure;
-use dim_core::pipeline::{Event, Finished, Pipeline, PipelineError, Step};
-use dim_core::stage::{Span, StageError, Traffic};
+use dim_core::blocks::BlockRange;
+use dim_core::ids::SessionId;
+use dim_core::pipeline::{Advance, Event, Pipeline, PipelineError, StageStats, Step};
+use dim_core::schedule::StepKind;
+use dim_core::stage::Traffic;
 
 /// One session's evaluation. Its length is what was evaluated and not rewound.
 pub trait Engine {
@@ -63,26 +66,27 @@ impl SplitEngine {
         position: u32,
         tokens: &[i32],
         want: impl Fn(usize) -> bool,
-        mut on_finished: impl FnMut(Finished),
+        mut on_logits: impl FnMut(Vec<f32>) -> Option<Vec<f32>>,
     ) -> Result<(), Failure> {
         let mut done = 0;
         for chunk in tokens.chunks(self.n_ubatch) {
             self.pipeline.submit(Step {
-                spans: vec![Span {
-                    session: SESSION,
-                    position: position + to_u32(done),
-                    count: to_u32(chunk.len()),
-                }],
+                session: SessionId(SESSION),
+                position: position + to_u32(done),
                 tokens: chunk.to_vec(),
                 want_logits: (done..done + chunk.len()).map(&want).collect(),
+                kind: if tokens.len() == 1 { StepKind::Decode } else { StepKind::Prefill },
             });
             done += chunk.len();
         }
         loop {
-            match self.pipeline.advance() {
-                Ok(Some(finished)) => on_finished(finished),
-                Ok(None) => return Ok(()),
-                Err(e) => return Err(explain(&e)),
+            match self.pipeline.advance(None) {
+                Advance::Finished(finished) => {
+                    let spare = on_logits(finished.outcome.map_err(|e| explain(&e))?);
+                    spare.into_iter().for_each(|logits| self.pipeline.reuse(logits));
+                }
+                Advance::Idle => return Ok(()),
+                Advance::Later => {}
             }
         }
     }
@@ -96,7 +100,8 @@ impl Engine for SplitEngine {
     fn evaluate(&mut self, position: u32, tokens: &[i32]) -> Result<Vec<f32>, Failure> {
         let last = tokens.len().wrapping_sub(1);
         let mut logits = Vec::new();
-        self.run(position, tokens, |i| i == last, |f| logits = f.logits)?;
+        // the last chunk's are the only ones that were asked for
+        self.run(position, tokens, |i| i == last, |l| Some(std::mem::replace(&mut logits, l)))?;
         Ok(logits)
     }
 
@@ -106,22 +111,30 @@ impl Engine for SplitEngine {
         tokens: &[i32],
         on_logits: &mut dyn FnMut(&[f32]),
     ) -> Result<(), Failure> {
-        self.run(position, tokens, |_| true, |f| on_logits(&f.logits))
+        self.run(
+            position,
+            tokens,
+            |_| true,
+            |logits| {
+                on_logits(&logits);
+                Some(logits)
+            },
+        )
     }
 
     fn rewind(&mut self, position: u32) -> Result<(), Failure> {
-        self.pipeline.rewind(SESSION, position).map_err(|e| explain(&e))
+        // takes effect before the next step; what goes wrong with it is that step's error
+        self.pipeline.rewind(SessionId(SESSION), position);
+        Ok(())
     }
 
     fn stages(&self) -> Vec<StageSnapshot> {
-        let snapshot = |(name, blocks, stats): (&str, Option<(u32, u32)>, dim_core::pipeline::StageStats)| {
-            StageSnapshot {
-                name: name.to_owned(),
-                blocks: blocks.map_or(String::new(), |(a, b)| format!("{a}..{b}")),
-                compute: stats.compute,
-                wait: stats.wait,
-                reconnects: stats.reconnects,
-            }
+        let snapshot = |(name, blocks, stats): (&str, Option<BlockRange>, StageStats)| StageSnapshot {
+            name: name.to_owned(),
+            blocks: blocks.map_or(String::new(), |blocks| blocks.to_string()),
+            compute: stats.compute,
+            wait: stats.wait,
+            reconnects: stats.reconnects,
         };
         self.pipeline.stages().map(snapshot).collect()
     }
@@ -244,29 +257,11 @@ fn tell_person(event: Event<'_>) {
 /// A pipeline's error with the way out.
 fn explain(error: &PipelineError) -> Failure {
     let failure = Failure::failed(error);
-    match error {
-        PipelineError::WorkerGone { .. } => failure.hint(
-            "start the worker again, then run the same command; what was generated so far stands above",
-        ),
-        PipelineError::Stage { source: StageError::Refused(_), .. } => {
-            failure.hint("the sentence above names the side to fix")
-        }
-        PipelineError::Stage { source: StageError::Wrong(_), .. } => failure.hint(WRONG_WORKER),
-        PipelineError::Stage { source: StageError::Failed(why), .. }
-            if why.contains("finite") || why.contains("65504") =>
-        {
-            failure.hint("repeat with --wire f32, or give these blocks to the host")
-        }
-        PipelineError::Stage { .. } => failure,
-        PipelineError::OutOfTurn(_) => {
-            failure.hint("the worker is not the same version as this host: update both")
-        }
+    match error.hint() {
+        Some(hint) => failure.hint(hint),
+        None => failure,
     }
 }
-
-/// What to do about a worker that computes wrongly.
-pub const WRONG_WORKER: &str = "don't use that worker as it is: start it with --verify always, and if its slice is whole, with --gpu-layers 0; \
-     a phone: push its blocks again";
 
 /// A count as a position; the context's limit is checked before it gets anywhere near the largest one.
 pub fn to_u32(n: usize) -> u32 {

@@ -15,7 +15,6 @@ use llama_sys_patch::{ContextParams, FlashAttn, LogLevel, Model, ModelParams, St
 use crate::device;
 use crate::failure::Failure;
 use crate::host::auto::{self, AUTO};
-use crate::host::engine::WRONG_WORKER;
 use crate::host::machine::MachineArgs;
 use crate::progress::Progress;
 use crate::stage::local::LlamaStage;
@@ -24,7 +23,7 @@ use crate::stage::verified::{Verify, open_slice};
 use dim_core::guard::{Guarded, Room};
 use dim_core::pipeline::{Patience, Pipeline, StageSlot};
 use dim_core::rows::RowType;
-use dim_core::stage::{RemoteStage, StageError};
+use dim_core::stage::RemoteStage;
 use dim_wire::DType;
 use dim_wire::keys::{Key, KeyStore};
 use dim_wire::terms::{Reason, SliceRole, Terms};
@@ -313,7 +312,7 @@ fn worker_terms(
         n_ctx,
         max_rows: machine.n_ubatch,
         max_sessions: 1,
-        max_in_flight: dim_core::pipeline::REMOTE_WINDOW_U32,
+        max_in_flight: dim_core::pipeline::MAX_IN_FLIGHT,
         model: head.model_sha256.0,
         slice,
         params: head.params_sha256.map_or([0; 32], |sha| sha.0),
@@ -651,12 +650,14 @@ fn checked(
             Err(lost) if lost.may_pass() && start.elapsed() < patience.limit(&lost) => {
                 eprintln!("{lost}; trying again");
                 std::thread::sleep(patience.first_pause);
-                result = stage.reconnect().map(|()| None);
+                result = stage.reconnect();
             }
             Err(error) => {
                 let failure = Failure::failed(format!("{}: {error}", stage.name()));
-                let wrong = matches!(error, StageError::Wrong(_));
-                return Err(if wrong { failure.hint(WRONG_WORKER) } else { failure });
+                return Err(match error.hint() {
+                    Some(hint) => failure.hint(hint),
+                    None => failure,
+                });
             }
         }
     }

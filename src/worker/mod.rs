@@ -100,8 +100,12 @@ fn fail(stage: &LlamaStage, sender: &Sender, step: u32, error: &Error) -> LinkEr
         Error::InputNotFinite { count, .. } => (None, u32::try_from(*count).unwrap_or(u32::MAX)),
         _ => (None, 0),
     };
-    let fault =
-        Fault { step: (step > 0).then_some(step), block, count, ..Fault::new(code, stage.explain(error)) };
+    let fault = Fault {
+        step: (step > 0).then_some(step),
+        block,
+        count,
+        ..Fault::new(code, stage.explain(error).to_string())
+    };
     sender.fail(fault.clone());
     LinkError::Fault { peer: "this worker".to_owned(), fault }
 }

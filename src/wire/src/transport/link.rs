@@ -20,6 +20,8 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
+use dim_core::bell::Bell;
+
 use super::{LinkError, Timing, tcp};
 use crate::connection::{Connection, Heartbeats, Silence};
 use crate::error::{Misbehaved, ReceiveError};
@@ -200,6 +202,16 @@ struct Intake {
     owner_waits: bool,
     owner_left: Instant,
     read_ahead: bool,
+    /// rung for every message and at the end; while there is one, the link's thread does all reading
+    bell: Option<Bell>,
+}
+
+impl Intake {
+    fn ring(&self) {
+        if let Some(bell) = &self.bell {
+            bell.ring();
+        }
+    }
 }
 
 /// The half of a link that sends.
@@ -365,8 +377,40 @@ impl Receiver {
     /// [`LinkError::Deadline`] leaves the link usable; every other error is its end. If the peer broke a
     /// rule, it has been told.
     pub fn receive(&mut self, deadline: Option<Instant>) -> Result<Event<'_>, LinkError> {
+        let arrived = self.shared.next_message(&mut self.current, deadline)?;
+        self.read(arrived)
+    }
+
+    /// The next event if this process has read it already; never blocks. To be used with a bell: without one it finds
+    /// only what the link's thread has happened to read ahead.
+    ///
+    /// # Errors
+    /// As of [`receive`](Self::receive), without its deadline.
+    pub fn try_receive(&mut self) -> Result<Option<Event<'_>>, LinkError> {
+        match self.shared.message_read_ahead(&mut self.current)? {
+            Some(arrived) => self.read(arrived).map(Some),
+            None => Ok(None),
+        }
+    }
+
+    /// From now on the link's own thread reads everything, and rings the bell for every complete message and at the
+    /// end of the link; with `None` whoever calls [`receive`](Self::receive) reads again. What is there already is
+    /// rung for at once.
+    pub fn notify(&mut self, bell: Option<Bell>) {
+        let mut intake = lock(&self.shared.intake);
+        if let Some(bell) = &bell
+            && (!intake.ready.is_empty() || intake.failure.is_some())
+        {
+            bell.ring();
+        }
+        intake.bell = bell;
+        drop(intake);
+        self.shared.changed.notify_all();
+    }
+
+    /// The event of the message in `current`.
+    fn read(&mut self, arrived: Instant) -> Result<Event<'_>, LinkError> {
         let shared = &*self.shared;
-        let arrived = shared.next_message(&mut self.current, deadline)?;
         let received = lock(&shared.books).receive(self.current.message());
         let message = received.map_err(|error| shared.broke(error))?;
         match message {
@@ -494,6 +538,7 @@ pub(super) fn start(parts: Parts, place: Option<Box<dyn Send>>) -> Result<Link, 
             owner_waits: false,
             owner_left: now,
             read_ahead: false,
+            bell: None,
         }),
         changed: Condvar::new(),
         stopped: AtomicBool::new(false),
@@ -595,15 +640,15 @@ impl Shared {
         let begun = Instant::now();
         let mut intake = lock(&self.intake);
         let inbox = loop {
-            if let Some((message, arrived)) = intake.ready.pop_front() {
-                intake.spare.push(std::mem::replace(store, message));
-                intake.owner_left = Instant::now();
+            if let Some(arrived) = self.pop_ready(&mut intake, store) {
                 return Ok(arrived);
             }
             if let Some(failure) = &intake.failure {
                 return Err(failure.clone());
             }
-            if let Some(inbox) = intake.inbox.take() {
+            if intake.bell.is_none()
+                && let Some(inbox) = intake.inbox.take()
+            {
                 break inbox;
             }
             // the link's thread is reading: what it finds is for us
@@ -635,6 +680,26 @@ impl Shared {
                 Err(self.over(error))
             }
         }
+    }
+
+    /// Puts the oldest message that was read ahead into `store`; when its last byte came.
+    fn message_read_ahead(&self, store: &mut Store) -> Result<Option<Instant>, LinkError> {
+        let mut intake = lock(&self.intake);
+        match (self.pop_ready(&mut intake, store), &intake.failure) {
+            (None, Some(failure)) => Err(failure.clone()),
+            (message, _) => Ok(message),
+        }
+    }
+
+    fn pop_ready(&self, intake: &mut Intake, store: &mut Store) -> Option<Instant> {
+        let was_full = intake.ready.len() >= self.most_ready();
+        let (message, arrived) = intake.ready.pop_front()?;
+        intake.spare.push(std::mem::replace(store, message));
+        intake.owner_left = Instant::now();
+        if was_full && intake.bell.is_some() {
+            self.changed.notify_all();
+        }
+        Some(arrived)
     }
 
     fn too_late(&self, begun: Instant) -> LinkError {
@@ -742,7 +807,17 @@ impl Shared {
     /// received.
     fn over(&self, error: LinkError) -> LinkError {
         let mut intake = lock(&self.intake);
-        let first = intake.failure.get_or_insert(error).clone();
+        // what the peer said before it closed was read before the end, and is understood after it
+        let says_more = !matches!(error, LinkError::Broken { .. } | LinkError::Closed { .. });
+        match &mut intake.failure {
+            Some(first @ (LinkError::Broken { .. } | LinkError::Closed { .. })) if says_more => {
+                *first = error
+            }
+            Some(_) => {}
+            none => *none = Some(error),
+        }
+        let first = intake.failure.clone().unwrap_or(LinkError::Stopped);
+        intake.ring();
         drop(intake);
         self.changed.notify_all();
         first
@@ -769,7 +844,8 @@ impl Shared {
                 return;
             }
             let away = !intake.owner_waits && intake.owner_left.elapsed() >= OWNER_AWAY;
-            let wanted = (intake.read_ahead || away) && intake.ready.len() < self.most_ready();
+            let wanted = (intake.read_ahead || away || intake.bell.is_some())
+                && intake.ready.len() < self.most_ready();
             match intake.inbox.take_if(|_| wanted) {
                 Some(inbox) => {
                     drop(intake);
@@ -795,11 +871,17 @@ impl Shared {
                     let mut store = intake.spare.pop().unwrap_or_default();
                     inbox.take(&mut store);
                     intake.ready.push_back((store, Instant::now()));
-                    !intake.owner_waits && intake.ready.len() < self.most_ready()
+                    intake.ring();
+                    if intake.owner_waits {
+                        self.changed.notify_all();
+                    }
+                    let for_the_bell = intake.bell.is_some();
+                    (for_the_bell || !intake.owner_waits) && intake.ready.len() < self.most_ready()
                 }
                 Ok(false) => true,
                 Err(error) => {
                     intake.failure.get_or_insert(error);
+                    intake.ring();
                     false
                 }
             };
