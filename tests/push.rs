@@ -218,7 +218,7 @@ fn serve(stream: TcpStream, key: &Key, state: &Mutex<State>) {
                     return;
                 }
             }
-            let right = |(item, bytes): (&dim_wire::message::Item, &Vec<u8>)| item.sha256 == Sha::of(bytes).0;
+            let right = |(item, bytes): (&dim_wire::message::Item, &Vec<u8>)| item.sha256 == Sha::of(bytes);
             state.verified = offer.items.iter().zip(&state.stored).all(right);
             wire.say(&result(PushOutcome::Stored, None, ""));
         }

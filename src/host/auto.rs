@@ -13,12 +13,13 @@ use std::time::{Duration, Instant};
 
 use crate::failure::Failure;
 use crate::stage::remote::WorkerStage;
+use dim_core::digest::Sha;
 use dim_core::pipeline::Patience;
 use dim_wire::HandshakeError;
 use dim_wire::keys::{Key, KeyStore, Peer};
 use dim_wire::terms::{SliceRole, Terms};
 use dim_wire::transport::discover::{Search, Sighting};
-use dim_wire::transport::{LinkError, Timing, inquire};
+use dim_wire::transport::{LinkError, LinkErrorKind, Timing, inquire};
 
 /// What `--worker` says instead of an address.
 pub const AUTO: &str = "auto";
@@ -36,7 +37,7 @@ pub type Blocks = (u32, u32);
 /// What is looked for.
 pub struct Need<'a> {
     /// Identity of the model.
-    pub model: [u8; 32],
+    pub model: Sha,
     /// The model's name, for people.
     pub model_name: &'a str,
     /// Blocks that nobody has yet, in order.
@@ -159,8 +160,10 @@ fn probe(sighting: &Sighting, keys: &[(Key, Peer)]) -> Probe {
                         offer: Box::new(offer),
                     };
                 }
-                Err(LinkError::Handshake { error: HandshakeError::Key, .. }) => wrong_key = true,
-                Err(error @ LinkError::Unreachable { .. }) => {
+                Err(LinkError { kind: LinkErrorKind::Handshake(HandshakeError::Key), .. }) => {
+                    wrong_key = true
+                }
+                Err(error @ LinkError { kind: LinkErrorKind::Unreachable { .. }, .. }) => {
                     unreachable.get_or_insert(why(&error));
                     break;
                 }
@@ -212,7 +215,7 @@ impl Crowd<'_> {
                     continue;
                 }
             };
-            let blocks = (offer.first_block, offer.last_block);
+            let blocks = (offer.blocks.first, offer.blocks.last);
             match misfit(self.need, &offer) {
                 Some(why) => self.say(&sighting.name, &address, why),
                 None => {
@@ -320,10 +323,10 @@ fn close(first: u32, last: u32, links: &[(Blocks, Option<usize>)]) -> Option<Vec
 /// Why a worker could not be had, without its name.
 fn why(error: &LinkError) -> String {
     match error {
-        LinkError::Busy { host, since_ms, .. } => {
+        LinkError { kind: LinkErrorKind::Busy { host, since_ms, .. }, .. } => {
             format!("busy: it has served {host} for {} s", since_ms / 1000)
         }
-        LinkError::Unreachable { text, .. } => format!("not reachable: {text}"),
+        LinkError { kind: LinkErrorKind::Unreachable { text, .. }, .. } => format!("not reachable: {text}"),
         other => other.to_string(),
     }
 }
@@ -333,10 +336,10 @@ fn misfit(need: &Need<'_>, offer: &Terms) -> Option<String> {
     if offer.role == SliceRole::None {
         return Some("has no slice yet: dim-host push gives it one".to_owned());
     }
-    if offer.model != need.model {
+    if offer.model != Some(need.model) {
         return Some(format!("holds another model: {}", describe(offer)));
     }
-    let fits = |&(first, last): &Blocks| offer.first_block >= first && offer.last_block <= last;
+    let fits = |&(first, last): &Blocks| offer.blocks.first >= first && offer.blocks.last <= last;
     if offer.role != SliceRole::Middle || !need.gaps.iter().any(fits) {
         let gaps: Vec<String> = need.gaps.iter().map(|(a, b)| format!("{a}..{b}")).collect();
         return Some(format!("holds other blocks: {}, needed are {}", describe(offer), gaps.join(" and ")));
@@ -345,7 +348,7 @@ fn misfit(need: &Need<'_>, offer: &Terms) -> Option<String> {
 }
 
 fn describe(offer: &Terms) -> String {
-    format!("{} blocks {}..{} of {}", offer.arch, offer.first_block, offer.last_block, offer.n_blocks)
+    format!("{} blocks {} of {}", offer.arch, offer.blocks, offer.n_blocks)
 }
 
 #[cfg(test)]

@@ -20,13 +20,15 @@ use crate::progress::Progress;
 use crate::stage::local::LlamaStage;
 use crate::stage::remote::WorkerStage;
 use crate::stage::verified::{Verify, open_slice};
+use dim_core::blocks::BlockRange;
+use dim_core::digest::Sha;
 use dim_core::guard::{Guarded, Room};
 use dim_core::pipeline::{Patience, Pipeline, StageSlot};
 use dim_core::rows::RowType;
 use dim_core::stage::RemoteStage;
-use dim_wire::DType;
 use dim_wire::keys::{Key, KeyStore};
-use dim_wire::terms::{Reason, SliceRole, Terms};
+use dim_wire::rows::RowTypes;
+use dim_wire::terms::{SliceRole, Terms};
 use dim_wire::transport::discover::MDNS_PORT;
 use dim_wire::transport::{LinkError, Timing, inquire};
 
@@ -145,7 +147,7 @@ enum Place {
         key: Key,
         first: u32,
         last: u32,
-        slice: [u8; 32],
+        slice: Option<Sha>,
         /// How many sessions to ask for: one more than the conversation's, where the worker has it.
         sessions: u32,
         found: Option<Box<WorkerStage>>,
@@ -180,7 +182,7 @@ pub fn open_split(args: &SplitArgs, machine: &MachineArgs) -> Result<Split, Fail
                 "packages reach a phone with `dim-host push STEM.middle-A..B.coreml --worker ADDR:PORT`",
             ));
         }
-        if offer.model != head.model_sha256.0 {
+        if offer.model != Some(head.model_sha256) {
             return Err(Failure::misuse(format!(
                 "the worker at {address} holds a slice of another model ({}); {} is of {}",
                 describe_offer(&offer),
@@ -192,9 +194,9 @@ pub fn open_split(args: &SplitArgs, machine: &MachineArgs) -> Result<Split, Fail
         places.push(Place::Worker {
             address: address.clone(),
             key,
-            first: offer.first_block,
-            last: offer.last_block,
-            slice: files.slice_of(offer.first_block, offer.last_block),
+            first: offer.blocks.first,
+            last: offer.blocks.last,
+            slice: files.slice_of(offer.blocks.first, offer.blocks.last),
             sessions: offer.max_sessions.min(2),
             found: None,
         });
@@ -296,26 +298,25 @@ fn worker_terms(
     head: &SliceInfo,
     n_ctx: u32,
     (first_block, last_block): (u32, u32),
-    slice: [u8; 32],
+    slice: Option<Sha>,
 ) -> Terms {
     Terms {
-        dtypes: match args.wire.unwrap_or_default() {
-            WireType::F16 => DType::F16.bit(),
-            WireType::F32 => DType::F32.bit(),
+        row_types: match args.wire.unwrap_or_default() {
+            WireType::F16 => RowTypes::F16,
+            WireType::F32 => RowTypes::F32,
         },
         role: SliceRole::Middle,
         instance: random_instance(),
         n_embd: head.hparams.n_embd,
         n_blocks: head.model_blocks,
-        first_block,
-        last_block,
+        blocks: BlockRange { first: first_block, last: last_block },
         n_ctx,
         max_rows: machine.n_ubatch,
         max_sessions: 1,
         max_in_flight: dim_core::pipeline::MAX_IN_FLIGHT,
-        model: head.model_sha256.0,
+        model: Some(head.model_sha256),
         slice,
-        params: head.params_sha256.map_or([0; 32], |sha| sha.0),
+        params: head.params_sha256,
         arch: head.hparams.arch.clone(),
         ..Terms::blank(0, &device::software("dim-host"), &device::name())
     }
@@ -335,7 +336,7 @@ fn find_workers(
     let mut taken: Vec<(u32, u32)> = places.iter().map(Place::blocks).collect();
     taken.push((tail.blocks.first, tail.blocks.last));
     let need = auto::Need {
-        model: head.model_sha256.0,
+        model: head.model_sha256,
         model_name: &head.model_name,
         gaps: auto::gaps(&mut taken),
         here: files.middles.iter().filter(|m| m.path.is_file()).map(|m| (m.first, m.last)).collect(),
@@ -362,7 +363,7 @@ struct MiddleFile {
     path: PathBuf,
     first: u32,
     last: u32,
-    sha256: [u8; 32],
+    sha256: Option<Sha>,
     canary: Option<Canary>,
 }
 
@@ -374,9 +375,9 @@ struct Files {
 }
 
 impl Files {
-    /// The identity of the slice with these blocks; zeros: not known.
-    fn slice_of(&self, first: u32, last: u32) -> [u8; 32] {
-        self.middles.iter().find(|m| (m.first, m.last) == (first, last)).map_or([0; 32], |m| m.sha256)
+    /// The identity of the slice with these blocks, if it is known.
+    fn slice_of(&self, first: u32, last: u32) -> Option<Sha> {
+        self.middles.iter().find(|m| (m.first, m.last) == (first, last))?.sha256
     }
 
     /// What the middle with these blocks has to answer, if it is known.
@@ -391,7 +392,7 @@ impl Files {
             let last = manifest.slices.len() - 1;
             let middles = (1..last).map(|i| {
                 let slice = &manifest.slices[i];
-                let sha256 = gguf_tools::digest::Sha::parse(&slice.sha256).map_or([0; 32], |s| s.0);
+                let sha256 = Sha::parse(&slice.sha256);
                 let canary = slice.canary.clone();
                 MiddleFile { path: file(i), first: slice.first, last: slice.last, sha256, canary }
             });
@@ -403,7 +404,7 @@ impl Files {
         let middles = args.middle.iter().map(|path| {
             let info = open(path, Role::Middle, Verify::Never)?;
             let (first, last) = (info.blocks.first, info.blocks.last);
-            Ok(MiddleFile { path: path.clone(), first, last, sha256: info.slice_sha256.0, canary: None })
+            Ok(MiddleFile { path: path.clone(), first, last, sha256: Some(info.slice_sha256), canary: None })
         });
         Ok(Files {
             head: head.clone(),
@@ -676,25 +677,15 @@ fn no_canary(args: &SplitArgs) -> &'static str {
 
 /// A link's error with the way out.
 pub fn refused(error: &LinkError) -> Failure {
-    use dim_wire::HandshakeError;
-    match error {
-        LinkError::Refused { reason: Reason::NoMemory, .. } => Failure::failed(error)
-            .hint("close other apps on it, take a smaller --ctx, or give it fewer blocks"),
-        LinkError::Refused { .. } => Failure::misuse(error).hint("the line above names the side to fix"),
-        LinkError::Handshake { error: HandshakeError::Key, .. } => {
-            Failure::misuse(error).hint("pair again: `dim-worker --pair`, then `dim-host pair ADDR:PORT`; or give both the same --key-file")
-        }
-        LinkError::Busy { .. } => Failure::failed(error).hint("stop the other host, or use another worker"),
-        LinkError::Unreachable { .. } => {
-            Failure::failed(error).hint("is dim-worker running there, on the same network, and its port open?")
-        }
-        other if other.may_pass() => Failure::failed(other),
-        other => Failure::misuse(other),
+    let failure = if error.is_misuse() { Failure::misuse(error) } else { Failure::failed(error) };
+    match error.hint() {
+        Some(hint) => failure.hint(hint),
+        None => failure,
     }
 }
 
 fn describe_offer(offer: &Terms) -> String {
-    format!("{} blocks {}..{} of {}", offer.arch, offer.first_block, offer.last_block, offer.n_blocks)
+    format!("{} blocks {} of {}", offer.arch, offer.blocks, offer.n_blocks)
 }
 
 /// One line: which blocks run where.

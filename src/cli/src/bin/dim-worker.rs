@@ -13,12 +13,14 @@ use dim::host::machine::MachineArgs;
 use dim::host::setup::{load_stage, load_stage_within, set_log};
 use dim::stage::verified::{Verify, open_slice};
 use dim::{device, worker};
-use dim_wire::DType;
 use dim_wire::keys::{Key, KeyStore};
 use dim_wire::message::Farewell;
+use dim_wire::rows::RowTypes;
 use dim_wire::terms::{Reason, SliceRole, Terms};
 use dim_wire::transport::discover::{Announcement, MDNS_PORT};
-use dim_wire::transport::{KeyRing, LinkError, Listener, ListenerConfig, Notice, Readiness, Timing};
+use dim_wire::transport::{
+    KeyRing, LinkError, LinkErrorKind, Listener, ListenerConfig, Notice, Readiness, Timing,
+};
 use gguf_tools::plan::Role;
 use gguf_tools::slice::SliceInfo;
 
@@ -129,8 +131,10 @@ fn run(args: &Args, chooses_rows: bool) -> Result<(), Failure> {
         let host = link.peer().to_owned();
         eprintln!("serving {host}");
         match worker::serve(&mut stage, link) {
-            LinkError::Goodbye { why: Farewell::Finished, .. } => eprintln!("{host} has finished"),
-            LinkError::Stopped => {}
+            LinkError { kind: LinkErrorKind::Goodbye(Farewell::Finished), .. } => {
+                eprintln!("{host} has finished")
+            }
+            LinkError { kind: LinkErrorKind::Stopped, .. } => {}
             error => eprintln!("{error}"),
         }
     }
@@ -181,7 +185,9 @@ fn keys(args: &Args) -> Result<Arc<dyn KeyRing>, Failure> {
 
 fn cannot_listen(error: LinkError) -> Failure {
     let text = match &error {
-        LinkError::Unreachable { address, text } => format!("cannot listen on {address}: {text}"),
+        LinkError { peer, kind: LinkErrorKind::Unreachable { text } } => {
+            format!("cannot listen on {peer}: {text}")
+        }
         other => other.to_string(),
     };
     Failure::misuse(text).hint("--listen takes an address of this machine and a port, as 0.0.0.0:7878")
@@ -190,20 +196,19 @@ fn cannot_listen(error: LinkError) -> Failure {
 /// What this worker holds and can do.
 fn terms(args: &Args, info: &SliceInfo, n_ctx: u32) -> Terms {
     Terms {
-        dtypes: DType::F16.bit() | DType::F32.bit(),
+        row_types: RowTypes::ALL,
         role: SliceRole::Middle,
         instance: u64::from(std::process::id()),
         n_embd: info.hparams.n_embd,
         n_blocks: info.model_blocks,
-        first_block: info.blocks.first,
-        last_block: info.blocks.last,
+        blocks: info.blocks,
         n_ctx,
         max_rows: args.machine.n_ubatch,
         max_sessions: args.max_sessions,
         max_in_flight: MAX_IN_FLIGHT,
-        model: info.model_sha256.0,
-        slice: info.slice_sha256.0,
-        params: info.params_sha256.map_or([0; 32], |sha| sha.0),
+        model: Some(info.model_sha256),
+        slice: Some(info.slice_sha256),
+        params: info.params_sha256,
         arch: info.hparams.arch.clone(),
         ..Terms::blank(0, &device::software("dim-worker"), &device::name())
     }
