@@ -4,9 +4,24 @@
 #![forbid(unsafe_code)]
 
 pub mod device;
+pub mod error;
+pub mod event;
 pub mod host;
-pub mod progress;
+mod resources;
+pub mod retry;
 pub mod stage;
+mod terms;
 pub mod worker;
 
-pub use gguf_tools::failure;
+pub use dim_core::blocks::BlockRange;
+pub use dim_core::pipeline::Patience;
+pub use dim_core::rows::RowType;
+pub use dim_wire::keys::Key;
+pub use error::{BadOption, Error};
+pub use event::Event;
+pub use host::discovery::Discovery;
+pub use host::sampler::Sampling;
+pub use host::{Generation, Host, HostBuilder, Session, Token, WholeModel};
+pub use resources::Resources;
+pub use stage::verified::Verify;
+pub use worker::{StopHandle, Worker, WorkerBuilder};
