@@ -3,6 +3,7 @@
 use std::path::PathBuf;
 
 use dim_core::blocks::BlockRange;
+use dim_core::digest::Sha;
 use dim_core::pipeline::PipelineError;
 use dim_core::stage::StageError;
 use dim_wire::HandshakeError;
@@ -83,14 +84,19 @@ pub enum Error {
         other: PathBuf,
     },
     /// Two slices are of different models.
-    #[error("{} and {} are slices of different models ({models})", path.display(), other.display())]
+    #[error(
+        "{} and {} are slices of different models ({}, {})",
+        path.display(), other.display(), named(.model), named(.other_model)
+    )]
     OtherModel {
         /// One file.
         path: PathBuf,
+        /// Its model's name and identity.
+        model: (String, Sha),
         /// The other one.
         other: PathBuf,
-        /// Both models' names and the beginnings of their digests.
-        models: String,
+        /// Its model's name and identity.
+        other_model: (String, Sha),
     },
 
     // ---- who has which blocks
@@ -291,6 +297,10 @@ const NAME_THE_WORKER: &str = "name the worker with --worker ADDR:PORT";
 /// What to do about a worker that computes wrongly.
 const WRONG_WORKER: &str = "don't use that worker as it is: start it with --verify always, and if its slice is whole, with --gpu-layers 0; \
      a phone: push its blocks again";
+
+fn named((name, sha256): &(String, Sha)) -> String {
+    format!("{name} {:.8}", sha256.to_string())
+}
 
 fn ranges(blocks: &[BlockRange]) -> String {
     blocks.iter().map(BlockRange::to_string).collect::<Vec<_>>().join(" and ")

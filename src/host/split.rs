@@ -123,6 +123,6 @@ fn same_model(path: &Path, a: &SliceInfo, other: &Path, b: &SliceInfo) -> Result
             _ => Ok(()),
         };
     }
-    let name = |info: &SliceInfo| format!("{} {:.8}", info.model_name, info.model_sha256.to_string());
-    Err(Error::OtherModel { path, other, models: format!("{}, {}", name(a), name(b)) })
+    let named = |info: &SliceInfo| (info.model_name.clone(), info.model_sha256);
+    Err(Error::OtherModel { path, model: named(a), other, other_model: named(b) })
 }

@@ -9,7 +9,6 @@
 //! | [`schedule`] | which stage runs what next: pure |
 //! | [`pipeline`] | the stages, driven by the schedule |
 //! | [`replay`] | what a worker that lost its memory is told again |
-//! | [`retry`] | when to try again somebody who is away: pure |
 //! | [`guard`], [`canary`] | a worker held against a known answer |
 
 #![forbid(unsafe_code)]
@@ -22,7 +21,6 @@ pub mod guard;
 pub mod pipeline;
 pub mod random;
 pub mod replay;
-pub mod retry;
 pub mod rows;
 pub mod schedule;
 pub mod stage;
