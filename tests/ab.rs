@@ -199,14 +199,14 @@ fn a_memory_limit_holds_or_the_way_to_one_is_named() {
 #[test]
 #[cfg(target_os = "linux")]
 fn a_launched_program_is_pinned_and_a_wrong_core_is_named() {
-    let mut command = Command::new(host_program());
+    let mut command = Command::new(env!("CARGO_BIN_EXE_dim-ab"));
     command.args(["launch", "--cpus", "0", "--", "/bin/cat", "/proc/self/status"]);
     let status = text(&command.output().unwrap().stdout);
     assert!(status.lines().any(|l| l == "Cpus_allowed_list:\t0"), "{status}");
-    let mut command = Command::new(host_program());
+    let mut command = Command::new(env!("CARGO_BIN_EXE_dim-ab"));
     let stderr = failure(command.args(["launch", "--cpus", "1023", "--", "/bin/true"]), 1);
     assert!(stderr.contains("1023"), "{stderr}");
-    let mut command = Command::new(host_program());
+    let mut command = Command::new(env!("CARGO_BIN_EXE_dim-ab"));
     let stderr = failure(command.args(["launch", "--", "/nonexistent/program"]), 1);
     assert!(stderr.contains("/nonexistent/program"), "{stderr}");
 }

@@ -26,6 +26,7 @@ mod quantise;
 mod rows;
 #[cfg(feature = "rpc")]
 pub mod rpc;
+mod stack;
 mod stage;
 mod stock;
 
