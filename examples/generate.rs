@@ -10,7 +10,10 @@ use std::error::Error;
 use std::io::Write as _;
 use std::path::Path;
 
-use dim::{Event, Host, Key, Sampling};
+use dim::{Event, Host, Key, Resources, Sampling};
+
+/// What a small model needs; without it, 4096 positions and a thread per core.
+const SMALL: Resources = Resources { n_ctx: 512, n_threads: Some(1), n_ubatch: 512, gpu_layers: None };
 
 fn main() -> Result<(), Box<dyn Error>> {
     let args: Vec<String> = std::env::args().skip(1).collect();
@@ -20,7 +23,7 @@ fn main() -> Result<(), Box<dyn Error>> {
         _ => return Err("usage: generate STEM.split.json PROMPT [ADDR:PORT KEY_FILE]".into()),
     };
 
-    let mut host = Host::open(split)?;
+    let mut host = Host::open(split)?.resources(SMALL);
     if let Some((address, key_file)) = worker {
         host = host.worker(address, Key::from_file(Path::new(key_file))?);
     }

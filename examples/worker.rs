@@ -12,7 +12,10 @@ use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
 
-use dim::{Event, Key, Worker};
+use dim::{Event, Key, Resources, Worker};
+
+/// What a small model needs; without it, 4096 positions and a thread per core.
+const SMALL: Resources = Resources { n_ctx: 512, n_threads: Some(1), n_ubatch: 512, gpu_layers: None };
 
 fn main() -> Result<(), Box<dyn Error>> {
     let args: Vec<String> = std::env::args().skip(1).collect();
@@ -34,7 +37,8 @@ fn main() -> Result<(), Box<dyn Error>> {
         _ => {}
     };
     let key = Key::from_file(Path::new(key_file))?;
-    let mut worker = Worker::open(slice).listen(listen).key(key).bind(on_event)?;
+    let worker = Worker::open(slice).listen(listen).key(key).resources(SMALL);
+    let mut worker = worker.bind(on_event)?;
     println!("listening on {}", worker.address());
     let stop = worker.stop_handle();
     let serving = std::thread::spawn(move || worker.serve());

@@ -15,14 +15,17 @@
 //! # let request = Request { middles, stem: "m".into(), ..Request::default() };
 //! # split(&Plan::new(&model, &request)?, folder.path(), "m", |_| {})?;
 //! # let (key, on_event) = (dim::Key::random()?, |_| {});
+//! # let small = dim::Resources { n_ctx: 256, n_threads: Some(1), ..Default::default() };
 //! # let worker = dim::Worker::open(folder.path().join("m.middle-1..2.gguf")).key(key.clone());
-//! # let mut worker = worker.listen("127.0.0.1:0").bind(on_event)?;
+//! # let mut worker = worker.resources(small).listen("127.0.0.1:0").bind(on_event)?;
 //! # let (addr, stop) = (worker.address().to_string(), worker.stop_handle());
 //! # let serving = std::thread::spawn(move || worker.serve());
 //! # let split = folder.path().join("m.split.json");
 //! use dim::{Host, RowType, Sampling};
 //!
-//! let mut host = Host::open(split)?.worker(addr, key).wire(RowType::F16).connect(on_event)?;
+//! let mut host = Host::open(split)?
+//! #   .resources(small)
+//!     .worker(addr, key).wire(RowType::F16).connect(on_event)?;
 //! let mut session = host.session()?;
 //! session.push_text("The capital of France is")?;
 //! for token in session.generate(Sampling::greedy()).take(100) {

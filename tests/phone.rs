@@ -73,7 +73,7 @@ impl Phone {
             timing: Timing::default(),
             notice: Box::new(|_| {}),
         };
-        // the door that was closed before gives its port back when its thread has ended
+        // the listener that was closed before gives its port back when its thread has ended
         let bound = (0..500).find_map(|_| {
             Listener::bind(&self.address, config())
                 .inspect_err(|_| std::thread::sleep(Duration::from_millis(10)))
