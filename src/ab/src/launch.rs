@@ -14,7 +14,7 @@ use std::time::{Duration, Instant};
 
 use rustix::process::{Pid, WaitId, WaitIdOptions, waitid};
 
-use dim::failure::Failure;
+use gguf_tools::failure::Failure;
 
 use super::cgroup::MemoryGroup;
 use super::usage::{self, Usage, Watch};

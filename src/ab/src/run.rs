@@ -26,8 +26,8 @@ use crate::link::{Link, LinkTraffic};
 use crate::machine::{Machine, SystemActivity, Versions, evict, rfc3339};
 use crate::record::{Arm, ModelFile, Phase, Record, SCHEMA, Scenario, append};
 use crate::report::gigabytes;
-use dim::failure::Failure;
 use dim::host::report::{Report, Stop};
+use gguf_tools::failure::Failure;
 
 /// What is to be measured, everything found and checked.
 #[derive(Debug)]

@@ -13,9 +13,13 @@ use crate::link::LinkOptions;
 use crate::record::{Arm, Scenario};
 use crate::report::{Page, read_all};
 use crate::run::{Plan, RpcServer, Workers, run as run_plan};
-use dim::failure::Failure;
-use dim::host::setup::{WireType, model_name};
-use dim::stage::verified::{Verify, open_slice};
+use dim::Verify;
+use dim::stage::load::model_name;
+use dim::stage::verified::open_slice;
+use dim_cli::args::WireType;
+use dim_cli::explain;
+use dim_cli::progress::Progress;
+use gguf_tools::failure::Failure;
 
 /// Arguments of `dim-host ab`.
 #[derive(Debug, clap::Args)]
@@ -109,7 +113,8 @@ pub fn run(args: &Args) -> Result<(), Failure> {
         manifest.slices.iter().filter(|s| s.role != Role::Middle).map(path).collect();
     // slices are compared with their digests now, so that no first load has to
     for slice in &host_slices {
-        open_slice(slice, Verify::Once)?;
+        let mut checking = Progress::new(format!("checking {}", model_name(slice)));
+        open_slice(slice, Verify::Once, |done, all| checking.update(done, all)).map_err(explain)?;
     }
 
     std::fs::create_dir_all(&args.out)

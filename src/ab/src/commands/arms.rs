@@ -7,7 +7,7 @@ use gguf_tools::gguf::{Gguf, check};
 use llama_sys_patch::{Quantised, quantise_model};
 
 use crate::launch::enter;
-use dim::failure::Failure;
+use gguf_tools::failure::Failure;
 
 /// Arguments of `dim-host launch`: enter a group, pin to cores, become a program.
 #[derive(Debug, clap::Args)]
