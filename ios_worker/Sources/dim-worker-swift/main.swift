@@ -37,10 +37,13 @@ func keyStore(_ arguments: Arguments) throws -> any KeyStore {
     return KeyDirectory(base.appendingPathComponent("dim").appendingPathComponent("worker-swift-keys"))
 }
 
-func readManifest(_ directory: URL) throws -> Manifest {
+func readManifest(_ directory: URL, _ verify: Verify) throws -> Manifest {
     do throws(ManifestError) {
         let manifest = try Manifest.read(directory)
-        try manifest.verify(directory)
+        switch try manifest.verify(directory, verify) {
+        case .compared: say("verified: every file compared with its SHA-256")
+        case .stamped: say("verified: no file has changed since every byte was compared")
+        }
         return manifest
     } catch {
         throw UsageError(
@@ -50,7 +53,7 @@ func readManifest(_ directory: URL) throws -> Manifest {
 
 /// Loads, tests and wraps the packages of `directory`.
 func load(_ directory: URL, _ arguments: Arguments) throws -> any Stage {
-    let manifest = try readManifest(directory)
+    let manifest = try readManifest(directory, arguments.verify)
     var shape = StageShape(manifest)
     if let context = arguments.context {
         guard context <= shape.nCtx else {
@@ -225,6 +228,8 @@ do {
         print(Arguments.usage)
     } else if arguments.version {
         print("dim-worker-swift 0.1.0 (protocol \(protocolVersion))")
+    } else if arguments.check, let directory = arguments.directory {
+        _ = try readManifest(URL(fileURLWithPath: directory), arguments.verify)
     } else {
         try run(arguments)
     }
