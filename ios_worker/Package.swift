@@ -38,6 +38,7 @@ let package = Package(
         .testTarget(name: "DIMCryptoTests", dependencies: ["DIMCrypto"]),
         .testTarget(name: "DIMWireTests", dependencies: ["DIMWire"]),
         .testTarget(name: "DIMStageTests", dependencies: ["DIMStage", "DIMReference", "TestFixtures"]),
+        .testTarget(name: "DIMCoreMLTests", dependencies: ["DIMCoreML", "TestFixtures"]),
         .testTarget(name: "DIMServerTests", dependencies: ["DIMServer", "TestFixtures"]),
     ],
     swiftLanguageModes: [.v6]

@@ -1,5 +1,6 @@
 // The one file that calls the socket interface, for Linux and Darwin alike (Network.framework would do on Apple systems
 // only, and then nothing of the server could be run on Linux). Blocking sockets, absolute times in milliseconds.
+import DIMCrypto
 import DIMWire
 import Foundation
 

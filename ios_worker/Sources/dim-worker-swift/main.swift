@@ -69,7 +69,7 @@ func load(_ directory: URL, _ arguments: Arguments) throws -> any Stage {
         say("loading \(blocks)")
         let only = arguments.units.flatMap { ComputeUnit(rawValue: $0) }
         let loaded = try blocking {
-            try await CoreMLLoader(manifest: manifest, directory: directory).load(only: only) { say($0.description) }
+            try await CoreMLLoader(manifest: manifest, directory: directory).load(.init(only: only)) { say($0.description) }
         }
         parameters.prefillFrom = loaded.prefillFrom
         return PackagedStage(shape: shape, parameters: parameters, packages: loaded.packages)

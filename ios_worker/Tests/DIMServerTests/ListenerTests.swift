@@ -1,5 +1,6 @@
 // The listener where the system behaves as Darwin does: `shutdown` wakes nobody, a listener of a suspended app fails for
 // ever, accepted sockets do not block.
+import DIMCrypto
 import DIMStage
 import DIMWire
 import Foundation
