@@ -107,6 +107,9 @@ final class Reports: @unchecked Sendable {
         return list
     }
 
+    /// hosts that were connected and are so no more
+    var goodbyes: Int { all.filter { if case .disconnected = $0 { true } else { false } }.count }
+
     /// Waits until `wanted` is among them.
     func eventually(_ wanted: (ServerEvent) -> Bool) -> Bool {
         for _ in 0..<500 {
