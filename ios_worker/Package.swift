@@ -26,7 +26,8 @@ let package = Package(
     name: "DIMWorker",
     platforms: [.iOS(.v18), .macOS(.v15)],
     products: [
-        .library(name: "DIMWorkerKit", targets: ["DIMWire", "DIMCrypto", "DIMStage", "DIMCoreML", "DIMServer", "DIMPhone"]),
+        .library(
+            name: "DIMWorkerKit", targets: ["DIMWire", "DIMCrypto", "DIMStage", "DIMCoreML", "DIMServer", "DIMPhone"]),
         .executable(name: "dim-worker-swift", targets: ["dim-worker-swift"]),
     ],
     targets: systemTargets + [

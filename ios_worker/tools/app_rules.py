@@ -157,19 +157,65 @@ def check_sources(texts):
     for file, pattern, why in REQUIRED:
         if not re.search(pattern, without_comments(texts.get(file, "")), re.S):
             faults.append(f"{file}: {why}")
-    return faults
+    return faults + check_views(texts[APP_FILES + "WorkerView.swift"])
 
 
 # pattern, why not
 FORBIDDEN = [
-    (r"\.read\(upToCount|\.readToEnd\(|\.readData\(|\.availableData",
+    (r"\.read\(upToCount|\.readToEnd\(|\.readData\(|\.availableData|\.write\(contentsOf",
      "FileHandle gives autoreleased data: a loop on a thread without a pool holds the whole file"),
+    (r"\[CFString: Any\] = \[(?=[^\]]*kSecReturnData)[^\]]*kSecMatchLimitAll",
+     "the secrets of all items at once: refused on macOS, and not to be asked"),
+    (r"\bADDRESS\b", "a word that stands for an address, where the address is known"),
+    (r"= UIDevice\.current\.name", "every iPhone is called iPhone"),
+    (r"CIQRCode|CIContext", "a picture computed for each drawing"),
+    (r'"\\\(error\)"', "the name of an error's case is no sentence"),
 ]
+APP_FILES = "App/DIMWorker/"
 # file, pattern, what is wrong without it
 REQUIRED = [
+    (APP_FILES + "DIMWorkerApp.swift", r"\.onChange\(of: phase, initial: true\)",
+     "the first phase is not told: an app that starts active listens to nothing"),
+    (APP_FILES + "System.swift", r"NWPathMonitor\(\)", "a change of the network is not seen"),
+    (APP_FILES + "Worker.swift", r"network\.start \{ \[weak self\] in self\?\.refreshAddresses\(\) \}",
+     "a change of the network is not followed"),
+    (APP_FILES + "Worker.swift", r"control\.pause\(background\)", "goodbyes are said on the main thread"),
+    (APP_FILES + "Worker.swift", r"case \.load: loading\.want", "a push that ends during a load is dropped"),
+    (APP_FILES + "Worker.swift", r"excludeFromBackup\(place\)", "gigabytes of weights in the backup"),
+    (APP_FILES + "WorkerView.swift", r'Button\("Try again"\)', "after a failed load there is no second try"),
+    (APP_FILES + "WorkerView.swift", r'Button\("Delete"', "what was pushed cannot be deleted"),
+    (APP_FILES + "PairingView.swift", r"pairing\.command\(address\)", "the command is not shown whole"),
 ]
+
+
+def check_views(text):
+    """What changes twice a second is read by two small views, not by the one that holds the list."""
+    faults = []
+    for name, body in re.findall(r"struct (\w+): View[^{]*\{(.*?)\n\}", text, re.S):
+        if name not in ("HostSection", "DeviceSection") and re.search(r"screen\.(steps|device)\b", body):
+            faults.append(f"WorkerView.swift: {name} is drawn anew twice a second")
+    return faults
+
+
 # name, file, pattern, replacement
 PLANTED = [
-    ("a file is read through FileHandle", "Sources/DIMStage/Manifest.swift", r"$",
+    ("a file is read through FileHandle", "Sources/DIMStage/RawFile.swift", r"$",
      "\nfunc bad(_ file: FileHandle) throws { while let piece = try file.read(upToCount: 1) { _ = piece } }\n"),
+    ("all secrets at once", APP_FILES + "KeychainStore.swift", "kSecReturnAttributes: true", "kSecReturnData: true"),
+    ("no first phase", APP_FILES + "DIMWorkerApp.swift", "of: phase, initial: true", "of: phase"),
+    ("the address as a word", APP_FILES + "PairingView.swift", '"On the host:"', '"dim-host pair ADDRESS"'),
+    ("a QR code for each drawing", APP_FILES + "PairingView.swift", "import UIKit", "import UIKit\nlet c = CIContext()"),
+    ("no monitor of the network", APP_FILES + "System.swift", r"NWPathMonitor\(\)", "nil"),
+    ("a change of the network is ignored", APP_FILES + "Worker.swift", r"self\?\.refreshAddresses\(\) \}", "}"),
+    ("one name for every phone", APP_FILES + "Worker.swift", r"DeviceName\.best\(.*?\)\)", "UIDevice.current.name"),
+    ("goodbyes on the main thread", APP_FILES + "Worker.swift", r"control\.pause\(background\)", "server.stop(.pausing)"),
+    ("a push that is dropped", APP_FILES + "Worker.swift", r"case \.load: loading\.want\(\.init\(\)\)", "case .load: break"),
+    ("slices in the backup", APP_FILES + "Worker.swift", r"excludeFromBackup\(place\)", ""),
+    ("no second try", APP_FILES + "WorkerView.swift", r'Button\("Try again"\) \{ worker.tryAgain\(\) \}', ""),
+    ("slices for ever", APP_FILES + "WorkerView.swift", r'Button\("Delete", role: .destructive\)', 'Button("Keep")'),
+    ("half a command", APP_FILES + "PairingView.swift", r"pairing\.command\(address\)", "pairing.code"),
+    ("the whole list twice a second", APP_FILES + "WorkerView.swift", r'value: worker\.screen\.slice \?\? "none"',
+     'value: "\\(worker.screen.steps.rows)"'),
+    ("an error by the name of its case", "Sources/DIMCoreML/UnitTrials.swift", r"explanation\(of: error\)",
+     '"\\\\(error)"'),
 ]

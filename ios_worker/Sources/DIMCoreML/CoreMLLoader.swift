@@ -65,9 +65,9 @@
             }
             let cache = CompiledCache(manifest, in: support)
             let count = manifest.packages.count
-            let compiled = try await cache.packages(of: directory, compile: { try await MLModel.compileModel(at: $0) }) {
-                report(.compiling(package: $0, of: count))
-            }
+            let compiled = try await cache.packages(
+                of: directory, compile: { try await MLModel.compileModel(at: $0) },
+                report: { report(.compiling(package: $0, of: count)) })
             let system = ProcessInfo.processInfo.operatingSystemVersionString
             let ledger = TrialLedger(cache.directory, system: system, mark: mark)
             if wish.forgiving { ledger.forgive() }

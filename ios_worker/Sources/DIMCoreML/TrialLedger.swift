@@ -29,7 +29,9 @@ public struct UnitFigure: Codable, Equatable, Sendable {
     public var sentence: String {
         guard passes else { return problem ?? "failed" }
         var text = String(format: "%.1f ms per token, error %.2g", decodeMs ?? 0, medianError ?? 0)
-        if isElsewhere == true { text += "; not on the Neural Engine: \((footprint ?? 0) >> 20) MiB in the app's memory" }
+        if isElsewhere == true {
+            text += "; not on the Neural Engine: \((footprint ?? 0) >> 20) MiB in the app's memory"
+        }
         if let plan { text += "; \(plan)" }
         return text
     }

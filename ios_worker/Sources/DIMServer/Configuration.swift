@@ -11,6 +11,8 @@ public struct DeviceState: Equatable, Sendable {
     public var battery: UInt8?
     /// what the process may still take: bytes
     public var memory: UInt64?
+    /// what it may take in all: bytes; for the screen
+    public var memoryLimit: UInt64?
 
     public init() {}
 }

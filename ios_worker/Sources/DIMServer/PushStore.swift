@@ -58,12 +58,13 @@ public final class PushStore: @unchecked Sendable {
         try FileManager.default.removeItem(at: slice)
     }
 
-    /// Deletes every other pushed slice: `slice` was seen to work. Without effect if it was not pushed itself.
-    public func keepOnly(_ slice: URL) {
+    /// Deletes pushed slices that are older than `slice`, which was seen to work. One that has come since stays: its turn
+    /// is next. Without effect if `slice` was not pushed itself.
+    public func dropOlder(than slice: URL) {
         guard isOurs(slice) else { return }
-        // by name: of one directory a URL may end in a slash and another not
-        for other in complete() where other.lastPathComponent != slice.lastPathComponent {
-            try? FileManager.default.removeItem(at: other)
+        // newest first, and by name: of one directory a URL may end in a slash and another not
+        for older in complete().drop(while: { $0.lastPathComponent != slice.lastPathComponent }).dropFirst() {
+            try? FileManager.default.removeItem(at: older)
         }
     }
 

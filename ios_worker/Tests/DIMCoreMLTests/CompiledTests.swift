@@ -34,8 +34,8 @@ import Testing
         let excluded = Locked<[URL]>([])
         var reported: [Int] = []
         let made = try await cache.packages(
-            of: fixture.directory, compile: { try compile($0) }, exclude: { url in excluded.withLock { $0.append(url) } }
-        ) { reported.append($0) }
+            of: fixture.directory, compile: { try compile($0) },
+            exclude: { url in excluded.withLock { $0.append(url) } }, report: { reported.append($0) })
         #expect(reported == [0, 1])
         #expect(excluded.withLock { $0 } == [cache.directory])
         for (index, compiled) in made.enumerated() {
@@ -48,9 +48,9 @@ import Testing
         // the source is what it was, and known to be
         #expect(try manifest.verify(fixture.directory) == .stamped)
         // and is compiled once, whatever the system's version is by then
-        _ = try await cache.packages(of: fixture.directory, compile: { try compile($0) }) { _ in
-            Issue.record("compiled again")
-        }
+        _ = try await cache.packages(
+            of: fixture.directory, compile: { try compile($0) },
+            report: { _ in Issue.record("compiled again") })
         // the compiled copy keeps the bytes if the source goes
         try FileManager.default.removeItem(at: fixture.directory)
         #expect((FileIdentity(made[0].appendingPathComponent("weights/weight.bin"))?.bytes ?? 0) > 1 << 20)
@@ -100,7 +100,10 @@ import Testing
                 error("Unable to load model", 0, inner: error("E5RT: ANECCompile(...) FAILED", 11)),
                 "the Neural Engine refused the program (11)"
             ),
-            (error("Program Inference error status=0x1d", 0), "the Neural Engine stopped while it ran the program (0x1d)"),
+            (
+                error("Program Inference error status=0x1d", 0),
+                "the Neural Engine stopped while it ran the program (0x1d)"
+            ),
             (error("The file is gone.", 260), "The file is gone. (260)"),
         ]
         for (error, wanted) in table {

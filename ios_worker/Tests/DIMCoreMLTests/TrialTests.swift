@@ -71,7 +71,8 @@ private final class StandIn: UnitTrier, @unchecked Sendable {
     }
 
     private func trials(
-        _ standIn: StandIn, _ place: URL, left: UInt64? = 4 << 30, mark: TrialMark = TrialMark(), system: String = "18.0"
+        _ standIn: StandIn, _ place: URL, left: UInt64? = 4 << 30, mark: TrialMark = TrialMark(),
+        system: String = "18.0"
     ) -> UnitTrials<StandIn> {
         let memory = TrialMemory(
             weights: 1 << 30, largest: 400 << 20, states: 10 << 20, headroom: { left },

@@ -33,7 +33,9 @@ import Testing
         }
         #expect(!redraws(everything, after: { screen.tick(device: device) }))
         meter.add(rows: 1, microseconds: 100)
-        #expect(!redraws({ _ = (screen.device, screen.addresses, screen.packages) }, after: { screen.tick(device: device) }))
+        #expect(
+            !redraws({ _ = (screen.device, screen.addresses, screen.packages) }, after: { screen.tick(device: device) })
+        )
         meter.add(rows: 1, microseconds: 100)
         #expect(redraws({ _ = screen.steps }, after: { screen.tick(device: device) }))
         device.memory = 1 << 29

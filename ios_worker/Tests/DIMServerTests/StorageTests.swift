@@ -67,7 +67,8 @@ import Testing
         try Data("{\"files\":[]}".utf8).write(to: stamp)
         #expect(try manifest.verify(fixture.directory) == .compared)
         var text = try String(contentsOf: stamp, encoding: .utf8)
-        text = text.replacingOccurrences(of: manifest.packages[0].files[2].sha256, with: String(repeating: "0", count: 64))
+        text = text.replacingOccurrences(
+            of: manifest.packages[0].files[2].sha256, with: String(repeating: "0", count: 64))
         try Data(text.utf8).write(to: stamp)
         #expect(try manifest.verify(fixture.directory) == .compared)
         try FileManager.default.removeItem(at: stamp)
@@ -96,7 +97,7 @@ import Testing
         #expect(try roomy.begin(offer).count == offer.items.count)
     }
 
-    @Test func onlyTheSliceThatWorksIsKept() throws {
+    @Test func olderSlicesGoWhenOneWorks() throws {
         let root = place()
         defer { try? FileManager.default.removeItem(at: root) }
         let store = PushStore(root)
@@ -120,12 +121,15 @@ import Testing
         try FileManager.default.createDirectory(at: copied, withIntermediateDirectories: true)
         defer { try? FileManager.default.removeItem(at: copied) }
         // a slice of another place is not the store's: nothing goes for it, and it cannot be deleted here
-        store.keepOnly(copied)
+        store.dropOlder(than: copied)
         #expect(store.complete().count == 3)
         #expect(throws: (any Error).self) { try store.remove(copied) }
         #expect(FileManager.default.fileExists(atPath: copied.path))
 
-        store.keepOnly(places[2])
+        // one that came while the second was being loaded stays
+        store.dropOlder(than: places[1])
+        #expect(store.complete().map(\.lastPathComponent) == [places[2], places[1]].map(\.lastPathComponent))
+        store.dropOlder(than: places[2])
         #expect(store.complete().map(\.lastPathComponent) == [places[2].lastPathComponent])
         try store.remove(places[2])
         #expect(store.complete().isEmpty)
