@@ -67,6 +67,8 @@ pub(super) fn configure(stream: &TcpStream, stalled: Duration) -> io::Result<()>
     // long, is heard all the same, and this would cut it off
     #[cfg(any(target_os = "linux", target_os = "android"))]
     socket.set_tcp_user_timeout(Some(stalled))?;
+    #[cfg(not(any(target_os = "linux", target_os = "android")))]
+    let _ = stalled;
     Ok(())
 }
 
