@@ -84,20 +84,8 @@ pub enum Error {
         other: PathBuf,
     },
     /// Two slices are of different models.
-    #[error(
-        "{} and {} are slices of different models ({}, {})",
-        path.display(), other.display(), named(.model), named(.other_model)
-    )]
-    OtherModel {
-        /// One file.
-        path: PathBuf,
-        /// Its model's name and identity.
-        model: (String, Sha),
-        /// The other one.
-        other: PathBuf,
-        /// Its model's name and identity.
-        other_model: (String, Sha),
-    },
+    #[error(transparent)]
+    OtherModel(Box<DifferentModels>),
 
     // ---- who has which blocks
     /// No stage has these blocks.
@@ -229,7 +217,7 @@ impl Error {
         let text = match self {
             Error::WrongRole { .. } => "--split STEM.split.json names all files at once",
             Error::NotAMiddle { .. } => "the head and the tail stay with dim-host",
-            Error::OtherSettings { .. } | Error::OtherModel { .. } => "take the slices of one dim-split run",
+            Error::OtherSettings { .. } | Error::OtherModel(_) => "take the slices of one dim-split run",
             Error::NobodyHas { .. } => {
                 "name the worker that holds them with --worker ADDR:PORT, or the file with --middle FILE"
             }
@@ -290,6 +278,23 @@ impl Error {
             _ => true,
         }
     }
+}
+
+/// Slices that cannot be of one split.
+#[derive(Debug, thiserror::Error)]
+#[error(
+    "{} and {} are slices of different models ({}, {})",
+    path.display(), other.display(), named(.model), named(.other_model)
+)]
+pub struct DifferentModels {
+    /// One file.
+    pub path: PathBuf,
+    /// Its model's name and identity.
+    pub model: (String, Sha),
+    /// The other one.
+    pub other: PathBuf,
+    /// Its model's name and identity.
+    pub other_model: (String, Sha),
 }
 
 const NAME_THE_WORKER: &str = "name the worker with --worker ADDR:PORT";
