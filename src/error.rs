@@ -6,11 +6,9 @@ use dim_core::blocks::BlockRange;
 use dim_core::digest::Sha;
 use dim_core::pipeline::PipelineError;
 use dim_core::stage::StageError;
-use dim_wire::HandshakeError;
 use dim_wire::keys::KeyError;
-use dim_wire::terms::Reason;
-use dim_wire::transport::LinkError;
 use dim_wire::transport::discover::DiscoverError;
+use dim_wire::transport::{LinkError, LinkErrorKind};
 use gguf_tools::manifest::ManifestError;
 use gguf_tools::plan::Role;
 use gguf_tools::slice::SliceError;
@@ -242,10 +240,10 @@ impl Error {
             Error::NoneFound { any_seen: true, .. } => {
                 "the lines above say what is wrong with each that was seen; or name the worker with --worker ADDR:PORT"
             }
-            Error::Link(error) => return link_hint(error).map(str::to_owned),
-            Error::Check { source, .. } => return stage_hint(source).map(str::to_owned),
+            Error::Link(error) => return error.hint().map(|h| h.to_string()),
+            Error::Check { source, .. } => return source.hint().map(|h| h.to_string()),
             Error::Listen(_) => "--listen takes an address of this machine and a port, as 0.0.0.0:7878",
-            Error::Pipeline(error) => return pipeline_hint(error).map(str::to_owned),
+            Error::Pipeline(error) => return error.hint().map(|h| h.to_string()),
             Error::Load { .. } => "a smaller --ctx needs less memory",
             Error::EmptyPrompt => "give at least one character with -p or -f",
             Error::PromptTooLong { n_tokens, .. } => {
@@ -274,7 +272,7 @@ impl Error {
             | Error::Pipeline(_)
             | Error::Llama(_)
             | Error::Load { .. } => false,
-            Error::Link(error) => link_is_misuse(error),
+            Error::Link(error) => error.is_misuse(),
             _ => true,
         }
     }
@@ -299,10 +297,6 @@ pub struct DifferentModels {
 
 const NAME_THE_WORKER: &str = "name the worker with --worker ADDR:PORT";
 
-/// What to do about a worker that computes wrongly.
-const WRONG_WORKER: &str = "don't use that worker as it is: start it with --verify always, and if its slice is whole, with --gpu-layers 0; \
-     a phone: push its blocks again";
-
 fn named((name, sha256): &(String, Sha)) -> String {
     format!("{name} {:.8}", sha256.to_string())
 }
@@ -312,58 +306,8 @@ fn ranges(blocks: &[BlockRange]) -> String {
 }
 
 fn cannot_listen(error: &LinkError) -> String {
-    match error {
-        LinkError::Unreachable { address, text } => format!("cannot listen on {address}: {text}"),
-        other => other.to_string(),
-    }
-}
-
-/// What to do about a link that there is not.
-fn link_hint(error: &LinkError) -> Option<&'static str> {
-    Some(match error {
-        LinkError::Refused { reason: Reason::NoMemory, .. } => {
-            "close other apps on it, take a smaller --ctx, or give it fewer blocks"
-        }
-        LinkError::Refused { .. } => "the line above names the side to fix",
-        LinkError::Handshake { error: HandshakeError::Key, .. } => {
-            "pair again: `dim-worker --pair`, then `dim-host pair ADDR:PORT`; or give both the same --key-file"
-        }
-        LinkError::Busy { .. } => "stop the other host, or use another worker",
-        LinkError::Unreachable { .. } => {
-            "is dim-worker running there, on the same network, and its port open?"
-        }
-        _ => return None,
-    })
-}
-
-/// Whether a link that there is not is the doing of whoever asked for it.
-fn link_is_misuse(error: &LinkError) -> bool {
-    match error {
-        LinkError::Refused { reason: Reason::NoMemory, .. } => false,
-        LinkError::Refused { .. } => true,
-        other => !other.may_pass(),
-    }
-}
-
-/// What to do about a step that did not come out.
-fn pipeline_hint(error: &PipelineError) -> Option<&'static str> {
-    match error {
-        PipelineError::WorkerGone { .. } => {
-            Some("start the worker again, then run the same command; what was generated so far stands above")
-        }
-        PipelineError::Stage { source, .. } => stage_hint(source),
-        PipelineError::OutOfTurn(_) => Some("the worker is not the same version as this host: update both"),
-    }
-}
-
-/// What to do about a stage that could not do its step.
-fn stage_hint(error: &StageError) -> Option<&'static str> {
-    match error {
-        StageError::Refused(_) => Some("the sentence above names the side to fix"),
-        StageError::Wrong(_) => Some(WRONG_WORKER),
-        StageError::Failed(why) if why.contains("finite") || why.contains("65504") => {
-            Some("repeat with --wire f32, or give these blocks to the host")
-        }
-        _ => None,
+    match &error.kind {
+        LinkErrorKind::Unreachable { text } => format!("cannot listen on {}: {text}", error.peer),
+        _ => error.to_string(),
     }
 }

@@ -1,10 +1,9 @@
-//! What is agreed on with a worker, in the words of the wire: the one place where digests that are not known become
-//! zeros, and block ranges two numbers.
+//! What is agreed on with a worker, in the words of the wire.
 
 use dim_core::blocks::BlockRange;
 use dim_core::digest::Sha;
 use dim_core::rows::RowType;
-use dim_wire::DType;
+use dim_wire::rows::RowTypes;
 use dim_wire::terms::{SliceRole, Terms};
 use gguf_tools::slice::SliceInfo;
 
@@ -29,17 +28,17 @@ pub(crate) fn of_host(
     max_sessions: u32,
 ) -> Terms {
     Terms {
-        dtypes: match needs.wire {
-            RowType::F16 => DType::F16.bit(),
-            RowType::F32 => DType::F32.bit(),
+        row_types: match needs.wire {
+            RowType::F16 => RowTypes::F16,
+            RowType::F32 => RowTypes::F32,
         },
         role: SliceRole::Middle,
         instance: random_instance(),
         n_ctx: needs.n_ctx,
         max_rows: needs.max_rows,
         max_sessions,
-        max_in_flight: dim_core::pipeline::REMOTE_WINDOW_U32,
-        slice: bytes(slice),
+        max_in_flight: dim_core::pipeline::MAX_IN_FLIGHT,
+        slice,
         ..of_model(head, blocks, &needs.software)
     }
 }
@@ -53,14 +52,14 @@ pub(crate) fn of_worker(
     max_sessions: u32,
 ) -> Terms {
     Terms {
-        dtypes: DType::F16.bit() | DType::F32.bit(),
+        row_types: RowTypes::ALL,
         role: SliceRole::Middle,
         instance: u64::from(std::process::id()),
         n_ctx,
         max_rows,
         max_sessions,
         max_in_flight: MAX_IN_FLIGHT,
-        slice: slice.slice_sha256.0,
+        slice: Some(slice.slice_sha256),
         ..of_model(slice, slice.blocks, software)
     }
 }
@@ -69,10 +68,9 @@ fn of_model(slice: &SliceInfo, blocks: BlockRange, software: &str) -> Terms {
     Terms {
         n_embd: slice.hparams.n_embd,
         n_blocks: slice.model_blocks,
-        first_block: blocks.first,
-        last_block: blocks.last,
-        model: slice.model_sha256.0,
-        params: bytes(slice.params_sha256),
+        blocks,
+        model: Some(slice.model_sha256),
+        params: slice.params_sha256,
         arch: slice.hparams.arch.clone(),
         ..Terms::blank(0, software, &device::name())
     }
@@ -82,20 +80,16 @@ fn of_model(slice: &SliceInfo, blocks: BlockRange, software: &str) -> Terms {
 pub(crate) fn offered(offer: &Terms) -> Offered {
     Offered {
         arch: offer.arch.clone(),
-        first: offer.first_block,
-        last: offer.last_block,
+        first: offer.blocks.first,
+        last: offer.blocks.last,
         n_blocks: offer.n_blocks,
     }
 }
 
 /// The blocks that a worker says it has, if a model of `n_blocks` has such blocks.
 pub(crate) fn blocks_of(offer: &Terms, n_blocks: u32) -> Option<BlockRange> {
-    let (first, last) = (offer.first_block, offer.last_block);
-    (first <= last && last < n_blocks).then_some(BlockRange { first, last })
-}
-
-fn bytes(digest: Option<Sha>) -> [u8; 32] {
-    digest.map_or([0; 32], |sha| sha.0)
+    let BlockRange { first, last } = offer.blocks;
+    (first <= last && last < n_blocks).then_some(offer.blocks)
 }
 
 fn random_instance() -> u64 {

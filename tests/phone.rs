@@ -18,6 +18,7 @@ use dim::stage::load::{LoadOptions, load_stage};
 use dim::stage::verified::{Verify, open_slice};
 use dim_wire::keys::Key;
 use dim_wire::message::{ErrorCode, Farewell, Fault};
+use dim_wire::rows::RowTypes;
 use dim_wire::terms::{Reason, SliceRole, Terms};
 use dim_wire::transport::{Listener, ListenerConfig, Readiness, Sender, Timing};
 
@@ -39,19 +40,18 @@ impl Phone {
         let slice = cut.slice(1);
         let info = open_slice(&slice, Verify::Never, |_, _| {}).unwrap();
         let terms = Terms {
-            dtypes: 0b11,
+            row_types: RowTypes::ALL,
             role: SliceRole::Middle,
             instance: 7,
             n_embd: info.hparams.n_embd,
             n_blocks: info.model_blocks,
-            first_block: info.blocks.first,
-            last_block: info.blocks.last,
+            blocks: info.blocks,
             n_ctx: 512,
             max_rows: 512,
             max_sessions: 1,
             max_in_flight: 4,
-            model: info.model_sha256.0,
-            slice: info.slice_sha256.0,
+            model: Some(info.model_sha256),
+            slice: Some(info.slice_sha256),
             arch: info.hparams.arch.clone(),
             ..Terms::blank(0, "test 0", "Anna's iPhone")
         };

@@ -19,6 +19,7 @@
 //! cpp/*.cpp                            llama.cpp's internals behind one exception boundary
 //! ```
 
+mod cpu;
 mod error;
 mod ffi;
 mod model;
@@ -30,6 +31,7 @@ mod stack;
 mod stage;
 mod stock;
 
+pub use cpu::unused_cpu_features;
 pub use error::Error;
 pub use model::{Device, LogLevel, Model, ModelParams, ModelPart, Offload, devices, set_log};
 pub use quantise::{Quantised, quantise_model};
@@ -38,6 +40,9 @@ pub use stage::{
     BlockStats, ContextInfo, ContextParams, FlashAttn, Input, KvType, Output, Row, Stage, StageParams,
 };
 pub use stock::Stock;
+
+/// The version of llama-cpp-sys-2, the crate whose llama.cpp this is built on.
+pub const LLAMA_CPP_SYS_VERSION: &str = env!("LLAMA_CPP_SYS_VERSION");
 
 /// The llama.cpp bindings this crate is built on, for samplers: `llama_cpp_2::sampling`.
 pub use llama_cpp_2;

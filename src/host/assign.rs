@@ -86,7 +86,7 @@ impl Split {
             return Err(Error::NoSliceThere { address });
         }
         let described = terms::offered(&offer);
-        if offer.model != self.head.model_sha256.0 {
+        if offer.model != Some(self.head.model_sha256) {
             let (head, model_name) = (self.files.head.clone(), self.head.model_name.clone());
             return Err(Error::OtherModelThere { address, offer: described, head, model_name });
         }

@@ -157,6 +157,6 @@ fn checked(
         };
         wait(&mut state, error, &mut tell).map_err(|source| Error::Check { stage: stage.name(), source })?;
         // a check is part of every new connection
-        result = stage.reconnect().map(|()| None);
+        result = stage.reconnect();
     }
 }

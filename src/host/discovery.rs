@@ -18,7 +18,7 @@ use dim_wire::HandshakeError;
 use dim_wire::keys::{Key, KeyError, KeyStore, Peer};
 use dim_wire::terms::{SliceRole, Terms};
 use dim_wire::transport::discover::{MDNS_PORT, Search, Sighting};
-use dim_wire::transport::{LinkError, Timing, inquire};
+use dim_wire::transport::{LinkError, LinkErrorKind, Timing, inquire};
 
 use crate::error::Error;
 use crate::event::{Event, Events, Sighted};
@@ -169,8 +169,10 @@ fn probe(sighting: &Sighting, keys: &[(Key, Peer)]) -> Probe {
                         offer: Box::new(offer),
                     };
                 }
-                Err(LinkError::Handshake { error: HandshakeError::Key, .. }) => wrong_key = true,
-                Err(error @ LinkError::Unreachable { .. }) => {
+                Err(LinkError { kind: LinkErrorKind::Handshake(HandshakeError::Key), .. }) => {
+                    wrong_key = true
+                }
+                Err(error @ LinkError { kind: LinkErrorKind::Unreachable { .. }, .. }) => {
                     unreachable.get_or_insert(error);
                     break;
                 }
@@ -181,7 +183,7 @@ fn probe(sighting: &Sighting, keys: &[(Key, Peer)]) -> Probe {
             return Probe::No(Sighted::NotPaired { address: address.clone() });
         }
     }
-    let nowhere = || LinkError::Unreachable { address: String::new(), text: String::new() };
+    let nowhere = || LinkErrorKind::Unreachable { text: String::new() }.with("");
     Probe::No(Sighted::Failed(unreachable.unwrap_or_else(nowhere)))
 }
 
@@ -297,11 +299,12 @@ impl Candidates<'_> {
 
 /// Whether nothing new is said: seconds pass, the reason stays.
 fn is_same_reason(before: &Sighted, now: &Sighted) -> bool {
-    use LinkError::{Busy, Deadline, Silent};
-    match (before, now) {
-        (Sighted::Failed(Busy { host: a, .. }), Sighted::Failed(Busy { host: b, .. })) => a == b,
-        (Sighted::Failed(Silent { .. }), Sighted::Failed(Silent { .. })) => true,
-        (Sighted::Failed(Deadline { what: a, .. }), Sighted::Failed(Deadline { what: b, .. })) => a == b,
+    use LinkErrorKind::{Busy, Deadline, Silent};
+    let (Sighted::Failed(a), Sighted::Failed(b)) = (before, now) else { return before == now };
+    match (&a.kind, &b.kind) {
+        (Busy { host: a, .. }, Busy { host: b, .. }) => a == b,
+        (Silent { .. }, Silent { .. }) => true,
+        (Deadline { awaited: a, .. }, Deadline { awaited: b, .. }) => a == b,
         _ => before == now,
     }
 }
@@ -339,7 +342,7 @@ fn fit(need: &Need<'_>, offer: &Terms) -> Result<BlockRange, Sighted> {
         return Err(Sighted::NoSlice);
     }
     let described = terms::offered(offer);
-    if offer.model != need.model.0 {
+    if offer.model != Some(need.model) {
         return Err(Sighted::OtherModel(described));
     }
     let fits = |blocks: &BlockRange| {
@@ -397,9 +400,9 @@ mod tests {
             patience: Patience::default(),
         };
         let offer = |first_block, last_block| {
-            let model = [7; 32];
-            let role = SliceRole::Middle;
-            Terms { model, role, first_block, last_block, n_blocks: 10, ..Terms::blank(1, "test", "") }
+            let (model, role) = (Some(Sha([7; 32])), SliceRole::Middle);
+            let blocks = BlockRange { first: first_block, last: last_block };
+            Terms { model, role, blocks, n_blocks: 10, ..Terms::blank(1, "test", "") }
         };
         assert_eq!(fit(&need, &offer(2, 8)), Ok(range((2, 8))));
         for (first, last) in [(3, 2), (0, 8), (2, 9), (2, 10), (u32::MAX, u32::MAX), (1, u32::MAX)] {
@@ -411,7 +414,7 @@ mod tests {
     #[test]
     fn seconds_that_pass_are_no_news() {
         let busy = |host: &str, since_ms| {
-            Sighted::Failed(LinkError::Busy { peer: "p".into(), host: host.into(), since_ms })
+            Sighted::Failed(LinkErrorKind::Busy { host: host.into(), since_ms }.with("p"))
         };
         assert!(is_same_reason(&busy("a", 1000), &busy("a", 9000)));
         assert!(!is_same_reason(&busy("a", 1000), &busy("b", 1000)));

@@ -2,8 +2,11 @@
 
 use std::time::{Duration, Instant};
 
-use dim_core::pipeline::{Event as PipelineEvent, Finished, Pipeline, StageStats, Step};
-use dim_core::stage::{Span, Traffic};
+use dim_core::blocks::BlockRange;
+use dim_core::ids::SessionId;
+use dim_core::pipeline::{Advance, Event as PipelineEvent, Pipeline, StageStats, Step};
+use dim_core::schedule::StepKind;
+use dim_core::stage::Traffic;
 
 use crate::error::Error;
 use crate::event::{Event, Events};
@@ -65,26 +68,27 @@ impl SplitEngine {
         position: u32,
         tokens: &[i32],
         want: impl Fn(usize) -> bool,
-        mut on_finished: impl FnMut(Finished),
+        mut on_logits: impl FnMut(Vec<f32>) -> Option<Vec<f32>>,
     ) -> Result<(), Error> {
         let mut done = 0;
         for chunk in tokens.chunks(self.n_ubatch) {
             self.pipeline.submit(Step {
-                spans: vec![Span {
-                    session: SESSION,
-                    position: position + to_u32(done),
-                    count: to_u32(chunk.len()),
-                }],
+                session: SessionId(SESSION),
+                position: position + to_u32(done),
                 tokens: chunk.to_vec(),
                 want_logits: (done..done + chunk.len()).map(&want).collect(),
+                kind: if tokens.len() == 1 { StepKind::Decode } else { StepKind::Prefill },
             });
             done += chunk.len();
         }
         loop {
-            match self.pipeline.advance() {
-                Ok(Some(finished)) => on_finished(finished),
-                Ok(None) => return Ok(()),
-                Err(e) => return Err(e.into()),
+            match self.pipeline.advance(None) {
+                Advance::Finished(finished) => {
+                    let spare = on_logits(finished.outcome?);
+                    spare.into_iter().for_each(|logits| self.pipeline.reuse(logits));
+                }
+                Advance::Idle => return Ok(()),
+                Advance::Later => {}
             }
         }
     }
@@ -98,7 +102,8 @@ impl Engine for SplitEngine {
     fn evaluate(&mut self, position: u32, tokens: &[i32]) -> Result<Vec<f32>, Error> {
         let last = tokens.len().wrapping_sub(1);
         let mut logits = Vec::new();
-        self.run(position, tokens, |i| i == last, |f| logits = f.logits)?;
+        // the last chunk's are the only ones that were asked for
+        self.run(position, tokens, |i| i == last, |l| Some(std::mem::replace(&mut logits, l)))?;
         Ok(logits)
     }
 
@@ -108,17 +113,23 @@ impl Engine for SplitEngine {
         tokens: &[i32],
         on_logits: &mut dyn FnMut(&[f32]),
     ) -> Result<(), Error> {
-        self.run(position, tokens, |_| true, |f| on_logits(&f.logits))
+        let lend = |logits: Vec<f32>| {
+            on_logits(&logits);
+            Some(logits)
+        };
+        self.run(position, tokens, |_| true, lend)
     }
 
     fn rewind(&mut self, position: u32) -> Result<(), Error> {
-        Ok(self.pipeline.rewind(SESSION, position)?)
+        // takes effect before the next step; what goes wrong with it is that step's error
+        self.pipeline.rewind(SessionId(SESSION), position);
+        Ok(())
     }
 
     fn stages(&self) -> Vec<StageSnapshot> {
-        let snapshot = |(name, blocks, stats): (&str, Option<(u32, u32)>, StageStats)| StageSnapshot {
+        let snapshot = |(name, blocks, stats): (&str, Option<BlockRange>, StageStats)| StageSnapshot {
             name: name.to_owned(),
-            blocks: blocks.map_or(String::new(), |(a, b)| format!("{a}..{b}")),
+            blocks: blocks.map_or(String::new(), |blocks| blocks.to_string()),
             compute: stats.compute,
             wait: stats.wait,
             reconnects: stats.reconnects,

@@ -14,7 +14,7 @@ use dim_wire::keys::{Key, KeyStore, PairingCode};
 use dim_wire::message::Farewell;
 use dim_wire::terms::Reason;
 use dim_wire::transport::discover::Announcement;
-use dim_wire::transport::{KeyRing, LinkError, Listener, ListenerConfig, Readiness, Timing};
+use dim_wire::transport::{KeyRing, LinkErrorKind, Listener, ListenerConfig, Readiness, Timing};
 use gguf_tools::plan::Role;
 use gguf_tools::slice::SliceInfo;
 
@@ -238,12 +238,11 @@ impl Worker {
         while let Some(link) = self.listener.accept(None) {
             let host = link.peer().to_owned();
             self.events.tell(Event::Serving { host: host.clone() });
-            match serve(stage, link) {
-                LinkError::Goodbye { why: Farewell::Finished, .. } => {
-                    self.events.tell(Event::Finished { host });
-                }
-                LinkError::Stopped => {}
-                error => self.events.tell(Event::Gone(error)),
+            let ended = serve(stage, link);
+            match ended.kind {
+                LinkErrorKind::Goodbye(Farewell::Finished) => self.events.tell(Event::Finished { host }),
+                LinkErrorKind::Stopped => {}
+                _ => self.events.tell(Event::Gone(ended)),
             }
         }
         self.announcement = None;

@@ -12,12 +12,10 @@ use std::time::Instant;
 use llama_sys_patch::Error;
 
 use crate::stage::local::LlamaStage;
-use dim_core::rows::{Rows, RowsRef};
+use dim_core::rows::Rows;
 use dim_core::stage::{StageInput, StageOutput};
-use dim_wire::DType;
 use dim_wire::message::{Activity, ErrorCode, Fault, Status};
-use dim_wire::rows;
-use dim_wire::transport::{Event, Link, LinkError, Receiver, Sender};
+use dim_wire::transport::{Event, Link, LinkError, LinkErrorKind, Receiver, Sender};
 
 /// Serves a host until it leaves, is lost, breaks a rule or asks for something that fails. Says why it ended.
 pub fn serve(stage: &mut LlamaStage, link: Link) -> LinkError {
@@ -26,14 +24,11 @@ pub fn serve(stage: &mut LlamaStage, link: Link) -> LinkError {
         if let Err(error) = stage.rewind_session(session, 0) {
             let fault = Fault::new(ErrorCode::Compute, error.to_string());
             link.sender().fail(fault.clone());
-            return LinkError::Fault { peer: "this worker".to_owned(), fault };
+            return LinkErrorKind::Fault(fault).with("this worker");
         }
     }
     let (sender, mut receiver) = link.split();
-    let mut out = match agreed.dtype {
-        DType::F32 => Rows::F32(Vec::new()),
-        DType::F16 | DType::Bf16 => Rows::F16(Vec::new()),
-    };
+    let mut out = Rows::empty(agreed.row_type);
     loop {
         if let Err(end) = next(stage, &sender, &mut receiver, &mut out) {
             return end;
@@ -56,22 +51,13 @@ fn next(
                 step: step.wrapping_sub(1),
                 ..Status::default()
             });
-            let input = match rows.values {
-                rows::RowsRef::F16(v) => StageInput::Rows(RowsRef::F16(v)),
-                rows::RowsRef::F32(v) => StageInput::Rows(RowsRef::F32(v)),
-                rows::RowsRef::Bf16(_) => unreachable!("BF16 is not among the formats this worker offers"),
-            };
             let n_rows = spans.iter().map(|s| s.count).sum();
             let start = Instant::now();
-            if let Err(error) = stage.run(spans, input, StageOutput::Rows(out)) {
+            if let Err(error) = stage.run(spans, StageInput::Rows(rows), StageOutput::Rows(out)) {
                 return Err(fail(stage, sender, step, &error));
             }
             let compute = start.elapsed();
-            let rows = match out {
-                Rows::F16(v) => rows::RowsRef::F16(v),
-                Rows::F32(v) => rows::RowsRef::F32(v),
-            };
-            sender.send_done(step, n_rows, rows.into(), compute, wait)?;
+            sender.send_done(step, n_rows, out.as_ref(), compute, wait)?;
             sender.set_status(Status { step, ..Status::default() });
             Ok(())
         }
@@ -100,8 +86,12 @@ fn fail(stage: &LlamaStage, sender: &Sender, step: u32, error: &Error) -> LinkEr
         Error::InputNotFinite { count, .. } => (None, u32::try_from(*count).unwrap_or(u32::MAX)),
         _ => (None, 0),
     };
-    let fault =
-        Fault { step: (step > 0).then_some(step), block, count, ..Fault::new(code, stage.explain(error)) };
+    let fault = Fault {
+        step: (step > 0).then_some(step),
+        block,
+        count,
+        ..Fault::new(code, stage.explain(error).to_string())
+    };
     sender.fail(fault.clone());
-    LinkError::Fault { peer: "this worker".to_owned(), fault }
+    LinkErrorKind::Fault(fault).with("this worker")
 }

@@ -5,7 +5,7 @@ use std::io::Write as _;
 
 use dim::Event;
 use dim::event::{NoCanary, Placement, Sighted};
-use dim_wire::transport::LinkError;
+use dim_wire::transport::{LinkError, LinkErrorKind};
 
 use crate::progress::Progress;
 
@@ -97,11 +97,17 @@ fn sighted(found: &Sighted) -> String {
         }
         Sighted::NotPaired { address } => format!("not paired with this host: dim-host pair {address}"),
         Sighted::NotAsked { why } => format!("not asked: {why}"),
-        Sighted::Failed(LinkError::Busy { host, since_ms, .. }) => {
+        Sighted::Failed(LinkError { kind: LinkErrorKind::Busy { host, since_ms, .. }, .. }) => {
             format!("busy: it has served {host} for {} s", since_ms / 1000)
         }
-        Sighted::Failed(LinkError::Unreachable { text, .. }) if text.is_empty() => "not reachable".to_owned(),
-        Sighted::Failed(LinkError::Unreachable { text, .. }) => format!("not reachable: {text}"),
+        Sighted::Failed(LinkError { kind: LinkErrorKind::Unreachable { text, .. }, .. })
+            if text.is_empty() =>
+        {
+            "not reachable".to_owned()
+        }
+        Sighted::Failed(LinkError { kind: LinkErrorKind::Unreachable { text, .. }, .. }) => {
+            format!("not reachable: {text}")
+        }
         Sighted::Failed(other) => other.to_string(),
     }
 }

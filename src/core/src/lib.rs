@@ -5,10 +5,11 @@
 //! |---|---|
 //! | [`blocks`], [`digest`] | names of parts of a model |
 //! | [`rows`] | hidden rows and their number formats |
-//! | [`stage`] | steps, and the two kinds of stage |
-//! | [`schedule`] | which stage runs what next: pure |
+//! | [`ids`], [`stage`], [`error`] | jobs, sessions and stages, the two kinds of stage, and what can go wrong there |
+//! | [`schedule`], [`window`] | which stage runs what next, and how far ahead: pure |
 //! | [`pipeline`] | the stages, driven by the schedule |
-//! | [`replay`] | what a worker that lost its memory is told again |
+//! | [`simulator`], [`trace`] | the same schedule over stages that only take time, and what either driver did |
+//! | [`replay`], [`patience`] | what a worker that lost its memory is told again, and how long it is looked for |
 //! | [`guard`], [`canary`] | a worker held against a known answer |
 
 #![forbid(unsafe_code)]
@@ -17,10 +18,16 @@ pub mod bell;
 pub mod blocks;
 pub mod canary;
 pub mod digest;
+pub mod error;
 pub mod guard;
+pub mod ids;
+pub mod patience;
 pub mod pipeline;
 pub mod random;
 pub mod replay;
 pub mod rows;
 pub mod schedule;
+pub mod simulator;
 pub mod stage;
+pub mod trace;
+pub mod window;

@@ -1,36 +1,88 @@
 //! The stages, driven by the [schedule](crate::schedule): steps of tokens go in, logits come out.
 //!
-//! Order of calls: [`submit`](Pipeline::submit) any number of steps, then [`advance`](Pipeline::advance) until
-//! it has returned as many results; [`rewind`](Pipeline::rewind) between steps. A worker that is lost is found
-//! again, and brought to where it was, inside `advance`; the caller notices only through the
-//! [observer](Pipeline::observe).
+//! ```text
+//! submit, rewind, cancel -> [schedule] -- Run  -> a local stage computes, in the caller's thread
+//!                                      -- Send -> a remote stage is sent it
+//!                                      -- Wait -> whichever remote stage answers first
+//! ```
+//!
+//! Order of calls: [`submit`](Pipeline::submit), [`rewind`](Pipeline::rewind) and [`cancel`](Pipeline::cancel) at any
+//! time; [`advance`](Pipeline::advance) until it is [idle](Advance::Idle), or until its deadline. A session's steps and
+//! rewinds take effect in the order in which they were given; sessions take turns.
+//!
+//! How it waits: where a single answer can end the wait, it is read in this thread, with nothing between the socket and
+//! here. Where several can, each worker's link reads for itself and rings a [bell](crate::bell). Nothing waits longer
+//! than it was told to; a local stage's step is the longest thing that is not interrupted.
+//!
+//! A worker that is lost is found again, and brought to where it was, between the steps of the others
+//! ([`remote`]); the caller notices only through the [observer](Pipeline::observe).
 
-use std::collections::HashMap;
+mod remote;
+
+use std::collections::{HashMap, VecDeque};
 use std::time::{Duration, Instant};
 
-use crate::replay::{ReplayLog, ReplayOp};
+use crate::bell::Bell;
+use crate::blocks::BlockRange;
+pub use crate::error::PipelineError;
+pub use crate::patience::Patience;
 use crate::rows::{RowType, Rows};
-use crate::schedule::{JobId, OutOfTurn, Placement, Progress, Schedule, Start};
-use crate::stage::{LocalStage, RemoteStage, Span, StageError, StageInput, StageOutput, Traffic};
+use crate::schedule::{JobId, Next, Placement, Progress, Schedule, SessionId, StageId, StepKind};
+use crate::stage::{LocalStage, RemoteStage, Span, StageInput, StageOutput, Traffic};
+use crate::trace::{Happened, Traced};
+use crate::window::LEAST_WINDOW;
+use remote::{Connection, Remote};
 
-/// Rows to evaluate together.
+/// Rows of one session to evaluate together.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Step {
-    /// Which rows belong to which session.
-    pub spans: Vec<Span>,
-    /// The tokens, in the order of the spans.
+    /// Whose they are.
+    pub session: SessionId,
+    /// The position of the first: the length the session has then.
+    pub position: u32,
+    /// The tokens, at least one.
     pub tokens: Vec<i32>,
-    /// For each row, whether its logits are wanted.
+    /// For each, whether its logits are wanted.
     pub want_logits: Vec<bool>,
+    /// Whether a reply waits for it.
+    pub kind: StepKind,
 }
 
-/// A step that has left the last stage.
+impl Step {
+    /// One token of a reply, with its logits.
+    pub fn decode(session: SessionId, position: u32, token: i32) -> Step {
+        Step { session, position, tokens: vec![token], want_logits: vec![true], kind: StepKind::Decode }
+    }
+
+    fn span(&self) -> Span {
+        // no step has more rows than a context has positions
+        let count = u32::try_from(self.tokens.len()).unwrap_or(u32::MAX);
+        Span { session: self.session.0, position: self.position, count }
+    }
+}
+
+/// A step that has left the pipeline.
 #[derive(Debug)]
 pub struct Finished {
     /// Which one.
     pub job: JobId,
-    /// Logits of the rows that were wanted, (n_wanted, n_vocab).
-    pub logits: Vec<f32>,
+    /// Whose.
+    pub session: SessionId,
+    /// Logits of the rows that were wanted, (n_wanted, n_vocab); or why there are none. After an error none of the
+    /// session's steps is under way any more, and it has to be rewound to where its caller knows it, at most the end of
+    /// the last step that came out.
+    pub outcome: Result<Vec<f32>, PipelineError>,
+}
+
+/// What [`Pipeline::advance`] has come to.
+#[derive(Debug)]
+pub enum Advance {
+    /// A step is through, or a session has failed.
+    Finished(Finished),
+    /// There is nothing under way.
+    Idle,
+    /// The deadline has come, or somebody else has rung the [bell](Pipeline::bell).
+    Later,
 }
 
 /// One stage of a pipeline, wherever it runs.
@@ -89,143 +141,170 @@ pub enum Event<'a> {
     },
 }
 
-/// Why a step did not come out of the pipeline.
-#[derive(Debug, thiserror::Error)]
-pub enum PipelineError {
-    /// A worker stayed away.
-    #[error("{stage} is gone: no connection for {} s ({reason})", .after.as_secs())]
-    WorkerGone {
-        /// The stage's name.
-        stage: String,
-        /// How long it was looked for.
-        after: Duration,
-        /// What the last attempt met.
-        reason: String,
-    },
-    /// A stage could not do its step, or a worker refused this host.
-    #[error("{stage}: {source}")]
-    Stage {
-        /// The stage's name.
-        stage: String,
-        /// Why.
-        source: StageError,
-    },
-    /// A worker answered something it was not asked.
-    #[error(transparent)]
-    OutOfTurn(#[from] OutOfTurn),
+/// The time, and how it is waited for. Tests have one that goes as they say.
+pub trait Clock: Send {
+    /// Now.
+    fn now(&self) -> Instant;
+    /// Waits until the bell was rung, or until then. Whether it was rung.
+    fn wait(&self, bell: &Bell, until: Option<Instant>) -> bool;
 }
 
-/// How long and how often a lost worker is looked for.
-#[derive(Clone, Copy, Debug)]
-pub struct Patience {
-    /// How long until it counts as gone.
-    pub give_up_after: Duration,
-    /// How long instead, if it has said that it pauses or is too hot: somebody has to unlock it first.
-    pub paused_for: Duration,
-    /// The pause after the first failed attempt; it doubles each time ...
-    pub first_pause: Duration,
-    /// ... up to this.
-    pub longest_pause: Duration,
-}
+/// The time of day.
+struct SystemClock;
 
-impl Default for Patience {
-    fn default() -> Patience {
-        Patience {
-            give_up_after: Duration::from_secs(30),
-            paused_for: Duration::from_secs(600),
-            first_pause: Duration::from_millis(200),
-            longest_pause: Duration::from_secs(5),
-        }
+impl Clock for SystemClock {
+    fn now(&self) -> Instant {
+        Instant::now()
+    }
+
+    fn wait(&self, bell: &Bell, until: Option<Instant>) -> bool {
+        bell.wait(until)
     }
 }
 
-impl Patience {
-    /// How long a worker is looked for that was lost like this.
-    pub fn limit(&self, lost: &StageError) -> Duration {
-        match lost {
-            StageError::Paused(_) => self.paused_for.max(self.give_up_after),
-            _ => self.give_up_after,
-        }
-    }
+/// What goes with a job's number.
+enum Work {
+    Step(StepWork),
+    Rewind(SessionId, u32),
+    /// a step of a stage's check, by its place among them
+    Check(usize),
+    /// the end of a stage's check
+    CheckEnd,
 }
 
-/// What the observer hears of a worker that is away.
-fn event_of<'a>(stage: &'a str, lost: &StageError, reason: &'a str, give_up_after: Duration) -> Event<'a> {
-    match lost {
-        StageError::Paused(_) => Event::Paused { stage, reason, give_up_after },
-        _ => Event::Lost { stage, reason, give_up_after },
-    }
-}
-
-struct Job {
-    step: Step,
+struct StepWork {
+    /// whose rows they are; several in a batch
+    spans: Vec<Span>,
+    tokens: Vec<i32>,
+    want_logits: Vec<bool>,
+    /// of a batch: each job, its session, and how many rows of logits are its own
+    parts: Vec<(JobId, SessionId, usize)>,
     /// the rows before the stage it waits for; none before stage 0
     hidden: Option<Rows>,
 }
 
+impl StepWork {
+    fn part(&self, job: JobId) -> (JobId, SessionId, usize) {
+        (job, self.spans[0].session(), self.want_logits.iter().filter(|wanted| **wanted).count())
+    }
+}
+
 struct Slot {
-    stage: StageSlot,
     name: String,
-    log: ReplayLog,
     stats: StageStats,
+    kind: Kind,
+}
+
+enum Kind {
+    Local(Box<dyn LocalStage>),
+    Remote(Remote),
 }
 
 /// An ordered list of stages and what is under way in them.
 pub struct Pipeline {
     slots: Vec<Slot>,
     schedule: Schedule,
-    jobs: HashMap<JobId, Job>,
+    work: HashMap<JobId, Work>,
+    finished: VecDeque<Finished>,
     /// buffers of hidden rows that are free
     spare: Vec<Rows>,
+    /// buffers of logits that were given back
+    spare_logits: Vec<Vec<f32>>,
     dtype: RowType,
     patience: Patience,
-    observer: Box<dyn FnMut(Event<'_>)>,
+    observer: Box<dyn FnMut(Event<'_>) + Send>,
+    tracer: Option<Box<dyn FnMut(Traced) + Send>>,
+    clock: Box<dyn Clock>,
+    start: Instant,
+    bell: Bell,
+    /// somebody else rings the bell too, so every wait has to hear it
+    is_bell_shared: bool,
+    /// how much has been heard of remote stages
+    n_heard: u64,
+    /// how long the last wait was, if nothing has been answered since
+    waited: Option<Duration>,
 }
 
 impl Pipeline {
     /// A pipeline over `stages` with hidden rows of `dtype` between them. The first and the last stage have to
     /// be local: tokens and logits do not leave this machine.
     pub fn new(stages: Vec<StageSlot>, dtype: RowType, patience: Patience) -> Pipeline {
-        let placements: Vec<Placement> = stages
-            .iter()
-            .map(|s| match s {
-                StageSlot::Local(_) => Placement::Local,
-                StageSlot::Remote(_) => Placement::Remote { window: REMOTE_WINDOW },
-            })
-            .collect();
-        let limit = 2 + REMOTE_WINDOW * placements.iter().filter(|p| **p != Placement::Local).count();
-        let slots = stages
+        Pipeline::with_clock(stages, dtype, patience, Box::new(SystemClock))
+    }
+
+    /// The same with another clock.
+    pub fn with_clock(
+        stages: Vec<StageSlot>,
+        dtype: RowType,
+        patience: Patience,
+        clock: Box<dyn Clock>,
+    ) -> Pipeline {
+        let slots: Vec<Slot> = stages
             .into_iter()
             .map(|stage| {
-                let name = match &stage {
-                    StageSlot::Local(s) => s.name(),
-                    StageSlot::Remote(s) => s.name(),
+                let (name, kind) = match stage {
+                    StageSlot::Local(stage) => (stage.name(), Kind::Local(stage)),
+                    StageSlot::Remote(stage) => (stage.name(), Kind::Remote(Remote::new(stage))),
                 };
-                Slot { stage, name, log: ReplayLog::default(), stats: StageStats::default() }
+                Slot { name, stats: StageStats::default(), kind }
+            })
+            .collect();
+        let placements: Vec<Placement> = slots
+            .iter()
+            .map(|slot| match &slot.kind {
+                Kind::Local(_) => Placement::Local,
+                Kind::Remote(remote) => Placement::Remote { window: LEAST_WINDOW.min(remote.agreed) },
             })
             .collect();
         Pipeline {
+            schedule: Schedule::new(&placements, steps_under_way(&slots)),
             slots,
-            schedule: Schedule::new(&placements, limit),
-            jobs: HashMap::new(),
+            work: HashMap::new(),
+            finished: VecDeque::new(),
             spare: Vec::new(),
+            spare_logits: Vec::new(),
             dtype,
             patience,
             observer: Box::new(|_| {}),
+            tracer: None,
+            start: clock.now(),
+            clock,
+            bell: Bell::new(),
+            is_bell_shared: false,
+            n_heard: 0,
+            waited: None,
         }
     }
 
     /// Who is told when a worker is lost and found.
-    pub fn observe(&mut self, observer: impl FnMut(Event<'_>) + 'static) {
+    pub fn observe(&mut self, observer: impl FnMut(Event<'_>) + Send + 'static) {
         self.observer = Box::new(observer);
     }
 
+    /// Who is told of every single thing that is done.
+    pub fn trace(&mut self, tracer: impl FnMut(Traced) + Send + 'static) {
+        self.tracer = Some(Box::new(tracer));
+    }
+
+    /// Evaluates steps of several sessions' replies together, up to so many rows; at 1, as at first, every step alone.
+    /// Rows that go together through the kernels give other last bits than rows that go alone.
+    pub fn set_batch_rows(&mut self, rows: u32) {
+        self.schedule.set_batch_rows(rows);
+    }
+
+    /// A bell that ends [`advance`](Self::advance) early, for a thread that has something to submit. From now on every
+    /// wait is one for the bell.
+    pub fn bell(&mut self) -> Bell {
+        self.is_bell_shared = true;
+        self.bell.clone()
+    }
+
     /// Names, blocks and statistics of the stages, in order.
-    pub fn stages(&self) -> impl Iterator<Item = (&str, Option<(u32, u32)>, StageStats)> {
+    pub fn stages(&self) -> impl Iterator<Item = (&str, Option<BlockRange>, StageStats)> {
         self.slots.iter().map(|slot| {
-            let blocks = match &slot.stage {
-                StageSlot::Local(s) => s.blocks(),
-                StageSlot::Remote(s) => s.blocks(),
+            let blocks = match &slot.kind {
+                Kind::Local(stage) => stage.blocks(),
+                Kind::Remote(remote) => remote.stage.blocks(),
             };
             (slot.name.as_str(), blocks, slot.stats)
         })
@@ -235,8 +314,8 @@ impl Pipeline {
     pub fn traffic(&self) -> Traffic {
         let mut sum = Traffic::default();
         for slot in &self.slots {
-            if let StageSlot::Remote(remote) = &slot.stage {
-                let t = remote.traffic();
+            if let Kind::Remote(remote) = &slot.kind {
+                let t = remote.stage.traffic();
                 sum.bytes_sent += t.bytes_sent;
                 sum.bytes_received += t.bytes_received;
                 sum.round_trips += t.round_trips;
@@ -247,7 +326,7 @@ impl Pipeline {
 
     /// Whether any stage is behind a connection.
     pub fn has_remote_stages(&self) -> bool {
-        self.slots.iter().any(|slot| matches!(slot.stage, StageSlot::Remote(_)))
+        self.slots.iter().any(|slot| matches!(slot.kind, Kind::Remote(_)))
     }
 
     /// The number format between the stages.
@@ -255,478 +334,292 @@ impl Pipeline {
         self.dtype
     }
 
-    /// Adds a step behind all others.
+    /// Adds a step behind all others of its session.
     pub fn submit(&mut self, step: Step) -> JobId {
-        let id = self.schedule.push();
-        self.jobs.insert(id, Job { step, hidden: None });
-        id
+        let span = step.span();
+        let job = self.schedule.push(step.session, step.kind, span.count);
+        let Step { tokens, want_logits, .. } = step;
+        let work = StepWork { spans: vec![span], tokens, want_logits, parts: Vec::new(), hidden: None };
+        self.work.insert(job, Work::Step(work));
+        job
     }
 
-    /// Runs until a step has left the last stage; `None` when there is none under way. After an error nothing
-    /// is under way any more, and the sessions of the failed steps have to be rewound.
-    pub fn advance(&mut self) -> Result<Option<Finished>, PipelineError> {
-        let result = self.advance_inner();
-        if result.is_err() {
-            self.schedule.clear();
-            self.jobs.clear();
+    /// Forgets the rows of `session` from `position` on, in every stage, when the steps it was given before are done;
+    /// with position 0 the session is over. Takes effect in [`advance`](Self::advance). It has a result only if it
+    /// fails, and that is the session's.
+    pub fn rewind(&mut self, session: SessionId, position: u32) -> JobId {
+        let job = self.schedule.push_rewind(session);
+        self.work.insert(job, Work::Rewind(session, position));
+        job
+    }
+
+    /// Nobody wants this step's logits any more, nor those of its session's steps behind it, up to its next rewind: those
+    /// that have not come out will not. The session has to be rewound to the step's position, or before it, before it
+    /// goes on.
+    pub fn cancel(&mut self, session: SessionId, job: JobId) {
+        let end = self.schedule.next_rewind(session, job);
+        for job in self.schedule.cancel(session, job).vanished {
+            self.forget(job);
         }
-        result
+        let is_meant = |id: JobId| id >= job && end.is_none_or(|end| id < end);
+        self.finished.retain(|f| f.session != session || f.outcome.is_err() || !is_meant(f.job));
     }
 
-    fn advance_inner(&mut self) -> Result<Option<Finished>, PipelineError> {
+    /// Gives a buffer of logits back, for one that is needed next.
+    pub fn reuse(&mut self, logits: Vec<f32>) {
+        self.spare_logits.push(logits);
+    }
+
+    /// Runs until a step has left the last stage or a session has failed; not beyond `deadline`, except for a local
+    /// stage's step that has begun.
+    pub fn advance(&mut self, deadline: Option<Instant>) -> Advance {
+        self.hear();
         loop {
-            let finished = match self.schedule.start() {
-                Some(start) => self.run(start)?,
-                None => match self.schedule.wait_for() {
-                    Some(stage) => self.collect(stage)?,
-                    None => return Ok(None),
-                },
-            };
-            if finished.is_some() {
-                return Ok(finished);
+            if let Some(finished) = self.finished.pop_front() {
+                return Advance::Finished(finished);
+            }
+            match self.schedule.next() {
+                Some(Next::Run(job, stage)) => {
+                    self.note(Happened::Run(job, stage));
+                    self.run(job, stage);
+                    self.hear();
+                    if self.finished.is_empty() && deadline.is_some_and(|d| self.clock.now() >= d) {
+                        return Advance::Later;
+                    }
+                }
+                Some(Next::Send(job, stage)) => {
+                    self.note(Happened::Sent(job, stage));
+                    self.send(job, stage);
+                }
+                Some(Next::Wait) => {
+                    self.note(Happened::Waits);
+                    if !self.wait(deadline) {
+                        return Advance::Later;
+                    }
+                }
+                None => return Advance::Idle,
             }
         }
     }
 
-    /// Forgets the rows of `session` from `position` on, in every stage. Between steps only.
-    pub fn rewind(&mut self, session: u32, position: u32) -> Result<(), PipelineError> {
-        for i in 0..self.slots.len() {
-            let slot = &mut self.slots[i];
-            let result = match &mut slot.stage {
-                StageSlot::Local(stage) => stage.rewind(session, position),
-                StageSlot::Remote(stage) => {
-                    slot.log.rewind(session, position);
-                    stage.rewind(session, position)
-                }
-            };
-            match result {
-                Ok(()) => {}
-                // the log knows of the rewind already, so replaying it is all there is to do
-                Err(lost) if lost.may_pass() => self.recover(i, lost)?,
-                Err(source) => {
-                    return Err(PipelineError::Stage { stage: self.slots[i].name.clone(), source });
-                }
-            }
+    fn note(&mut self, what: Happened) {
+        if let Some(tracer) = &mut self.tracer {
+            tracer(Traced { at: self.clock.now().saturating_duration_since(self.start), what });
         }
-        Ok(())
     }
 
-    /// Starts `job` on `stage`: a local stage runs it to its end, a remote one is sent it.
-    fn run(&mut self, Start { job: id, stage: i }: Start) -> Result<Option<Finished>, PipelineError> {
-        let last = i + 1 == self.slots.len();
-        let slot = &mut self.slots[i];
-        let job = self.jobs.get_mut(&id).expect("every job of the schedule is in the table");
-        match &mut slot.stage {
-            StageSlot::Local(stage) => {
-                let before = job.hidden.take();
-                let input = match &before {
-                    Some(hidden) => StageInput::Rows(hidden.as_ref()),
-                    None => StageInput::Tokens(&job.step.tokens),
-                };
-                let mut logits = Vec::new();
-                let mut after = self.spare.pop().unwrap_or_else(|| Rows::empty(self.dtype));
-                let output = if last {
-                    StageOutput::Logits { rows: &job.step.want_logits, out: &mut logits }
-                } else {
-                    StageOutput::Rows(&mut after)
-                };
-                let spent = stage
-                    .evaluate(&job.step.spans, input, output)
-                    .map_err(|source| PipelineError::Stage { stage: slot.name.clone(), source })?;
-                slot.stats.compute += spent;
-                self.spare.extend(before);
-                if last {
-                    self.spare.push(after);
-                    self.schedule.finished(i, id)?;
-                    self.jobs.remove(&id);
-                    return Ok(Some(Finished { job: id, logits }));
-                }
-                job.hidden = Some(after);
-                self.schedule.finished(i, id)?;
-            }
-            StageSlot::Remote(stage) => {
-                let rows =
-                    job.hidden.take().expect("the first stage is local, so rows come before a remote one");
-                slot.log.push(id.0, job.step.spans.clone(), rows);
-                let step = slot.log.last().expect("just pushed");
-                match stage.submit(id.0, &step.spans, &step.rows) {
-                    Ok(()) => {}
-                    Err(lost) if lost.may_pass() => self.recover(i, lost)?,
-                    Err(source) => return Err(PipelineError::Stage { stage: slot.name.clone(), source }),
-                }
-            }
+    /// Runs a job on a local stage to its end.
+    fn run(&mut self, id: JobId, at: StageId) {
+        if at.0 == 0 {
+            self.form_batch(id, at);
         }
-        Ok(None)
-    }
-
-    /// Waits for the answer of remote stage `i`.
-    fn collect(&mut self, i: usize) -> Result<Option<Finished>, PipelineError> {
-        let expected = self.schedule.running(i);
-        let slot = &mut self.slots[i];
-        let StageSlot::Remote(stage) = &mut slot.stage else {
-            unreachable!("only a remote stage is waited for")
+        let is_last = at.0 + 1 == self.slots.len();
+        let slot = &mut self.slots[at.0];
+        let Kind::Local(stage) = &mut slot.kind else { unreachable!("the schedule runs local stages only") };
+        let step = match self.work.get_mut(&id) {
+            Some(Work::Step(step)) => step,
+            Some(&mut Work::Rewind(session, position)) => {
+                if let Err(source) = stage.rewind(session, position) {
+                    let error = PipelineError::Stage { stage: slot.name.clone(), source };
+                    self.fail(session, id, &error);
+                }
+                return self.done(id, at);
+            }
+            Some(Work::Check(_) | Work::CheckEnd) | None => unreachable!("checks are of remote stages"),
         };
-        let mut rows = self.spare.pop().unwrap_or_else(|| Rows::empty(self.dtype));
-        let (start, aside) = (Instant::now(), stage.time_aside());
-        match stage.collect(&mut rows) {
-            Ok((id, compute)) => {
-                let aside = stage.time_aside() - aside;
-                slot.stats.compute += compute;
-                slot.stats.wait += start.elapsed().saturating_sub(compute + aside);
-                let id = JobId(id);
-                if expected != Some(id) {
-                    return Err(OutOfTurn { stage: i, got: id, expected }.into());
+        // tokens or hidden rows -> hidden rows or logits
+        let before = step.hidden.take();
+        let input = match &before {
+            Some(hidden) => StageInput::Rows(hidden.as_ref()),
+            None => StageInput::Tokens(&step.tokens),
+        };
+        let mut logits = Vec::new();
+        let mut after = None;
+        let output = if is_last {
+            logits = self.spare_logits.pop().unwrap_or_default();
+            StageOutput::Logits { rows: &step.want_logits, out: &mut logits }
+        } else {
+            StageOutput::Rows(after.insert(self.spare.pop().unwrap_or_else(|| Rows::empty(self.dtype))))
+        };
+        let result = stage.evaluate(&step.spans, input, output);
+        self.spare.extend(before);
+        match result {
+            Ok(spent) => {
+                slot.stats.compute += spent;
+                step.hidden = after;
+                if is_last {
+                    return self.came_out(id, at, logits);
                 }
-                if let Progress::Next(_) = self.schedule.finished(i, id)? {
-                    if let Some(job) = self.jobs.get_mut(&id) {
-                        job.hidden = Some(rows);
-                    }
-                    return Ok(None);
-                }
-                unreachable!("the last stage is local")
             }
-            Err(lost) if lost.may_pass() => {
-                self.spare.push(rows);
-                slot.stats.wait += start.elapsed();
-                self.recover(i, lost)?;
-                Ok(None)
+            Err(source) => {
+                self.spare.extend(after);
+                let error = PipelineError::Stage { stage: slot.name.clone(), source };
+                self.fail_members(id, at, &error);
             }
-            Err(source) => Err(PipelineError::Stage { stage: slot.name.clone(), source }),
+        }
+        self.done(id, at);
+    }
+
+    /// A local stage is done with a job.
+    fn done(&mut self, id: JobId, at: StageId) {
+        self.note(Happened::Done(id, at));
+        match self.schedule.finished(at, id) {
+            Ok(Progress::Next(_)) => {}
+            Ok(Progress::Complete | Progress::Void) => self.forget(id),
+            Err(error) => unreachable!("a local stage runs one job: {error}"),
         }
     }
 
-    /// Finds the worker of remote stage `i` again and fills its cache as it was: every step it had answered
-    /// is sent again, in the same chunks, and its answer dropped. What it had not answered yet goes back to
-    /// the schedule.
-    fn recover(&mut self, i: usize, mut reason: StageError) -> Result<(), PipelineError> {
-        let lost_at = Instant::now();
-        let slot = &mut self.slots[i];
-        let patience = self.patience;
-        let mut give_up_after = patience.limit(&reason);
-        (self.observer)(event_of(&slot.name, &reason, &reason.to_string(), give_up_after));
+    /// Puts what the schedule has put together at stage 0 under its first job's number.
+    fn form_batch(&mut self, id: JobId, at: StageId) {
+        let others: Vec<JobId> = self.schedule.members(at, id).skip(1).map(|member| member.job).collect();
+        for other in others {
+            let Some(Work::Step(more)) = self.work.remove(&other) else { continue };
+            let Some(Work::Step(step)) = self.work.get_mut(&id) else { continue };
+            if step.parts.is_empty() {
+                step.parts.push(step.part(id));
+            }
+            step.parts.push(more.part(other));
+            step.spans.extend(more.spans);
+            step.tokens.extend(more.tokens);
+            step.want_logits.extend(more.want_logits);
+        }
+    }
 
-        // what is not answered leaves the log: it will be submitted anew
-        for step in slot.log.take_unanswered(|id| {
-            self.jobs.contains_key(&JobId(id)) && self.schedule.is_running(i, JobId(id))
-        }) {
-            if let Some(job) = self.jobs.get_mut(&JobId(step.id)) {
-                job.hidden = Some(step.rows);
+    /// A step's logits are there: they go to its session, or, of a batch, to each of its sessions.
+    fn came_out(&mut self, id: JobId, at: StageId, logits: Vec<f32>) {
+        self.note(Happened::Done(id, at));
+        let parts = match self.work.remove(&id) {
+            Some(Work::Step(step)) if step.parts.is_empty() => vec![step.part(id)],
+            Some(Work::Step(step)) => step.parts,
+            _ => Vec::new(),
+        };
+        let n_wanted: usize = parts.iter().map(|part| part.2).sum();
+        let n_vocab = logits.len() / n_wanted.max(1);
+        let is_void: Vec<bool> = self.schedule.members(at, id).map(|member| member.is_void).collect();
+        if let Err(error) = self.schedule.finished(at, id) {
+            unreachable!("a local stage runs one job: {error}");
+        }
+        if let [(job, session, _)] = parts[..] {
+            if is_void == [false] {
+                self.note(Happened::Out(job));
+                self.finished.push_back(Finished { job, session, outcome: Ok(logits) });
+            } else {
+                self.reuse(logits);
+            }
+            return;
+        }
+        let mut begin = 0;
+        for ((job, session, n_wanted), is_void) in parts.into_iter().zip(is_void) {
+            let end = begin + n_wanted * n_vocab;
+            if !is_void {
+                let mut own = self.spare_logits.pop().unwrap_or_default();
+                own.clear();
+                own.extend_from_slice(&logits[begin..end]);
+                self.note(Happened::Out(job));
+                self.finished.push_back(Finished { job, session, outcome: Ok(own) });
+            }
+            begin = end;
+        }
+        self.reuse(logits);
+    }
+
+    /// Forgets what goes with a job that has left.
+    fn forget(&mut self, id: JobId) {
+        if let Some(Work::Step(StepWork { hidden: Some(rows), .. })) = self.work.remove(&id) {
+            self.spare.push(rows);
+        }
+    }
+
+    /// A session ends in an error, at this job at the latest.
+    fn fail(&mut self, session: SessionId, job: JobId, error: &PipelineError) {
+        let gone = self.schedule.fail(session);
+        let job = gone.first().unwrap_or(job);
+        gone.vanished.into_iter().for_each(|job| self.forget(job));
+        self.finished.push_back(Finished { job, session, outcome: Err(error.clone()) });
+    }
+
+    /// The sessions of a job that a stage runs end in an error, those that have not already.
+    fn fail_members(&mut self, id: JobId, at: StageId, error: &PipelineError) {
+        let members: Vec<_> = self.schedule.members(at, id).filter(|member| !member.is_void).collect();
+        for member in members {
+            if let Some(session) = member.session {
+                self.fail(session, member.job, error);
             }
         }
-        self.schedule.lost(i);
+    }
 
-        let StageSlot::Remote(stage) = &mut slot.stage else { unreachable!("only a remote stage is lost") };
-        let mut pause = patience.first_pause;
+    /// Waits for whichever remote stage has something to tell first. Whether there may be something to do now.
+    fn wait(&mut self, deadline: Option<Instant>) -> bool {
+        let mut only = None;
+        let mut n_awaited = 0;
+        for (i, slot) in self.slots.iter().enumerate() {
+            let Kind::Remote(remote) = &slot.kind else { continue };
+            match remote.connection {
+                Connection::Up if self.schedule.n_running(StageId(i)) > 0 => only = Some(i),
+                Connection::Up | Connection::Down => continue,
+                _ => only = None,
+            }
+            n_awaited += 1;
+        }
+        if let Some(i) = only.filter(|_| n_awaited == 1 && !self.is_bell_shared) {
+            let goes_on = self.collect(i, deadline);
+            self.hear();
+            return goes_on;
+        }
+        for slot in &mut self.slots {
+            if let Kind::Remote(remote) = &mut slot.kind {
+                remote.listen(Some(&self.bell));
+            }
+        }
+        let (began, heard) = (self.clock.now(), self.n_heard);
         loop {
-            let attempt = stage.reconnect().and_then(|()| {
-                (self.observer)(Event::Replaying { stage: &slot.name, steps: slot.log.ops().count() });
-                replay(stage.as_mut(), &slot.log, self.dtype)
-            });
-            match attempt {
-                Ok(()) => break,
-                Err(why) if why.may_pass() => {
-                    // it may say only now why it is away
-                    if patience.limit(&why) > give_up_after {
-                        give_up_after = patience.limit(&why);
-                        (self.observer)(event_of(&slot.name, &why, &why.to_string(), give_up_after));
-                    }
-                    reason = why;
-                }
-                Err(source) => return Err(PipelineError::Stage { stage: slot.name.clone(), source }),
+            let was_rung = self.clock.wait(&self.bell, deadline.into_iter().chain(self.poll_at()).min());
+            let now = self.clock.now();
+            self.waited = Some(now.saturating_duration_since(began));
+            self.hear();
+            self.waited = None;
+            if self.n_heard > heard {
+                return true;
             }
-            let away = lost_at.elapsed();
-            if away >= give_up_after {
-                let reason = reason.to_string();
-                return Err(PipelineError::WorkerGone { stage: slot.name.clone(), after: away, reason });
+            // rung for what a poll had found already, or by somebody else
+            if (was_rung && self.is_bell_shared) || deadline.is_some_and(|deadline| now >= deadline) {
+                return false;
             }
-            std::thread::sleep(pause.min(give_up_after - away));
-            pause = (pause * 2).min(patience.longest_pause);
         }
-        slot.stats.reconnects += 1;
-        slot.stats.wait += lost_at.elapsed();
-        (self.observer)(Event::Back { stage: &slot.name, after: lost_at.elapsed() });
-        Ok(())
+    }
+
+    /// When a remote stage has to be looked at even if nothing rings.
+    fn poll_at(&self) -> Option<Instant> {
+        let remotes = self.slots.iter().filter_map(|slot| match &slot.kind {
+            Kind::Remote(remote) => remote.poll_at(),
+            Kind::Local(_) => None,
+        });
+        remotes.min()
     }
 }
 
-/// Sends everything in `log`, a few steps ahead of the answers, which are dropped.
-fn replay(stage: &mut dyn RemoteStage, log: &ReplayLog, dtype: RowType) -> Result<(), StageError> {
-    let mut dropped = Rows::empty(dtype);
-    let mut ahead = 0;
-    for op in log.ops() {
-        match op {
-            ReplayOp::Step { id, spans, rows } => {
-                if ahead == REMOTE_WINDOW {
-                    stage.collect(&mut dropped)?;
-                    ahead -= 1;
-                }
-                stage.submit(id, spans, rows)?;
-                ahead += 1;
-            }
-            ReplayOp::Rewind { session, position } => stage.rewind(session, position)?,
-        }
-    }
-    for _ in 0..ahead {
-        stage.collect(&mut dropped)?;
-    }
-    Ok(())
+/// Steps between the start of stage 0 and the end of the last stage: what every worker may hold, one that waits for the
+/// local stages' turn, one that runs there.
+fn steps_under_way(slots: &[Slot]) -> usize {
+    let agreed = slots.iter().map(|slot| match &slot.kind {
+        Kind::Local(_) => 0,
+        Kind::Remote(remote) => remote.agreed,
+    });
+    2 + agreed.sum::<usize>()
 }
 
-/// Steps a worker may hold: the one it computes, and the next one already in its socket.
-const REMOTE_WINDOW: usize = REMOTE_WINDOW_U32 as usize;
-/// The same, as it is agreed with a worker.
-pub const REMOTE_WINDOW_U32: u32 = 2;
+/// A pipeline may be driven by another thread than the one that made it.
+const _: fn() = || {
+    fn is_send<T: Send>() {}
+    is_send::<Pipeline>();
+};
+
+/// Steps a worker may hold at most: what a host asks for. How many it is sent follows what is measured
+/// ([`crate::window`]).
+pub const MAX_IN_FLIGHT: u32 = 8;
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-    use crate::rows::RowsRef;
-    use proptest::prelude::*;
-    use std::cell::RefCell;
-    use std::collections::{BTreeMap, VecDeque};
-    use std::rc::Rc;
-
-    /// A stage of exact arithmetic whose output depends on everything its cache holds: a row's result is the
-    /// sum of the session's rows up to it, times a factor. A wrong, lost or doubled row shows at once.
-    #[derive(Default, Clone)]
-    struct Sums(BTreeMap<u32, Vec<f32>>);
-
-    impl Sums {
-        fn row(&mut self, session: u32, position: u32, value: f32) -> f32 {
-            let cells = self.0.entry(session).or_default();
-            assert_eq!(cells.len(), position as usize, "row out of place");
-            let next = cells.last().copied().unwrap_or(0.0) + value;
-            cells.push(next);
-            next % 1024.0
-        }
-        fn rewind(&mut self, session: u32, position: u32) {
-            self.0.entry(session).or_default().truncate(position as usize);
-        }
-        fn step(&mut self, spans: &[Span], values: &[f32]) -> Vec<f32> {
-            let places = spans.iter().flat_map(|s| (0..s.count).map(|i| (s.session, s.position + i)));
-            places.zip(values).map(|((session, position), &v)| self.row(session, position, v)).collect()
-        }
-    }
-
-    fn floats(h: &Rows) -> Vec<f32> {
-        match h {
-            Rows::F32(v) => v.clone(),
-            Rows::F16(v) => v.iter().map(|x| x.to_f32()).collect(),
-        }
-    }
-
-    struct Local(Sums);
-
-    impl LocalStage for Local {
-        fn name(&self) -> String {
-            "local".into()
-        }
-        fn blocks(&self) -> Option<(u32, u32)> {
-            None
-        }
-        fn evaluate(
-            &mut self,
-            spans: &[Span],
-            input: StageInput<'_>,
-            output: StageOutput<'_>,
-        ) -> Result<Duration, StageError> {
-            let values = match input {
-                StageInput::Tokens(t) => t.iter().map(|&t| t as f32).collect(),
-                StageInput::Rows(RowsRef::F32(v)) => v.to_vec(),
-                StageInput::Rows(RowsRef::F16(v)) => v.iter().map(|x| x.to_f32()).collect(),
-            };
-            let results = self.0.step(spans, &values);
-            match output {
-                StageOutput::Rows(h) => *h = Rows::F32(results),
-                StageOutput::Logits { rows, out } => {
-                    out.extend(results.iter().zip(rows).filter(|(_, w)| **w).map(|(r, _)| *r));
-                }
-            }
-            Ok(Duration::ZERO)
-        }
-        fn rewind(&mut self, session: u32, position: u32) -> Result<(), StageError> {
-            self.0.rewind(session, position);
-            Ok(())
-        }
-    }
-
-    /// A worker behind a connection that breaks when its script says so: each call takes one entry.
-    struct Remote {
-        sums: Sums,
-        answers: VecDeque<(u64, Vec<f32>)>,
-        breaks: Rc<RefCell<VecDeque<bool>>>,
-        connected: bool,
-        remembers: bool,
-    }
-
-    impl Remote {
-        fn call(&mut self) -> Result<(), StageError> {
-            if self.breaks.borrow_mut().pop_front() == Some(true) {
-                self.connected = false;
-            }
-            if self.connected { Ok(()) } else { Err(StageError::Lost("the script says so".into())) }
-        }
-    }
-
-    impl RemoteStage for Remote {
-        fn name(&self) -> String {
-            "remote".into()
-        }
-        fn blocks(&self) -> Option<(u32, u32)> {
-            None
-        }
-        fn submit(&mut self, id: u64, spans: &[Span], rows: &Rows) -> Result<(), StageError> {
-            self.call()?;
-            let results = self.sums.step(spans, &floats(rows));
-            self.answers.push_back((id, results));
-            Ok(())
-        }
-        fn collect(&mut self, rows: &mut Rows) -> Result<(u64, Duration), StageError> {
-            self.call()?;
-            let (id, results) = self.answers.pop_front().expect("asked for an answer to nothing");
-            *rows = Rows::F32(results);
-            Ok((id, Duration::ZERO))
-        }
-        fn rewind(&mut self, session: u32, position: u32) -> Result<(), StageError> {
-            self.call()?;
-            self.sums.rewind(session, position);
-            Ok(())
-        }
-        fn reconnect(&mut self) -> Result<(), StageError> {
-            if self.breaks.borrow_mut().pop_front() == Some(true) {
-                return Err(StageError::Lost("still away".into()));
-            }
-            self.connected = true;
-            self.answers.clear();
-            if !self.remembers {
-                self.sums = Sums::default();
-            }
-            Ok(())
-        }
-        fn traffic(&self) -> Traffic {
-            Traffic::default()
-        }
-    }
-
-    const QUICK: Patience = Patience {
-        give_up_after: Duration::from_secs(5),
-        paused_for: Duration::from_secs(10),
-        first_pause: Duration::ZERO,
-        longest_pause: Duration::ZERO,
-    };
-
-    fn pipeline(n_remotes: usize, breaks: &[bool], patience: Patience, remembers: bool) -> Pipeline {
-        let script = Rc::new(RefCell::new(breaks.iter().copied().collect()));
-        let mut stages = vec![StageSlot::Local(Box::new(Local(Sums::default())))];
-        for _ in 0..n_remotes {
-            stages.push(StageSlot::Remote(Box::new(Remote {
-                sums: Sums::default(),
-                answers: VecDeque::new(),
-                breaks: Rc::clone(&script),
-                connected: true,
-                remembers,
-            })));
-        }
-        stages.push(StageSlot::Local(Box::new(Local(Sums::default()))));
-        Pipeline::new(stages, RowType::F32, patience)
-    }
-
-    /// What a run does: feed a session some tokens in chunks, or rewind it.
-    #[derive(Clone, Debug)]
-    enum Op {
-        Feed(u32, Vec<u32>),
-        Rewind(u32, u32),
-    }
-
-    fn run(pipeline: &mut Pipeline, ops: &[Op]) -> Result<Vec<f32>, PipelineError> {
-        let mut lengths: BTreeMap<u32, u32> = BTreeMap::new();
-        let mut out = Vec::new();
-        for (round, op) in ops.iter().enumerate() {
-            match op {
-                Op::Feed(session, counts) => {
-                    for &count in counts {
-                        let at = lengths.entry(*session).or_default();
-                        pipeline.submit(Step {
-                            spans: vec![Span { session: *session, position: *at, count }],
-                            tokens: (0..count)
-                                .map(|i| (round as i32 * 7 + *at as i32 + i as i32) % 13 + 1)
-                                .collect(),
-                            want_logits: vec![true; count as usize],
-                        });
-                        *at += count;
-                    }
-                    while let Some(finished) = pipeline.advance()? {
-                        out.extend(finished.logits);
-                    }
-                }
-                Op::Rewind(session, to) => {
-                    let at = lengths.entry(*session).or_default();
-                    *at = (*at).min(*to);
-                    pipeline.rewind(*session, *at)?;
-                }
-            }
-        }
-        Ok(out)
-    }
-
-    fn ops() -> impl Strategy<Value = Vec<Op>> {
-        let feed = (0u32..3, proptest::collection::vec(1u32..5, 1..6)).prop_map(|(s, c)| Op::Feed(s, c));
-        let rewind = (0u32..3, 0u32..20).prop_map(|(s, p)| Op::Rewind(s, p));
-        proptest::collection::vec(prop_oneof![3 => feed, 1 => rewind], 1..12)
-    }
-
-    proptest! {
-        #[test]
-        fn a_worker_lost_at_any_point_changes_nothing(
-            ops in ops(),
-            n_remotes in 1usize..3,
-            breaks in proptest::collection::vec(proptest::bool::weighted(0.15), 0..200),
-        ) {
-            let expected = run(&mut pipeline(n_remotes, &[], QUICK, false), &ops).unwrap();
-            let got = run(&mut pipeline(n_remotes, &breaks, QUICK, false), &ops).unwrap();
-            prop_assert_eq!(got, expected);
-        }
-    }
-
-    #[test]
-    #[should_panic(expected = "row out of place")]
-    fn a_worker_that_kept_its_memory_over_a_reconnect_would_be_noticed() {
-        let ops = [Op::Feed(0, vec![3]), Op::Feed(0, vec![1, 1])];
-        let breaks = [false, false, true];
-        let _ = run(&mut pipeline(1, &breaks, QUICK, true), &ops);
-    }
-
-    #[test]
-    fn a_worker_that_stays_away_is_one_clear_error() {
-        let pause = Duration::from_millis(5);
-        let patience = Patience {
-            give_up_after: Duration::from_millis(30),
-            paused_for: pause,
-            first_pause: pause,
-            longest_pause: pause,
-        };
-        let mut p = pipeline(1, &[true; 100_000], patience, false);
-        let e = run(&mut p, &[Op::Feed(0, vec![2])]).unwrap_err();
-        assert!(matches!(e, PipelineError::WorkerGone { .. }), "{e}");
-        assert!(e.to_string().contains("remote is gone"), "{e}");
-        assert!(p.advance().unwrap().is_none(), "nothing is under way after an error");
-    }
-
-    #[test]
-    fn the_observer_hears_of_a_loss_and_of_the_return() {
-        let heard = Rc::new(RefCell::new(Vec::new()));
-        let mut p = pipeline(1, &[false, true], QUICK, false);
-        let log = Rc::clone(&heard);
-        p.observe(move |event| {
-            log.borrow_mut().push(match event {
-                Event::Lost { .. } => "lost",
-                Event::Paused { .. } => "paused",
-                Event::Replaying { .. } => "replaying",
-                Event::Back { .. } => "back",
-            });
-        });
-        run(&mut p, &[Op::Feed(0, vec![2, 2])]).unwrap();
-        assert_eq!(*heard.borrow(), ["lost", "replaying", "back"]);
-        assert_eq!(p.stages().nth(1).unwrap().2.reconnects, 1);
-    }
-}
+pub(crate) mod fakes;
+#[cfg(test)]
+mod tests;

@@ -4,9 +4,15 @@
 //! on where that session stands. The rows are tokens (only into the head), hidden rows, or logits (only out
 //! of the tail).
 
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
+use crate::bell::Bell;
+use crate::blocks::BlockRange;
+use crate::guard::Guard;
+use crate::ids::{JobId, SessionId};
 use crate::rows::{Rows, RowsRef};
+
+pub use crate::error::{Cause, StageError, WrongAnswer};
 
 /// Consecutive rows of one session in a step.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -17,6 +23,23 @@ pub struct Span {
     pub position: u32,
     /// How many rows, at least 1.
     pub count: u32,
+}
+
+impl Span {
+    /// Whose rows they are.
+    pub fn session(&self) -> SessionId {
+        SessionId(self.session)
+    }
+
+    /// The position behind its last row.
+    pub fn end(&self) -> u32 {
+        self.position + self.count
+    }
+}
+
+/// How many rows these spans have.
+pub fn n_rows(spans: &[Span]) -> u32 {
+    spans.iter().map(|span| span.count).sum()
 }
 
 /// What goes into a stage.
@@ -42,70 +65,97 @@ pub enum StageOutput<'a> {
     },
 }
 
-/// Why a stage could not do its step.
-#[derive(Debug, thiserror::Error)]
-pub enum StageError {
-    /// The connection or the worker behind it is gone; another connection may do.
-    #[error("{0}")]
-    Lost(String),
-    /// The worker has said that it is away for a while, a locked or a hot phone: another connection will do when
-    /// somebody has seen to it.
-    #[error("{0}")]
-    Paused(String),
-    /// The worker refuses this host, for a reason that waiting does not change.
-    #[error("{0}")]
-    Refused(String),
-    /// The worker computes something else than its blocks.
-    #[error("{0}")]
-    Wrong(String),
-    /// The step itself failed: numbers out of range, a full context, a bug.
-    #[error("{0}")]
-    Failed(String),
-}
-
-impl StageError {
-    /// Whether dialling again makes sense.
-    pub fn may_pass(&self) -> bool {
-        matches!(self, StageError::Lost(_) | StageError::Paused(_))
-    }
-}
-
 /// A stage of this process.
-pub trait LocalStage {
+pub trait LocalStage: Send {
     /// What people call it: `head`, `middle`, `tail`.
     fn name(&self) -> String;
-    /// Its blocks, first to last inclusive; `None` when it has none.
-    fn blocks(&self) -> Option<(u32, u32)>;
+    /// Its blocks; `None` when it has none.
+    fn blocks(&self) -> Option<BlockRange>;
     /// Runs one step and says how long it computed.
+    ///
+    /// # Errors
+    /// The step failed. Its sessions are the only ones that suffer from it.
     fn evaluate(
         &mut self,
         spans: &[Span],
         input: StageInput<'_>,
         output: StageOutput<'_>,
     ) -> Result<Duration, StageError>;
-    /// Forgets the rows of `session` from `position` on.
-    fn rewind(&mut self, session: u32, position: u32) -> Result<(), StageError>;
+    /// Forgets the rows of `session` from `position` on; nothing, where it has none.
+    ///
+    /// # Errors
+    /// The session is in a state that nobody knows.
+    fn rewind(&mut self, session: SessionId, position: u32) -> Result<(), StageError>;
+}
+
+/// An answer of a remote stage; its rows are where the caller asked for them.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Answer {
+    /// The step it answers.
+    pub job: JobId,
+    /// How long the worker computed.
+    pub compute: Duration,
+    /// How long the complete step lay at the worker before.
+    pub wait: Duration,
 }
 
 /// A stage of another process. Steps are answered in the order in which they were submitted.
-pub trait RemoteStage {
+///
+/// Nothing here blocks but [`collect_until`](Self::collect_until), and that as long as it is told to. A connection that
+/// is lost is told of by [`poll`](Self::poll) and [`collect_until`](Self::collect_until), and so is what a worker has
+/// said of a step before it closed: the step meant is the oldest without an answer.
+pub trait RemoteStage: Send {
     /// What people call it: `middle` and where it is.
     fn name(&self) -> String;
-    /// Its blocks, first to last inclusive.
-    fn blocks(&self) -> Option<(u32, u32)>;
+    /// Its blocks.
+    fn blocks(&self) -> Option<BlockRange>;
+    /// How many steps it may hold at once, as agreed on with its worker.
+    fn max_in_flight(&self) -> usize;
     /// Sends a step. Returns once it is on its way; `rows` are lent only for the call.
-    fn submit(&mut self, id: u64, spans: &[Span], rows: &Rows) -> Result<(), StageError>;
-    /// Waits for the answer to the oldest step that was submitted, and says how long the worker computed.
-    fn collect(&mut self, rows: &mut Rows) -> Result<(u64, Duration), StageError>;
-    /// Forgets the rows of `session` from `position` on.
-    fn rewind(&mut self, session: u32, position: u32) -> Result<(), StageError>;
-    /// Dials again: one attempt. The worker has forgotten everything afterwards.
-    fn reconnect(&mut self) -> Result<(), StageError>;
+    ///
+    /// # Errors
+    /// The step was refused and not sent, and the connection is as it was; or the stage is [lost](StageError::may_pass).
+    fn submit(&mut self, job: JobId, spans: &[Span], rows: &Rows) -> Result<(), StageError>;
+    /// The answer to the oldest step, if this process has it already. Never blocks; finds everything that has come only
+    /// while there is a [bell](Self::notify).
+    ///
+    /// # Errors
+    /// The connection is over. It has to be [begun anew](Self::begin_reconnect) before anything else.
+    fn poll(&mut self, rows: &mut Rows) -> Result<Option<Answer>, StageError>;
+    /// Waits for the answer to the oldest step, until `deadline` (for ever without one).
+    ///
+    /// # Errors
+    /// As of [`poll`](Self::poll).
+    fn collect_until(
+        &mut self,
+        rows: &mut Rows,
+        deadline: Option<Instant>,
+    ) -> Result<Option<Answer>, StageError>;
+    /// Rings this bell from now on whenever [`poll`](Self::poll) has something new to tell; for what it could tell now
+    /// at once. Without one [`collect_until`](Self::collect_until) is the quickest way to an answer.
+    fn notify(&mut self, bell: Option<Bell>);
+    /// When it has to be polled even if nothing rang: a worker may be taking too long.
+    fn poll_at(&self) -> Option<Instant> {
+        None
+    }
+    /// Forgets the rows of `session` from `position` on, in order with the steps.
+    ///
+    /// # Errors
+    /// As of [`submit`](Self::submit).
+    fn rewind(&mut self, session: SessionId, position: u32) -> Result<(), StageError>;
+    /// Begins one attempt to connect anew, and gives up what was. `bell` is rung when
+    /// [`poll_connected`](Self::poll_connected) has its outcome. The worker has forgotten everything afterwards.
+    fn begin_reconnect(&mut self, bell: &Bell);
+    /// Whether the attempt has succeeded; `false` while it is under way.
+    ///
+    /// # Errors
+    /// It has failed.
+    fn poll_connected(&mut self) -> Result<bool, StageError>;
     /// Bytes sent, bytes received and steps answered since the start, over all connections.
     fn traffic(&self) -> Traffic;
-    /// Time that collecting and submitting took for checks of the worker, which no step asked for.
-    fn time_aside(&self) -> Duration {
-        Duration::ZERO
+    /// What its worker is held against, if anything.
+    fn guard(&mut self) -> Option<&mut Guard> {
+        None
     }
 }
 

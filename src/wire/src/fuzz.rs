@@ -3,10 +3,14 @@
 //! The first byte chooses the part, the rest is its input. Nothing may panic, no input may become a message
 //! without the key, and the books must agree with a model that is too simple to be wrong.
 
+use dim_core::blocks::BlockRange;
+use dim_core::digest::Sha;
+
 use super::connection::{Books, Connection, Role};
 use super::frame::{Inbox, Opener, Outgoing, Sealer};
 use super::handshake::{HostHandshake, Lookup, Purpose, WorkerHandshake};
-use super::message::{DType, Item, ItemKind, Message, PushOffer, RowFormat, Span};
+use super::message::{Item, ItemKind, Message, PushOffer, Span};
+use super::rows::RowType;
 use super::terms::Agreed;
 use crate::keys::{Key, PairingCode};
 
@@ -153,7 +157,7 @@ fn a_script(input: &[u8]) {
     let mut lengths = vec![0u64; agreed.max_sessions as usize];
     let mut under_way: Vec<(u32, u32)> = Vec::new();
     let mut last = 0u32;
-    let format = RowFormat { dtype: DType::F16, scaled: false };
+    let format = RowType::F16;
     for event in input.chunks_exact(4) {
         let [what, session, position, count] =
             [event[0], event[1] % 5, event[2] % 70, event[3] % 20].map(u32::from);
@@ -235,11 +239,9 @@ fn typed_text(input: &[u8]) {
 fn agreed() -> Agreed {
     Agreed {
         version: 1,
-        dtype: DType::F16,
-        scaled_rows: true,
+        row_type: RowType::F16,
         n_embd: 4,
-        first_block: 1,
-        last_block: 2,
+        blocks: BlockRange { first: 1, last: 2 },
         n_ctx: 64,
         max_rows: 16,
         max_sessions: 3,
@@ -248,12 +250,11 @@ fn agreed() -> Agreed {
 }
 
 fn offer() -> PushOffer {
-    let item = |kind, size| Item { kind, index: 0, size, sha256: [0; 32] };
+    let item = |kind, size| Item { kind, index: 0, size, sha256: Sha([0; 32]) };
     PushOffer {
-        model: [1; 32],
-        slice: [2; 32],
-        first_block: 1,
-        last_block: 2,
+        model: Sha([1; 32]),
+        slice: Sha([2; 32]),
+        blocks: BlockRange { first: 1, last: 2 },
         items: vec![item(ItemKind::Manifest, 4), item(ItemKind::PackageWeights, 100)],
         name: String::new(),
     }

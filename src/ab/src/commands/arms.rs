@@ -51,7 +51,7 @@ enum QuantisedType {
 
 /// Quantises a whole model with llama.cpp's own quantiser.
 pub fn quantise(args: &QuantiseArgs) -> Result<(), Failure> {
-    check::model(&Gguf::open(&args.from).map_err(Failure::misuse)?).map_err(Failure::misuse)?;
+    check::model(&Gguf::open(&args.from)?)?;
     llama_sys_patch::set_log(llama_sys_patch::LogLevel::Everything);
     let what = match args.what {
         QuantisedType::Q8_0 => Quantised::Q8_0,

@@ -41,18 +41,7 @@ pub struct Args {
 pub fn run(args: &Args) -> Result<(), Failure> {
     let resources = args.machine.resources()?;
     args.machine.set_log();
-    if args.machine.n_ctx != 0 && args.window >= args.machine.n_ctx {
-        let n_ctx = args.machine.n_ctx;
-        return Err(Failure::misuse(format!(
-            "--window {}: must be less than the context, {n_ctx}",
-            args.window
-        ))
-        .hint("raise --ctx, on the workers too, or evaluate shorter windows"));
-    }
-    let bytes = std::fs::read(&args.text)
-        .map_err(|e| Failure::misuse(format!("cannot read {}: {e}", args.text.display())))?;
-    let text = String::from_utf8(bytes)
-        .map_err(|e| Failure::misuse(format!("{} is not UTF-8: {}", args.text.display(), e.utf8_error())))?;
+    let text = args.read_text()?;
 
     // one engine after the other: a machine that needs the split has no room for both models
     let mut engines = Vec::new();
@@ -116,6 +105,24 @@ pub fn run(args: &Args) -> Result<(), Failure> {
         print!("{}", evaluation.table());
     }
     Ok(())
+}
+
+impl Args {
+    /// The text, once it is clear that it can be evaluated in such windows.
+    fn read_text(&self) -> Result<String, Failure> {
+        let (window, n_ctx) = (self.window, self.machine.n_ctx);
+        if n_ctx != 0 && window >= n_ctx {
+            return Err(Failure::misuse(format!(
+                "--window {window}: must be less than the context, {n_ctx}"
+            ))
+            .hint("raise --ctx, on the workers too, or evaluate shorter windows"));
+        }
+        let file = self.text.display();
+        let bytes =
+            std::fs::read(&self.text).map_err(|e| Failure::misuse(format!("cannot read {file}: {e}")))?;
+        String::from_utf8(bytes)
+            .map_err(|e| Failure::misuse(format!("{file} is not UTF-8: {}", e.utf8_error())))
+    }
 }
 
 /// A text as tokens, cut into windows.

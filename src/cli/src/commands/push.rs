@@ -10,7 +10,7 @@ use dim::host::packages::{Packages, PackagesError};
 use dim::retry::{Retry, wait};
 use dim_wire::terms::Reason;
 use dim_wire::transport::push::{PushError, push};
-use dim_wire::transport::{LinkError, Timing};
+use dim_wire::transport::{LinkError, LinkErrorKind, Timing};
 use gguf_tools::failure::Failure;
 
 use crate::args::{PatienceArgs, key_for};
@@ -59,10 +59,9 @@ pub fn run(args: &Args) -> Result<(), Failure> {
     let seconds = begun.elapsed().as_secs_f64();
     let rate = size(transfer.sent as f64 / seconds.max(1e-3));
     eprintln!(
-        "{} has blocks {}..{} of {}: {} verified, {} sent in {seconds:.1} s ({rate}/s)",
+        "{} has blocks {} of {}: {} verified, {} sent in {seconds:.1} s ({rate}/s)",
         args.worker,
-        offer.first_block,
-        offer.last_block,
+        offer.blocks,
         packages.model_name,
         size(packages.bytes as f64),
         size(transfer.sent as f64),
@@ -145,25 +144,25 @@ fn unfit(error: PackagesError) -> Failure {
 fn final_failure(error: PushError, packages: &Packages) -> Failure {
     let again = "run the same command again: it goes on where this one stopped";
     match &error {
-        PushError::Link(LinkError::Refused { peer, reason: Reason::NoPush, text, .. }) => {
+        PushError::Link(LinkError { peer, kind: LinkErrorKind::Refused { reason: Reason::NoPush, text, .. } }) => {
             Failure::misuse(format!("{peer} takes no packages: {text}")).hint(
                 "packages are for the app on a phone or for dim-worker-swift --receive DIR; dim-worker runs the .gguf \
                  slice",
             )
         }
-        PushError::Link(LinkError::Refused { peer, reason: Reason::NoSpace, text, .. }) => {
+        PushError::Link(LinkError { peer, kind: LinkErrorKind::Refused { reason: Reason::NoSpace, text, .. } }) => {
             Failure::failed(format!("{peer} has not enough room: {text}"))
                 .hint("free space on it, then run the same command again")
         }
-        PushError::Link(LinkError::Refused { peer, reason: Reason::PushItems, text, .. }) => {
+        PushError::Link(LinkError { peer, kind: LinkErrorKind::Refused { reason: Reason::PushItems, text, .. } }) => {
             Failure::misuse(format!("{peer} cannot use these packages: {text}"))
                 .hint("update the app and this program to the same version, write the packages anew")
         }
-        PushError::Link(link @ LinkError::Busy { .. }) => {
+        PushError::Link(link @ LinkError { kind: LinkErrorKind::Busy { .. }, .. }) => {
             Failure::failed(link).hint("end the host that uses it, then run the same command again")
         }
         PushError::Link(link) if !link.may_pass() => explain(link.clone()),
-        PushError::Link(LinkError::Unreachable { .. }) => {
+        PushError::Link(LinkError { kind: LinkErrorKind::Unreachable { .. }, .. }) => {
             Failure::failed(error).hint(format!("is the app open, the phone unlocked, on the same network? Then {again}"))
         }
         PushError::Link(_) => Failure::failed(error).hint(again),
