@@ -1,5 +1,6 @@
 //! Why the library could not do what it was asked, with what to do about it.
 
+use std::borrow::Cow;
 use std::path::PathBuf;
 
 use dim_core::blocks::BlockRange;
@@ -9,6 +10,7 @@ use dim_core::stage::StageError;
 use dim_wire::keys::KeyError;
 use dim_wire::transport::discover::DiscoverError;
 use dim_wire::transport::{LinkError, LinkErrorKind};
+use gguf_tools::failure::Explained as _;
 use gguf_tools::manifest::ManifestError;
 use gguf_tools::plan::Role;
 use gguf_tools::slice::SliceError;
@@ -240,24 +242,22 @@ impl Error {
             Error::NoneFound { any_seen: true, .. } => {
                 "the lines above say what is wrong with each that was seen; or name the worker with --worker ADDR:PORT"
             }
-            Error::Link(error) => return error.hint().map(|h| h.to_string()),
-            Error::Check { source, .. } => return source.hint().map(|h| h.to_string()),
+            Error::Link(error) => return error.hint().map(str::to_owned),
+            Error::Check { source, .. } => return source.hint().map(str::to_owned),
             Error::Listen(_) => "--listen takes an address of this machine and a port, as 0.0.0.0:7878",
-            Error::Pipeline(error) => return error.hint().map(|h| h.to_string()),
+            Error::Pipeline(error) => return error.hint().map(str::to_owned),
             Error::Load { .. } => "a smaller --ctx needs less memory",
             Error::EmptyPrompt => "give at least one character with -p or -f",
             Error::PromptTooLong { n_tokens, .. } => {
                 let enough = n_tokens.next_power_of_two();
                 return Some(format!("start with --ctx {enough} or more, on the workers too"));
             }
-            Error::Option(_)
-            | Error::Manifest(_)
-            | Error::Slice(_)
-            | Error::Model(_)
-            | Error::Key(_)
-            | Error::Llama(_)
-            | Error::Text(_)
-            | Error::Template(_) => return None,
+            Error::Manifest(error) => return error.hint().map(Cow::into_owned),
+            Error::Slice(error) => return error.hint().map(Cow::into_owned),
+            Error::Model(error) => return error.hint().map(Cow::into_owned),
+            Error::Option(_) | Error::Key(_) | Error::Llama(_) | Error::Text(_) | Error::Template(_) => {
+                return None;
+            }
         };
         Some(text.to_owned())
     }
@@ -272,6 +272,9 @@ impl Error {
             | Error::Pipeline(_)
             | Error::Llama(_)
             | Error::Load { .. } => false,
+            Error::Manifest(error) => error.is_misuse(),
+            Error::Slice(error) => error.is_misuse(),
+            Error::Model(error) => error.is_misuse(),
             Error::Link(error) => error.is_misuse(),
             _ => true,
         }
