@@ -9,7 +9,7 @@
 #               the targets without I/O
 #   types       the files that Linux cannot build, against stub modules
 #   project     the Xcode project's structure, with planted faults
-#   interop     dim-host and dim-split against the Swift worker, and examples/swift-interop.rs, if they are built; round
+#   interop     dim-host and dim-split against the Swift worker, and tests/swift-interop.rs, if they are built; round
 #               trips against a Rust worker's, both ends on one core: shown, not judged
 set -eu
 cd "$(dirname "$0")/.."
