@@ -11,7 +11,7 @@ export CMAKE_C_COMPILER_LAUNCHER := ccache
 export CMAKE_CXX_COMPILER_LAUNCHER := ccache
 endif
 
-.PHONY: help setup build demo test lint cross floor deny test-rust test-oracles test-coreml test-swift test-vulkan bench \
+.PHONY: help setup build programs demo test lint cross floor deny test-rust test-oracles test-coreml test-swift test-vulkan bench \
 	fuzz clean
 
 help:
@@ -26,6 +26,11 @@ setup:
 
 build: setup
 	$(ENV) cargo build $(CARGO_FLAGS)
+
+# The programs as `cargo test` builds them: with the features that the tests' own dependencies ask for, so that the oracles
+# do not have everything compiled a second time.
+programs: setup
+	$(ENV) cargo build $(CARGO_FLAGS) --bins --examples
 
 demo: build
 	@target/release/dim-host demo
@@ -56,26 +61,24 @@ test-rust: setup
 	$(ENV) cargo test $(CARGO_FLAGS)
 
 # other people's programs on our files, and another implementation on our vectors
-test-oracles: build
+test-oracles: programs
 	@sh .ci/setup python
 	.venv/bin/python docs/vectors/check.py
 	.venv/bin/python gguf-tools/tests/oracle/gguf_files.py target/release
 
-test-coreml: build
+test-coreml: programs
 	@sh .ci/setup venv
-	$(ENV) cargo build $(CARGO_FLAGS) --examples
 	DIM_BIN=$(CURDIR)/target/release sh gguf-tools/tests/coreml/run.sh
 
-test-swift: build
+test-swift: programs
 	@sh .ci/setup venv
-	$(ENV) cargo build $(CARGO_FLAGS) --examples
 	@sh ios_worker/tools/test.sh
 
 # One test at a time: ggml sets its Vulkan devices up without a lock. First as people run it, then without ggml's fusing
 # of operations, where not a bit may differ.
 OFFLOAD := VULKAN_SDK=$(CURDIR)/target/vulkan-sdk GGML_VK_VISIBLE_DEVICES=0 CARGO_TARGET_DIR=target/vulkan \
 	cargo test --release --locked -p llama-sys-patch --features vulkan --test offload -- --test-threads 1 --nocapture
-test-vulkan: build
+test-vulkan: programs
 	@sh tests/vulkan/setup.sh
 	$(ENV) $(OFFLOAD)
 	$(ENV) GGML_VK_DISABLE_FUSION=1 $(OFFLOAD) stock_s_tokens sessions
