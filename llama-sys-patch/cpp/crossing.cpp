@@ -18,6 +18,11 @@ tensor_shapes shapes_of(const std::vector<ggml_tensor *> & tensors) {
     return shapes;
 }
 
+// ggml numbers what has no name, by its place in this or that graph.
+static std::string name_for_people(const ggml_tensor * tensor) {
+    return std::strncmp(tensor->name, "node_", 5) ? tensor->name : "unnamed";
+}
+
 crossing layout_of(const std::vector<ggml_tensor *> & tensors, int64_t n_tokens, const tensor_shapes & shapes, int64_t n_others) {
     if (tensors.size() != shapes.size()) fail(DIM_UNSUPPORTED, "what goes from block to block depends on the number of tokens");
     crossing layout;
@@ -32,19 +37,26 @@ crossing layout_of(const std::vector<ggml_tensor *> & tensors, int64_t n_tokens,
             token_dim = d;
         }
         if (token_dim < 0) fail(DIM_UNSUPPORTED, "%s, which goes from block to block, does not depend on the tokens", tensor->name);
-        crossing_part part { tensor->type, token_dim, { tensor->ne[0], tensor->ne[1], tensor->ne[2], tensor->ne[3] }, tensor->name };
+        crossing_part part { tensor->type, token_dim, { tensor->ne[0], tensor->ne[1], tensor->ne[2], tensor->ne[3] },
+                             name_for_people(tensor) };
         part.ne[(size_t) token_dim] = 1;
         layout.parts.push_back(std::move(part));
     }
     return layout;
 }
 
+// The best few of a context's positions are fewer while the context is shorter than that. They take the front of their place.
+static bool may_be_shorter(const crossing_part & part, int dim) { return part.token_dim == 1 && dim == 0; }
+
 void check_layout(const crossing & layout, const std::vector<ggml_tensor *> & tensors, int64_t n_tokens) {
     bool same = tensors.size() == layout.parts.size();
     for (size_t t = 0; same && t < tensors.size(); t++) {
         const auto & part = layout.parts[t];
         same = tensors[t]->type == part.type;
-        for (int d = 0; d < 4; d++) same &= tensors[t]->ne[d] == (d == part.token_dim ? n_tokens : part.ne[(size_t) d]);
+        for (int d = 0; d < 4; d++) {
+            const int64_t expected = d == part.token_dim ? n_tokens : part.ne[(size_t) d];
+            same &= tensors[t]->ne[d] == expected || (may_be_shorter(part, d) && tensors[t]->ne[d] < expected);
+        }
     }
     if (!same) fail(DIM_UNSUPPORTED, "what goes from block to block is not the same in every graph");
 }
@@ -52,10 +64,16 @@ void check_layout(const crossing & layout, const std::vector<ggml_tensor *> & te
 // The bytes of a part in runs: the values before the token's dimension are one run of memory, and there is one for each
 // value of the dimensions after it.
 struct runs {
-    size_t bytes, n_outer;
+    size_t bytes;   // in the tensor
+    size_t place;   // in the row: as many, or more
+    size_t n_outer;
 
-    runs(const ggml_tensor * tensor, const crossing_part & part) : bytes(ggml_type_size(tensor->type)), n_outer(1) {
-        for (int d = 0; d < part.token_dim; d++)     bytes   *= (size_t) part.ne[(size_t) d];
+    runs(const ggml_tensor * tensor, const crossing_part & part)
+        : bytes(ggml_type_size(tensor->type)), place(bytes), n_outer(1) {
+        for (int d = 0; d < part.token_dim; d++) {
+            bytes *= (size_t) tensor->ne[d];
+            place *= (size_t) part.ne[(size_t) d];
+        }
         for (int d = part.token_dim + 1; d < 4; d++) n_outer *= (size_t) part.ne[(size_t) d];
     }
 };
@@ -77,7 +95,7 @@ void rows_in(ggml_tensor * tensor, const crossing_part & part, const std::vector
     for (size_t outer = 0; outer < run.n_outer; outer++) {
         for (size_t i = 0; i < n; i++) {
             std::memcpy(bytes.data() + (outer * n + i) * run.bytes,
-                        rows + (size_t) call_row[i] * row_bytes + offset + outer * run.bytes, run.bytes);
+                        rows + (size_t) call_row[i] * row_bytes + offset + outer * run.place, run.bytes);
         }
     }
     ggml_backend_tensor_set(tensor, bytes.data(), 0, bytes.size());
@@ -95,8 +113,9 @@ void rows_out(const ggml_tensor * tensor, const crossing_part & part, const std:
     ggml_backend_tensor_get(tensor, bytes.data(), 0, bytes.size());
     for (size_t outer = 0; outer < run.n_outer; outer++) {
         for (size_t i = 0; i < n; i++) {
-            std::memcpy(rows + (size_t) call_row[i] * row_bytes + offset + outer * run.bytes,
-                        bytes.data() + (outer * n + i) * run.bytes, run.bytes);
+            auto * at = rows + (size_t) call_row[i] * row_bytes + offset + outer * run.place;
+            std::memcpy(at, bytes.data() + (outer * n + i) * run.bytes, run.bytes);
+            std::memset(at + run.bytes, 0, run.place - run.bytes);
         }
     }
 }

@@ -38,7 +38,8 @@ using tensor_shapes = std::vector<std::array<int64_t, 4>>;
 tensor_shapes shapes_of(const std::vector<ggml_tensor *> & tensors);
 crossing layout_of(const std::vector<ggml_tensor *> & tensors, int64_t n_tokens, const tensor_shapes & shapes, int64_t n_others);
 
-// Checks that tensors of a graph of n_tokens tokens are laid out so. Fails (DIM_UNSUPPORTED).
+// Checks that tensors of a graph of n_tokens tokens are laid out so, or are shorter than their places in a row. Fails
+// (DIM_UNSUPPORTED).
 void check_layout(const crossing & layout, const std::vector<ggml_tensor *> & tensors, int64_t n_tokens);
 
 // Moves a chunk's rows of one part between `tensor` (of the part's own type, or F16) and the rows of a call.

@@ -78,14 +78,18 @@ pub enum Error {
 
     /// A call that failed left the session's recurrent state half-way: nothing but clearing it is possible. Its rows have
     /// to be evaluated again from the first on.
-    #[error("session {session} was lost in a call that failed: clear it and evaluate it again from its beginning")]
+    #[error(
+        "session {session} was lost in a call that failed: clear it and evaluate it again from its beginning"
+    )]
     SessionLost {
         /// The session.
         session: u32,
     },
 
     /// A recurrent state cannot be taken back so far: clear the session, and evaluate again what should stay.
-    #[error("session {session} cannot be taken back to position {position}: to {lowest} at the least, or to nothing")]
+    #[error(
+        "session {session} cannot be taken back to position {position}: to {lowest} at the least, or to nothing"
+    )]
     CannotRewind {
         /// The session.
         session: u32,

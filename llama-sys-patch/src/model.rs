@@ -147,15 +147,15 @@ impl Model {
     pub(crate) unsafe fn of(handle: *mut ffi::dim_model) -> Result<Model, Error> {
         let handle = NonNull::new(handle).ok_or_else(|| Error::Internal("a model that is NULL".into()))?;
         // SAFETY: the model is alive; what is in it lives as long, and Loaded never drops this view of it.
-        let model = NonNull::new(unsafe { ffi::dim_model_llama(handle.as_ptr()) }).map(|m| unsafe { view(m) });
+        let model =
+            NonNull::new(unsafe { ffi::dim_model_llama(handle.as_ptr()) }).map(|m| unsafe { view(m) });
         let Some(model) = model else {
             // SAFETY: ours, and used by nobody.
             unsafe { ffi::dim_model_free(handle.as_ptr()) };
             return Err(Error::Internal("a model that is NULL".into()));
         };
         // from here on it is freed whatever happens
-        let mut loaded =
-            Loaded { handle, model, info: ffi::dim_model_info::default(), arch: String::new() };
+        let mut loaded = Loaded { handle, model, info: ffi::dim_model_info::default(), arch: String::new() };
         // SAFETY: the model is alive; `info` is written.
         check_status(unsafe { ffi::dim_model_describe(handle.as_ptr(), &raw mut loaded.info) })?;
         // SAFETY: the model is alive.
@@ -427,9 +427,7 @@ const _: () = assert!(size_of::<Option<LlamaModel>>() == size_of::<LlamaModel>()
 /// The model is alive as long as the view is used.
 unsafe fn view(model: NonNull<ffi::llama_model>) -> ManuallyDrop<LlamaModel> {
     // SAFETY: LlamaModel is transparent over NonNull<llama_model> (see above), and is never dropped.
-    unsafe {
-        std::mem::transmute_copy::<NonNull<ffi::llama_model>, ManuallyDrop<LlamaModel>>(&model)
-    }
+    unsafe { std::mem::transmute_copy::<NonNull<ffi::llama_model>, ManuallyDrop<LlamaModel>>(&model) }
 }
 
 // ---- helpers

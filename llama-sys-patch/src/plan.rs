@@ -57,9 +57,8 @@ impl Plan {
         let mut plan = std::ptr::null_mut();
         let mut fault = ffi::dim_fault::default();
         // SAFETY: `pointers` is valid for the call, which copies what it keeps; `plan` and `fault` are written.
-        let status = unsafe {
-            ffi::dim_plan_open(pointers.as_ptr(), pointers.len(), &raw mut plan, &raw mut fault)
-        };
+        let status =
+            unsafe { ffi::dim_plan_open(pointers.as_ptr(), pointers.len(), &raw mut plan, &raw mut fault) };
         check(status, &fault)?;
         let plan = NonNull::new(plan).ok_or_else(|| Error::Internal("a plan that is NULL".into()))?;
         let mut plan = Plan { plan, arch: String::new(), n_blocks: 0, n_embd: 0 };

@@ -248,9 +248,7 @@ impl Stage {
         let mut stage =
             Stage { stage, params, info: ContextInfo::from_c(&info), input, output, model: model.clone() };
         check_status(status)?;
-        for (end, layout) in
-            [(ffi::DIM_END_IN, &mut stage.input), (ffi::DIM_END_OUT, &mut stage.output)]
-        {
+        for (end, layout) in [(ffi::DIM_END_IN, &mut stage.input), (ffi::DIM_END_OUT, &mut stage.output)] {
             *layout = Layout::read(|out, capacity, n| {
                 // SAFETY: the stage is alive; `out` has room for `capacity` entries.
                 unsafe { ffi::dim_stage_crossing(stage.stage.as_ptr(), end, out, capacity, n) }
