@@ -16,14 +16,13 @@ const ggml_tensor * base_of(const ggml_tensor * tensor) {
     return tensor;
 }
 
-bool writes(const ggml_tensor * node) {
-    return node->view_src
-        && (node->op == GGML_OP_CPY || node->op == GGML_OP_SET_ROWS || node->op == GGML_OP_SET || node->op == GGML_OP_ACC);
-}
-
 bool is_view(const ggml_tensor * node) {
     return node->op == GGML_OP_VIEW || node->op == GGML_OP_RESHAPE || node->op == GGML_OP_PERMUTE
         || node->op == GGML_OP_TRANSPOSE;
+}
+
+bool writes(const ggml_tensor * node) {
+    return node->view_src && node->op != GGML_OP_NONE && !is_view(node) && base_of(node)->op == GGML_OP_NONE;
 }
 
 weight_map::weight_map(const llama_model & model) {

@@ -16,7 +16,8 @@ int block_of(const char * name);
 // The tensor whose bytes a view shows.
 const ggml_tensor * base_of(const ggml_tensor * tensor);
 
-// The node writes beside its own result: the destination of a copy or of rows set, which ggml has as a view.
+// The node writes to a state: into the destination of a copy or of rows set, or in place. ggml has both as a view that is
+// computed.
 bool writes(const ggml_tensor * node);
 
 // The node computes nothing.
