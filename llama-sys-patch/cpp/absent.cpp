@@ -1,5 +1,5 @@
-// The three keys by which a slice says what it lacks. They come from a file, and ggml ends the process on most things that
-// could be wrong with them: every field is checked here first.
+// The three keys by which a slice says what it lacks. They come from a file, and ggml ends the process on most things
+// that could be wrong with them: every field is checked here first.
 #include "boundary.h"
 #include "model.h"
 
@@ -15,7 +15,8 @@ constexpr const char * key_shapes = "dim.absent.shapes";   // four per tensor
 constexpr size_t       max_absent = 1u << 20;
 
 bool is_slice(const gguf_context & file) {
-    return gguf_find_key(&file, key_names) >= 0 || gguf_find_key(&file, key_types) >= 0 || gguf_find_key(&file, key_shapes) >= 0;
+    return gguf_find_key(&file, key_names) >= 0 || gguf_find_key(&file, key_types) >= 0
+        || gguf_find_key(&file, key_shapes) >= 0;
 }
 
 gguf_file open_header(const char * path) {
@@ -46,13 +47,15 @@ int64_t find_array(const gguf_context & file, const char * path, const char * ke
     fault.row = (int64_t) entry;
     std::string shown;
     for (const char c : name.substr(0, 64)) shown += c >= 32 && c < 127 ? c : '?';
-    fail_with(DIM_BAD_SLICE, fault, "%s: absent tensor %zu (\"%s\") %s: split the model again", path, entry, shown.c_str(), why);
+    fail_with(DIM_BAD_SLICE, fault, "%s: absent tensor %zu (\"%s\") %s: split the model again", path, entry,
+              shown.c_str(), why);
 }
 
 const char * why_bad_type(uint32_t type) {
     if (type >= GGML_TYPE_COUNT) return "has a type that ggml does not know";
     const auto * traits = ggml_get_type_traits((ggml_type) type);
-    return !traits->type_name || traits->blck_size <= 0 || traits->type_size == 0 ? "has a type that ggml no longer knows" : nullptr;
+    return !traits->type_name || traits->blck_size <= 0 || traits->type_size == 0
+        ? "has a type that ggml no longer knows" : nullptr;
 }
 
 const char * why_bad_shape(ggml_type type, const uint64_t * shape) {
@@ -67,7 +70,8 @@ const char * why_bad_shape(ggml_type type, const uint64_t * shape) {
     const uint64_t block = (uint64_t) traits->blck_size;
     if (shape[0] % block != 0) return "has rows that are not a whole number of its type's blocks";
     // ggml pads what it allocates, too
-    if (n / block > (uint64_t) std::numeric_limits<int64_t>::max() / 2 / traits->type_size) return "has more bytes than can be counted";
+    if (n / block > (uint64_t) std::numeric_limits<int64_t>::max() / 2 / traits->type_size)
+        return "has more bytes than can be counted";
     return nullptr;
 }
 
@@ -89,10 +93,12 @@ std::vector<absent_tensor> read_absent(const gguf_context & file, const char * p
     const size_t n = gguf_get_arr_n(&file, at_names);
     if (n > max_absent) fail(DIM_BAD_SLICE, "%s: %s has %zu entries: split the model again", path, key_names, n);
     if (gguf_get_arr_n(&file, at_types) != n) {
-        fail(DIM_BAD_SLICE, "%s: %zu names of absent tensors, but %zu types: split the model again", path, n, gguf_get_arr_n(&file, at_types));
+        fail(DIM_BAD_SLICE, "%s: %zu names of absent tensors, but %zu types: split the model again", path, n,
+             gguf_get_arr_n(&file, at_types));
     }
     if (gguf_get_arr_n(&file, at_shapes) != 4 * n) {
-        fail(DIM_BAD_SLICE, "%s: %zu names of absent tensors, but %zu dimensions (four each): split the model again", path, n,
+        fail(DIM_BAD_SLICE, "%s: %zu names of absent tensors, but %zu dimensions (four each): split the model again",
+             path, n,
              gguf_get_arr_n(&file, at_shapes));
     }
     const auto * types  = n ? static_cast<const uint32_t *>(gguf_get_arr_data(&file, at_types))  : nullptr;

@@ -21,7 +21,8 @@ static void check_fits(uint64_t bytes, const dim_context_params & params, const 
     ggml_backend_dev_memory(cpu, &free, &total);
     if (total > 0 && bytes > total) {
         fail(DIM_OUT_OF_MEMORY, "a context of %llu positions needs %.1f GiB for %s; this machine has %.1f GiB",
-             (unsigned long long) params.n_ctx * params.max_sessions, (double) bytes / (1 << 30), what, (double) total / (1 << 30));
+             (unsigned long long) params.n_ctx * params.max_sessions, (double) bytes / (1 << 30), what,
+                 (double) total / (1 << 30));
     }
 }
 
@@ -61,7 +62,8 @@ static llama_context_ptr new_context(llama_model * model, const dim_context_para
     range("n_ctx",        params.n_ctx,        1, max_positions / params.max_sessions);
     range("n_batch",      params.n_batch,      1, 1u << 20);
     range("n_ubatch",     params.n_ubatch,     1, params.n_batch);
-    range("n_ubatch",     params.n_ubatch,     params.max_sessions, params.n_batch);   // a chunk has a row of each session
+    // a chunk has a row of each session
+    range("n_ubatch",     params.n_ubatch,     params.max_sessions, params.n_batch);
     range("n_threads",    params.n_threads,    1, GGML_MAX_N_THREADS);
     range("n_snapshots",  params.n_snapshots,  0, params.n_ubatch - 1);   // the rows they are of stand in one chunk
 
@@ -90,7 +92,8 @@ static llama_context_ptr new_context(llama_model * model, const dim_context_para
         fail(DIM_OUT_OF_MEMORY, "no context of %u positions x %u sessions: %s", params.n_ctx, params.max_sessions,
              *why ? why : "llama.cpp does not say why");
     }
-    if (!ctx->get_memory()) fail(DIM_UNSUPPORTED, "a %s model keeps no memory: it does not generate token by token", model->arch_name().c_str());
+    if (!ctx->get_memory()) fail(DIM_UNSUPPORTED, "a %s model keeps no memory: it does not generate token by token",
+                                 model->arch_name().c_str());
     return ctx;
 }
 
@@ -110,12 +113,14 @@ stage_context make_stage_context(llama_model & model, const dim_context_params &
     made.context = new_context(&model, params, params.max_sessions);
     // llama.cpp throws what is no bad_alloc where a device has no room
     const auto status = guarded([&] {
-        const llama_memory_params memory { type, type, /*swa_full =*/ true, made.context->get_cparams().ctx_type, nullptr };
+        const llama_memory_params memory { type, type, /*swa_full =*/ true, made.context->get_cparams().ctx_type,
+                                           nullptr };
         made.memory = std::make_unique<stage_memory>(model, *made.context, range, memory, nothing.before);
     });
     if (status != DIM_OK) {
         const std::string why = dim_last_error();
-        fail(DIM_OUT_OF_MEMORY, "no cache of %u positions x %u sessions: %s", params.n_ctx, params.max_sessions, why.c_str());
+        fail(DIM_OUT_OF_MEMORY, "no cache of %u positions x %u sessions: %s", params.n_ctx, params.max_sessions,
+             why.c_str());
     }
     return made;
 }
@@ -125,7 +130,8 @@ std::mutex & allocation_lock() {
     return lock;
 }
 
-no_allocation::no_allocation(llama_model & model) : lock(allocation_lock()), model(model), before(model.hparams.no_alloc) {
+no_allocation::no_allocation(llama_model & model) : lock(allocation_lock()), model(model),
+    before(model.hparams.no_alloc) {
     model.hparams.no_alloc = true;
 }
 
@@ -154,7 +160,8 @@ void check_n_rows(const llama_context & ctx, size_t n_rows) {
     fault.got      = (int64_t) n_rows;
     fault.expected = ctx.n_batch();
     if (n_rows == 0)            fail_with(DIM_INVALID_ARGUMENT, fault, "no rows given");
-    if (n_rows > ctx.n_batch()) fail_with(DIM_TOO_MANY_ROWS, fault, "%zu rows at once: at most %u", n_rows, ctx.n_batch());
+    if (n_rows > ctx.n_batch()) fail_with(DIM_TOO_MANY_ROWS, fault, "%zu rows at once: at most %u", n_rows,
+                                          ctx.n_batch());
 }
 
 void check_tokens(const llama_model & model, const int32_t * tokens, size_t n_tokens) {
@@ -165,7 +172,8 @@ void check_tokens(const llama_model & model, const int32_t * tokens, size_t n_to
         fault.row      = (int64_t) i;
         fault.got      = tokens[i];
         fault.expected = n_vocab;
-        fail_with(DIM_UNKNOWN_TOKEN, fault, "row %zu: token %d is not in the vocabulary of %lld", i, tokens[i], (long long) n_vocab);
+        fail_with(DIM_UNKNOWN_TOKEN, fault, "row %zu: token %d is not in the vocabulary of %lld", i, tokens[i],
+                  (long long) n_vocab);
     }
 }
 

@@ -22,9 +22,9 @@ struct stage_context {
 };
 stage_context make_stage_context(llama_model & model, const dim_context_params & params, const block_range & range);
 
-// While one lives, llama.cpp allocates no cache and no room for graphs for contexts of `model`, and does not compare what
-// they have with what it meant to allocate when they go. The switch is the model's: whoever lets llama.cpp look at it
-// holds allocation_lock().
+// While one lives, llama.cpp allocates no cache and no room for graphs for contexts of `model`, and does not compare
+// what they have with what it meant to allocate when they go. The switch is the model's: whoever lets llama.cpp look at
+// it holds allocation_lock().
 class no_allocation {
 public:
     explicit no_allocation(llama_model & model);

@@ -23,8 +23,10 @@ static std::string name_for_people(const ggml_tensor * tensor) {
     return std::strncmp(tensor->name, "node_", 5) ? tensor->name : "unnamed";
 }
 
-crossing layout_of(const std::vector<ggml_tensor *> & tensors, int64_t n_tokens, const tensor_shapes & shapes, int64_t n_others) {
-    if (tensors.size() != shapes.size()) fail(DIM_UNSUPPORTED, "what goes from block to block depends on the number of tokens");
+crossing layout_of(const std::vector<ggml_tensor *> & tensors, int64_t n_tokens, const tensor_shapes & shapes,
+                   int64_t n_others) {
+    if (tensors.size() != shapes.size()) fail(DIM_UNSUPPORTED,
+                                              "what goes from block to block depends on the number of tokens");
     crossing layout;
     for (size_t t = 0; t < tensors.size(); t++) {
         const auto * tensor = tensors[t];
@@ -36,7 +38,8 @@ crossing layout_of(const std::vector<ggml_tensor *> & tensors, int64_t n_tokens,
             }
             token_dim = d;
         }
-        if (token_dim < 0) fail(DIM_UNSUPPORTED, "%s, which goes from block to block, does not depend on the tokens", tensor->name);
+        if (token_dim < 0) fail(DIM_UNSUPPORTED, "%s, which goes from block to block, does not depend on the tokens",
+                                tensor->name);
         crossing_part part { tensor->type, token_dim, { tensor->ne[0], tensor->ne[1], tensor->ne[2], tensor->ne[3] },
                              name_for_people(tensor) };
         part.ne[(size_t) token_dim] = 1;
@@ -45,7 +48,8 @@ crossing layout_of(const std::vector<ggml_tensor *> & tensors, int64_t n_tokens,
     return layout;
 }
 
-// The best few of a context's positions are fewer while the context is shorter than that. They take the front of their place.
+// The best few of a context's positions are fewer while the context is shorter than that. They take the front of their
+// place.
 static bool may_be_shorter(const crossing_part & part, int dim) { return part.token_dim == 1 && dim == 0; }
 
 void check_layout(const crossing & layout, const std::vector<ggml_tensor *> & tensors, int64_t n_tokens) {
@@ -83,7 +87,8 @@ static bool in_order(const std::vector<int32_t> & rows) {
     return true;
 }
 
-void rows_in(ggml_tensor * tensor, const crossing_part & part, const std::vector<int32_t> & call_row, const uint8_t * rows,
+void rows_in(ggml_tensor * tensor, const crossing_part & part, const std::vector<int32_t> & call_row,
+             const uint8_t * rows,
              size_t row_bytes, size_t offset) {
     const runs run(tensor, part);
     const size_t n = call_row.size();
@@ -101,7 +106,8 @@ void rows_in(ggml_tensor * tensor, const crossing_part & part, const std::vector
     ggml_backend_tensor_set(tensor, bytes.data(), 0, bytes.size());
 }
 
-void rows_out(const ggml_tensor * tensor, const crossing_part & part, const std::vector<int32_t> & call_row, uint8_t * rows,
+void rows_out(const ggml_tensor * tensor, const crossing_part & part, const std::vector<int32_t> & call_row,
+              uint8_t * rows,
               size_t row_bytes, size_t offset) {
     const runs run(tensor, part);
     const size_t n = call_row.size();

@@ -1,9 +1,9 @@
 // How a range is cut:
 //
-//   1. The block of a node is the highest N of the "blk.N." weights that it depends on (graph.h). By dependency and not by
-//      position: recurrent blocks write their states before the block before them has ended.
-//   2. Between block b - 1 and block b there is what nodes of b and later ones read of nodes before b. For most models that
-//      is one tensor, the hidden rows; for some a few more.
+//   1. The block of a node is the highest N of the "blk.N." weights that it depends on (graph.h). By dependency and
+//      not by position: recurrent blocks write their states before the block before them has ended.
+//   2. Between block b - 1 and block b there is what nodes of b and later ones read of nodes before b. For most
+//      models that is one tensor, the hidden rows; for some a few more.
 //   3. Kept is what the outputs need, and what writes to the states of the range's own blocks needs.
 //   4. Checked is what is kept: it must read no weight of another block and no state that it does not write.
 #include "cut.h"
@@ -29,7 +29,8 @@ std::string state_for_people(const ggml_tensor * state) {
     };
     for (const auto & kind : kinds) {
         const size_t n = std::strlen(kind.prefix);
-        if (!std::strncmp(state->name, kind.prefix, n)) return std::string(kind.what) + " of block " + (state->name + n);
+        if (std::strncmp(state->name, kind.prefix, n)) continue;
+        return std::string(kind.what) + " of block " + (state->name + n);
     }
     return std::string("the state ") + state->name;
 }
@@ -37,7 +38,8 @@ std::string state_for_people(const ggml_tensor * state) {
 namespace {
 
 // Marks what the marked nodes need. Backwards once, because nodes stand in the order they are computed in.
-void close_over(const dependencies & nodes, const std::unordered_set<const ggml_tensor *> & inputs, std::vector<char> & kept) {
+void close_over(const dependencies & nodes, const std::unordered_set<const ggml_tensor *> & inputs,
+                std::vector<char> & kept) {
     const auto mark = [&](const ggml_tensor * tensor) {
         const int at = tensor && !inputs.count(tensor) ? nodes.place(tensor) : -1;
         if (at >= 0) kept[(size_t) at] = 1;
@@ -57,9 +59,11 @@ bool ignores_tokens(const llm_graph_input_i & input) {
         &typeid(llm_graph_input_embd), &typeid(llm_graph_input_pos), &typeid(llm_graph_input_attn_temp),
         &typeid(llm_graph_input_pos_bucket), &typeid(llm_graph_input_pos_bucket_kv), &typeid(llm_graph_input_out_ids),
         &typeid(llm_graph_input_rs), &typeid(llm_graph_input_attn_kv), &typeid(llm_graph_input_attn_k),
-        &typeid(llm_graph_input_attn_k_dsa), &typeid(llm_graph_input_attn_k_dsa_iswa), &typeid(llm_graph_input_attn_kv_msa),
+        &typeid(llm_graph_input_attn_k_dsa), &typeid(llm_graph_input_attn_k_dsa_iswa),
+            &typeid(llm_graph_input_attn_kv_msa),
         &typeid(llm_graph_input_attn_kv_iswa), &typeid(llm_graph_input_attn_k_iswa), &typeid(llm_graph_input_dsv4),
-        &typeid(llm_graph_input_mem_hybrid), &typeid(llm_graph_input_mem_hybrid_k), &typeid(llm_graph_input_mem_hybrid_iswa),
+        &typeid(llm_graph_input_mem_hybrid), &typeid(llm_graph_input_mem_hybrid_k),
+            &typeid(llm_graph_input_mem_hybrid_iswa),
     };
     const auto & kind = typeid(input);
     return std::any_of(std::begin(known), std::end(known), [&](const std::type_info * k) { return *k == kind; });
@@ -82,7 +86,8 @@ void collect(const llm_graph_result & whole, const dependencies & nodes, range_c
         const auto * base = base_of(tensor);
         if (nodes.weights.has(base)) {
             if (weights.insert(base).second) cut.weights.push_back(base);
-        } else if (base->buffer && base->op == GGML_OP_NONE && !(base->flags & GGML_TENSOR_FLAG_INPUT) && !inputs.count(base)) {
+        } else if (base->buffer && base->op == GGML_OP_NONE && !(base->flags & GGML_TENSOR_FLAG_INPUT)
+            && !inputs.count(base)) {
             auto & seen = is_written ? written : read;
             if (seen.insert(base).second) (is_written ? cut.states_written : cut.states_read).push_back(base);
         } else if (base == whole.t_inp_tokens) {
@@ -105,16 +110,18 @@ void collect(const llm_graph_result & whole, const dependencies & nodes, range_c
 
 void check(const llama_model & model, const block_range & range, const dependencies & nodes, const range_cut & cut,
            const std::unordered_set<const ggml_tensor *> & absent) {
+    const auto refuse = [&](const std::string & what, const std::string & why) {
+        cannot(model, range, ("they read " + what + ", " + why).c_str());
+    };
     for (const auto * weight : cut.weights) {
         const int block = nodes.weights.block(weight);
-        if (block >= 0 && !range.own(block)) {
-            cannot(model, range, ("they read " + std::string(weight->name) + ", a weight of block " + std::to_string(block)).c_str());
-        }
-        if (absent.count(weight)) cannot(model, range, ("they read " + std::string(weight->name) + ", which this slice lacks").c_str());
+        if (block >= 0 && !range.own(block)) refuse(weight->name, "a weight of block " + std::to_string(block));
+        if (absent.count(weight)) refuse(weight->name, "which this slice lacks");
     }
     for (const auto * state : cut.states_read) {
-        if (std::find(cut.states_written.begin(), cut.states_written.end(), state) != cut.states_written.end()) continue;
-        cannot(model, range, ("they read " + state_for_people(state) + ", which they do not write").c_str());
+        if (std::find(cut.states_written.begin(), cut.states_written.end(), state) != cut.states_written.end())
+            continue;
+       refuse(state_for_people(state), "which they do not write");
     }
 }
 
@@ -126,8 +133,8 @@ range_cut cut_range(const llama_model & model, const llm_graph_result & whole, c
     if (!range.takes_tokens) cut.inputs = nodes.boundary((int) range.first);
     if (!range.has_lm_head)  cut.outputs = nodes.boundary((int) range.last);
     else if (whole.t_logits) cut.outputs = { whole.t_logits };
-    if (cut.outputs.empty())                        cannot(model, range, range.has_lm_head ? "there are no logits" : "nothing goes on from them");
-    if (cut.inputs.empty() && !range.takes_tokens)  cannot(model, range, "nothing goes into them");
+    if (cut.outputs.empty()) cannot(model, range, range.has_lm_head ? "there are no logits" : "nothing goes on from them");
+    if (cut.inputs.empty() && !range.takes_tokens) cannot(model, range, "nothing goes into them");
     check_crossing(model, range, cut.inputs);
     check_crossing(model, range, cut.outputs);
 

@@ -24,7 +24,8 @@ struct range_cut {
     std::vector<const ggml_tensor *> weights;          // that these nodes read
     std::vector<const ggml_tensor *> states_read;      // caches and recurrent states
     std::vector<const ggml_tensor *> states_written;
-    std::unordered_set<const ggml_tensor *> common;    // states that no block owns: every range that reads them keeps them
+    // states that no block owns: every range that reads them keeps them
+    std::unordered_set<const ggml_tensor *> common;
     bool                       reads_tokens = false;   // ids of tokens, beside the rows or instead of them
 };
 

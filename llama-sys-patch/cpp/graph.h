@@ -1,5 +1,5 @@
-// What depends on what in one of llama.cpp's graphs, told in blocks. Nothing here knows an architecture: the only names read
-// are those of the weights, "blk.N.", which the file format gives.
+// What depends on what in one of llama.cpp's graphs, told in blocks. Nothing here knows an architecture: the only names
+// read are those of the weights, "blk.N.", which the file format gives.
 #pragma once
 
 #include "upstream.h"
@@ -16,8 +16,8 @@ int block_of(const char * name);
 // The tensor whose bytes a view shows.
 const ggml_tensor * base_of(const ggml_tensor * tensor);
 
-// The node writes to a state: into the destination of a copy or of rows set, or in place. ggml has both as a view that is
-// computed.
+// The node writes to a state: into the destination of a copy or of rows set, or in place. ggml has both as a view that
+// is computed.
 bool writes(const ggml_tensor * node);
 
 // The node computes nothing.
@@ -61,8 +61,8 @@ public:
     // The highest block that a write to a state comes from; -1: none.
     int owner(const ggml_tensor * state) const;
 
-    // What goes from the blocks before `block` to it and those after it, in the graph's order. `block` may be n_blocks: what
-    // the output reads of the last block.
+    // What goes from the blocks before `block` to it and those after it, in the graph's order. `block` may be n_blocks:
+    // what the output reads of the last block.
     std::vector<ggml_tensor *> boundary(int block) const;
 
     const weight_map & weights;

@@ -1,11 +1,11 @@
 // Slices: "plan, then fill".
 //
-//   plan   llama.cpp's loader runs over the slice as over the whole model, with `no_alloc`. What the file lacks is put into
-//          the loader's index first, by name, type and shape. Every tensor gets the buffer type that it would have in the
-//          whole model, and no memory. All that an architecture derives from its blocks' numbers, or from how many there
-//          are, or from tensors of other blocks, is then right by construction.
-//   fill   the tensors that are there get theirs from the loader's own functions: mapped, read, repacked or uploaded as in
-//          any other model.
+//   plan   llama.cpp's loader runs over the slice as over the whole model, with `no_alloc`. What the file lacks is put
+//          into the loader's index first, by name, type and shape. Every tensor gets the buffer type that it would have
+//          in the whole model, and no memory. All that an architecture derives from its blocks' numbers, or from how
+//          many there are, or from tensors of other blocks, is then right by construction.
+//   fill   the tensors that are there get theirs from the loader's own functions: mapped, read, repacked or uploaded as
+//          in any other model.
 #include "boundary.h"
 #include "graph.h"
 #include "model.h"
@@ -20,7 +20,8 @@ namespace dim {
 namespace {
 
 // Puts the tensors that the file lacks into the loader's index: only their names, types and shapes are ever looked at.
-ggml_context_ptr index_absent(llama_model_loader & loader, const std::vector<absent_tensor> & absent, const char * path) {
+ggml_context_ptr index_absent(llama_model_loader & loader, const std::vector<absent_tensor> & absent,
+                              const char * path) {
     if (loader.weights_map.empty()) fail(DIM_BAD_SLICE, "%s: it holds no tensor at all: split the model again", path);
     ggml_context_ptr shapes(ggml_init({ (absent.size() + 1) * ggml_tensor_overhead(), nullptr, /*no_alloc =*/ true }));
     if (!shapes) throw std::bad_alloc();
@@ -91,7 +92,8 @@ struct fill_watch {
 };
 
 // Fills the tensors of one buffer type, and copies where they are to the model's.
-void fill(llama_model_loader & loader, dim_model & made, ggml_backend_buffer_type_t type, const std::vector<ggml_tensor *> & tensors,
+void fill(llama_model_loader & loader, dim_model & made, ggml_backend_buffer_type_t type,
+          const std::vector<ggml_tensor *> & tensors,
           const fill_watch & watch) {
     const ggml_context_ptr copies(ggml_init({ tensors.size() * ggml_tensor_overhead(), nullptr, /*no_alloc =*/ true }));
     if (!copies) throw std::bad_alloc();
@@ -107,8 +109,10 @@ void fill(llama_model_loader & loader, dim_model & made, ggml_backend_buffer_typ
             void * at = nullptr;
             loader.get_mapping_range(&first, &last, &at, (int) i, copies.get());
             if (first >= last) continue;
-            auto * buffer = ggml_backend_dev_buffer_from_host_ptr(device, (char *) at + first, last - first, ggml_get_max_tensor_size(copies.get()));
-            if (!buffer) fail(DIM_OUT_OF_MEMORY, "%.1f MiB of the file cannot be mapped", (double) (last - first) / (1 << 20));
+            auto * buffer = ggml_backend_dev_buffer_from_host_ptr(device, (char *) at + first, last - first,
+                ggml_get_max_tensor_size(copies.get()));
+            if (!buffer) fail(DIM_OUT_OF_MEMORY, "%.1f MiB of the file cannot be mapped",
+                              (double) (last - first) / (1 << 20));
             made.buffers.emplace_back(buffer);
             buffers.emplace(i, buffer);
         }
@@ -118,8 +122,10 @@ void fill(llama_model_loader & loader, dim_model & made, ggml_backend_buffer_typ
         made.buffers.emplace_back(buffer);
         for (uint32_t i = 0; i < loader.files.size(); i++) buffers.emplace(i, buffer);
     }
-    for (const auto & [file, buffer] : buffers) ggml_backend_buffer_set_usage(buffer, GGML_BACKEND_BUFFER_USAGE_WEIGHTS);
-    if (!loader.load_all_data(copies.get(), buffers, nullptr, watch.progress, watch.user)) fail(DIM_CANCELLED, "loading was stopped");
+    for (const auto & [file, buffer] : buffers) ggml_backend_buffer_set_usage(buffer,
+        GGML_BACKEND_BUFFER_USAGE_WEIGHTS);
+    if (!loader.load_all_data(copies.get(), buffers, nullptr, watch.progress, watch.user))
+        fail(DIM_CANCELLED, "loading was stopped");
     auto * filled = ggml_get_first_tensor(copies.get());
     for (auto * tensor : tensors) {
         tensor->buffer = filled->buffer, tensor->data = filled->data, tensor->extra = filled->extra;
@@ -138,7 +144,8 @@ void fill_all(llama_model_loader & loader, dim_model & made, bool use_mmap, cons
         auto * type = ggml_backend_buffer_get_type(tensor->buffer);
         auto * device = ggml_backend_buft_get_device(type);
         // pinned host memory, where the loader would have mapped
-        if (use_mmap && device && type == ggml_backend_dev_host_buffer_type(device)) type = ggml_backend_cpu_buffer_type();
+        if (use_mmap && device && type == ggml_backend_dev_host_buffer_type(device))
+            type = ggml_backend_cpu_buffer_type();
         by_type[type].push_back(tensor);
         loader.size_data += ggml_nbytes(tensor);
     }
@@ -169,14 +176,16 @@ std::unique_ptr<dim_model> plan_then_fill(const char * const * paths, size_t n_p
     }
     std::vector<std::string> parts;
     if (n_paths > 1) parts.assign(paths, paths + n_paths);
-    llama_model_loader loader(nullptr, nullptr, nullptr, paths[0], parts, nullptr, params.load_mode, params.check_tensors,
+    llama_model_loader loader(nullptr, nullptr, nullptr, paths[0], parts, nullptr, params.load_mode,
+                              params.check_tensors,
                               /*no_alloc =*/ true, params.load_mtp, params.kv_overrides, params.tensor_buft_overrides);
     loader.lazy.mode = LLAMA_LAZY_MODE_OFF;
     present_blocks(loader, *made);
     const ggml_context_ptr shapes = index_absent(loader, absent, paths[0]);
 
     const uint32_t n_blocks = block_count(header);   // with those of MTP, which stand behind the last one
-    if (made->last > n_blocks) fail(DIM_BAD_SLICE, "%s: it holds block %u of a model of %u", paths[0], made->last - 1, n_blocks);
+    if (made->last > n_blocks) fail(DIM_BAD_SLICE, "%s: it holds block %u of a model of %u", paths[0], made->last - 1,
+                                    n_blocks);
     const auto devices = choose_devices(params, paths[0]);
     const auto held    = (int32_t) (made->last - made->first);
     const int32_t on_gpu = gpu_blocks < 0 ? held : std::min(gpu_blocks, held);

@@ -33,8 +33,9 @@ bool on_progress(float fraction, void * data) {
 }
 
 // Host memory in the file's own layout, for matrices that no multiplication will read. The CPU's own buffer type would
-// let the loader choose a repacking one for the output matrix, which is a second copy of it (upstream.h, point 7). It has a
-// name of its own, because the loader tells buffer types apart by name, and only what is in the CPU's own can be mapped.
+// let the loader choose a repacking one for the output matrix, which is a second copy of it (upstream.h, point 7). It
+// has a name of its own, because the loader tells buffer types apart by name, and only what is in the CPU's own can be
+// mapped.
 ggml_backend_buffer_type_t plain_host_memory() {
     static ggml_backend_buffer_type type = [] {
         auto copy = *ggml_backend_cpu_buffer_type();
@@ -44,8 +45,8 @@ ggml_backend_buffer_type_t plain_host_memory() {
     return &type;
 }
 
-// Says that the model has no tokenizer, but a vocabulary of as many tokens: what a slice without one says of itself. Nothing
-// where the file has no list of tokens anyway. Two overrides and the empty one that ends the list.
+// Says that the model has no tokenizer, but a vocabulary of as many tokens: what a slice without one says of itself.
+// Nothing where the file has no list of tokens anyway. Two overrides and the empty one that ends the list.
 std::vector<llama_model_kv_override> no_tokenizer(const gguf_context & file) {
     const int64_t arch   = gguf_find_key(&file, "general.architecture");
     const int64_t tokens = gguf_find_key(&file, "tokenizer.ggml.tokens");
@@ -66,12 +67,14 @@ std::vector<llama_model_kv_override> no_tokenizer(const gguf_context & file) {
 static void check_params(size_t n_paths, const dim_model_params & params) {
     if (n_paths == 0) fail(DIM_INVALID_ARGUMENT, "no model file given");
     if (params.gpu_blocks < -1 || params.gpu_blocks > LLAMA_MAX_LAYERS) {
-        fail(DIM_INVALID_ARGUMENT, "%d GPU blocks: must be 0 to %d, or -1 for all", params.gpu_blocks, LLAMA_MAX_LAYERS);
+        fail(DIM_INVALID_ARGUMENT, "%d GPU blocks: must be 0 to %d, or -1 for all", params.gpu_blocks,
+             LLAMA_MAX_LAYERS);
     }
 }
 
 // A whole file, or a slice that is a model of its own: llama.cpp's own front door.
-static std::unique_ptr<dim_model> load_whole(const char * const * paths, size_t n_paths, llama_model_params load, int32_t gpu_blocks) {
+static std::unique_ptr<dim_model> load_whole(const char * const * paths, size_t n_paths, llama_model_params load,
+                                             int32_t gpu_blocks) {
     // llama.cpp counts the output as one more layer after the last block, and takes them from the end
     load.n_gpu_layers = gpu_blocks <= 0 ? gpu_blocks : gpu_blocks + 1;
     auto made = std::make_unique<dim_model>();
@@ -94,7 +97,8 @@ static std::unique_ptr<dim_model> load_slice(const char * const * paths, size_t 
     std::unique_ptr<dim_model> made;
     std::string why;
     dim_fault fault = no_fault;
-    const auto status = guarded(&fault, [&] { made = plan_then_fill(paths, n_paths, header, load, gpu_blocks, /*with_bytes =*/ true); });
+    const auto status = guarded(&fault, [&] { made = plan_then_fill(paths, n_paths, header, load, gpu_blocks,
+        /*with_bytes =*/ true); });
     if (status == DIM_INTERNAL) {   // what llama.cpp's loader throws; its own front door says the same in the log
         why = dim_last_error();
         fail(DIM_LOAD_FAILED, "%s: %s", paths[0], why.c_str());
@@ -106,7 +110,8 @@ static std::unique_ptr<dim_model> load_slice(const char * const * paths, size_t 
     return made;
 }
 
-dim_status dim_model_load(const char * const * paths, size_t n_paths, const dim_model_params * params, dim_model ** out, dim_fault * fault) {
+dim_status dim_model_load(const char * const * paths, size_t n_paths, const dim_model_params * params, dim_model ** out,
+                          dim_fault * fault) {
     return guarded(fault, [&] {
         initialize();
         check_params(n_paths, *params);
@@ -209,7 +214,8 @@ dim_status dim_model_offload(const dim_model * model, dim_offload * out) {
             unsigned block = 0;
             if (std::sscanf(name.c_str(), "blk.%u.", &block) == 1 && block < n_blocks) (device ? on : off)[block]++;
         }
-        for (uint32_t block = 0; block < n_blocks; block++) offload.blocks_on_device += on[block] > 0 && off[block] == 0;
+        for (uint32_t block = 0; block < n_blocks; block++)
+            offload.blocks_on_device += on[block] > 0 && off[block] == 0;
         offload.lm_head_on_device = on_device(model->llama->output);
         *out = offload;
     });
@@ -235,7 +241,8 @@ dim_status dim_model_meta(const dim_model * model, const char * key, char * text
     });
 }
 
-dim_status dim_model_chat_template(const dim_model * model, const char * name, char * text, size_t capacity, int64_t * length) {
+dim_status dim_model_chat_template(const dim_model * model, const char * name, char * text, size_t capacity,
+                                   int64_t * length) {
     return guarded([&] {
         const char * found = llama_model_chat_template(model->llama.get(), name);
         if (!found) { *length = -1; return; }

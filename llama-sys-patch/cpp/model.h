@@ -15,8 +15,8 @@
 #include <unordered_set>
 #include <vector>
 
-// A whole file, or a slice cut in the old way, whose blocks count from 0, is llama.cpp's model and nothing else. A slice is
-// the whole model too, with bytes for the tensors that its file holds: then these bytes are here.
+// A whole file, or a slice cut in the old way, whose blocks count from 0, is llama.cpp's model and nothing else. A
+// slice is the whole model too, with bytes for the tensors that its file holds: then these bytes are here.
 struct dim_model {
     std::vector<ggml_backend_buffer_ptr> buffers;    // of the tensors that are there; freed after the model
     llama_mmaps                          mappings;
@@ -60,8 +60,8 @@ bool is_slice(const gguf_context & file);
 // DIM_BAD_SLICE; the fault's `row` is the entry's number, or -1 where it is about all of them.
 std::vector<absent_tensor> read_absent(const gguf_context & file, const char * path);
 
-// The whole model by llama.cpp's own loader, without allocating anything; then, where `with_bytes`, the tensors that the
-// file holds are filled, by the loader's own functions. `paths` may be several only where the first lacks nothing.
+// The whole model by llama.cpp's own loader, without allocating anything; then, where `with_bytes`, the tensors that
+// the file holds are filled, by the loader's own functions. `paths` may be several only where the first lacks nothing.
 // `gpu_blocks`: of those the file holds, from its last; -1: all.
 std::unique_ptr<dim_model> plan_then_fill(const char * const * paths, size_t n_paths, const gguf_context & header,
                                           llama_model_params params, int32_t gpu_blocks, bool with_bytes);

@@ -1,5 +1,5 @@
-// What ranges of a model need, from its graph and without its weights. Ranges and cuts are looked at one by one; the model's
-// graph is built afresh for each, because that is simple and takes milliseconds.
+// What ranges of a model need, from its graph and without its weights. Ranges and cuts are looked at one by one; the
+// model's graph is built afresh for each, because that is simple and takes milliseconds.
 #include "context.h"
 #include "crossing.h"
 #include "cut.h"
@@ -48,8 +48,10 @@ struct view {
     view(llama_model & model, uint32_t n_ctx)
         // of no blocks: no recurrent state is kept
         : made(make_stage_context(model, plan_params(n_ctx), { 0, 0, true, true })),
-          graph(model, *made.context, 0), cells(made.memory->module().init_full()), fewer(model.hparams.n_pos_per_embd()),
-          more(model.hparams.n_pos_per_embd()), few(chunk_for_reserve(fewer, plan_rows - 1, 1)), many(chunk_for_reserve(more, plan_rows, 1)) {}
+          graph(model, *made.context, 0), cells(made.memory->module().init_full()),
+              fewer(model.hparams.n_pos_per_embd()),
+          more(model.hparams.n_pos_per_embd()), few(chunk_for_reserve(fewer, plan_rows - 1, 1)),
+              many(chunk_for_reserve(more, plan_rows, 1)) {}
 
     range_cut cut(const llama_model & model, const llama_ubatch & rows, const block_range & range) {
         graph.build(graph.params(rows, cells.get(), rows.n_tokens));
@@ -83,7 +85,8 @@ struct dim_plan {
         const auto in_shapes = shapes_of(few.inputs), out_shapes = shapes_of(few.outputs);
         seen.cut = one->cut(llama, one->many, range);
         seen.in  = layout_of(seen.cut.inputs, one->many.n_tokens, in_shapes, one->few.n_tokens);
-        if (!range.has_lm_head) seen.out = layout_of(seen.cut.outputs, one->many.n_tokens, out_shapes, one->few.n_tokens);
+        if (!range.has_lm_head) seen.out = layout_of(seen.cut.outputs, one->many.n_tokens, out_shapes,
+                                                     one->few.n_tokens);
         return seen;
     }
 
@@ -113,7 +116,8 @@ void dim_plan::list_tensors(const block_range & range, const range_cut & cut, di
 void dim_plan::count_states(const block_range & range, const range_cut & cut, dim_range_plan & plan) {
     const auto by_name = [](const range_cut & c) {
         std::map<std::string, uint64_t> bytes;
-        for (const auto * list : { &c.states_read, &c.states_written }) for (const auto * s : *list) bytes[s->name] = ggml_nbytes(s);
+        for (const auto * list : { &c.states_read, &c.states_written }) for (const auto * s : *list)
+            bytes[s->name] = ggml_nbytes(s);
         return bytes;
     };
     const auto small = by_name(cut);
@@ -128,7 +132,8 @@ void dim_plan::count_states(const block_range & range, const range_cut & cut, di
 
 void dim_plan::look_at_range(uint32_t first, uint32_t last, dim_range_plan & plan) {
     const uint32_t n_blocks = model->llama->hparams.n_layer();
-    if (first >= last || last > n_blocks) fail(DIM_INVALID_ARGUMENT, "blocks %u..%u: the model has the blocks 0..%u", first, last, n_blocks);
+    if (first >= last || last > n_blocks) fail(DIM_INVALID_ARGUMENT, "blocks %u..%u: the model has the blocks 0..%u",
+                                               first, last, n_blocks);
     const auto whole = range(first, last);
     plan = {};
     auto seen = look_at(whole);
@@ -141,11 +146,14 @@ void dim_plan::look_at_range(uint32_t first, uint32_t last, dim_range_plan & pla
 
 void dim_plan::check_cut(uint32_t block) {
     const uint32_t n_blocks = model->llama->hparams.n_layer();
-    if (block == 0 || block >= n_blocks) fail(DIM_INVALID_ARGUMENT, "a cut before block %u: the model has the blocks 0..%u", block, n_blocks - 1);
+    if (block == 0 || block >= n_blocks) fail(DIM_INVALID_ARGUMENT,
+                                              "a cut before block %u: the model has the blocks 0..%u", block,
+                                                  n_blocks - 1);
     std::set<std::string> written;
     {
         const auto head = look_at(range(0, block));
-        for (const auto * state : head.cut.states_written) if (!head.cut.common.count(state)) written.insert(state->name);
+        for (const auto * state : head.cut.states_written) if (!head.cut.common.count(state))
+            written.insert(state->name);
     }
     const auto tail = look_at(range(block, n_blocks));
     for (const auto * state : tail.cut.states_written) {
@@ -168,7 +176,8 @@ dim_status dim_plan_open(const char * const * paths, size_t n_paths, dim_plan **
         forget_log();
         auto plan = std::make_unique<dim_plan>();
         dim_fault why = no_fault;
-        const auto status = guarded(&why, [&] { plan->model = plan_then_fill(paths, n_paths, *header, load, 0, /*with_bytes =*/ false); });
+        const auto status = guarded(&why, [&] { plan->model =
+            plan_then_fill(paths, n_paths, *header, load, 0, /*with_bytes =*/ false); });
         if (status == DIM_INTERNAL) {
             const std::string text = dim_last_error();
             fail(DIM_LOAD_FAILED, "%s: %s", paths[0], text.c_str());

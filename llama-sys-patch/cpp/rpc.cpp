@@ -23,7 +23,8 @@ dim_status dim_rpc_serve(const char * endpoint, uint32_t n_threads) {
     });
 }
 
-dim_status dim_rpc_model_load(const char * const * paths, size_t n_paths, const char * endpoint, uint32_t n_blocks, bool use_mmap,
+dim_status dim_rpc_model_load(const char * const * paths, size_t n_paths, const char * endpoint, uint32_t n_blocks,
+                              bool use_mmap,
                               dim_model ** out) {
     return guarded([&] {
         initialize();

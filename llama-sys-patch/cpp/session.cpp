@@ -21,7 +21,8 @@ const sessions::state & sessions::at(uint32_t session) const {
     dim_fault fault = no_fault;
     fault.row     = row;
     fault.session = session;
-    fail_with(DIM_SESSION_LOST, fault, "session %u was lost in a call that failed: clear it and evaluate it again from its beginning", session);
+    fail_with(DIM_SESSION_LOST, fault,
+              "session %u was lost in a call that failed: clear it and evaluate it again from its beginning", session);
 }
 
 void sessions::check(const dim_row * rows, size_t n_rows) const {
@@ -35,18 +36,21 @@ void sessions::check(const dim_row * rows, size_t n_rows) const {
         if (row.session >= next.size()) {
             fault.got      = row.session;
             fault.expected = (int64_t) next.size();
-            fail_with(DIM_UNKNOWN_SESSION, fault, "row %zu: session %u, but there are %zu", i, row.session, next.size());
+            fail_with(DIM_UNKNOWN_SESSION, fault, "row %zu: session %u, but there are %zu", i, row.session,
+                      next.size());
         }
         if (held[row.session].lost) lost((int64_t) i, row.session);
         auto & expected = next[row.session];
         fault.got = row.position;
         if (row.position != expected) {
             fault.expected = expected;
-            fail_with(DIM_WRONG_POSITION, fault, "row %zu: position %u of session %u, expected %u", i, row.position, row.session, expected);
+            fail_with(DIM_WRONG_POSITION, fault, "row %zu: position %u of session %u, expected %u", i, row.position,
+                      row.session, expected);
         }
         if (row.position >= n_ctx) {
             fault.expected = n_ctx;
-            fail_with(DIM_CONTEXT_FULL, fault, "row %zu: position %u of session %u: the context holds %u", i, row.position, row.session, n_ctx);
+            fail_with(DIM_CONTEXT_FULL, fault, "row %zu: position %u of session %u: the context holds %u", i,
+                      row.position, row.session, n_ctx);
         }
         expected++;
     }
@@ -90,7 +94,8 @@ void sessions::rewind(llama_memory_i & memory, uint32_t session, uint32_t positi
     fault.got     = position;
     if (position > s.length) {
         fault.expected = s.length;
-        fail_with(DIM_WRONG_POSITION, fault, "session %u holds %u positions: cannot rewind it to %u", session, s.length, position);
+        fail_with(DIM_WRONG_POSITION, fault, "session %u holds %u positions: cannot rewind it to %u", session, s.length,
+                  position);
     }
     if (position > 0) {
         if (s.lost) lost(-1, session);
@@ -98,13 +103,15 @@ void sessions::rewind(llama_memory_i & memory, uint32_t session, uint32_t positi
         fault.expected = lowest(session);
         if (position < lowest(session)) {
             fail_with(DIM_CANNOT_REWIND, fault,
-                      "session %u holds %u positions and cannot be taken back to %u (to %u at the least, or to nothing): evaluate it again",
+                      "session %u holds %u positions and cannot be taken back to %u (to %u at the least, or to "
+                      "nothing): evaluate it again",
                       session, s.length, position, lowest(session));
         }
     }
     if (!memory.seq_rm((llama_seq_id) session, (llama_pos) position, -1)) {
         fault.expected = s.length;
-        fail_with(DIM_CANNOT_REWIND, fault, "this model's memory cannot be rewound to position %u: evaluate the session again", position);
+        fail_with(DIM_CANNOT_REWIND, fault,
+                  "this model's memory cannot be rewound to position %u: evaluate the session again", position);
     }
     held[session] = { position, 0, false };
 }

@@ -10,9 +10,9 @@ namespace dim {
 
 // Every session holds the positions 0 .. length(session).
 //
-// Keys and values can be forgotten one by one. A recurrent state cannot be taken back, but for the few rows that llama.cpp
-// keeps snapshots of (`n_snapshots`), and only those of the last call. A call that fails half-way leaves such a session
-// lost: it has to be cleared and evaluated again from its beginning.
+// Keys and values can be forgotten one by one. A recurrent state cannot be taken back, but for the few rows that
+// llama.cpp keeps snapshots of (`n_snapshots`), and only those of the last call. A call that fails half-way leaves such
+// a session lost: it has to be cleared and evaluated again from its beginning.
 class sessions {
 public:
     // n_snapshots: rows that can be taken back; UINT32_MAX: all.

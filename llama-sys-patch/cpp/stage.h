@@ -85,7 +85,9 @@ private:
 
     void watch_cut(const dim::dependencies & nodes);
     bool observe(ggml_tensor * tensor, bool ask);
-    static bool on_node(ggml_tensor * tensor, bool ask, void * stage) { return static_cast<dim_stage *>(stage)->observe(tensor, ask); }
+    static bool on_node(ggml_tensor * tensor, bool ask, void * stage) {
+        return static_cast<dim_stage *>(stage)->observe(tensor, ask);
+    }
 
     llama_context & context() const { return *made.context; }
 

@@ -28,16 +28,19 @@ void dim::give_crossing(const crossing & layout, dim_crossing * out, size_t capa
 static void check_range(const dim_model & model, const dim_stage_params & params) {
     const uint32_t n_blocks = model.llama->hparams.n_layer();
     if (params.first >= params.last || params.last > n_blocks) {
-        fail(DIM_INVALID_ARGUMENT, "blocks %u..%u: the model has the blocks 0..%u", params.first, params.last, n_blocks);
+        fail(DIM_INVALID_ARGUMENT, "blocks %u..%u: the model has the blocks 0..%u", params.first, params.last,
+             n_blocks);
     }
     if (params.takes_tokens && params.first != 0) {
         fail(DIM_INVALID_ARGUMENT, "a stage that takes tokens starts with block 0, not with %u", params.first);
     }
     if (params.has_lm_head && params.last != n_blocks) {
-        fail(DIM_INVALID_ARGUMENT, "a stage with an lm_head ends with the last of %u blocks, not with block %u", n_blocks, params.last - 1);
+        fail(DIM_INVALID_ARGUMENT, "a stage with an lm_head ends with the last of %u blocks, not with block %u",
+             n_blocks, params.last - 1);
     }
     if (params.first < model.first || params.last > model.last) {
-        fail(DIM_INVALID_ARGUMENT, "blocks %u..%u: this slice holds the blocks %u..%u", params.first, params.last - 1, model.first, model.last - 1);
+        fail(DIM_INVALID_ARGUMENT, "blocks %u..%u: this slice holds the blocks %u..%u", params.first, params.last - 1,
+             model.first, model.last - 1);
     }
 }
 
@@ -48,7 +51,8 @@ dim_status dim_stage_create(dim_model * model, const dim_stage_params * params, 
         check_range(*model, *params);
         check_decoder(*model->llama);
         const block_range range { params->first, params->last, params->takes_tokens, params->has_lm_head };
-        std::unique_ptr<dim_stage> stage(new dim_stage(make_stage_context(*model->llama, params->context, range), *model, *params));
+        std::unique_ptr<dim_stage> stage(new dim_stage(make_stage_context(*model->llama, params->context, range),
+                                                       *model, *params));
         stage->prepare();
         *out = stage.release();
     });
@@ -76,9 +80,11 @@ bool dim_stage_reads_tokens(const dim_stage * stage) { return stage->reads_token
 
 dim_status dim_stage_evaluate(dim_stage * stage, const dim_row * rows, size_t n_rows, const int32_t * tokens,
                               dim_dtype input_type, const void * input, size_t input_len,
-                              dim_dtype output_type, void * output, size_t output_len, size_t * n_written, dim_fault * fault) {
+                              dim_dtype output_type, void * output, size_t output_len, size_t * n_written,
+                                  dim_fault * fault) {
     return guarded(fault, [&] {
-        stage->evaluate({ rows, n_rows, tokens, input_type, input, input_len, output_type, output, output_len }, n_written);
+        stage->evaluate({ rows, n_rows, tokens, input_type, input, input_len, output_type, output, output_len },
+                        n_written);
     });
 }
 
@@ -86,7 +92,8 @@ dim_status dim_stage_rewind(dim_stage * stage, uint32_t session, uint32_t positi
     return guarded(fault, [&] { stage->session.rewind(stage->made.memory->module(), session, position); });
 }
 
-dim_status dim_stage_lowest(const dim_stage * stage, uint32_t session, uint32_t * position, bool * lost, dim_fault * fault) {
+dim_status dim_stage_lowest(const dim_stage * stage, uint32_t session, uint32_t * position, bool * lost,
+                            dim_fault * fault) {
     return guarded(fault, [&] {
         *position = stage->session.lowest(session);
         *lost     = stage->session.is_lost(session);
@@ -108,7 +115,8 @@ dim_status dim_stage_watch(dim_stage * stage, bool on) {
 
 dim_status dim_stage_block_stats(const dim_stage * stage, dim_block_stats * out, size_t capacity, size_t * n) {
     return guarded([&] {
-        if (capacity < stage->stats.size()) fail(DIM_WRONG_SIZE, "room for %zu blocks of %zu", capacity, stage->stats.size());
+        if (capacity < stage->stats.size()) fail(DIM_WRONG_SIZE, "room for %zu blocks of %zu", capacity,
+                                                 stage->stats.size());
         std::copy(stage->stats.begin(), stage->stats.end(), out);
         *n = stage->stats.size();
     });

@@ -73,7 +73,8 @@ void dim_stage::place_inputs(const range_cut & cut) {
 }
 
 void dim_stage::place_outputs() {
-    if (f32_products) for (auto * result : results) ggml_build_forward_expand(graph, result);   // may be a product that was replaced
+    // may be a product that was replaced
+    if (f32_products) for (auto * result : results) ggml_build_forward_expand(graph, result);
     outputs.clear();
     for (auto * result : results) {
         ggml_set_output(result);   // kept for check_output(), also where it is converted
@@ -108,7 +109,9 @@ size_t dim_stage::n_parts(const range_cut & cut, int64_t part_bytes) const {
     size_t n = 0;
     for (const int i : cut.nodes) {
         const auto * node = whole.nodes().nodes[i];
-        if (node->op == GGML_OP_MUL_MAT_ID) fail(DIM_UNSUPPORTED, "a %s model has experts, for which there are no f32_products", model.arch_name().c_str());
+        if (node->op == GGML_OP_MUL_MAT_ID) fail(DIM_UNSUPPORTED,
+                                                 "a %s model has experts, for which there are no f32_products",
+                                                     model.arch_name().c_str());
         if (!is_rounding_product(node)) continue;
         const int64_t n_rows = rows_of_a_part(node->src[0], part_bytes);
         n += (size_t) ((node->src[0]->ne[1] + n_rows - 1) / n_rows);
@@ -116,13 +119,14 @@ size_t dim_stage::n_parts(const range_cut & cut, int64_t part_bytes) const {
     return n;
 }
 
-// Parts there will be, of four nodes each; larger ones where the graph, or the scheduler, which is made for as many nodes,
-// has no room.
+// Parts there will be, of four nodes each; larger ones where the graph, or the scheduler, which is made for as many
+// nodes, has no room.
 size_t dim_stage::room_for_products(const range_cut & cut, size_t max_nodes, int64_t & part_bytes) const {
     const size_t n_others = cut.nodes.size() + (size_t) whole.nodes().n_leafs + 8;
     size_t n = n_parts(cut, part_bytes);
     while (n_others + 4 * n > max_nodes && part_bytes < INT64_MAX / 2) n = n_parts(cut, part_bytes *= 2);
-    if (n_others + 4 * n > max_nodes) fail(DIM_UNSUPPORTED, "the graph of a %s model has no room for f32_products", model.arch_name().c_str());
+    if (n_others + 4 * n > max_nodes) fail(DIM_UNSUPPORTED, "the graph of a %s model has no room for f32_products",
+                                           model.arch_name().c_str());
     return n;
 }
 
@@ -143,7 +147,8 @@ void dim_stage::replace_rounding_products(const range_cut & cut, int64_t part_by
         std::vector<ggml_tensor *> parts;
         for (int64_t row = 0; row < matrix->ne[1]; row += n_rows) {
             const int64_t n = std::min(n_rows, matrix->ne[1] - row);
-            auto * rows = ggml_view_2d(ours.get(), matrix, matrix->ne[0], n, matrix->nb[1], (size_t) row * matrix->nb[1]);
+            auto * rows = ggml_view_2d(ours.get(), matrix, matrix->ne[0], n, matrix->nb[1],
+                                       (size_t) row * matrix->nb[1]);
             parts.push_back(ggml_mul_mat(ours.get(), ggml_cast(ours.get(), rows, GGML_TYPE_F32), node->src[1]));
         }
         // two by two, so that no value is copied often
@@ -162,8 +167,8 @@ void dim_stage::replace_rounding_products(const range_cut & cut, int64_t part_by
 
 // ---- prepare
 
-// Builds and reserves the largest graph, so that a range is refused, and memory found missing, before the first row. What
-// crosses is read off it and off one of another number of rows.
+// Builds and reserves the largest graph, so that a range is refused, and memory found missing, before the first row.
+// What crosses is read off it and off one of another number of rows.
 void dim_stage::prepare() {
     auto & ctx = context();
     const uint32_t n_sessions  = session.count();

@@ -76,19 +76,23 @@ void stage_memory::make_again(llama_model & model, const llama_context & context
         return [range, all](int32_t block) { return range.own(block) && all->r_l[(size_t) block]; };
     };
     if (kind == typeid(llama_memory_recurrent)) {
-        own.reset(new llama_memory_recurrent(model, GGML_TYPE_F32, GGML_TYPE_F32, c.offload_kqv, n_states, c.n_seq_max, c.n_rs_seq,
+        own.reset(new llama_memory_recurrent(model, GGML_TYPE_F32, GGML_TYPE_F32, c.offload_kqv, n_states, c.n_seq_max,
+                                             c.n_rs_seq,
                 own_of(static_cast<llama_memory_recurrent *>(of_context))));
     } else if (kind == typeid(llama_memory_hybrid)) {
         auto & all = *static_cast<llama_memory_hybrid *>(of_context);
-        own.reset(new llama_memory_hybrid(model, params.type_k, params.type_v, !c.flash_attn, c.n_ctx_seq, 1, h.n_swa, h.swa_type,
+        own.reset(new llama_memory_hybrid(model, params.type_k, params.type_v, !c.flash_attn, c.n_ctx_seq, 1, h.n_swa,
+                                          h.swa_type,
                 GGML_TYPE_F32, GGML_TYPE_F32, n_states, c.n_seq_max, c.n_rs_seq, c.offload_kqv, c.kv_unified,
                 kept_by(all.get_mem_attn()->get_layer_ids()), own_of(all.get_mem_recr())));
     } else if (kind == typeid(llama_memory_hybrid_iswa)) {
         auto & all = *static_cast<llama_memory_hybrid_iswa *>(of_context);
         auto attending = all.get_mem_attn()->get_base()->get_layer_ids();
         for (const auto block : all.get_mem_attn()->get_swa()->get_layer_ids()) attending.push_back(block);
-        own.reset(new llama_memory_hybrid_iswa(model, params.type_k, params.type_v, !c.flash_attn, params.swa_full, c.n_ctx_seq,
-                c.n_ubatch, 1, GGML_TYPE_F32, GGML_TYPE_F32, n_states, c.n_seq_max, c.n_rs_seq, c.offload_kqv, c.kv_unified,
+        own.reset(new llama_memory_hybrid_iswa(model, params.type_k, params.type_v, !c.flash_attn, params.swa_full,
+                                               c.n_ctx_seq,
+                c.n_ubatch, 1, GGML_TYPE_F32, GGML_TYPE_F32, n_states, c.n_seq_max, c.n_rs_seq, c.offload_kqv,
+                    c.kv_unified,
                 kept_by(attending), own_of(all.get_mem_recr())));
     } else if (kind == typeid(llama_kv_cache_dsv4) && !planned) {
         // clears the bytes of all its blocks when a session is cleared: these have to be there
@@ -111,7 +115,8 @@ ggml_tensor * stage_memory::placeholder(const ggml_tensor * like) {
 }
 
 // Every block asks for its states while the graph is built; those outside the range are shown tensors without bytes.
-void stage_memory::show_placeholders(llama_memory_recurrent & states, const llama_memory_recurrent & like, const block_range & range) {
+void stage_memory::show_placeholders(llama_memory_recurrent & states, const llama_memory_recurrent & like,
+                                     const block_range & range) {
     for (size_t block = 0; block < like.r_l.size(); block++) {
         const auto show = [&](ggml_tensor *& mine, const ggml_tensor * theirs) {
             if (theirs && !mine) mine = placeholder(theirs);
@@ -142,13 +147,15 @@ bool stage_memory::allocate(const range_cut & cut) {
         for (const auto * state : *list) {
             if (state->data) continue;
             auto & missing = by_type[ggml_backend_buffer_get_type(state->buffer)];
-            if (std::find(missing.begin(), missing.end(), state) == missing.end()) missing.push_back(const_cast<ggml_tensor *>(state));
+            if (std::find(missing.begin(), missing.end(), state) == missing.end())
+                missing.push_back(const_cast<ggml_tensor *>(state));
         }
     }
     for (auto & [type, tensors] : by_type) {
         const size_t align = ggml_backend_buft_get_alignment(type);
         uint64_t size = 0;
-        for (const auto * tensor : tensors) size += GGML_PAD((uint64_t) ggml_backend_buft_get_alloc_size(type, tensor), align);
+        for (const auto * tensor : tensors) size += GGML_PAD((uint64_t) ggml_backend_buft_get_alloc_size(type, tensor),
+            align);
         check_fits(type, size);
         auto * buffer = ggml_backend_buft_alloc_buffer(type, size);
         if (!buffer) fail(DIM_OUT_OF_MEMORY, "no memory for a cache of %.1f MiB", (double) size / (1 << 20));
@@ -157,7 +164,8 @@ bool stage_memory::allocate(const range_cut & cut) {
         auto room = ggml_tallocr_new(buffer);
         for (auto * tensor : tensors) {
             tensor->buffer = nullptr;
-            if (ggml_tallocr_alloc(&room, tensor) != GGML_STATUS_SUCCESS) fail(DIM_OUT_OF_MEMORY, "no memory for %s", tensor->name);
+            if (ggml_tallocr_alloc(&room, tensor) != GGML_STATUS_SUCCESS)
+                fail(DIM_OUT_OF_MEMORY, "no memory for %s", tensor->name);
             n_bytes += ggml_nbytes(tensor);
         }
     }

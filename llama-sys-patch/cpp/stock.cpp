@@ -17,21 +17,26 @@ struct dim_stock {
     const size_t        n_vocab;
     sessions            session;
 
-    void decode(const dim_row * rows, size_t n_rows, const int32_t * tokens, size_t tokens_len, float * logits, size_t logits_len, size_t * n_written);
+    void decode(const dim_row * rows, size_t n_rows, const int32_t * tokens, size_t tokens_len, float * logits,
+                size_t logits_len, size_t * n_written);
 };
 
-void dim_stock::decode(const dim_row * rows, size_t n_rows, const int32_t * tokens, size_t tokens_len, float * logits, size_t logits_len,
+void dim_stock::decode(const dim_row * rows, size_t n_rows, const int32_t * tokens, size_t tokens_len, float * logits,
+                       size_t logits_len,
                        size_t * n_written) {
     check_n_rows(*context, n_rows);
     session.check(rows, n_rows);
-    const size_t n_out = (size_t) std::count_if(rows, rows + n_rows, [](const dim_row & row) { return row.want_output; });
+    const size_t n_out = (size_t) std::count_if(rows, rows + n_rows,
+                                                [](const dim_row & row) { return row.want_output; });
     dim_fault size = no_fault;
     size.got = (int64_t) tokens_len, size.expected = (int64_t) n_rows;
     if (size.got != size.expected) fail_with(DIM_WRONG_SIZE, size, "%zu tokens for %zu rows", tokens_len, n_rows);
     size.got = (int64_t) logits_len, size.expected = (int64_t) (n_out * n_vocab);
-    if (size.got < size.expected) fail_with(DIM_WRONG_SIZE, size, "logits: room for %zu values, %zu rows of %zu come", logits_len, n_out, n_vocab);
+    if (size.got < size.expected) fail_with(DIM_WRONG_SIZE, size, "logits: room for %zu values, %zu rows of %zu come",
+                                            logits_len, n_out, n_vocab);
     size.got = (int64_t) n_out, size.expected = context->get_cparams().n_outputs_max;   // llama.cpp asserts this
-    if (size.got > size.expected) fail_with(DIM_TOO_MANY_ROWS, size, "logits of %zu rows at once: at most %lld", n_out, (long long) size.expected);
+    if (size.got > size.expected) fail_with(DIM_TOO_MANY_ROWS, size, "logits of %zu rows at once: at most %lld", n_out,
+                                            (long long) size.expected);
     check_tokens(model, tokens, n_rows);
 
     std::vector<llama_pos>      positions(n_rows);
@@ -75,8 +80,11 @@ dim_status dim_stock_create(dim_model * owner, const dim_context_params * params
     return guarded([&] {
         initialize();
         auto * model = owner->llama.get();
-        if (owner->planned || !owner->absent.empty()) fail(DIM_UNSUPPORTED, "llama_decode() wants a whole model, and this is a slice of one");
-        if (model->hparams.vocab_only || model->vocab.n_tokens() == 0) fail(DIM_UNSUPPORTED, "the file gives no vocabulary size");
+        if (owner->planned || !owner->absent.empty()) {
+            fail(DIM_UNSUPPORTED, "llama_decode() wants a whole model, and this is a slice of one");
+        }
+        if (model->hparams.vocab_only || model->vocab.n_tokens() == 0)
+            fail(DIM_UNSUPPORTED, "the file gives no vocabulary size");
         if (llama_model_has_encoder(model)) fail(DIM_UNSUPPORTED, "%s has an encoder", model->arch_name().c_str());
         if (params->f32_products) fail(DIM_INVALID_ARGUMENT, "llama_decode() knows no f32_products: a stage does");
         const uint32_t least = params->max_outputs == 0 ? 0 : std::max(params->max_outputs, params->max_sessions);
@@ -98,7 +106,8 @@ dim_status dim_stock_describe(const dim_stock * stock, dim_context_info * out) {
     return guarded([&] { *out = describe(*stock->context); });
 }
 
-dim_status dim_stock_decode(dim_stock * stock, const dim_row * rows, size_t n_rows, const int32_t * tokens, size_t tokens_len,
+dim_status dim_stock_decode(dim_stock * stock, const dim_row * rows, size_t n_rows, const int32_t * tokens,
+                            size_t tokens_len,
                             float * logits, size_t logits_len, size_t * n_written, dim_fault * fault) {
     return guarded(fault, [&] { stock->decode(rows, n_rows, tokens, tokens_len, logits, logits_len, n_written); });
 }
@@ -111,7 +120,8 @@ dim_status dim_stock_length(const dim_stock * stock, uint32_t session, uint32_t 
     return guarded(fault, [&] { *length = stock->session.length(session); });
 }
 
-dim_status dim_stock_lowest(const dim_stock * stock, uint32_t session, uint32_t * position, bool * lost, dim_fault * fault) {
+dim_status dim_stock_lowest(const dim_stock * stock, uint32_t session, uint32_t * position, bool * lost,
+                            dim_fault * fault) {
     return guarded(fault, [&] {
         *position = stock->session.lowest(session);
         *lost     = stock->session.is_lost(session);

@@ -70,7 +70,8 @@ static gguf_context * keys_with_types(const tiny_keys & keys) {
 }
 
 // Makes the model and adds its tensors to the keys; `bytes` keeps what they point to.
-static void add_tensors(const tiny_keys & keys, const std::vector<std::string> & drop, bool tied, std::vector<std::vector<uint8_t>> & bytes) {
+static void add_tensors(const tiny_keys & keys, const std::vector<std::string> & drop, bool tied,
+                        std::vector<std::vector<uint8_t>> & bytes) {
     auto params = llama_model_default_params();
     ggml_backend_dev_t no_devices[] = { nullptr };
     params.devices  = no_devices;
@@ -99,9 +100,11 @@ static void add_tensors(const tiny_keys & keys, const std::vector<std::string> &
 
 size_t dim_test_architectures(void) { return LLM_ARCH_UNKNOWN; }
 
-const char * dim_test_architecture(size_t index) { return index < LLM_ARCH_UNKNOWN ? llm_arch_name((llm_arch) index) : ""; }
+const char * dim_test_architecture(size_t index) { return index < LLM_ARCH_UNKNOWN ? llm_arch_name((llm_arch) index)
+    : ""; }
 
-dim_status dim_test_write_model(const char * arch_name, uint32_t n_blocks, const char * const * options, size_t n_options, const char * path) {
+dim_status dim_test_write_model(const char * arch_name, uint32_t n_blocks, const char * const * options,
+                                size_t n_options, const char * path) {
     return guarded([&] {
         initialize();
         const llm_arch arch = llm_arch_from_string(arch_name);

@@ -1,6 +1,6 @@
-// Tiny random models of any architecture that llama.cpp has, for tests/architectures.rs. Compiled with the `test-support`
-// feature only. llama.cpp itself says which tensors an architecture wants, and of which shapes: a model is made from keys
-// alone, filled, and written as a GGUF.
+// Tiny random models of any architecture that llama.cpp has, for tests/architectures.rs. Compiled with the `test-
+// support` feature only. llama.cpp itself says which tensors an architecture wants, and of which shapes: a model is
+// made from keys alone, filled, and written as a GGUF.
 #pragma once
 
 #include "boundary.h"

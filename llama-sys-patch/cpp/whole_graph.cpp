@@ -11,13 +11,15 @@ whole_graph::whole_graph(const llama_model & model, llama_context & context, uin
     : weights(model), model(model), context(context), first(first),
       whole(new llm_graph_result(context.graph_max_nodes(std::min(context.n_ctx(), context.n_ubatch())))) {}
 
-llm_graph_params whole_graph::params(const llama_ubatch & ubatch, const llama_memory_context_i * cells, uint32_t n_outputs) {
+llm_graph_params whole_graph::params(const llama_ubatch & ubatch, const llama_memory_context_i * cells,
+                                     uint32_t n_outputs) {
     auto * sched = context.get_sched();
     llm_graph_params params = {
         model.arch, model.hparams, context.get_cparams(), ubatch, LLM_GRAPH_TYPE_DEFAULT, sched,
         ggml_backend_sched_get_backend(sched, ggml_backend_sched_get_n_backends(sched) - 1),   // the CPU is the last
         &no_cvec, &no_loras, cells, &no_cross, &model.prec_policy, {}, n_outputs, nullptr, whole.get() };
-    params.cb = [this](const llama_ubatch & u, ggml_tensor * tensor, const char * name, int block) { place(u, tensor, name, block); };
+    params.cb = [this](const llama_ubatch & u, ggml_tensor * tensor, const char * name, int block) {
+        place(u, tensor, name, block); };
     return params;
 }
 
