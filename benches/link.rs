@@ -17,7 +17,7 @@ use std::io::{Read, Write};
 use std::net::{Shutdown, SocketAddr, TcpListener, TcpStream};
 use std::time::{Duration, Instant};
 
-use dim::ab::link::{Link, LinkOptions};
+use dim_ab::link::{Link, LinkOptions};
 use machine::median;
 
 fn main() {

@@ -15,7 +15,7 @@ mod machine;
 
 use std::process::Command;
 
-use common::{Cut, PROMPT, WORKER, Worker, report};
+use common::{Cut, PROMPT, Worker, report, worker_program};
 use dim::host::report::Report;
 use gguf_tools::synth::Spec;
 use machine::{env, median, pinned};
@@ -28,7 +28,7 @@ fn main() {
     machine::describe("split");
 
     let cut = Cut::new(&Spec::new(&shape, None).expect("a shape of dim-synth --list"), &[&middle]);
-    let mut worker = pinned(1, WORKER);
+    let mut worker = pinned(1, worker_program());
     worker.arg(cut.slice(1)).arg("--key-file").arg(&cut.key);
     worker.args(["--listen", "127.0.0.1:0", "--threads", "1", "--ctx", "512"]);
     let worker = Worker::spawn(&mut worker);

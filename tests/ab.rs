@@ -8,16 +8,16 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
-use common::{Cut, HOST, WORKER, Worker, failure, text};
-use dim::ab::quality::Evaluation;
-use dim::ab::record::{Arm, Phase, Record, read};
-use dim::ab::report::{Measured, Page};
-use dim::ab::summary::{Same, summarise};
+use common::{Cut, Worker, failure, host_program, text, worker_program};
+use dim_ab::quality::Evaluation;
+use dim_ab::record::{Arm, Phase, Record, read};
+use dim_ab::report::{Measured, Page};
+use dim_ab::summary::{Same, summarise};
 use gguf_tools::synth::Spec;
 
 /// `dim-host ab` for `cut`, records into `out`.
 fn ab(cut: &Cut, out: &Path, more: &[&str]) -> Command {
-    let mut command = Command::new(HOST);
+    let mut command = Command::new(host_program());
     command.arg("ab").arg("--model").arg(&cut.model).arg("--split").arg(&cut.split);
     command.arg("--key-file").arg(&cut.key).arg("--out").arg(out);
     command.args(["--threads", "1", "--wire", "f32", "--ctx", "512"]).args(more);
@@ -89,7 +89,8 @@ fn every_arm_runs_in_every_round_and_gives_the_tokens_of_stock() {
         assert_eq!((row.rounds, row.same), (2, same), "{:?}", row.arm);
     }
     let html = std::fs::read_to_string(out.path().join("report.html")).unwrap();
-    for text in ["llama-cpp-sys-2 0.1.161", "solo Q4_K_M", "2 ms, 200 Mbit/s", "<svg"] {
+    let version = format!("llama-cpp-sys-2 {}", llama_sys_patch::LLAMA_CPP_SYS_VERSION);
+    for text in [version.as_str(), "solo Q4_K_M", "2 ms, 200 Mbit/s", "<svg"] {
         assert!(html.contains(text), "the report has no {text:?}");
     }
 
@@ -167,7 +168,7 @@ fn a_memory_limit_holds_or_the_way_to_one_is_named() {
         command.args(["--memory-limit", limit]);
         command
     };
-    if let Err(e) = dim::ab::cgroup::MemoryGroup::new(1 << 30) {
+    if let Err(e) = dim_ab::cgroup::MemoryGroup::new(1 << 30) {
         // not as root, or a system without groups: misuse, with a hint, before anything was run
         let stderr = failure(&mut limited("2GB"), 2);
         assert!(stderr.contains("hint: ") && stderr.contains(&e.to_string()), "{stderr}");
@@ -199,14 +200,14 @@ fn a_memory_limit_holds_or_the_way_to_one_is_named() {
 #[test]
 #[cfg(target_os = "linux")]
 fn a_launched_program_is_pinned_and_a_wrong_core_is_named() {
-    let mut command = Command::new(HOST);
+    let mut command = Command::new(env!("CARGO_BIN_EXE_dim-ab"));
     command.args(["launch", "--cpus", "0", "--", "/bin/cat", "/proc/self/status"]);
     let status = text(&command.output().unwrap().stdout);
     assert!(status.lines().any(|l| l == "Cpus_allowed_list:\t0"), "{status}");
-    let mut command = Command::new(HOST);
+    let mut command = Command::new(env!("CARGO_BIN_EXE_dim-ab"));
     let stderr = failure(command.args(["launch", "--cpus", "1023", "--", "/bin/true"]), 1);
     assert!(stderr.contains("1023"), "{stderr}");
-    let mut command = Command::new(HOST);
+    let mut command = Command::new(env!("CARGO_BIN_EXE_dim-ab"));
     let stderr = failure(command.args(["launch", "--", "/nonexistent/program"]), 1);
     assert!(stderr.contains("/nonexistent/program"), "{stderr}");
 }
@@ -252,7 +253,7 @@ fn the_rpc_backend_gives_the_tokens_of_stock() {
 
 /// `dim-host eval` for `cut` on `text`.
 fn eval(cut: &Cut, file: &Path, worker: &str, more: &[&str]) -> Command {
-    let mut command = Command::new(HOST);
+    let mut command = Command::new(host_program());
     command.arg("eval").arg("--text").arg(file).arg("--split").arg(&cut.split).args(["--worker", worker]);
     command.arg("--key-file").arg(&cut.key).args(["--threads", "1", "--ctx", "512"]).args(more);
     command
@@ -337,10 +338,10 @@ fn eval_refuses_what_it_cannot_evaluate() {
 /// What docs/RESULTS.md shows is what its records say, and no more.
 #[test]
 fn the_record_in_the_documents_is_made_from_its_records() {
-    let docs = Path::new(env!("CARGO_MANIFEST_DIR")).join("docs");
+    let docs = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../docs");
     let has_records = std::fs::read_dir(docs.join("results"))
         .is_ok_and(|dir| dir.flatten().any(|e| e.path().extension().is_some_and(|x| x == "jsonl")));
-    let mut command = Command::new(HOST);
+    let mut command = Command::new(host_program());
     command.arg("report").arg(docs.join("results")).arg("--into").arg(docs.join("RESULTS.md")).arg("--check");
     if has_records {
         let output = command.output().unwrap();
@@ -348,13 +349,13 @@ fn the_record_in_the_documents_is_made_from_its_records() {
         return;
     }
     let results = std::fs::read_to_string(docs.join("RESULTS.md")).unwrap();
-    let generated = results.split(dim::ab::report::BEGIN).nth(1).unwrap();
-    let generated = generated.split(dim::ab::report::END).next().unwrap();
+    let generated = results.split(dim_ab::report::BEGIN).nth(1).unwrap();
+    let generated = generated.split(dim_ab::report::END).next().unwrap();
     assert!(!generated.contains('|'), "there are tables without records");
     failure(&mut command, 2);
 }
 
 #[test]
 fn the_worker_beside_the_host_is_the_one_that_is_started() {
-    assert_eq!(Path::new(WORKER), Path::new(HOST).with_file_name("dim-worker"));
+    assert_eq!(worker_program(), host_program().with_file_name("dim-worker"));
 }

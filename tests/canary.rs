@@ -165,7 +165,7 @@ fn without_a_manifest_there_is_no_canary_and_only_verbose_says_so() {
     let cut = Cut::tiny("qwen2");
     let worker = gullible(&cut, &tampered(&cut, &cut.slice(1), exchanged));
     let generate = |more: &[&str]| {
-        let mut command = std::process::Command::new(common::HOST);
+        let mut command = std::process::Command::new(common::host_program());
         command.arg("generate").arg("--head").arg(cut.slice(0)).arg("--tail").arg(cut.slice(2));
         command.arg("--key-file").arg(&cut.key).args(["--worker", &worker.address]);
         run(command.args(["--threads", "1", "--ctx", "512", "-n", "2", "-p", "x"]).args(more))

@@ -9,9 +9,9 @@ use std::path::Path;
 use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
-use common::{Cut, HOST, WORKER, Worker, failure, report, run, text};
-use dim::keys::{Key, KeyStore, Peer};
-use dim::transport::discover::{Announcement, Search};
+use common::{Cut, Worker, failure, host_program, report, run, text, worker_program};
+use dim_wire::keys::{Key, KeyStore, Peer};
+use dim_wire::transport::discover::{Announcement, Search};
 use gguf_tools::synth::Spec;
 
 /// A port for one test's multicast DNS.
@@ -45,14 +45,14 @@ fn pair(host: &Home, worker: &Home, name: &str) {
 }
 
 fn announced(slice: &Path, home: &Home, port: u16) -> Worker {
-    let mut command = Command::new(WORKER);
+    let mut command = Command::new(worker_program());
     command.arg(slice).args(["--listen", "127.0.0.1:0", "--threads", "1", "--ctx", "512"]);
     command.args(["--announce", "always", "--mdns-port", &port.to_string()]);
     Worker::spawn(command.env("XDG_CONFIG_HOME", home.path()))
 }
 
 fn auto(cut: &Cut, home: &Home, port: u16, more: &[&str]) -> Command {
-    let mut command = Command::new(HOST);
+    let mut command = Command::new(host_program());
     command.arg("generate").arg("--split").arg(&cut.split).args(["--worker", "auto", "--wire", "f32"]);
     command.args(["--mdns-port", &port.to_string(), "--threads", "1", "--ctx", "512", "--json"]);
     command.args(["-p", common::PROMPT, "-n", "16", "--temp", "0"]).args(more);
@@ -125,7 +125,7 @@ fn a_busy_worker_is_named_with_its_host_and_another_is_taken() {
     homes.iter().for_each(|home| pair(&host, home, "a"));
     let busy = announced(&cut.slice(1), &homes[0], port);
     // a conversation that waits for its next line holds the worker
-    let mut chat = Command::new(HOST);
+    let mut chat = Command::new(host_program());
     chat.arg("chat").arg("--split").arg(&cut.split).args([
         "--worker",
         "auto",

@@ -7,9 +7,9 @@ use std::net::TcpStream;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use dim::keys::Key;
-use dim::transport::{Listener, ListenerConfig, Readiness, Timing, inquire};
-use dim::wire::terms::Terms;
+use dim_wire::keys::Key;
+use dim_wire::terms::Terms;
+use dim_wire::transport::{Listener, ListenerConfig, Readiness, Timing, inquire};
 
 #[test]
 fn a_thousand_hostile_peers_cost_a_worker_less_than_16_mib() {
@@ -30,7 +30,7 @@ fn a_thousand_hostile_peers_cost_a_worker_less_than_16_mib() {
         let mut peer = TcpStream::connect(at).unwrap();
         // the right beginning, the largest lengths there are, or nothing: and then they stay
         let sent: &[u8] = match n % 3 {
-            0 => &dim::wire::handshake::MAGIC,
+            0 => &dim_wire::handshake::MAGIC,
             1 => &[0xFF; 74],
             _ => &[],
         };

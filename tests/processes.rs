@@ -6,7 +6,7 @@ use std::io::{BufRead as _, BufReader, Write as _};
 use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
-use common::{Cut, HOST, PROMPT, WORKER, Worker, failure, report, run, signal, text};
+use common::{Cut, PROMPT, Worker, failure, host_program, report, run, signal, text, worker_program};
 use dim::host::report::{Report, Stop};
 use gguf_tools::synth::Spec;
 
@@ -75,7 +75,7 @@ fn stages_may_all_be_files_of_this_machine() {
     let (got, logits) = with_logits(&mut cut.generate(&[], &["--wire", "f32"]), cut.folder.path(), "split");
     assert_eq!((got.tokens, got.wire.bytes_sent), (stock.tokens, 0));
     assert!(logits == expected);
-    let mut by_name = Command::new(HOST);
+    let mut by_name = Command::new(host_program());
     by_name.args([
         "generate",
         "--threads",
@@ -178,7 +178,7 @@ fn the_same_weights_with_other_settings_are_refused() {
     assert!(says.contains("the same weights with other settings (rope, norms, ...)"), "{says}");
     assert!(says.contains(&worker.address) && says.contains("one split on both sides"), "{says}");
     // as files of this machine
-    let mut mixed = Command::new(HOST);
+    let mut mixed = Command::new(host_program());
     mixed.args(["generate", "-p", "x", "--head"]).arg(cut.slice(0)).arg("--middle").arg(other.slice(1));
     let says = failure(mixed.arg("--tail").arg(cut.slice(2)), 2);
     assert!(says.contains("the same weights with other settings"), "{says}");
@@ -192,7 +192,7 @@ fn misuse_is_exit_code_2_and_one_error_line() {
     let s = |i| cut.slice(i).display().to_string();
     let (head, middle, tail, model) = (s(0), s(1), s(2), cut.model.display().to_string());
     let generate = |args: &[&str]| {
-        failure(Command::new(HOST).args(["generate", "-p", "x", "--threads", "1"]).args(args), 2)
+        failure(Command::new(host_program()).args(["generate", "-p", "x", "--threads", "1"]).args(args), 2)
     };
     assert!(generate(&["--head", &tail, "--tail", &tail]).contains("tail slice, not a head"));
     assert!(generate(&["--head", &model, "--tail", &tail]).contains("not a slice"));
@@ -206,18 +206,21 @@ fn misuse_is_exit_code_2_and_one_error_line() {
     assert!(generate(&[&full[..], &["--threads", "0"]].concat()).contains("threads"));
     assert!(generate(&[&full[..], &["-n", "-2"]].concat()).contains("-n"));
     assert!(
-        failure(Command::new(HOST).args(["generate", "-p", ""]).args(full), 2).contains("prompt is empty")
+        failure(Command::new(host_program()).args(["generate", "-p", ""]).args(full), 2)
+            .contains("prompt is empty")
     );
-    let says = failure(Command::new(HOST).args(["generate", "--ctx", "8", "-p", PROMPT]).args(full), 2);
+    let says =
+        failure(Command::new(host_program()).args(["generate", "--ctx", "8", "-p", PROMPT]).args(full), 2);
     assert!(says.contains("context 8") && says.contains("hint: "), "{says}");
-    assert!(failure(Command::new(WORKER).arg(&head), 2).contains("a worker serves a middle"));
+    assert!(failure(Command::new(worker_program()).arg(&head), 2).contains("a worker serves a middle"));
     assert!(
-        failure(Command::new(WORKER).arg(&middle).args(["--key-file", "/nowhere"]), 2).contains("/nowhere")
+        failure(Command::new(worker_program()).arg(&middle).args(["--key-file", "/nowhere"]), 2)
+            .contains("/nowhere")
     );
     let at = ["--listen", "203.0.113.1:1"];
     let key = cut.key.display().to_string();
     assert!(
-        failure(Command::new(WORKER).arg(&middle).args(at).args(["--key-file", &key]), 2)
+        failure(Command::new(worker_program()).arg(&middle).args(at).args(["--key-file", &key]), 2)
             .contains("--listen")
     );
 }
@@ -230,7 +233,7 @@ fn altered_weights_are_refused_and_the_tensor_is_named() {
     let at = bytes.len() / 2;
     bytes[at] ^= 0x10;
     std::fs::write(&path, &bytes).unwrap();
-    let says = failure(Command::new(WORKER).arg(&path).arg("--key-file").arg(&cut.key), 2);
+    let says = failure(Command::new(worker_program()).arg(&path).arg("--key-file").arg(&cut.key), 2);
     assert!(says.contains("in blk.") && says.contains("hash mismatch"), "{says}");
     // the host refuses it too, whole again it is taken
     assert!(failure(&mut cut.generate(&[], &["-n", "1"]), 2).contains("in blk."));
@@ -244,7 +247,7 @@ fn the_second_host_is_told_who_is_served() {
     let cut = Cut::tiny("qwen2");
     let worker = cut.worker(1);
     // a conversation that waits for its next line holds the worker
-    let mut first = Command::new(HOST);
+    let mut first = Command::new(host_program());
     first
         .arg("chat")
         .arg("--split")
@@ -299,7 +302,7 @@ fn any_order_of_starting_works() {
 fn pairing_by_code_makes_a_key_that_only_its_owner_can_read() {
     let cut = Cut::tiny("qwen2");
     let homes = [tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap()];
-    let mut worker = Command::new(WORKER);
+    let mut worker = Command::new(worker_program());
     worker.arg(cut.slice(1)).args(["--listen", "127.0.0.1:0", "--threads", "1", "--ctx", "512"]);
     let worker = Worker::spawn(worker.env("XDG_CONFIG_HOME", homes[0].path()));
     let shown = || {
@@ -314,7 +317,7 @@ fn pairing_by_code_makes_a_key_that_only_its_owner_can_read() {
         }
     };
     let host = |args: &[&str]| {
-        let mut command = Command::new(HOST);
+        let mut command = Command::new(host_program());
         command.args(args).env("XDG_CONFIG_HOME", homes[1].path());
         command
     };
@@ -358,7 +361,7 @@ fn pairing_by_code_makes_a_key_that_only_its_owner_can_read() {
 fn chat_keeps_the_common_prefix_and_answers_as_a_fresh_run_would() {
     let cut = Cut::tiny("qwen2");
     let worker = cut.worker(1);
-    let mut chat = Command::new(HOST);
+    let mut chat = Command::new(host_program());
     chat.arg("chat")
         .arg("--split")
         .arg(&cut.split)
@@ -406,7 +409,7 @@ fn chat_keeps_the_common_prefix_and_answers_as_a_fresh_run_would() {
 fn ctrl_c_stops_a_reply_and_keeps_the_conversation() {
     let cut = Cut::new(&Spec::new("demo", Some("qwen2")).unwrap(), &["4..7"]);
     let worker = Worker::start(&cut.slice(1), &cut.key, &["--ctx", "4096"]);
-    let mut chat = Command::new(HOST);
+    let mut chat = Command::new(host_program());
     chat.arg("chat")
         .arg("--split")
         .arg(&cut.split)

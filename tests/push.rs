@@ -10,18 +10,19 @@ use std::path::PathBuf;
 use std::process::Command;
 use std::sync::{Arc, Mutex};
 
-use common::{Cut, HOST, failure, run, text};
+use common::{Cut, failure, host_program, run, text};
 use dim::host::packages::Packages;
-use dim::keys::Key;
-use dim::wire::VERSIONS;
-use dim::wire::connection::{Connection, Role};
-use dim::wire::frame::{Inbox, Outgoing, Sealer};
-use dim::wire::handshake::{FIRST_FLIGHT, Lookup, Purpose, WorkerHandshake};
-use dim::wire::message::{ErrorCode, Farewell, Fault, Message, PushOffer, PushOutcome};
-use dim::wire::terms::{OPENING_LIMIT, Reason, Terms};
+use dim_wire::VERSIONS;
+use dim_wire::connection::{Connection, Role};
+use dim_wire::frame::{Inbox, Outgoing, Sealer};
+use dim_wire::handshake::{FIRST_FLIGHT, Lookup, Purpose, WorkerHandshake};
+use dim_wire::keys::Key;
+use dim_wire::message::{ErrorCode, Farewell, Fault, Message, PushOffer, PushOutcome};
+use dim_wire::terms::{OPENING_LIMIT, Reason, Terms};
 use gguf_tools::coreml::{Identity, Options, Plan};
 use gguf_tools::digest::Sha;
 use gguf_tools::gguf::Gguf;
+use gguf_tools::plan::BlockRange;
 
 /// What a peer does with a connection.
 #[derive(Clone, Debug)]
@@ -217,8 +218,7 @@ fn serve(stream: TcpStream, key: &Key, state: &Mutex<State>) {
                     return;
                 }
             }
-            let right =
-                |(item, bytes): (&dim::wire::message::Item, &Vec<u8>)| item.sha256 == Sha::of(bytes).0;
+            let right = |(item, bytes): (&dim_wire::message::Item, &Vec<u8>)| item.sha256 == Sha::of(bytes);
             state.verified = offer.items.iter().zip(&state.stored).all(right);
             wire.say(&result(PushOutcome::Stored, None, ""));
         }
@@ -234,20 +234,23 @@ struct Directory {
     key: Key,
 }
 
+/// The middle of what `Cut::tiny` cuts.
+const BLOCKS: BlockRange = BlockRange { first: 1, last: 2 };
+
 impl Directory {
     fn new() -> Directory {
         let cut = Cut::tiny("qwen2");
         let gguf = Gguf::open(&cut.model).unwrap();
         // a package for each of the two blocks
-        let whole = Plan::new(&gguf, 1..=2, Options::default()).unwrap().weight_bytes();
+        let whole = Plan::new(&gguf, BLOCKS, Options::default()).unwrap().weight_bytes();
         let options = Options { n_ctx: 256, n_prefill: 16, max_bytes: whole * 2 / 3, ..Options::default() };
-        let plan = Plan::new(&gguf, 1..=2, options).unwrap();
+        let plan = Plan::new(&gguf, BLOCKS, options).unwrap();
         assert_eq!(plan.n_packages(), 2);
         let path = cut.folder.path().join("model.middle-1..2.coreml");
         let identity = Identity {
             model_name: "a \u{1b}[2Jmodel",
             model_sha256: &cut.manifest.model.sha256,
-            slice_sha256: &cut.manifest.slices[1].sha256,
+            slice_sha256: Some(&cut.manifest.slices[1].sha256),
         };
         plan.write(&path, &identity, &mut |_| {}).unwrap();
         let key = Key::from_file(&cut.key).unwrap();
@@ -255,7 +258,7 @@ impl Directory {
     }
 
     fn push(&self, to: &str) -> Command {
-        let mut command = Command::new(HOST);
+        let mut command = Command::new(host_program());
         command.arg("push").arg(&self.path).args(["--worker", to]).arg("--key-file").arg(&self.cut.key);
         command
     }
@@ -415,7 +418,7 @@ fn a_directory_that_is_not_what_its_manifest_says_is_refused_before_anything_is_
     refuse(&["weight.bin", "No such file"]);
     // no directory of packages at all
     let says = failure(
-        Command::new(HOST)
+        Command::new(host_program())
             .arg("push")
             .arg(directory.cut.folder.path())
             .args(["--worker", "127.0.0.1:1"])

@@ -7,14 +7,18 @@ use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
-use dim::keys::{Key, KeyStore, PairingCode};
-use dim::transport::{
-    Event, Link, LinkError, Listener, ListenerConfig, Notice, Readiness, Timing, dial, inquire, pair,
+use dim_core::bell::Bell;
+use dim_core::blocks::BlockRange;
+use dim_core::digest::Sha;
+use dim_wire::error::HandshakeError;
+use dim_wire::keys::{Key, KeyStore, PairingCode};
+use dim_wire::message::{ErrorCode, Farewell, Fault, Span};
+use dim_wire::rows::{RowTypes, RowsRef};
+use dim_wire::terms::{Reason, SliceRole, Terms};
+use dim_wire::transport::{
+    Event, Link, LinkError, LinkErrorKind, Listener, ListenerConfig, Notice, Readiness, Timing, dial,
+    inquire, pair,
 };
-use dim::wire::error::HandshakeError;
-use dim::wire::message::{ErrorCode, Farewell, Fault, Span};
-use dim::wire::rows::RowsRef;
-use dim::wire::terms::{Reason, SliceRole, Terms};
 use half::f16;
 
 const N_EMBD: usize = 64;
@@ -25,27 +29,26 @@ fn key() -> Key {
 
 fn terms(name: &str) -> Terms {
     Terms {
-        dtypes: 1,
+        row_types: RowTypes::F16,
         role: SliceRole::Middle,
         instance: 0,
         n_embd: N_EMBD as u32,
         n_blocks: 12,
-        first_block: 4,
-        last_block: 7,
+        blocks: BlockRange { first: 4, last: 7 },
         n_ctx: 4096,
         max_rows: 512,
         max_sessions: 4,
         max_in_flight: 4,
-        model: [1; 32],
-        slice: [2; 32],
-        params: [3; 32],
+        model: Some(Sha([1; 32])),
+        slice: Some(Sha([2; 32])),
+        params: Some(Sha([3; 32])),
         arch: "qwen2".into(),
         ..Terms::blank(1, "test 0", name)
     }
 }
 
 fn worker_terms() -> Terms {
-    Terms { dtypes: 0b11, ..terms("worker") }
+    Terms { row_types: RowTypes::ALL, ..terms("worker") }
 }
 
 /// A worker that adds one to every value, in a thread of its own, until it is dropped.
@@ -107,7 +110,7 @@ impl Drop for Adder {
     }
 }
 
-fn config(keys: Arc<dyn dim::transport::KeyRing>, timing: Timing) -> ListenerConfig {
+fn config(keys: Arc<dyn dim_wire::transport::KeyRing>, timing: Timing) -> ListenerConfig {
     ListenerConfig { keys, readiness: Readiness::Ready(worker_terms()), timing, notice: Box::new(|_| {}) }
 }
 
@@ -120,8 +123,8 @@ fn add_one(link: Link, compute_ms: &AtomicU32) -> Result<(), LinkError> {
             Event::Step { step, rows, arrived, .. } => {
                 let begun = Instant::now();
                 std::thread::sleep(Duration::from_millis(compute_ms.load(Ordering::Relaxed).into()));
-                let n_rows = (rows.values.len() / N_EMBD) as u32;
-                let out = match rows.values {
+                let n_rows = (rows.len() / N_EMBD) as u32;
+                let out = match rows {
                     RowsRef::F16(v) => {
                         out16.clear();
                         out16.extend(v.iter().map(|x| f16::from_f32(x.to_f32() + 1.0)));
@@ -132,9 +135,8 @@ fn add_one(link: Link, compute_ms: &AtomicU32) -> Result<(), LinkError> {
                         out32.extend(v.iter().map(|x| x + 1.0));
                         RowsRef::F32(&out32)
                     }
-                    RowsRef::Bf16(_) => unreachable!("not agreed on"),
                 };
-                sender.send_done(step, n_rows, out.into(), begun.elapsed(), begun - arrived)?;
+                sender.send_done(step, n_rows, out, begun.elapsed(), begun - arrived)?;
             }
             Event::Rewind { .. } | Event::EndSession { .. } => {}
             Event::Done { .. } => unreachable!("a worker gets no answers"),
@@ -158,7 +160,7 @@ fn token(link: &mut Link, position: u32) -> Result<(), LinkError> {
     match link.receive(soon())? {
         Event::Done { step: done, rows, .. } => {
             assert_eq!(done, step);
-            let RowsRef::F16(values) = rows.values else { panic!("another format") };
+            let RowsRef::F16(values) = rows else { panic!("another format") };
             assert!(values.iter().all(|v| v.to_f32() == position as f32 + 1.0));
         }
         other => panic!("{other:?}"),
@@ -233,7 +235,7 @@ fn saturate(rounds: u32, pace: Option<u32>) {
         for _ in 0..4 {
             let received = link.receive(soon());
             let Ok(Event::Done { rows, .. }) = received else { panic!("no answer: {received:?}") };
-            assert!(rows.values == RowsRef::F16(&chunk));
+            assert!(rows == RowsRef::F16(&chunk));
         }
     }
     link.close(Farewell::Finished);
@@ -278,9 +280,53 @@ fn a_goodbye_is_not_held_up_by_a_blocked_send() {
 }
 
 #[test]
+fn a_bell_rings_for_every_message_and_at_the_end_and_nothing_blocks() {
+    let worker = Adder::plain();
+    let mut link = worker.dial("host").unwrap();
+    let bell = Bell::new();
+    let rung = || assert!(bell.wait(soon()), "nobody rang");
+    token(&mut link, 0).unwrap();
+    assert!(matches!(link.receiver().try_receive(), Ok(None)));
+    link.receiver().notify(Some(bell.clone()));
+    for position in 1..50 {
+        let span = [Span { session: 0, position, count: 1 }];
+        let step = link.send_step(&span, rows(1, 1.0).as_slice().into()).unwrap();
+        let answered = loop {
+            rung();
+            match link.receiver().try_receive().unwrap() {
+                Some(Event::Done { step, .. }) => break step,
+                None => {}
+                other => panic!("{other:?}"),
+            }
+        };
+        assert_eq!(answered, step);
+        assert!(matches!(link.receiver().try_receive(), Ok(None)));
+    }
+    // a blocking receive works beside it, and direct reads after it
+    token(&mut link, 50).unwrap();
+    link.receiver().notify(None);
+    token(&mut link, 51).unwrap();
+    token(&mut link, 52).unwrap();
+    link.receiver().notify(Some(bell.clone()));
+    while bell.wait(Some(Instant::now())) {}
+    drop(worker);
+    let lost = loop {
+        rung();
+        match link.receiver().try_receive() {
+            Ok(event) => assert!(event.is_none(), "{event:?}"),
+            Err(lost) => break lost,
+        }
+    };
+    assert!(
+        matches!(lost, LinkError { kind: LinkErrorKind::Goodbye(Farewell::ShuttingDown), .. }),
+        "{lost:?}"
+    );
+}
+
+#[test]
 fn several_sessions_in_one_step_and_f32() {
     let worker = Adder::plain();
-    let need = Terms { dtypes: 2, ..terms("host") };
+    let need = Terms { row_types: RowTypes::F32, ..terms("host") };
     let mut link = dial(&worker.at(), &key(), &need, &Timing::default()).unwrap();
     let spans = [
         Span { session: 2, position: 0, count: 3 },
@@ -290,7 +336,7 @@ fn several_sessions_in_one_step_and_f32() {
     let sent: Vec<f32> = (0..6 * N_EMBD).map(|i| i as f32 * 1e-3).collect();
     link.send_step(&spans, sent.as_slice().into()).unwrap();
     let Event::Done { rows, .. } = link.receive(soon()).unwrap() else { panic!() };
-    let RowsRef::F32(values) = rows.values else { panic!() };
+    let RowsRef::F32(values) = rows else { panic!() };
     assert!(values.iter().zip(&sent).all(|(a, b)| *a == b + 1.0));
     assert_eq!(link.sender().session_length(2), Some(3));
 }
@@ -305,7 +351,9 @@ fn a_second_host_is_told_busy_at_once_and_the_first_goes_on() {
         let refused = worker.dial("second");
         let took = begun.elapsed();
         match refused {
-            Err(LinkError::Busy { host, .. }) => assert!(host.starts_with("first ("), "{host}"),
+            Err(LinkError { kind: LinkErrorKind::Busy { host, .. }, .. }) => {
+                assert!(host.starts_with("first ("), "{host}")
+            }
             other => panic!("{other:?}"),
         }
         assert!(took < Duration::from_millis(100), "BUSY took {took:?}");
@@ -325,7 +373,7 @@ fn a_worker_can_be_asked_while_it_serves() {
     let worker = Adder::plain();
     let mut first = worker.dial("first").unwrap();
     let offer = inquire(&worker.at(), &key(), &Timing::default()).unwrap();
-    assert_eq!((offer.name.as_str(), offer.first_block, offer.last_block), ("worker", 4, 7));
+    assert_eq!((offer.name.as_str(), offer.blocks), ("worker", BlockRange { first: 4, last: 7 }));
     token(&mut first, 0).unwrap();
 }
 
@@ -339,12 +387,17 @@ fn the_same_process_takes_its_place_back() {
     let mut link = dial_again().unwrap();
     token(&mut link, 0).unwrap();
     match token(&mut ghost, 1) {
-        Err(LinkError::Goodbye { why: Farewell::Replaced, .. }) | Err(LinkError::Broken { .. }) => {}
+        Err(LinkError { kind: LinkErrorKind::Goodbye(Farewell::Replaced), .. })
+        | Err(LinkError { kind: LinkErrorKind::Broken { .. }, .. }) => {}
         other => panic!("{other:?}"),
     }
-    let why = ghost.receiver().explain(LinkError::Closed { peer: String::new() });
+    let why = ghost.receiver().explain(LinkErrorKind::Closed.with(""));
     assert!(
-        matches!(why, LinkError::Goodbye { why: Farewell::Replaced, .. } | LinkError::Closed { .. }),
+        matches!(
+            why,
+            LinkError { kind: LinkErrorKind::Goodbye(Farewell::Replaced), .. }
+                | LinkError { kind: LinkErrorKind::Closed, .. }
+        ),
         "{why:?}"
     );
     token(&mut link, 1).unwrap();
@@ -364,17 +417,17 @@ fn a_silent_peer_is_lost_after_the_silence_and_not_before() {
     let watch = std::thread::spawn(move || (receiver.receive(None).map(|_| ()), Instant::now()));
     let (sender, mut receiver) = link.split();
     let idle = receiver.receive(Some(Instant::now() + Duration::from_secs(3)));
-    assert!(matches!(idle, Err(LinkError::Deadline { .. })), "{idle:?}");
+    assert!(matches!(idle, Err(LinkError { kind: LinkErrorKind::Deadline { .. }, .. })), "{idle:?}");
     assert!(!sender.is_lost());
 
     frozen.store(true, Ordering::Relaxed);
     let begun = Instant::now();
     let lost = receiver.receive(None).map(|_| ());
     let took = begun.elapsed();
-    assert!(matches!(lost, Err(LinkError::Silent { .. })), "{lost:?}");
+    assert!(matches!(lost, Err(LinkError { kind: LinkErrorKind::Silent { .. }, .. })), "{lost:?}");
     assert!((1000..2200).contains(&took.as_millis()), "{took:?}");
     let (lost, at) = watch.join().unwrap();
-    assert!(matches!(lost, Err(LinkError::Silent { .. })), "{lost:?}");
+    assert!(matches!(lost, Err(LinkError { kind: LinkErrorKind::Silent { .. }, .. })), "{lost:?}");
     assert!(at - begun < Duration::from_millis(2200));
 }
 
@@ -399,7 +452,7 @@ fn a_deadline_leaves_the_link_usable() {
     let sent = rows(1, 0.0);
     link.send_step(&[Span { session: 0, position: 0, count: 1 }], sent.as_slice().into()).unwrap();
     let early = link.receive(Some(Instant::now() + Duration::from_millis(100)));
-    assert!(matches!(early, Err(LinkError::Deadline { .. })), "{early:?}");
+    assert!(matches!(early, Err(LinkError { kind: LinkErrorKind::Deadline { .. }, .. })), "{early:?}");
     assert!(matches!(link.receive(soon()), Ok(Event::Done { .. })));
 }
 
@@ -451,7 +504,7 @@ fn a_peer_that_takes_no_bytes_for_a_while_is_not_lost() {
     assert!(!sending.is_finished(), "the relay took everything");
     pace.store(u32::MAX, Ordering::Relaxed);
     let Ok(Event::Step { rows, .. }) = receiver.receive(soon()) else { panic!("no step") };
-    assert_eq!(rows.values.len(), 512 * 8192);
+    assert_eq!(rows.len(), 512 * 8192);
     assert_eq!(sending.join().unwrap().0, Ok(()));
 }
 
@@ -477,7 +530,10 @@ fn a_blocked_send_ends_when_the_peer_falls_silent() {
     let took = begun.elapsed();
     let sent = sent.unwrap_err();
     let lost = link.receiver().explain(sent.clone());
-    assert!(matches!(lost, LinkError::Silent { .. }), "{sent:?} {lost:?} after {took:?}");
+    assert!(
+        matches!(lost, LinkError { kind: LinkErrorKind::Silent { .. }, .. }),
+        "{sent:?} {lost:?} after {took:?}"
+    );
     assert!((1000..3000).contains(&took.as_millis()), "{took:?}");
 }
 
@@ -493,7 +549,7 @@ fn a_slow_link_is_slow_and_nothing_else() {
     let begun = Instant::now();
     link.send_step(&[Span { session: 0, position: 0, count: 512 }], chunk.as_slice().into()).unwrap();
     let Ok(Event::Done { rows, .. }) = link.receive(Some(begun + Duration::from_secs(30))) else { panic!() };
-    assert_eq!(rows.values.len(), chunk.len());
+    assert_eq!(rows.len(), chunk.len());
     assert!(begun.elapsed() > Duration::from_secs(3), "the relay was not slow: {:?}", begun.elapsed());
 }
 
@@ -506,7 +562,7 @@ fn stop_wakes_a_blocked_receive_from_another_thread() {
     std::thread::sleep(Duration::from_millis(300));
     let begun = Instant::now();
     sender.stop();
-    assert_eq!(blocked.join().unwrap(), Err(LinkError::Stopped));
+    assert_eq!(blocked.join().unwrap().unwrap_err().kind, LinkErrorKind::Stopped);
     assert!(begun.elapsed() < Duration::from_millis(300));
 }
 
@@ -527,7 +583,7 @@ fn a_fault_reaches_the_host_with_its_block_and_a_way_out() {
     };
     sender.fail(fault.clone());
     match link.receive(soon()) {
-        Err(e @ LinkError::Fault { .. }) => {
+        Err(e @ LinkError { kind: LinkErrorKind::Fault(_), .. }) => {
             assert!(!e.may_pass());
             assert!(e.to_string().contains("block 17: 3 values are not finite; try --wire f32"), "{e}");
         }
@@ -543,7 +599,7 @@ fn values_that_are_not_finite_are_not_sent() {
     for bad in [f16::NAN, f16::INFINITY, f16::NEG_INFINITY] {
         sent[N_EMBD / 2] = bad;
         let refused = link.send_step(&[Span { session: 0, position: 0, count: 1 }], sent.as_slice().into());
-        assert!(matches!(refused, Err(LinkError::Misuse(_))), "{refused:?}");
+        assert!(matches!(refused, Err(LinkError { kind: LinkErrorKind::Misuse(_), .. })), "{refused:?}");
     }
     // nothing was sent and nothing was booked
     token(&mut link, 0).unwrap();
@@ -556,7 +612,9 @@ fn a_wrong_key_is_refused_with_the_reason() {
     let worker = Adder::plain();
     let refused = dial(&worker.at(), &Key::from_bytes([8; 32]), &terms("host"), &Timing::default());
     match refused {
-        Err(e @ LinkError::Handshake { error: HandshakeError::Key, .. }) => assert!(!e.may_pass()),
+        Err(e @ LinkError { kind: LinkErrorKind::Handshake(HandshakeError::Key), .. }) => {
+            assert!(!e.may_pass())
+        }
         other => panic!("{other:?}"),
     }
     worker.until_noticed(|n| matches!(n, Notice::Refused { why, .. } if why.contains("key")));
@@ -568,14 +626,14 @@ fn every_mismatch_is_refused_with_its_reason() {
     type Change = (Reason, fn(&mut Terms));
     let changes: [Change; 12] = [
         (Reason::Arch, |t| t.arch = "llama".into()),
-        (Reason::Model, |t| t.model[31] ^= 1),
-        (Reason::Params, |t| t.params[0] ^= 1),
+        (Reason::Model, |t| t.model = Some(Sha([9; 32]))),
+        (Reason::Params, |t| t.params = Some(Sha([9; 32]))),
         (Reason::NBlocks, |t| t.n_blocks = 13),
         (Reason::NEmbd, |t| t.n_embd = 65),
         (Reason::Role, |t| t.role = SliceRole::Tail),
-        (Reason::Blocks, |t| t.last_block = 8),
-        (Reason::Slice, |t| t.slice[0] ^= 1),
-        (Reason::DType, |t| t.dtypes = 4),
+        (Reason::Blocks, |t| t.blocks.last = 8),
+        (Reason::Slice, |t| t.slice = Some(Sha([9; 32]))),
+        (Reason::DType, |t| t.row_types = RowTypes::NONE),
         (Reason::Context, |t| t.n_ctx = 4097),
         (Reason::Sessions, |t| t.max_sessions = 5),
         (Reason::Rows, |t| t.max_rows = 0),
@@ -584,7 +642,7 @@ fn every_mismatch_is_refused_with_its_reason() {
         let mut need = terms("host");
         change(&mut need);
         match dial(&worker.at(), &key(), &need, &Timing::default()) {
-            Err(LinkError::Refused { reason, mismatches, .. }) => {
+            Err(LinkError { kind: LinkErrorKind::Refused { reason, mismatches, .. }, .. }) => {
                 assert_eq!(reason, expected);
                 assert_eq!(mismatches[0].reason, expected);
             }
@@ -599,7 +657,7 @@ fn version_skew_is_answered_with_both_ranges() {
     // a host of the future, by hand: speaks 2-3
     let worker = Adder::plain();
     let mut peer = TcpStream::connect(worker.listener.address()).unwrap();
-    let mut preamble = dim::wire::handshake::MAGIC.to_vec();
+    let mut preamble = dim_wire::handshake::MAGIC.to_vec();
     preamble.extend([2, 0, 3, 0, 0, 0, 0, 0, 1, 2, 3, 4, 5, 6, 7, 8]);
     preamble.extend([48, 0]);
     preamble.extend([0; 48]);
@@ -615,7 +673,7 @@ fn version_skew_is_answered_with_both_ranges() {
     let future = std::thread::spawn(move || {
         let (mut peer, _) = door.accept().unwrap();
         peer.read_exact(&mut [0; 74]).unwrap();
-        let mut answer = dim::wire::handshake::MAGIC.to_vec();
+        let mut answer = dim_wire::handshake::MAGIC.to_vec();
         answer.extend([3, 0, 4, 0, 1, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0]);
         peer.write_all(&answer).unwrap();
     });
@@ -658,7 +716,7 @@ fn garbage_is_closed_without_an_answer_and_the_host_goes_on() {
 fn a_drip_feed_is_closed_at_the_absolute_deadline() {
     let worker = Adder::plain();
     let flight = {
-        let h = dim::wire::handshake::HostHandshake::new(&key(), dim::wire::handshake::Purpose::Key, 1..=1);
+        let h = dim_wire::handshake::HostHandshake::new(&key(), dim_wire::handshake::Purpose::Key, 1..=1);
         *h.unwrap().first_flight()
     };
     let peers: Vec<_> = (0..4)
@@ -696,7 +754,7 @@ fn a_key_holder_that_says_nothing_is_closed_after_five_seconds() {
     let worker = Adder::start(config(Arc::new(key()), timing));
     let mut peer = TcpStream::connect(worker.listener.address()).unwrap();
     let mut h =
-        dim::wire::handshake::HostHandshake::new(&key(), dim::wire::handshake::Purpose::Key, 1..=1).unwrap();
+        dim_wire::handshake::HostHandshake::new(&key(), dim_wire::handshake::Purpose::Key, 1..=1).unwrap();
     let begun = Instant::now();
     peer.write_all(h.first_flight()).unwrap();
     let mut answer = [0; 98];
@@ -728,7 +786,7 @@ fn a_thousand_handshakes_one_after_the_other() {
             other[0] = 0xFF;
             let refused = inquire(&worker.at(), &Key::from_bytes(other), &Timing::default());
             assert!(
-                matches!(refused, Err(LinkError::Handshake { error: HandshakeError::Key, .. })),
+                matches!(refused, Err(LinkError { kind: LinkErrorKind::Handshake(HandshakeError::Key), .. })),
                 "{refused:?}"
             );
             wrong += 1;
@@ -781,7 +839,7 @@ fn pairing_leaves_the_same_key_on_both_sides() {
 
     let no_window = pair_with(&worker, &PairingCode::random().unwrap());
     assert!(
-        matches!(no_window, Err(LinkError::Handshake { error: HandshakeError::NoPairing, .. })),
+        matches!(no_window, Err(LinkError { kind: LinkErrorKind::Handshake(HandshakeError::NoPairing), .. })),
         "{no_window:?}"
     );
 
@@ -797,10 +855,16 @@ fn pairing_leaves_the_same_key_on_both_sides() {
 
     // the code was good once
     let again = pair_with(&worker, &typed);
-    assert!(matches!(again, Err(LinkError::Handshake { error: HandshakeError::NoPairing, .. })), "{again:?}");
+    assert!(
+        matches!(again, Err(LinkError { kind: LinkErrorKind::Handshake(HandshakeError::NoPairing), .. })),
+        "{again:?}"
+    );
     // and its key opens nothing but pairing
     let as_key = dial(&worker.at(), &code.key(), &terms("host"), &Timing::default());
-    assert!(matches!(as_key, Err(LinkError::Handshake { error: HandshakeError::Key, .. })), "{as_key:?}");
+    assert!(
+        matches!(as_key, Err(LinkError { kind: LinkErrorKind::Handshake(HandshakeError::Key), .. })),
+        "{as_key:?}"
+    );
 }
 
 #[test]
@@ -810,10 +874,16 @@ fn five_wrong_codes_close_the_window_even_for_the_right_one() {
     let code = worker.listener.open_pairing().unwrap();
     for _ in 0..5 {
         let wrong = pair_with(&worker, &PairingCode::random().unwrap());
-        assert!(matches!(wrong, Err(LinkError::Handshake { error: HandshakeError::Key, .. })), "{wrong:?}");
+        assert!(
+            matches!(wrong, Err(LinkError { kind: LinkErrorKind::Handshake(HandshakeError::Key), .. })),
+            "{wrong:?}"
+        );
     }
     let spent = pair_with(&worker, &code);
-    assert!(matches!(spent, Err(LinkError::Handshake { error: HandshakeError::NoPairing, .. })), "{spent:?}");
+    assert!(
+        matches!(spent, Err(LinkError { kind: LinkErrorKind::Handshake(HandshakeError::NoPairing), .. })),
+        "{spent:?}"
+    );
     assert!(!worker.listener.is_pairing());
 }
 

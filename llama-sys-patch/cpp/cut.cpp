@@ -121,7 +121,7 @@ void check(const llama_model & model, const block_range & range, const dependenc
     for (const auto * state : cut.states_read) {
         if (std::find(cut.states_written.begin(), cut.states_written.end(), state) != cut.states_written.end())
             continue;
-       refuse(state_for_people(state), "which they do not write");
+        refuse(state_for_people(state), "which they do not write");
     }
 }
 
@@ -133,7 +133,9 @@ range_cut cut_range(const llama_model & model, const llm_graph_result & whole, c
     if (!range.takes_tokens) cut.inputs = nodes.boundary((int) range.first);
     if (!range.has_lm_head)  cut.outputs = nodes.boundary((int) range.last);
     else if (whole.t_logits) cut.outputs = { whole.t_logits };
-    if (cut.outputs.empty()) cannot(model, range, range.has_lm_head ? "there are no logits" : "nothing goes on from them");
+    if (cut.outputs.empty()) {
+        cannot(model, range, range.has_lm_head ? "there are no logits" : "nothing goes on from them");
+    }
     if (cut.inputs.empty() && !range.takes_tokens) cannot(model, range, "nothing goes into them");
     check_crossing(model, range, cut.inputs);
     check_crossing(model, range, cut.outputs);

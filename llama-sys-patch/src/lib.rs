@@ -23,6 +23,7 @@
 //! cpp/*.cpp                            llama.cpp's internals behind one exception boundary
 //! ```
 
+mod cpu;
 mod error;
 mod ffi;
 mod layout;
@@ -32,12 +33,14 @@ mod quantise;
 mod rows;
 #[cfg(feature = "rpc")]
 pub mod rpc;
+mod stack;
 mod stage;
 mod stock;
 #[cfg(feature = "test-support")]
 #[doc(hidden)]
 pub mod test_support;
 
+pub use cpu::unused_cpu_features;
 pub use error::Error;
 pub use layout::{Layout, Part, ValueType};
 pub use model::{Device, LogLevel, Model, ModelParams, ModelPart, Offload, devices, set_log};
@@ -48,6 +51,9 @@ pub use stage::{
     BlockStats, ContextInfo, ContextParams, FlashAttn, Input, KvType, Output, Row, Stage, StageParams,
 };
 pub use stock::Stock;
+
+/// The version of llama-cpp-sys-2, the crate whose llama.cpp this is built on.
+pub const LLAMA_CPP_SYS_VERSION: &str = env!("LLAMA_CPP_SYS_VERSION");
 
 /// The llama.cpp bindings this crate is built on, for samplers: `llama_cpp_2::sampling`.
 pub use llama_cpp_2;

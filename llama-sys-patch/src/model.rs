@@ -11,7 +11,7 @@ use llama_cpp_2::model::LlamaModel;
 
 use crate::Error;
 use crate::error::{check, check_status};
-use crate::ffi;
+use crate::{ffi, stack};
 
 /// A GGUF loaded by llama.cpp. Cloning is cheap and shares the weights.
 ///
@@ -249,8 +249,13 @@ impl Model {
     /// texts (as `<|im_end|>`) as the tokens: for templates only, never for what a user typed.
     ///
     /// # Errors
-    /// [`Error::NoTokenizer`]; [`Error::InvalidArgument`] for texts beyond 1 GiB.
+    /// [`Error::NoTokenizer`]; [`Error::InvalidArgument`] for texts beyond 1 GiB and lines beyond a million
+    /// characters.
     pub fn tokenize(&self, text: &str, add_special: bool, parse_special: bool) -> Result<Vec<i32>, Error> {
+        stack::with_room_for(text, || self.tokenize_here(text, add_special, parse_special))?
+    }
+
+    fn tokenize_here(&self, text: &str, add_special: bool, parse_special: bool) -> Result<Vec<i32>, Error> {
         let mut tokens: Vec<i32> = Vec::with_capacity(text.len() / 2 + 8);
         loop {
             let mut n = 0;

@@ -4,7 +4,10 @@ use std::time::{Duration, Instant};
 
 use llama_sys_patch::{Error, Input, Output, Row, Stage};
 
-use crate::stage::{Hidden, LocalStage, Span, StageError, StageInput, StageOutput};
+use dim_core::blocks::BlockRange;
+use dim_core::ids::SessionId;
+use dim_core::rows::{Rows, RowsRef};
+use dim_core::stage::{LocalStage, Span, StageError, StageInput, StageOutput};
 
 /// A slice, loaded, with its place in the model.
 pub struct LlamaStage {
@@ -42,15 +45,15 @@ impl LlamaStage {
         let n_embd = self.stage.model().n_embd();
         let input = match input {
             StageInput::Tokens(tokens) => Input::Tokens(tokens),
-            StageInput::F16(rows) => Input::F16(rows),
-            StageInput::F32(rows) => Input::F32(rows),
+            StageInput::Rows(RowsRef::F16(rows)) => Input::F16(rows),
+            StageInput::Rows(RowsRef::F32(rows)) => Input::F32(rows),
         };
         match output {
-            StageOutput::Hidden(hidden) => {
+            StageOutput::Rows(hidden) => {
                 hidden.resize(self.rows.len() * n_embd);
                 let output = match hidden {
-                    Hidden::F16(rows) => Output::F16(rows),
-                    Hidden::F32(rows) => Output::F32(rows),
+                    Rows::F16(rows) => Output::F16(rows),
+                    Rows::F32(rows) => Output::F32(rows),
                 };
                 self.stage.evaluate(&self.rows, input, output)?;
             }
@@ -64,17 +67,20 @@ impl LlamaStage {
         Ok(start.elapsed())
     }
 
-    /// The error in the model's words: its block numbers, and what to do.
-    pub fn explain(&self, error: &Error) -> String {
-        match error {
+    /// The error in the model's words: its block numbers, and how many values.
+    pub fn explain(&self, error: &Error) -> StageError {
+        match *error {
             Error::OutputNotFinite { block, count, .. } => {
-                format!("block {} gave {count} values that are not finite", self.first_block + block)
+                StageError::NotFinite { block: Some(self.first_block + block), count, said: None }
             }
-            Error::OutputOverflows { block, count, max_abs, .. } => format!(
-                "block {} gave {count} values beyond 65504, the largest F16 number (up to {max_abs:.0})",
-                self.first_block + block
-            ),
-            other => other.to_string(),
+            Error::InputNotFinite { count, .. } => StageError::NotFinite { block: None, count, said: None },
+            Error::OutputOverflows { block, count, max_abs, .. } => StageError::TooLargeForF16 {
+                block: Some(self.first_block + block),
+                count,
+                max_abs: Some(max_abs),
+                said: None,
+            },
+            _ => StageError::failed(error.clone()),
         }
     }
 
@@ -95,10 +101,11 @@ impl LocalStage for LlamaStage {
         self.role.to_owned()
     }
 
-    fn blocks(&self) -> Option<(u32, u32)> {
+    fn blocks(&self) -> Option<BlockRange> {
         let range = &self.stage.params().blocks;
         let last = range.end.checked_sub(1)?;
-        (range.start < range.end).then_some((self.first_block + range.start, self.first_block + last))
+        let (first, last) = (self.first_block + range.start, self.first_block + last);
+        (range.start < range.end).then_some(BlockRange { first, last })
     }
 
     fn evaluate(
@@ -107,10 +114,10 @@ impl LocalStage for LlamaStage {
         input: StageInput<'_>,
         output: StageOutput<'_>,
     ) -> Result<Duration, StageError> {
-        self.run(spans, input, output).map_err(|e| StageError::Failed(self.explain(&e)))
+        self.run(spans, input, output).map_err(|e| self.explain(&e))
     }
 
-    fn rewind(&mut self, session: u32, position: u32) -> Result<(), StageError> {
-        self.rewind_session(session, position).map_err(|e| StageError::Failed(e.to_string()))
+    fn rewind(&mut self, session: SessionId, position: u32) -> Result<(), StageError> {
+        self.rewind_session(session.0, position).map_err(StageError::failed)
     }
 }

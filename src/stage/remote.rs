@@ -1,26 +1,67 @@
 //! A stage behind a connection: a worker, dialled again when it is lost.
+//!
+//! Dialling takes as long as it takes (5 s for a machine that is away, up to a minute for one that loads): it has a
+//! thread of its own, which rings when it is over.
 
+use std::collections::VecDeque;
+use std::sync::Arc;
+use std::sync::mpsc::{Receiver, TryRecvError, channel};
 use std::time::{Duration, Instant};
 
-use crate::keys::Key;
-use crate::stage::{Hidden, RemoteStage, Span, StageError, Traffic};
-use crate::transport::{Counters, Event, Link, LinkError, Timing, dial};
-use crate::wire::message::Farewell;
-use crate::wire::rows::RowsRef;
-use crate::wire::terms::Terms;
+use dim_core::bell::Bell;
+use dim_core::blocks::BlockRange;
+use dim_core::ids::{JobId, SessionId};
+use dim_core::rows::{Rows, RowsRef};
+use dim_core::stage::{Answer, RemoteStage, Span, StageError, Traffic};
+use dim_wire::keys::Key;
+use dim_wire::message::{ErrorCode, Farewell};
+use dim_wire::terms::Terms;
+use dim_wire::transport::{Counters, Event, Link, LinkError, LinkErrorKind, Timing, dial};
 
 /// A worker that serves one stage.
 pub struct WorkerStage {
+    target: Target,
+    step_limit: Duration,
+    link: Option<Link>,
+    /// an attempt to connect that is under way
+    dialling: Option<Receiver<Result<Link, LinkError>>>,
+    bell: Option<Bell>,
+    /// each step without an answer, oldest first, and since when the worker has had nothing before it to do
+    unanswered: VecDeque<(JobId, Instant)>,
+    /// a send failed, then: what the worker said before it closed may still be there to be read
+    send_failed: Option<(LinkError, Instant)>,
+    /// of the connections before this one
+    earlier: Counters,
+}
+
+/// Whom to dial, and how.
+#[derive(Clone)]
+struct Target {
     address: String,
     key: Key,
     terms: Terms,
     timing: Timing,
-    step_limit: Duration,
-    link: Option<Link>,
-    /// the caller's number of each step without an answer, oldest first
-    unanswered: std::collections::VecDeque<u64>,
-    /// of the connections before this one
-    earlier: Counters,
+}
+
+impl Target {
+    fn dial(&self) -> Result<Link, LinkError> {
+        dial(&self.address, &self.key, &self.terms, &self.timing)
+    }
+}
+
+/// A worker with which there is no connection.
+#[derive(Debug, thiserror::Error)]
+#[error("not connected to {address}")]
+struct NotConnected {
+    address: String,
+}
+
+/// A worker that is heard and does not answer.
+#[derive(Debug, thiserror::Error)]
+#[error("{address} did not answer within {ms} ms")]
+struct NoAnswer {
+    address: String,
+    ms: u128,
 }
 
 impl WorkerStage {
@@ -36,29 +77,23 @@ impl WorkerStage {
         timing: Timing,
         step_limit: Duration,
     ) -> Result<WorkerStage, LinkError> {
-        let mut stage = WorkerStage {
-            address: address.to_owned(),
-            key: key.clone(),
-            terms,
-            timing,
+        let target = Target { address: address.to_owned(), key: key.clone(), terms, timing };
+        let link = target.dial()?;
+        Ok(WorkerStage {
+            target,
             step_limit,
-            link: None,
-            unanswered: std::collections::VecDeque::new(),
+            link: Some(link),
+            dialling: None,
+            bell: None,
+            unanswered: VecDeque::new(),
+            send_failed: None,
             earlier: Counters::default(),
-        };
-        stage.dial()?;
-        Ok(stage)
+        })
     }
 
     /// What was agreed on with the worker.
     pub fn link(&self) -> Option<&Link> {
         self.link.as_ref()
-    }
-
-    fn dial(&mut self) -> Result<(), LinkError> {
-        self.hang_up();
-        self.link = Some(dial(&self.address, &self.key, &self.terms, &self.timing)?);
-        Ok(())
     }
 
     fn hang_up(&mut self) {
@@ -70,106 +105,221 @@ impl WorkerStage {
             link.sender().stop();
         }
         self.unanswered.clear();
+        self.send_failed = None;
     }
 
-    fn link_mut(&mut self) -> Result<&mut Link, StageError> {
-        self.link.as_mut().ok_or_else(|| StageError::Lost(format!("not connected to {}", self.address)))
+    fn not_connected(&self) -> StageError {
+        StageError::lost(NotConnected { address: self.target.address.clone() })
     }
 
-    /// A link's error as the pipeline sees it. The link is over unless nothing was sent.
-    fn lost(&mut self, error: LinkError) -> StageError {
-        if let LinkError::Misuse(_) = error {
-            return StageError::Failed(error.to_string());
-        }
+    /// The link is over.
+    fn over(&mut self, error: LinkError) -> StageError {
         self.hang_up();
         sort(error)
     }
+
+    /// What sending came to. Of a link that is over [`poll`](RemoteStage::poll) tells, after what the worker may have
+    /// said before.
+    fn sent(&mut self, result: Result<(), LinkError>) -> Result<(), StageError> {
+        match result {
+            Ok(()) => Ok(()),
+            Err(error) if matches!(error.kind, LinkErrorKind::Misuse(_)) => Err(StageError::failed(error)),
+            Err(error) => {
+                self.send_failed.get_or_insert((error, Instant::now()));
+                if let Some(bell) = &self.bell {
+                    bell.ring();
+                }
+                Ok(())
+            }
+        }
+    }
+
+    /// When the oldest step has taken too long.
+    fn step_deadline(&self) -> Option<Instant> {
+        self.unanswered.front().map(|(_, since)| *since + self.step_limit)
+    }
+
+    /// When a link that cannot be written to is given up, whatever may still be read from it.
+    fn last_words_until(&self) -> Option<Instant> {
+        self.send_failed.as_ref().map(|(_, at)| *at + LAST_WORDS)
+    }
+
+    /// An answer from the link: `receive` takes the next event from it, `None` if there is none yet.
+    fn answer(
+        &mut self,
+        rows: &mut Rows,
+        receive: impl FnOnce(&mut Link) -> Result<Option<Event<'_>>, LinkError>,
+    ) -> Result<Option<Answer>, StageError> {
+        let Some(link) = &mut self.link else { return Err(self.not_connected()) };
+        let answered = match receive(link) {
+            Ok(None) => return self.nothing_yet(),
+            Ok(Some(Event::Done { rows: values, compute, wait, .. })) => {
+                copy(values, rows).map(|()| (compute, wait))
+            }
+            Ok(Some(_)) => Err(StageError::NoAnswer),
+            Err(error) => {
+                // a broken link says less than what broke it
+                let says_less =
+                    matches!(error.kind, LinkErrorKind::Broken { .. } | LinkErrorKind::Closed { .. });
+                let error = match self.send_failed.take_if(|_| says_less) {
+                    Some((first, _)) => first,
+                    None => error,
+                };
+                return Err(self.over(error));
+            }
+        };
+        let done = answered.and_then(|(compute, wait)| match self.unanswered.pop_front() {
+            Some((job, _)) => Ok(Answer { job, compute, wait }),
+            None => Err(StageError::Unasked),
+        });
+        if let Some((_, since)) = self.unanswered.front_mut() {
+            *since = Instant::now();
+        }
+        done.map(Some).inspect_err(|_| self.hang_up())
+    }
+
+    /// There is no answer: is it too late for one?
+    fn nothing_yet(&mut self) -> Result<Option<Answer>, StageError> {
+        let now = Instant::now();
+        if self.last_words_until().is_some_and(|until| now >= until)
+            && let Some((error, _)) = self.send_failed.take()
+        {
+            return Err(self.over(error));
+        }
+        if self.step_deadline().is_some_and(|deadline| now >= deadline) {
+            let (address, ms) = (self.target.address.clone(), self.step_limit.as_millis());
+            self.hang_up();
+            return Err(StageError::lost(NoAnswer { address, ms }));
+        }
+        Ok(None)
+    }
 }
 
-/// Whether another attempt makes sense.
+/// Whether another attempt makes sense, and whose fault it is.
 fn sort(error: LinkError) -> StageError {
-    let text = error.to_string();
-    match error {
-        _ if error.is_pause() => StageError::Paused(text),
-        _ if error.may_pass() => StageError::Lost(text),
-        LinkError::Fault { .. } => StageError::Failed(text),
-        _ => StageError::Refused(text),
+    let LinkErrorKind::Fault(fault) = &error.kind else {
+        return match error {
+            _ if error.is_pause() => StageError::paused(error),
+            _ if error.may_pass() => StageError::lost(error),
+            _ => StageError::refused(error),
+        };
+    };
+    let (block, count) = (fault.block, fault.count.into());
+    match fault.code {
+        ErrorCode::NonFinite => StageError::NotFinite { block, count, said: Some(Arc::new(error)) },
+        ErrorCode::Overflow => {
+            StageError::TooLargeForF16 { block, count, max_abs: None, said: Some(Arc::new(error)) }
+        }
+        _ if error.is_pause() => StageError::paused(error),
+        _ if error.may_pass() => StageError::lost(error),
+        _ => StageError::failed(error),
     }
+}
+
+fn copy(from: RowsRef<'_>, to: &mut Rows) -> Result<(), StageError> {
+    match (to, from) {
+        (Rows::F16(to), RowsRef::F16(from)) => {
+            to.clear();
+            to.extend_from_slice(from);
+        }
+        (Rows::F32(to), RowsRef::F32(from)) => {
+            to.clear();
+            to.extend_from_slice(from);
+        }
+        (to, _) => return Err(StageError::OtherRowType { expected: to.row_type() }),
+    }
+    Ok(())
 }
 
 impl RemoteStage for WorkerStage {
     fn name(&self) -> String {
-        format!("middle @ {}", self.address)
+        format!("middle @ {}", self.target.address)
     }
 
-    fn blocks(&self) -> Option<(u32, u32)> {
-        Some((self.terms.first_block, self.terms.last_block))
+    fn blocks(&self) -> Option<BlockRange> {
+        Some(self.target.terms.blocks)
     }
 
-    fn submit(&mut self, id: u64, spans: &[Span], rows: &Hidden) -> Result<(), StageError> {
-        let rows = match rows {
-            Hidden::F16(v) => RowsRef::F16(v),
-            Hidden::F32(v) => RowsRef::F32(v),
-        };
-        match self.link_mut()?.send_step(spans, rows.into()) {
-            Ok(_) => {
-                self.unanswered.push_back(id);
-                Ok(())
-            }
-            Err(e) => {
-                // a worker that closed has usually said why before
-                let e = self.link_mut()?.receiver().explain(e);
-                Err(self.lost(e))
-            }
+    fn max_in_flight(&self) -> usize {
+        self.link.as_ref().map_or(1, |link| link.agreed().max_in_flight as usize)
+    }
+
+    fn submit(&mut self, job: JobId, spans: &[Span], rows: &Rows) -> Result<(), StageError> {
+        let Some(link) = &self.link else { return Err(self.not_connected()) };
+        let result = link.send_step(spans, rows.as_ref()).map(drop);
+        self.sent(result)?;
+        self.unanswered.push_back((job, Instant::now()));
+        Ok(())
+    }
+
+    fn poll(&mut self, rows: &mut Rows) -> Result<Option<Answer>, StageError> {
+        self.answer(rows, |link| link.receiver().try_receive())
+    }
+
+    fn collect_until(
+        &mut self,
+        rows: &mut Rows,
+        deadline: Option<Instant>,
+    ) -> Result<Option<Answer>, StageError> {
+        let limits = self.step_deadline().into_iter().chain(self.last_words_until());
+        let until = deadline.into_iter().chain(limits).min();
+        self.answer(rows, |link| match link.receive(until) {
+            Ok(event) => Ok(Some(event)),
+            Err(error) if matches!(error.kind, LinkErrorKind::Deadline { .. }) => Ok(None),
+            Err(error) => Err(error),
+        })
+    }
+
+    fn notify(&mut self, bell: Option<Bell>) {
+        if let Some(link) = &mut self.link {
+            link.receiver().notify(bell.clone());
         }
+        self.bell = bell;
     }
 
-    fn collect(&mut self, rows: &mut Hidden) -> Result<(u64, Duration), StageError> {
-        let deadline = Instant::now() + self.step_limit;
-        let id = self.unanswered.front().copied();
-        let received = match self.link_mut()?.receive(Some(deadline)) {
-            Ok(Event::Done { rows: answer, compute, .. }) => {
-                match (rows, answer.values) {
-                    (Hidden::F16(to), RowsRef::F16(from)) => {
-                        to.clear();
-                        to.extend_from_slice(from);
-                    }
-                    (Hidden::F32(to), RowsRef::F32(from)) => {
-                        to.clear();
-                        to.extend_from_slice(from);
-                    }
-                    _ => return Err(StageError::Failed("the worker answered in another row format".into())),
-                }
-                Ok(compute)
-            }
-            Ok(_) => {
-                return Err(StageError::Failed("the worker sent something that only a host sends".into()));
-            }
-            Err(e) => Err(e),
-        };
-        match (received, id) {
-            (Ok(compute), Some(id)) => {
-                self.unanswered.pop_front();
-                Ok((id, compute))
-            }
-            (Ok(_), None) => Err(StageError::Failed("the worker answered a step it was not sent".into())),
-            (Err(e), _) => Err(self.lost(e)),
-        }
+    fn poll_at(&self) -> Option<Instant> {
+        self.step_deadline().into_iter().chain(self.last_words_until()).min()
     }
 
-    fn rewind(&mut self, session: u32, position: u32) -> Result<(), StageError> {
-        let link = self.link_mut()?;
-        if link.sender().session_length(session).is_some_and(|length| length <= position) {
+    fn rewind(&mut self, session: SessionId, position: u32) -> Result<(), StageError> {
+        let Some(link) = &self.link else { return Err(self.not_connected()) };
+        if link.sender().session_length(session.0).is_some_and(|length| length <= position) {
             return Ok(());
         }
-        match link.sender().rewind(session, position) {
-            Ok(()) => Ok(()),
-            Err(e) => Err(self.lost(e)),
-        }
+        let result = link.sender().rewind(session.0, position);
+        self.sent(result)
     }
 
-    fn reconnect(&mut self) -> Result<(), StageError> {
-        self.dial().map_err(sort)
+    fn begin_reconnect(&mut self, bell: &Bell) {
+        self.hang_up();
+        let (sender, receiver) = channel();
+        self.dialling = Some(receiver);
+        let (target, bell) = (self.target.clone(), bell.clone());
+        let dialler = std::thread::Builder::new().name("dim-dial".into()).spawn(move || {
+            // a stage that is gone meanwhile drops the link, which closes it
+            let _ = sender.send(target.dial());
+            bell.ring();
+        });
+        // without a thread the channel is closed, and `poll_connected` says so
+        drop(dialler);
+    }
+
+    fn poll_connected(&mut self) -> Result<bool, StageError> {
+        let Some(dialling) = &self.dialling else {
+            return if self.link.is_some() { Ok(true) } else { Err(self.not_connected()) };
+        };
+        let result = match dialling.try_recv() {
+            Ok(result) => result,
+            Err(TryRecvError::Empty) => return Ok(false),
+            Err(TryRecvError::Disconnected) => {
+                self.dialling = None;
+                return Err(self.not_connected());
+            }
+        };
+        self.dialling = None;
+        let link = self.link.insert(result.map_err(sort)?);
+        link.receiver().notify(self.bell.clone());
+        Ok(true)
     }
 
     fn traffic(&self) -> Traffic {
@@ -189,3 +339,6 @@ impl Drop for WorkerStage {
         }
     }
 }
+
+/// How long a link that cannot be written to any more is read, for what its worker said before it closed.
+const LAST_WORDS: Duration = Duration::from_millis(300);

@@ -6,7 +6,7 @@ use std::net::{Shutdown, SocketAddr, TcpListener, TcpStream};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Output, Stdio};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, LazyLock, Mutex};
 use std::thread::JoinHandle;
 
 use dim::host::report::Report;
@@ -17,8 +17,30 @@ use gguf_tools::plan::{Plan, Request};
 use gguf_tools::split::split;
 use gguf_tools::synth::Spec;
 
-pub const HOST: &str = env!("CARGO_BIN_EXE_dim-host");
-pub const WORKER: &str = env!("CARGO_BIN_EXE_dim-worker");
+/// `dim-host`.
+pub fn host_program() -> &'static Path {
+    static FILE: LazyLock<PathBuf> =
+        LazyLock::new(|| program("dim-host", option_env!("CARGO_BIN_EXE_dim-host")));
+    &FILE
+}
+
+/// `dim-worker`.
+pub fn worker_program() -> &'static Path {
+    static FILE: LazyLock<PathBuf> =
+        LazyLock::new(|| program("dim-worker", option_env!("CARGO_BIN_EXE_dim-worker")));
+    &FILE
+}
+
+/// A program of this package, as cargo names it; one of another, beside them in the target directory.
+fn program(name: &str, own: Option<&str>) -> PathBuf {
+    if let Some(own) = own {
+        return own.into();
+    }
+    let here = std::env::current_exe().unwrap();
+    let file = here.ancestors().nth(2).unwrap().join(name);
+    assert!(file.is_file(), "{} is not there: cargo build --release --workspace", file.display());
+    file
+}
 
 /// At least 128 tokens for a byte-level tokenizer, whatever it merges.
 pub const PROMPT: &str = "The quick brown fox jumps over the lazy dog, and then the dog, who is not as lazy as people say, \
@@ -90,7 +112,7 @@ impl Cut {
 
     /// `dim-host generate` for this model, with the options every run here has in common.
     pub fn generate(&self, workers: &[&str], more: &[&str]) -> Command {
-        let mut command = Command::new(HOST);
+        let mut command = Command::new(host_program());
         command.arg("generate").arg("--split").arg(&self.split).arg("--key-file").arg(&self.key);
         for worker in workers {
             command.args(["--worker", worker]);
@@ -101,7 +123,7 @@ impl Cut {
 
     /// `dim-host stock`, the same.
     pub fn stock(&self, more: &[&str]) -> Command {
-        let mut command = Command::new(HOST);
+        let mut command = Command::new(host_program());
         command.arg("stock").arg("--model").arg(&self.model).args(COMMON).args(more);
         command
     }
@@ -161,7 +183,7 @@ impl Worker {
     }
 
     pub fn start_at(listen: &str, slice: &Path, key: &Path, more: &[&str]) -> Worker {
-        let mut command = Command::new(WORKER);
+        let mut command = Command::new(worker_program());
         command.arg(slice).arg("--key-file").arg(key).args(["--listen", listen, "--threads", "1"]);
         if !more.contains(&"--ctx") {
             command.args(["--ctx", "512"]);

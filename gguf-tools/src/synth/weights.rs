@@ -8,6 +8,7 @@
 //! tensor; filling a tensor is then a random index and a copy. The largest is 3.7 sigma: no outliers. Quantised
 //! blocks are written directly (random quants, a scale that gives the wanted variance), so no quantiser is needed.
 
+use dim_core::random::{GOLDEN, mix, random};
 use half::{bf16, f16};
 
 use crate::gguf::TensorType;
@@ -125,19 +126,6 @@ pub fn tensor_key(seed: u64, name: &str) -> u64 {
     mix(seed.wrapping_mul(GOLDEN) ^ hash)
 }
 
-/// 64 random bits at a position of a stream (SplitMix64, which is a counter and a mix).
-#[inline]
-pub(crate) fn random(key: u64, counter: u64) -> u64 {
-    mix(key.wrapping_add(counter.wrapping_mul(GOLDEN)))
-}
-
-#[inline]
-fn mix(mut z: u64) -> u64 {
-    z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-    z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
-    z ^ (z >> 31)
-}
-
 /// Random quants and scale factors for one block.
 struct BlockSource<'a> {
     key: u64,
@@ -167,7 +155,8 @@ impl BlockSource<'_> {
 }
 
 /// One block. `scale` is the step between two quants that gives the tensor's deviation; a block's own step varies
-/// around it, as the steps of a trained and quantised matrix do. Layouts as in ggml-common.h.
+/// around it, as the steps of a trained and quantised matrix do. Layouts as in ggml-common.h: long because there is one
+/// arm for each, and none of them leaves a step to share.
 fn fill_block(encoding: TensorType, source: &mut BlockSource, scale: f32, out: &mut [u8]) {
     let choice = source.bits();
     match encoding {
@@ -319,8 +308,6 @@ const SUB_SCALE_RMS: f32 = 52.0;
 
 /// Entries of a quantile table: an index is 12 random bits.
 const TABLE: usize = 4096;
-
-const GOLDEN: u64 = 0x9e37_79b9_7f4a_7c15;
 
 /// IQ4_NL's values, from ggml-common.h.
 const IQ4_NL_VALUES: [i8; 16] = [-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113];

@@ -1,0 +1,61 @@
+//! `dim-host`: drives a split model. See `dim-host --help`.
+#![forbid(unsafe_code)]
+
+use std::process::ExitCode;
+use std::time::Instant;
+
+use clap::{Parser, Subcommand};
+use dim_cli::commands::{chat, demo, generate, laboratory, pair, push, stock};
+
+/// One model across your machines: the host runs the head and the tail of a split GGUF, workers run the middle.
+#[derive(Parser)]
+#[command(name = "dim-host", version, max_term_width = 100, args_override_self = true)]
+struct Cli {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Subcommand)]
+enum Command {
+    /// Continue a text with a split model
+    Generate(generate::Args),
+    /// Talk with a split model
+    Chat(chat::Args),
+    /// The same as `generate` with stock llama.cpp and the whole model: the other arm of a comparison
+    Stock(stock::Args),
+    /// Pair with a worker, once: it shows a code, this command takes it
+    Pair(pair::Args),
+    /// Send Core ML packages that `dim-split --coreml` wrote to a phone, over the paired connection
+    Push(push::Args),
+    /// Synthesise a small model, cut it, run it over two processes, compare it with stock llama.cpp
+    Demo(demo::Args),
+    /// Measure the split against the other ways to run the same model on this machine: `dim-ab ab`
+    #[command(disable_help_flag = true)]
+    Ab(laboratory::Args),
+    /// How well the split guesses a text, and how far its guesses are from stock llama.cpp's: `dim-ab eval`
+    #[command(disable_help_flag = true)]
+    Eval(laboratory::Args),
+    /// Make tables and plots of what `ab` has recorded: `dim-ab report`
+    #[command(disable_help_flag = true)]
+    Report(laboratory::Args),
+}
+
+fn main() -> ExitCode {
+    let process_start = Instant::now();
+    // clap ends misuse with exit code 2 and --help with 0
+    let result = match Cli::parse().command {
+        Command::Generate(args) => generate::run(&args, process_start),
+        Command::Chat(args) => chat::run(&args, process_start),
+        Command::Stock(args) => stock::run(&args, process_start),
+        Command::Pair(args) => pair::run(&args),
+        Command::Push(args) => push::run(&args),
+        Command::Demo(args) => demo::run(&args),
+        Command::Ab(args) => laboratory::run("ab", &args),
+        Command::Eval(args) => laboratory::run("eval", &args),
+        Command::Report(args) => laboratory::run("report", &args),
+    };
+    match result {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(failure) => failure.report(),
+    }
+}

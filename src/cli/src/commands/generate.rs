@@ -1,0 +1,71 @@
+//! `dim-host generate`.
+
+use std::io::Write as _;
+use std::time::Instant;
+
+use dim::Session;
+use gguf_tools::failure::Failure;
+
+use crate::args::{MachineArgs, PromptArgs, SplitArgs};
+use crate::interrupt::Interrupt;
+use crate::{explain, shown};
+
+/// Arguments of `dim-host generate`.
+#[derive(Debug, clap::Args)]
+pub struct Args {
+    #[command(flatten)]
+    split: SplitArgs,
+    #[command(flatten)]
+    prompt: PromptArgs,
+    #[command(flatten)]
+    machine: MachineArgs,
+}
+
+/// Runs it.
+pub fn run(args: &Args, process_start: Instant) -> Result<(), Failure> {
+    args.prompt.sampling.sampling()?;
+    let interrupt = Interrupt::watch();
+    let host = args.split.host(&args.machine)?;
+    let mut host = host.connect(shown::events(args.machine.verbose)).map_err(explain)?;
+    reply(host.session().map_err(explain)?, &args.prompt, &interrupt, process_start)
+}
+
+/// Continues a text and reports: the same for `generate` and `stock`.
+pub(super) fn reply(
+    mut session: Session<'_>,
+    args: &PromptArgs,
+    interrupt: &Interrupt,
+    process_start: Instant,
+) -> Result<(), Failure> {
+    args.push(&mut session)?;
+    let mut logits_file = args.logits_file()?;
+    if args.warm_up {
+        session.warm_up().map_err(explain)?;
+    }
+    let generation = session.generate(args.sampling.sampling()?);
+    let mut generation = generation.limit(args.limit()?).ignore_eos(args.ignore_eos);
+    generation = generation.stop_when(interrupt.stop_flag());
+    let mut written = Ok(());
+    let ended = interrupt.during(|| {
+        while let Some(token) = generation.next() {
+            let token = token?;
+            if !args.json {
+                shown::text(&token.text);
+            }
+            if let (Some(file), Ok(())) = (&mut logits_file, &written) {
+                written = file.write_all(bytemuck::cast_slice(generation.logits()));
+            }
+        }
+        Ok(())
+    });
+    let written = written.and_then(|()| logits_file.as_mut().map_or(Ok(()), |file| file.flush()));
+    let report = generation.report(process_start);
+    if args.json {
+        println!("{}", serde_json::to_string(&report).map_err(Failure::failed)?);
+    } else {
+        println!();
+    }
+    eprintln!("\n{}", report.table());
+    ended.map_err(|error: dim::Error| explain(error))?;
+    written.map_err(|e| Failure::failed(format!("cannot write the logits: {e}")))
+}

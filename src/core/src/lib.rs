@@ -1,0 +1,33 @@
+//! What host and worker have in common that needs no model, no socket and no clock: which blocks, whose rows, which
+//! stage runs what next, and what happens when a worker is lost.
+//!
+//! | module | what |
+//! |---|---|
+//! | [`blocks`], [`digest`] | names of parts of a model |
+//! | [`rows`] | hidden rows and their number formats |
+//! | [`ids`], [`stage`], [`error`] | jobs, sessions and stages, the two kinds of stage, and what can go wrong there |
+//! | [`schedule`], [`window`] | which stage runs what next, and how far ahead: pure |
+//! | [`pipeline`] | the stages, driven by the schedule |
+//! | [`simulator`], [`trace`] | the same schedule over stages that only take time, and what either driver did |
+//! | [`replay`], [`patience`] | what a worker that lost its memory is told again, and how long it is looked for |
+//! | [`guard`], [`canary`] | a worker held against a known answer |
+
+#![forbid(unsafe_code)]
+
+pub mod bell;
+pub mod blocks;
+pub mod canary;
+pub mod digest;
+pub mod error;
+pub mod guard;
+pub mod ids;
+pub mod patience;
+pub mod pipeline;
+pub mod random;
+pub mod replay;
+pub mod rows;
+pub mod schedule;
+pub mod simulator;
+pub mod stage;
+pub mod trace;
+pub mod window;

@@ -1,0 +1,625 @@
+//! The stages, driven by the [schedule](crate::schedule): steps of tokens go in, logits come out.
+//!
+//! ```text
+//! submit, rewind, cancel -> [schedule] -- Run  -> a local stage computes, in the caller's thread
+//!                                      -- Send -> a remote stage is sent it
+//!                                      -- Wait -> whichever remote stage answers first
+//! ```
+//!
+//! Order of calls: [`submit`](Pipeline::submit), [`rewind`](Pipeline::rewind) and [`cancel`](Pipeline::cancel) at any
+//! time; [`advance`](Pipeline::advance) until it is [idle](Advance::Idle), or until its deadline. A session's steps and
+//! rewinds take effect in the order in which they were given; sessions take turns.
+//!
+//! How it waits: where a single answer can end the wait, it is read in this thread, with nothing between the socket and
+//! here. Where several can, each worker's link reads for itself and rings a [bell](crate::bell). Nothing waits longer
+//! than it was told to; a local stage's step is the longest thing that is not interrupted.
+//!
+//! A worker that is lost is found again, and brought to where it was, between the steps of the others
+//! ([`remote`]); the caller notices only through the [observer](Pipeline::observe).
+
+mod remote;
+
+use std::collections::{HashMap, VecDeque};
+use std::time::{Duration, Instant};
+
+use crate::bell::Bell;
+use crate::blocks::BlockRange;
+pub use crate::error::PipelineError;
+pub use crate::patience::Patience;
+use crate::rows::{RowType, Rows};
+use crate::schedule::{JobId, Next, Placement, Progress, Schedule, SessionId, StageId, StepKind};
+use crate::stage::{LocalStage, RemoteStage, Span, StageInput, StageOutput, Traffic};
+use crate::trace::{Happened, Traced};
+use crate::window::LEAST_WINDOW;
+use remote::{Connection, Remote};
+
+/// Rows of one session to evaluate together.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Step {
+    /// Whose they are.
+    pub session: SessionId,
+    /// The position of the first: the length the session has then.
+    pub position: u32,
+    /// The tokens, at least one.
+    pub tokens: Vec<i32>,
+    /// For each, whether its logits are wanted.
+    pub want_logits: Vec<bool>,
+    /// Whether a reply waits for it.
+    pub kind: StepKind,
+}
+
+impl Step {
+    /// One token of a reply, with its logits.
+    pub fn decode(session: SessionId, position: u32, token: i32) -> Step {
+        Step { session, position, tokens: vec![token], want_logits: vec![true], kind: StepKind::Decode }
+    }
+
+    fn span(&self) -> Span {
+        // no step has more rows than a context has positions
+        let count = u32::try_from(self.tokens.len()).unwrap_or(u32::MAX);
+        Span { session: self.session.0, position: self.position, count }
+    }
+}
+
+/// A step that has left the pipeline.
+#[derive(Debug)]
+pub struct Finished {
+    /// Which one.
+    pub job: JobId,
+    /// Whose.
+    pub session: SessionId,
+    /// Logits of the rows that were wanted, (n_wanted, n_vocab); or why there are none. After an error none of the
+    /// session's steps is under way any more, and it has to be rewound to where its caller knows it, at most the end of
+    /// the last step that came out.
+    pub outcome: Result<Vec<f32>, PipelineError>,
+}
+
+/// What [`Pipeline::advance`] has come to.
+#[derive(Debug)]
+pub enum Advance {
+    /// A step is through, or a session has failed.
+    Finished(Finished),
+    /// There is nothing under way.
+    Idle,
+    /// The deadline has come, or somebody else has rung the [bell](Pipeline::bell).
+    Later,
+}
+
+/// One stage of a pipeline, wherever it runs.
+pub enum StageSlot {
+    /// In this process.
+    Local(Box<dyn LocalStage>),
+    /// In another one.
+    Remote(Box<dyn RemoteStage>),
+}
+
+/// What a stage did.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct StageStats {
+    /// Time it computed.
+    pub compute: Duration,
+    /// Time this host stood still for it beyond that.
+    pub wait: Duration,
+    /// How often its worker was lost and found again.
+    pub reconnects: u32,
+}
+
+/// What the observer is told.
+#[derive(Debug)]
+pub enum Event<'a> {
+    /// A worker was lost; the pipeline dials it again.
+    Lost {
+        /// The stage's name.
+        stage: &'a str,
+        /// Why.
+        reason: &'a str,
+        /// How long it will be looked for.
+        give_up_after: Duration,
+    },
+    /// A worker has said that it pauses or is too hot; the pipeline waits for it.
+    Paused {
+        /// The stage's name.
+        stage: &'a str,
+        /// What it said, and what to do.
+        reason: &'a str,
+        /// How long it will be waited for.
+        give_up_after: Duration,
+    },
+    /// A worker is back, and its cache is being filled again.
+    Replaying {
+        /// The stage's name.
+        stage: &'a str,
+        /// How many steps.
+        steps: usize,
+    },
+    /// A worker is back where it was.
+    Back {
+        /// The stage's name.
+        stage: &'a str,
+        /// How long it was away.
+        after: Duration,
+    },
+}
+
+/// The time, and how it is waited for. Tests have one that goes as they say.
+pub trait Clock: Send {
+    /// Now.
+    fn now(&self) -> Instant;
+    /// Waits until the bell was rung, or until then. Whether it was rung.
+    fn wait(&self, bell: &Bell, until: Option<Instant>) -> bool;
+}
+
+/// The time of day.
+struct SystemClock;
+
+impl Clock for SystemClock {
+    fn now(&self) -> Instant {
+        Instant::now()
+    }
+
+    fn wait(&self, bell: &Bell, until: Option<Instant>) -> bool {
+        bell.wait(until)
+    }
+}
+
+/// What goes with a job's number.
+enum Work {
+    Step(StepWork),
+    Rewind(SessionId, u32),
+    /// a step of a stage's check, by its place among them
+    Check(usize),
+    /// the end of a stage's check
+    CheckEnd,
+}
+
+struct StepWork {
+    /// whose rows they are; several in a batch
+    spans: Vec<Span>,
+    tokens: Vec<i32>,
+    want_logits: Vec<bool>,
+    /// of a batch: each job, its session, and how many rows of logits are its own
+    parts: Vec<(JobId, SessionId, usize)>,
+    /// the rows before the stage it waits for; none before stage 0
+    hidden: Option<Rows>,
+}
+
+impl StepWork {
+    fn part(&self, job: JobId) -> (JobId, SessionId, usize) {
+        (job, self.spans[0].session(), self.want_logits.iter().filter(|wanted| **wanted).count())
+    }
+}
+
+struct Slot {
+    name: String,
+    stats: StageStats,
+    kind: Kind,
+}
+
+enum Kind {
+    Local(Box<dyn LocalStage>),
+    Remote(Remote),
+}
+
+/// An ordered list of stages and what is under way in them.
+pub struct Pipeline {
+    slots: Vec<Slot>,
+    schedule: Schedule,
+    work: HashMap<JobId, Work>,
+    finished: VecDeque<Finished>,
+    /// buffers of hidden rows that are free
+    spare: Vec<Rows>,
+    /// buffers of logits that were given back
+    spare_logits: Vec<Vec<f32>>,
+    dtype: RowType,
+    patience: Patience,
+    observer: Box<dyn FnMut(Event<'_>) + Send>,
+    tracer: Option<Box<dyn FnMut(Traced) + Send>>,
+    clock: Box<dyn Clock>,
+    start: Instant,
+    bell: Bell,
+    /// somebody else rings the bell too, so every wait has to hear it
+    is_bell_shared: bool,
+    /// how much has been heard of remote stages
+    n_heard: u64,
+    /// how long the last wait was, if nothing has been answered since
+    waited: Option<Duration>,
+}
+
+impl Pipeline {
+    /// A pipeline over `stages` with hidden rows of `dtype` between them. The first and the last stage have to
+    /// be local: tokens and logits do not leave this machine.
+    pub fn new(stages: Vec<StageSlot>, dtype: RowType, patience: Patience) -> Pipeline {
+        Pipeline::with_clock(stages, dtype, patience, Box::new(SystemClock))
+    }
+
+    /// The same with another clock.
+    pub fn with_clock(
+        stages: Vec<StageSlot>,
+        dtype: RowType,
+        patience: Patience,
+        clock: Box<dyn Clock>,
+    ) -> Pipeline {
+        let slots: Vec<Slot> = stages
+            .into_iter()
+            .map(|stage| {
+                let (name, kind) = match stage {
+                    StageSlot::Local(stage) => (stage.name(), Kind::Local(stage)),
+                    StageSlot::Remote(stage) => (stage.name(), Kind::Remote(Remote::new(stage))),
+                };
+                Slot { name, stats: StageStats::default(), kind }
+            })
+            .collect();
+        let placements: Vec<Placement> = slots
+            .iter()
+            .map(|slot| match &slot.kind {
+                Kind::Local(_) => Placement::Local,
+                Kind::Remote(remote) => Placement::Remote { window: LEAST_WINDOW.min(remote.agreed) },
+            })
+            .collect();
+        Pipeline {
+            schedule: Schedule::new(&placements, steps_under_way(&slots)),
+            slots,
+            work: HashMap::new(),
+            finished: VecDeque::new(),
+            spare: Vec::new(),
+            spare_logits: Vec::new(),
+            dtype,
+            patience,
+            observer: Box::new(|_| {}),
+            tracer: None,
+            start: clock.now(),
+            clock,
+            bell: Bell::new(),
+            is_bell_shared: false,
+            n_heard: 0,
+            waited: None,
+        }
+    }
+
+    /// Who is told when a worker is lost and found.
+    pub fn observe(&mut self, observer: impl FnMut(Event<'_>) + Send + 'static) {
+        self.observer = Box::new(observer);
+    }
+
+    /// Who is told of every single thing that is done.
+    pub fn trace(&mut self, tracer: impl FnMut(Traced) + Send + 'static) {
+        self.tracer = Some(Box::new(tracer));
+    }
+
+    /// Evaluates steps of several sessions' replies together, up to so many rows; at 1, as at first, every step alone.
+    /// Rows that go together through the kernels give other last bits than rows that go alone.
+    pub fn set_batch_rows(&mut self, rows: u32) {
+        self.schedule.set_batch_rows(rows);
+    }
+
+    /// A bell that ends [`advance`](Self::advance) early, for a thread that has something to submit. From now on every
+    /// wait is one for the bell.
+    pub fn bell(&mut self) -> Bell {
+        self.is_bell_shared = true;
+        self.bell.clone()
+    }
+
+    /// Names, blocks and statistics of the stages, in order.
+    pub fn stages(&self) -> impl Iterator<Item = (&str, Option<BlockRange>, StageStats)> {
+        self.slots.iter().map(|slot| {
+            let blocks = match &slot.kind {
+                Kind::Local(stage) => stage.blocks(),
+                Kind::Remote(remote) => remote.stage.blocks(),
+            };
+            (slot.name.as_str(), blocks, slot.stats)
+        })
+    }
+
+    /// What crossed all sockets so far.
+    pub fn traffic(&self) -> Traffic {
+        let mut sum = Traffic::default();
+        for slot in &self.slots {
+            if let Kind::Remote(remote) = &slot.kind {
+                let t = remote.stage.traffic();
+                sum.bytes_sent += t.bytes_sent;
+                sum.bytes_received += t.bytes_received;
+                sum.round_trips += t.round_trips;
+            }
+        }
+        sum
+    }
+
+    /// Whether any stage is behind a connection.
+    pub fn has_remote_stages(&self) -> bool {
+        self.slots.iter().any(|slot| matches!(slot.kind, Kind::Remote(_)))
+    }
+
+    /// The number format between the stages.
+    pub fn dtype(&self) -> RowType {
+        self.dtype
+    }
+
+    /// Adds a step behind all others of its session.
+    pub fn submit(&mut self, step: Step) -> JobId {
+        let span = step.span();
+        let job = self.schedule.push(step.session, step.kind, span.count);
+        let Step { tokens, want_logits, .. } = step;
+        let work = StepWork { spans: vec![span], tokens, want_logits, parts: Vec::new(), hidden: None };
+        self.work.insert(job, Work::Step(work));
+        job
+    }
+
+    /// Forgets the rows of `session` from `position` on, in every stage, when the steps it was given before are done;
+    /// with position 0 the session is over. Takes effect in [`advance`](Self::advance). It has a result only if it
+    /// fails, and that is the session's.
+    pub fn rewind(&mut self, session: SessionId, position: u32) -> JobId {
+        let job = self.schedule.push_rewind(session);
+        self.work.insert(job, Work::Rewind(session, position));
+        job
+    }
+
+    /// Nobody wants this step's logits any more, nor those of its session's steps behind it, up to its next rewind: those
+    /// that have not come out will not. The session has to be rewound to the step's position, or before it, before it
+    /// goes on.
+    pub fn cancel(&mut self, session: SessionId, job: JobId) {
+        let end = self.schedule.next_rewind(session, job);
+        for job in self.schedule.cancel(session, job).vanished {
+            self.forget(job);
+        }
+        let is_meant = |id: JobId| id >= job && end.is_none_or(|end| id < end);
+        self.finished.retain(|f| f.session != session || f.outcome.is_err() || !is_meant(f.job));
+    }
+
+    /// Gives a buffer of logits back, for one that is needed next.
+    pub fn reuse(&mut self, logits: Vec<f32>) {
+        self.spare_logits.push(logits);
+    }
+
+    /// Runs until a step has left the last stage or a session has failed; not beyond `deadline`, except for a local
+    /// stage's step that has begun.
+    pub fn advance(&mut self, deadline: Option<Instant>) -> Advance {
+        self.hear();
+        loop {
+            if let Some(finished) = self.finished.pop_front() {
+                return Advance::Finished(finished);
+            }
+            match self.schedule.next() {
+                Some(Next::Run(job, stage)) => {
+                    self.note(Happened::Run(job, stage));
+                    self.run(job, stage);
+                    self.hear();
+                    if self.finished.is_empty() && deadline.is_some_and(|d| self.clock.now() >= d) {
+                        return Advance::Later;
+                    }
+                }
+                Some(Next::Send(job, stage)) => {
+                    self.note(Happened::Sent(job, stage));
+                    self.send(job, stage);
+                }
+                Some(Next::Wait) => {
+                    self.note(Happened::Waits);
+                    if !self.wait(deadline) {
+                        return Advance::Later;
+                    }
+                }
+                None => return Advance::Idle,
+            }
+        }
+    }
+
+    fn note(&mut self, what: Happened) {
+        if let Some(tracer) = &mut self.tracer {
+            tracer(Traced { at: self.clock.now().saturating_duration_since(self.start), what });
+        }
+    }
+
+    /// Runs a job on a local stage to its end.
+    fn run(&mut self, id: JobId, at: StageId) {
+        if at.0 == 0 {
+            self.form_batch(id, at);
+        }
+        let is_last = at.0 + 1 == self.slots.len();
+        let slot = &mut self.slots[at.0];
+        let Kind::Local(stage) = &mut slot.kind else { unreachable!("the schedule runs local stages only") };
+        let step = match self.work.get_mut(&id) {
+            Some(Work::Step(step)) => step,
+            Some(&mut Work::Rewind(session, position)) => {
+                if let Err(source) = stage.rewind(session, position) {
+                    let error = PipelineError::Stage { stage: slot.name.clone(), source };
+                    self.fail(session, id, &error);
+                }
+                return self.done(id, at);
+            }
+            Some(Work::Check(_) | Work::CheckEnd) | None => unreachable!("checks are of remote stages"),
+        };
+        // tokens or hidden rows -> hidden rows or logits
+        let before = step.hidden.take();
+        let input = match &before {
+            Some(hidden) => StageInput::Rows(hidden.as_ref()),
+            None => StageInput::Tokens(&step.tokens),
+        };
+        let mut logits = Vec::new();
+        let mut after = None;
+        let output = if is_last {
+            logits = self.spare_logits.pop().unwrap_or_default();
+            StageOutput::Logits { rows: &step.want_logits, out: &mut logits }
+        } else {
+            StageOutput::Rows(after.insert(self.spare.pop().unwrap_or_else(|| Rows::empty(self.dtype))))
+        };
+        let result = stage.evaluate(&step.spans, input, output);
+        self.spare.extend(before);
+        match result {
+            Ok(spent) => {
+                slot.stats.compute += spent;
+                step.hidden = after;
+                if is_last {
+                    return self.came_out(id, at, logits);
+                }
+            }
+            Err(source) => {
+                self.spare.extend(after);
+                let error = PipelineError::Stage { stage: slot.name.clone(), source };
+                self.fail_members(id, at, &error);
+            }
+        }
+        self.done(id, at);
+    }
+
+    /// A local stage is done with a job.
+    fn done(&mut self, id: JobId, at: StageId) {
+        self.note(Happened::Done(id, at));
+        match self.schedule.finished(at, id) {
+            Ok(Progress::Next(_)) => {}
+            Ok(Progress::Complete | Progress::Void) => self.forget(id),
+            Err(error) => unreachable!("a local stage runs one job: {error}"),
+        }
+    }
+
+    /// Puts what the schedule has put together at stage 0 under its first job's number.
+    fn form_batch(&mut self, id: JobId, at: StageId) {
+        let others: Vec<JobId> = self.schedule.members(at, id).skip(1).map(|member| member.job).collect();
+        for other in others {
+            let Some(Work::Step(more)) = self.work.remove(&other) else { continue };
+            let Some(Work::Step(step)) = self.work.get_mut(&id) else { continue };
+            if step.parts.is_empty() {
+                step.parts.push(step.part(id));
+            }
+            step.parts.push(more.part(other));
+            step.spans.extend(more.spans);
+            step.tokens.extend(more.tokens);
+            step.want_logits.extend(more.want_logits);
+        }
+    }
+
+    /// A step's logits are there: they go to its session, or, of a batch, to each of its sessions.
+    fn came_out(&mut self, id: JobId, at: StageId, logits: Vec<f32>) {
+        self.note(Happened::Done(id, at));
+        let parts = match self.work.remove(&id) {
+            Some(Work::Step(step)) if step.parts.is_empty() => vec![step.part(id)],
+            Some(Work::Step(step)) => step.parts,
+            _ => Vec::new(),
+        };
+        let n_wanted: usize = parts.iter().map(|part| part.2).sum();
+        let n_vocab = logits.len() / n_wanted.max(1);
+        let is_void: Vec<bool> = self.schedule.members(at, id).map(|member| member.is_void).collect();
+        if let Err(error) = self.schedule.finished(at, id) {
+            unreachable!("a local stage runs one job: {error}");
+        }
+        if let [(job, session, _)] = parts[..] {
+            if is_void == [false] {
+                self.note(Happened::Out(job));
+                self.finished.push_back(Finished { job, session, outcome: Ok(logits) });
+            } else {
+                self.reuse(logits);
+            }
+            return;
+        }
+        let mut begin = 0;
+        for ((job, session, n_wanted), is_void) in parts.into_iter().zip(is_void) {
+            let end = begin + n_wanted * n_vocab;
+            if !is_void {
+                let mut own = self.spare_logits.pop().unwrap_or_default();
+                own.clear();
+                own.extend_from_slice(&logits[begin..end]);
+                self.note(Happened::Out(job));
+                self.finished.push_back(Finished { job, session, outcome: Ok(own) });
+            }
+            begin = end;
+        }
+        self.reuse(logits);
+    }
+
+    /// Forgets what goes with a job that has left.
+    fn forget(&mut self, id: JobId) {
+        if let Some(Work::Step(StepWork { hidden: Some(rows), .. })) = self.work.remove(&id) {
+            self.spare.push(rows);
+        }
+    }
+
+    /// A session ends in an error, at this job at the latest.
+    fn fail(&mut self, session: SessionId, job: JobId, error: &PipelineError) {
+        let gone = self.schedule.fail(session);
+        let job = gone.first().unwrap_or(job);
+        gone.vanished.into_iter().for_each(|job| self.forget(job));
+        self.finished.push_back(Finished { job, session, outcome: Err(error.clone()) });
+    }
+
+    /// The sessions of a job that a stage runs end in an error, those that have not already.
+    fn fail_members(&mut self, id: JobId, at: StageId, error: &PipelineError) {
+        let members: Vec<_> = self.schedule.members(at, id).filter(|member| !member.is_void).collect();
+        for member in members {
+            if let Some(session) = member.session {
+                self.fail(session, member.job, error);
+            }
+        }
+    }
+
+    /// Waits for whichever remote stage has something to tell first. Whether there may be something to do now.
+    fn wait(&mut self, deadline: Option<Instant>) -> bool {
+        let mut only = None;
+        let mut n_awaited = 0;
+        for (i, slot) in self.slots.iter().enumerate() {
+            let Kind::Remote(remote) = &slot.kind else { continue };
+            match remote.connection {
+                Connection::Up if self.schedule.n_running(StageId(i)) > 0 => only = Some(i),
+                Connection::Up | Connection::Down => continue,
+                _ => only = None,
+            }
+            n_awaited += 1;
+        }
+        if let Some(i) = only.filter(|_| n_awaited == 1 && !self.is_bell_shared) {
+            let goes_on = self.collect(i, deadline);
+            self.hear();
+            return goes_on;
+        }
+        for slot in &mut self.slots {
+            if let Kind::Remote(remote) = &mut slot.kind {
+                remote.listen(Some(&self.bell));
+            }
+        }
+        let (began, heard) = (self.clock.now(), self.n_heard);
+        loop {
+            let was_rung = self.clock.wait(&self.bell, deadline.into_iter().chain(self.poll_at()).min());
+            let now = self.clock.now();
+            self.waited = Some(now.saturating_duration_since(began));
+            self.hear();
+            self.waited = None;
+            if self.n_heard > heard {
+                return true;
+            }
+            // rung for what a poll had found already, or by somebody else
+            if (was_rung && self.is_bell_shared) || deadline.is_some_and(|deadline| now >= deadline) {
+                return false;
+            }
+        }
+    }
+
+    /// When a remote stage has to be looked at even if nothing rings.
+    fn poll_at(&self) -> Option<Instant> {
+        let remotes = self.slots.iter().filter_map(|slot| match &slot.kind {
+            Kind::Remote(remote) => remote.poll_at(),
+            Kind::Local(_) => None,
+        });
+        remotes.min()
+    }
+}
+
+/// Steps between the start of stage 0 and the end of the last stage: what every worker may hold, one that waits for the
+/// local stages' turn, one that runs there.
+fn steps_under_way(slots: &[Slot]) -> usize {
+    let agreed = slots.iter().map(|slot| match &slot.kind {
+        Kind::Local(_) => 0,
+        Kind::Remote(remote) => remote.agreed,
+    });
+    2 + agreed.sum::<usize>()
+}
+
+/// A pipeline may be driven by another thread than the one that made it.
+const _: fn() = || {
+    fn is_send<T: Send>() {}
+    is_send::<Pipeline>();
+};
+
+/// Steps a worker may hold at most: what a host asks for. How many it is sent follows what is measured
+/// ([`crate::window`]).
+pub const MAX_IN_FLIGHT: u32 = 8;
+
+#[cfg(test)]
+pub(crate) mod fakes;
+#[cfg(test)]
+mod tests;

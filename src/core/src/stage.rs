@@ -1,0 +1,171 @@
+//! A stage: a loaded slice with its KV cache, in this process or behind a connection.
+//!
+//! What goes in and out are *steps*: rows of one or more sessions, each session's rows consecutive and going
+//! on where that session stands. The rows are tokens (only into the head), hidden rows, or logits (only out
+//! of the tail).
+
+use std::time::{Duration, Instant};
+
+use crate::bell::Bell;
+use crate::blocks::BlockRange;
+use crate::guard::Guard;
+use crate::ids::{JobId, SessionId};
+use crate::rows::{Rows, RowsRef};
+
+pub use crate::error::{Cause, StageError, WrongAnswer};
+
+/// Consecutive rows of one session in a step.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Span {
+    /// The session's number.
+    pub session: u32,
+    /// The position of the first row: the length the session has before it.
+    pub position: u32,
+    /// How many rows, at least 1.
+    pub count: u32,
+}
+
+impl Span {
+    /// Whose rows they are.
+    pub fn session(&self) -> SessionId {
+        SessionId(self.session)
+    }
+
+    /// The position behind its last row.
+    pub fn end(&self) -> u32 {
+        self.position + self.count
+    }
+}
+
+/// How many rows these spans have.
+pub fn n_rows(spans: &[Span]) -> u32 {
+    spans.iter().map(|span| span.count).sum()
+}
+
+/// What goes into a stage.
+#[derive(Clone, Copy, Debug)]
+pub enum StageInput<'a> {
+    /// Token ids, one a row: into the head.
+    Tokens(&'a [i32]),
+    /// Rows rows (n_rows, n_embd).
+    Rows(RowsRef<'a>),
+}
+
+/// What comes out of a stage.
+#[derive(Debug)]
+pub enum StageOutput<'a> {
+    /// Rows rows (n_rows, n_embd), one for each row that went in; resized by the stage.
+    Rows(&'a mut Rows),
+    /// Logits (n_wanted, n_vocab) of the rows whose entry in `rows` is true: out of the tail; resized by it.
+    Logits {
+        /// An entry for every row that went in.
+        rows: &'a [bool],
+        /// Where they go.
+        out: &'a mut Vec<f32>,
+    },
+}
+
+/// A stage of this process.
+pub trait LocalStage: Send {
+    /// What people call it: `head`, `middle`, `tail`.
+    fn name(&self) -> String;
+    /// Its blocks; `None` when it has none.
+    fn blocks(&self) -> Option<BlockRange>;
+    /// Runs one step and says how long it computed.
+    ///
+    /// # Errors
+    /// The step failed. Its sessions are the only ones that suffer from it.
+    fn evaluate(
+        &mut self,
+        spans: &[Span],
+        input: StageInput<'_>,
+        output: StageOutput<'_>,
+    ) -> Result<Duration, StageError>;
+    /// Forgets the rows of `session` from `position` on; nothing, where it has none.
+    ///
+    /// # Errors
+    /// The session is in a state that nobody knows.
+    fn rewind(&mut self, session: SessionId, position: u32) -> Result<(), StageError>;
+}
+
+/// An answer of a remote stage; its rows are where the caller asked for them.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Answer {
+    /// The step it answers.
+    pub job: JobId,
+    /// How long the worker computed.
+    pub compute: Duration,
+    /// How long the complete step lay at the worker before.
+    pub wait: Duration,
+}
+
+/// A stage of another process. Steps are answered in the order in which they were submitted.
+///
+/// Nothing here blocks but [`collect_until`](Self::collect_until), and that as long as it is told to. A connection that
+/// is lost is told of by [`poll`](Self::poll) and [`collect_until`](Self::collect_until), and so is what a worker has
+/// said of a step before it closed: the step meant is the oldest without an answer.
+pub trait RemoteStage: Send {
+    /// What people call it: `middle` and where it is.
+    fn name(&self) -> String;
+    /// Its blocks.
+    fn blocks(&self) -> Option<BlockRange>;
+    /// How many steps it may hold at once, as agreed on with its worker.
+    fn max_in_flight(&self) -> usize;
+    /// Sends a step. Returns once it is on its way; `rows` are lent only for the call.
+    ///
+    /// # Errors
+    /// The step was refused and not sent, and the connection is as it was; or the stage is [lost](StageError::may_pass).
+    fn submit(&mut self, job: JobId, spans: &[Span], rows: &Rows) -> Result<(), StageError>;
+    /// The answer to the oldest step, if this process has it already. Never blocks; finds everything that has come only
+    /// while there is a [bell](Self::notify).
+    ///
+    /// # Errors
+    /// The connection is over. It has to be [begun anew](Self::begin_reconnect) before anything else.
+    fn poll(&mut self, rows: &mut Rows) -> Result<Option<Answer>, StageError>;
+    /// Waits for the answer to the oldest step, until `deadline` (for ever without one).
+    ///
+    /// # Errors
+    /// As of [`poll`](Self::poll).
+    fn collect_until(
+        &mut self,
+        rows: &mut Rows,
+        deadline: Option<Instant>,
+    ) -> Result<Option<Answer>, StageError>;
+    /// Rings this bell from now on whenever [`poll`](Self::poll) has something new to tell; for what it could tell now
+    /// at once. Without one [`collect_until`](Self::collect_until) is the quickest way to an answer.
+    fn notify(&mut self, bell: Option<Bell>);
+    /// When it has to be polled even if nothing rang: a worker may be taking too long.
+    fn poll_at(&self) -> Option<Instant> {
+        None
+    }
+    /// Forgets the rows of `session` from `position` on, in order with the steps.
+    ///
+    /// # Errors
+    /// As of [`submit`](Self::submit).
+    fn rewind(&mut self, session: SessionId, position: u32) -> Result<(), StageError>;
+    /// Begins one attempt to connect anew, and gives up what was. `bell` is rung when
+    /// [`poll_connected`](Self::poll_connected) has its outcome. The worker has forgotten everything afterwards.
+    fn begin_reconnect(&mut self, bell: &Bell);
+    /// Whether the attempt has succeeded; `false` while it is under way.
+    ///
+    /// # Errors
+    /// It has failed.
+    fn poll_connected(&mut self) -> Result<bool, StageError>;
+    /// Bytes sent, bytes received and steps answered since the start, over all connections.
+    fn traffic(&self) -> Traffic;
+    /// What its worker is held against, if anything.
+    fn guard(&mut self) -> Option<&mut Guard> {
+        None
+    }
+}
+
+/// What crossed a socket.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Traffic {
+    /// Bytes this side sent.
+    pub bytes_sent: u64,
+    /// Bytes this side received.
+    pub bytes_received: u64,
+    /// Steps sent and answered.
+    pub round_trips: u64,
+}

@@ -1,0 +1,277 @@
+//! What is done with any bytes at all: the body of the fuzz target in tests/fuzz, and a unit test here.
+//!
+//! The first byte chooses the part, the rest is its input. Nothing may panic, no input may become a message
+//! without the key, and the books must agree with a model that is too simple to be wrong.
+
+use dim_core::blocks::BlockRange;
+use dim_core::digest::Sha;
+
+use super::connection::{Books, Connection, Role};
+use super::frame::{Inbox, Opener, Outgoing, Sealer};
+use super::handshake::{HostHandshake, Lookup, Purpose, WorkerHandshake};
+use super::message::{Item, ItemKind, Message, PushOffer, Span};
+use super::rows::RowType;
+use super::terms::Agreed;
+use crate::keys::{Key, PairingCode};
+
+/// How many parts there are: first bytes below this mean something.
+pub const PARTS: u8 = 7;
+
+/// Runs one input.
+///
+/// # Panics
+/// If the protocol has a bug.
+pub fn exercise(input: &[u8]) {
+    let Some((&part, rest)) = input.split_first() else { return };
+    match part {
+        0 => one_message(rest),
+        1 => frames_from_a_stranger(rest),
+        2 => frames_from_a_peer(rest),
+        3 => a_first_flight(rest),
+        4 => an_answer(rest),
+        5 => a_script(rest),
+        6 => typed_text(rest),
+        _ => {}
+    }
+}
+
+/// n_embd, then a message.
+fn one_message(input: &[u8]) {
+    let Some((&n_embd, bytes)) = input.split_first() else { return };
+    if let Ok(message) = Message::decode(bytes, n_embd.into()) {
+        let (mut once, mut twice) = (Vec::new(), Vec::new());
+        message.encode(&mut once);
+        // a text may have been made safe to show, which may cut it; after that nothing changes any more
+        if let Ok(again) = Message::decode(&once, n_embd.into()) {
+            again.encode(&mut twice);
+            assert_eq!(once, twice);
+        } else {
+            panic!("{message:?} cannot be read again");
+        }
+    }
+}
+
+/// Without the key nothing is a message.
+fn frames_from_a_stranger(input: &[u8]) {
+    let Some((limit, bytes)) = input.split_first_chunk() else { return };
+    let mut inbox = Inbox::new(Opener::new(&[7; 32]), u16::from_le_bytes(*limit).into());
+    let mut rest = bytes;
+    while !rest.is_empty() {
+        let n = inbox.fill(rest);
+        match inbox.poll() {
+            Ok(complete) => assert!(!complete && n > 0, "a message, or no room though none waits"),
+            Err(_) => break,
+        }
+        rest = &rest[n..];
+    }
+}
+
+/// A peer with the key that seals whatever it likes: role and state, then pieces of plaintext, each a frame.
+fn frames_from_a_peer(input: &[u8]) {
+    let Some((&[setup, piece], bytes)) = input.split_first_chunk() else { return };
+    let role = if setup & 1 == 0 { Role::Host } else { Role::Worker };
+    let purpose = if setup & 2 == 0 { Purpose::Key } else { Purpose::Pairing };
+    let mut connection = Connection::new(role, purpose);
+    match setup >> 2 & 3 {
+        0 => connection.begin_serving(agreed()),
+        1 => assert!(connection.begin_push(&offer(), &[0, 5]).is_ok()),
+        _ => {}
+    }
+    let mut sealer = Sealer::new(&[7; 32]);
+    let mut inbox = Inbox::new(Opener::new(&[7; 32]), connection.limit());
+    for body in pieces(bytes, piece) {
+        let mut frame = Vec::new();
+        sealer.seal(&mut Outgoing::new(body, &[]), &mut frame).unwrap();
+        let mut rest = &frame[..];
+        while !rest.is_empty() {
+            let n = inbox.fill(rest);
+            rest = &rest[n..];
+            match inbox.poll() {
+                Ok(true) => {
+                    if connection.receive(inbox.message()).is_err() {
+                        return;
+                    }
+                    if let Some(books) = connection.books() {
+                        let a = books.agreed();
+                        assert!((0..a.max_sessions).all(|s| books.length(s).is_some_and(|n| n <= a.n_ctx)));
+                        assert!(books.in_flight() <= a.max_in_flight as usize);
+                    }
+                    inbox.release();
+                }
+                Ok(false) => assert!(n > 0, "no room though no message waits"),
+                Err(_) => return,
+            }
+        }
+    }
+}
+
+/// Messages as their headers say, or pieces of `piece` bytes when that is not zero.
+fn pieces(mut bytes: &[u8], piece: u8) -> impl Iterator<Item = &[u8]> {
+    std::iter::from_fn(move || {
+        let length = match (piece, bytes) {
+            (_, []) => return None,
+            (0, [_, _, _, _, a, b, c, d, ..]) => u32::from_le_bytes([*a, *b, *c, *d]) as usize,
+            (0, _) => bytes.len(),
+            (n, _) => n.into(),
+        };
+        let (now, later) = bytes.split_at(length.clamp(1, bytes.len()));
+        bytes = later;
+        Some(now)
+    })
+}
+
+fn a_first_flight(input: &[u8]) {
+    let mut worker = WorkerHandshake::new(2..=3);
+    let mut rest = input;
+    while !rest.is_empty() {
+        let before = rest.len();
+        let lookup = |_, id: crate::keys::KeyId| match id.0[0] & 3 {
+            0 => Lookup::Unknown,
+            1 => Lookup::NoPairing,
+            2 => Lookup::Crowded,
+            _ => Lookup::Found(Key::from_bytes([7; 32])),
+        };
+        if let Some(verdict) = worker.receive(&mut rest, lookup) {
+            assert!(verdict.outcome.is_err(), "a stranger was let in");
+            assert!(verdict.answer.is_empty() || verdict.answer.len() == 24);
+            break;
+        }
+        assert!(rest.len() < before || worker.wants() == 0, "it neither takes bytes nor decides");
+    }
+    assert_eq!(worker.curve_work(), 0);
+}
+
+fn an_answer(input: &[u8]) {
+    // making a host costs a scalar multiplication: one for all inputs would keep state between them
+    let key = Key::from_bytes([7; 32]);
+    let Ok(mut host) = HostHandshake::with_ephemeral(&key, Purpose::Key, 2..=3, Some(&[9; 32])) else {
+        return;
+    };
+    assert!(!matches!(host.receive(&mut &input[..]), Ok(Some(_))), "a stranger's answer was believed");
+}
+
+/// Events of 4 bytes each, for the books and for a model of them.
+fn a_script(input: &[u8]) {
+    let agreed = agreed();
+    let mut books = Books::new(agreed.clone());
+    let mut lengths = vec![0u64; agreed.max_sessions as usize];
+    let mut under_way: Vec<(u32, u32)> = Vec::new();
+    let mut last = 0u32;
+    let format = RowType::F16;
+    for event in input.chunks_exact(4) {
+        let [what, session, position, count] =
+            [event[0], event[1] % 5, event[2] % 70, event[3] % 20].map(u32::from);
+        match what % 4 {
+            0 => {
+                // one or two spans
+                let first = Span { session, position, count };
+                let second = Span {
+                    session: (session + what / 4 % 3) % 5,
+                    position: position + what / 16 % 2,
+                    count: 1,
+                };
+                let spans = if what & 128 == 0 { vec![first] } else { vec![first, second] };
+                let n_rows = spans.iter().map(|s| s.count).sum();
+                let step = last + 1 + u32::from(what & 64 != 0 && count == 7);
+                let fits = |s: &Span| {
+                    lengths.get(s.session as usize) == Some(&s.position.into())
+                        && s.count > 0
+                        && u64::from(s.position) + u64::from(s.count) <= u64::from(agreed.n_ctx)
+                };
+                let right = step == last + 1
+                    && under_way.len() < agreed.max_in_flight as usize
+                    && spans.len() <= agreed.max_sessions as usize
+                    && n_rows > 0
+                    && n_rows <= agreed.max_rows
+                    && spans.iter().all(fits)
+                    && (spans.len() < 2 || spans[0].session != spans[1].session);
+                let taken = books.step(step, n_rows, format, spans.iter().copied());
+                assert_eq!(taken.is_ok(), right, "{spans:?} {taken:?}");
+                if right {
+                    spans.iter().for_each(|s| lengths[s.session as usize] += u64::from(s.count));
+                    under_way.push((step, n_rows));
+                    last = step;
+                }
+            }
+            1 => {
+                let (step, n_rows) = match under_way.first() {
+                    Some(&due) if position != 0 => due,
+                    _ => (session, count),
+                };
+                let right = under_way.first() == Some(&(step, n_rows));
+                assert_eq!(books.step_done(step, n_rows, format).is_ok(), right);
+                if right {
+                    under_way.remove(0);
+                }
+            }
+            2 => {
+                let right = lengths.get(session as usize).is_some_and(|&n| u64::from(position) <= n);
+                assert_eq!(books.rewind(session, position).is_ok(), right);
+                if right {
+                    lengths[session as usize] = position.into();
+                }
+            }
+            _ => {
+                let right = (session as usize) < lengths.len();
+                assert_eq!(books.end(session).is_ok(), right);
+                if right {
+                    lengths[session as usize] = 0;
+                }
+            }
+        }
+        let kept: Vec<u64> =
+            (0..agreed.max_sessions).filter_map(|s| books.length(s)).map(u64::from).collect();
+        assert_eq!(kept, lengths);
+        assert_eq!(books.in_flight(), under_way.len());
+    }
+}
+
+fn typed_text(input: &[u8]) {
+    let Ok(text) = std::str::from_utf8(input) else { return };
+    if let Ok(code) = PairingCode::parse(text) {
+        assert!(PairingCode::parse(&code.to_string()) == Ok(code));
+    }
+    if let Ok(key) = Key::from_hex(text) {
+        assert_eq!(Key::from_hex(&key.to_hex()).map(|k| *k.bytes()), Ok(*key.bytes()));
+    }
+}
+
+fn agreed() -> Agreed {
+    Agreed {
+        version: 1,
+        row_type: RowType::F16,
+        n_embd: 4,
+        blocks: BlockRange { first: 1, last: 2 },
+        n_ctx: 64,
+        max_rows: 16,
+        max_sessions: 3,
+        max_in_flight: 2,
+    }
+}
+
+fn offer() -> PushOffer {
+    let item = |kind, size| Item { kind, index: 0, size, sha256: Sha([0; 32]) };
+    PushOffer {
+        model: Sha([1; 32]),
+        slice: Sha([2; 32]),
+        blocks: BlockRange { first: 1, last: 2 },
+        items: vec![item(ItemKind::Manifest, 4), item(ItemKind::PackageWeights, 100)],
+        name: String::new(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(20_000))]
+        #[test]
+        fn any_bytes_are_survived(part in 0..PARTS, rest in prop::collection::vec(prop_oneof![Just(0u8), any::<u8>()], 0..120)) {
+            let mut input = vec![part];
+            input.extend(rest);
+            exercise(&input);
+        }
+    }
+}

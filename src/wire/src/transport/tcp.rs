@@ -1,0 +1,132 @@
+//! TCP as the protocol wants it: options, and reads and writes that end at absolute times.
+
+use std::io::{self, ErrorKind, Read, Write};
+use std::net::{SocketAddr, TcpStream, ToSocketAddrs};
+use std::time::{Duration, Instant};
+
+use socket2::{Domain, Protocol, SockRef, Socket, TcpKeepalive, Type};
+
+/// How often a blocked read or write comes back to look at the time. It costs nothing while bytes flow.
+pub(super) const TICK: Duration = Duration::from_millis(100);
+
+/// Connects to the first of the address's numbers that answers, before `deadline`.
+pub(super) fn connect(address: &str, deadline: Instant) -> io::Result<TcpStream> {
+    let mut last = io::Error::new(ErrorKind::NotFound, "the name has no address");
+    for to in address.to_socket_addrs()? {
+        let left = deadline.saturating_duration_since(Instant::now());
+        if left.is_zero() {
+            return Err(ErrorKind::TimedOut.into());
+        }
+        match TcpStream::connect_timeout(&to, left) {
+            Ok(stream) => return Ok(stream),
+            Err(e) => last = e,
+        }
+    }
+    Err(last)
+}
+
+/// Listens; an address with port 0 gets a free one.
+pub(super) fn listen(address: &str) -> io::Result<Socket> {
+    let mut last = io::Error::new(ErrorKind::NotFound, "the name has no address");
+    for at in address.to_socket_addrs()? {
+        match listen_at(at) {
+            Ok(socket) => return Ok(socket),
+            Err(e) => last = e,
+        }
+    }
+    Err(last)
+}
+
+fn listen_at(at: SocketAddr) -> io::Result<Socket> {
+    let socket = Socket::new(Domain::for_address(at), Type::STREAM, Some(Protocol::TCP))?;
+    // a worker that was killed must be able to take its port again at once
+    #[cfg(unix)]
+    socket.set_reuse_address(true)?;
+    socket.bind(&at.into())?;
+    // connections wait in the system's queue while the acceptor is kept busy by a crowd: one that finds no room there is lost
+    // for a second
+    socket.listen(1024)?;
+    Ok(socket)
+}
+
+/// Sets what a link needs; `stalled` is how long the peer's system may take no bytes. Options that a system
+/// does not have are left out: the protocol's own heartbeats and deadlines do not depend on them, they only
+/// make the system notice earlier.
+///
+/// Buffers are left to the system's own tuning: a fixed size would switch it off, and Linux caps a fixed size
+/// at `net.core.rmem_max`, which is smaller than one prompt chunk.
+pub(super) fn configure(stream: &TcpStream, stalled: Duration) -> io::Result<()> {
+    stream.set_nodelay(true)?;
+    let socket = SockRef::from(stream);
+    let keepalive =
+        TcpKeepalive::new().with_time(Duration::from_secs(1)).with_interval(Duration::from_secs(1));
+    #[cfg(not(windows))]
+    let keepalive = keepalive.with_retries(3);
+    socket.set_tcp_keepalive(&keepalive)?;
+    // not the silence of three seconds: a peer that computes with its buffers full takes no bytes for as
+    // long, is heard all the same, and this would cut it off
+    #[cfg(any(target_os = "linux", target_os = "android"))]
+    socket.set_tcp_user_timeout(Some(stalled))?;
+    #[cfg(not(any(target_os = "linux", target_os = "android")))]
+    let _ = stalled;
+    Ok(())
+}
+
+/// Makes blocked reads and writes come back every [`TICK`].
+pub(super) fn tick(stream: &TcpStream) -> io::Result<()> {
+    stream.set_read_timeout(Some(TICK))?;
+    stream.set_write_timeout(Some(TICK))
+}
+
+/// Whether a read or write came back only to look at the time.
+pub(super) fn is_tick(error: &io::Error) -> bool {
+    matches!(error.kind(), ErrorKind::WouldBlock | ErrorKind::TimedOut | ErrorKind::Interrupted)
+}
+
+/// Reads what there is, waiting for it until `deadline` at the latest. 0: the peer has closed.
+pub(super) fn read_until(stream: &TcpStream, buffer: &mut [u8], deadline: Instant) -> io::Result<usize> {
+    loop {
+        let left = deadline.saturating_duration_since(Instant::now());
+        if left.is_zero() {
+            return Err(ErrorKind::TimedOut.into());
+        }
+        stream.set_read_timeout(Some(left))?;
+        match (&mut { stream }).read(buffer) {
+            Err(e) if is_tick(&e) => continue,
+            other => return other,
+        }
+    }
+}
+
+/// Writes all of it, by `deadline` at the latest.
+pub(super) fn write_until(stream: &TcpStream, mut bytes: &[u8], deadline: Instant) -> io::Result<()> {
+    while !bytes.is_empty() {
+        let left = deadline.saturating_duration_since(Instant::now());
+        if left.is_zero() {
+            return Err(ErrorKind::TimedOut.into());
+        }
+        stream.set_write_timeout(Some(left))?;
+        match (&mut { stream }).write(bytes) {
+            Ok(0) => return Err(ErrorKind::WriteZero.into()),
+            Ok(n) => bytes = &bytes[n..],
+            Err(e) if is_tick(&e) => {}
+            Err(e) => return Err(e),
+        }
+    }
+    Ok(())
+}
+
+/// Closes so that what was sent last arrives: a socket closed with bytes unread makes the system discard what
+/// the peer has not read yet.
+pub(super) fn close_gently(stream: &TcpStream) {
+    let deadline = Instant::now() + Duration::from_millis(250);
+    let _ = stream.shutdown(std::net::Shutdown::Write);
+    let mut unread = [0; 1024];
+    for _ in 0..64 {
+        match read_until(stream, &mut unread, deadline) {
+            Ok(0) | Err(_) => break,
+            Ok(_) => {}
+        }
+    }
+    let _ = stream.shutdown(std::net::Shutdown::Both);
+}
