@@ -69,8 +69,8 @@ pub struct Finished {
     /// Whose.
     pub session: SessionId,
     /// Logits of the rows that were wanted, (n_wanted, n_vocab); or why there are none. After an error none of the
-    /// session's steps is under way any more, and it has to be rewound to where its caller knows it, at most the end of
-    /// the last step that came out.
+    /// steps that the session was given before it came out is under way any more, and it has to be rewound to where its
+    /// caller knows it, at most the end of the last step that came out.
     pub outcome: Result<Vec<f32>, PipelineError>,
 }
 
@@ -341,6 +341,11 @@ impl Pipeline {
         let Step { tokens, want_logits, .. } = step;
         let work = StepWork { spans: vec![span], tokens, want_logits, parts: Vec::new(), hidden: None };
         self.work.insert(job, Work::Step(work));
+        // its caller has yet to hear that the session has failed
+        if self.finished.iter().any(|f| f.session == step.session && f.outcome.is_err()) {
+            self.schedule.cancel(step.session, job);
+            self.work.remove(&job);
+        }
         job
     }
 
@@ -413,6 +418,7 @@ impl Pipeline {
         if at.0 == 0 {
             self.form_batch(id, at);
         }
+        self.shed_void(id, at);
         let is_last = at.0 + 1 == self.slots.len();
         let slot = &mut self.slots[at.0];
         let Kind::Local(stage) = &mut slot.kind else { unreachable!("the schedule runs local stages only") };
@@ -486,6 +492,35 @@ impl Pipeline {
         }
     }
 
+    /// Takes the rows of jobs that nobody wants any more out of a batch, before its next stage: what they stand on may
+    /// have been given up before it came here.
+    fn shed_void(&mut self, id: JobId, at: StageId) {
+        let Some(Work::Step(step)) = self.work.get_mut(&id) else { return };
+        if step.parts.is_empty() {
+            return;
+        }
+        let void: Vec<JobId> = self.schedule.members(at, id).filter(|m| m.is_void).map(|m| m.job).collect();
+        let keep: Vec<bool> = step.parts.iter().map(|part| !void.contains(&part.0)).collect();
+        if keep.iter().all(|keep| *keep) {
+            return;
+        }
+        // each part is one span
+        let counts = step.spans.iter().map(|span| span.count as usize);
+        let rows: Vec<bool> =
+            keep.iter().zip(counts).flat_map(|(&keep, n)| std::iter::repeat_n(keep, n)).collect();
+        fn retain<T>(of: &mut Vec<T>, keep: &[bool]) {
+            let mut keep = keep.iter();
+            of.retain(|_| keep.next().is_some_and(|keep| *keep));
+        }
+        retain(&mut step.tokens, &rows);
+        retain(&mut step.want_logits, &rows);
+        retain(&mut step.spans, &keep);
+        retain(&mut step.parts, &keep);
+        if let Some(hidden) = &mut step.hidden {
+            hidden.retain_rows(&rows);
+        }
+    }
+
     /// A step's logits are there: they go to its session, or, of a batch, to each of its sessions.
     fn came_out(&mut self, id: JobId, at: StageId, logits: Vec<f32>) {
         self.note(Happened::Done(id, at));
@@ -496,12 +531,12 @@ impl Pipeline {
         };
         let n_wanted: usize = parts.iter().map(|part| part.2).sum();
         let n_vocab = logits.len() / n_wanted.max(1);
-        let is_void: Vec<bool> = self.schedule.members(at, id).map(|member| member.is_void).collect();
+        let void: Vec<JobId> = self.schedule.members(at, id).filter(|m| m.is_void).map(|m| m.job).collect();
         if let Err(error) = self.schedule.finished(at, id) {
             unreachable!("a local stage runs one job: {error}");
         }
         if let [(job, session, _)] = parts[..] {
-            if is_void == [false] {
+            if !void.contains(&job) {
                 self.note(Happened::Out(job));
                 self.finished.push_back(Finished { job, session, outcome: Ok(logits) });
             } else {
@@ -510,9 +545,9 @@ impl Pipeline {
             return;
         }
         let mut begin = 0;
-        for ((job, session, n_wanted), is_void) in parts.into_iter().zip(is_void) {
+        for (job, session, n_wanted) in parts {
             let end = begin + n_wanted * n_vocab;
-            if !is_void {
+            if !void.contains(&job) {
                 let mut own = self.spare_logits.pop().unwrap_or_default();
                 own.clear();
                 own.extend_from_slice(&logits[begin..end]);
@@ -534,7 +569,7 @@ impl Pipeline {
     /// A session ends in an error, at this job at the latest.
     fn fail(&mut self, session: SessionId, job: JobId, error: &PipelineError) {
         let gone = self.schedule.fail(session);
-        let job = gone.first().unwrap_or(job);
+        let job = gone.first.unwrap_or(job);
         gone.vanished.into_iter().for_each(|job| self.forget(job));
         self.finished.push_back(Finished { job, session, outcome: Err(error.clone()) });
     }

@@ -22,7 +22,8 @@
 //!    already on the wire. A rewind takes no place in the window.
 //! 6. A remote stage that loses its jobs (a dead worker) gets them again, in the same order, when it is found.
 //! 7. A job that is cancelled, or whose session failed, vanishes where it waits; where it runs it becomes void: it keeps
-//!    its place in the order and its result is dropped. A batch is void when all its jobs are.
+//!    its place in the order and its result is dropped. A batch is void when all its jobs are; until then it goes on
+//!    without the rows of those that are, from the next stage on.
 
 use std::collections::VecDeque;
 
@@ -71,20 +72,15 @@ pub enum Progress {
     Void,
 }
 
-/// What became of steps that were given up.
+/// What became of a session's steps that were given up.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Dropped {
-    /// Those that waited: they are gone.
-    pub vanished: Vec<JobId>,
-    /// Those that run or are part of a batch: they go on in their place, and their results are dropped.
-    pub voided: Vec<JobId>,
-}
-
-impl Dropped {
     /// The oldest of them.
-    pub fn first(&self) -> Option<JobId> {
-        self.vanished.iter().chain(&self.voided).copied().min()
-    }
+    pub first: Option<JobId>,
+    /// What waited and is gone; a batch by the number of its first job.
+    pub vanished: Vec<JobId>,
+    /// Those that run, or are part of a batch with others: their results are dropped.
+    pub voided: Vec<JobId>,
 }
 
 /// A stage reported a job out of turn: a bug of the caller or a lie of a worker.
@@ -433,18 +429,18 @@ impl Schedule {
             for member in steps.flat_map(Entry::members_mut) {
                 if member.session == Some(session) && is_meant(member.job) && !member.is_void {
                     member.is_void = true;
+                    gone.first = gone.first.into_iter().chain([member.job]).min();
                     gone.voided.push(member.job);
                 }
             }
-            // a batch that waits stays in its place: its payload goes by one of its jobs
-            let vanishes = |e: &Entry| e.what != What::Rewind && e.others.is_empty() && e.is_void();
+            let vanishes = |e: &Entry| e.what != What::Rewind && e.is_void();
             let mut at = 0;
             while at < self.stages[stage].waiting.len() {
                 if !vanishes(&self.stages[stage].waiting[at]) {
                     at += 1;
                 } else if let Some(entry) = self.stages[stage].waiting.remove(at) {
                     self.leave(&entry, false);
-                    gone.voided.retain(|&job| job != entry.first.job);
+                    gone.voided.retain(|job| entry.members().all(|member| member.job != *job));
                     gone.vanished.push(entry.first.job);
                 }
             }
@@ -453,6 +449,7 @@ impl Schedule {
             lane.items.retain(|item| {
                 let stays = item.what == What::Rewind || !is_meant(item.job);
                 if !stays {
+                    gone.first = gone.first.into_iter().chain([item.job]).min();
                     gone.vanished.push(item.job);
                 }
                 stays
@@ -532,6 +529,8 @@ impl Schedule {
         };
         let mut rows = self.lanes[at].items.front().map_or(0, |item| item.rows);
         let mut entry = self.entry_of(at)?;
+        // of a batch too the turn goes to the lane behind its first: who did not fit is not passed over
+        self.turn = at + 1;
         if entry.what == What::Step(StepKind::Prefill) {
             self.decodes_in_a_row = 0;
             self.prefills_under_way += 1;
@@ -553,15 +552,11 @@ impl Schedule {
         Some(entry)
     }
 
-    /// Pops a lane's first item; the turn goes to the lane behind it.
+    /// Pops a lane's first item.
     fn entry_of(&mut self, at: usize) -> Option<Entry> {
-        let n_lanes = self.lanes.len();
         let lane = &mut self.lanes[at];
         let item = lane.items.pop_front()?;
-        if item.what != What::Rewind {
-            lane.decodes_under_way += usize::from(item.what == What::Step(StepKind::Decode));
-            self.turn = (at + 1) % n_lanes;
-        }
+        lane.decodes_under_way += usize::from(item.what == What::Step(StepKind::Decode));
         let first = Member { job: item.job, session: Some(lane.session), is_void: false };
         Some(Entry { first, others: Vec::new(), what: item.what, last: self.stages.len() - 1 })
     }

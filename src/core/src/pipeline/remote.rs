@@ -155,7 +155,10 @@ impl Pipeline {
                     self.failed(at.0, lost);
                 }
             }
-            Some(Work::Step(_)) => self.send_step(id, at),
+            Some(Work::Step(_)) => {
+                self.shed_void(id, at);
+                self.send_step(id, at);
+            }
             None => unreachable!("every job of the schedule is in the table"),
         }
     }
