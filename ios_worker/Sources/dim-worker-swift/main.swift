@@ -129,7 +129,7 @@ func fakeStage(_ fake: FakeWorker) -> any Stage {
     func digest(_ text: String) -> Digest { Digest(SystemPrimitives.sha256(Array(text.utf8)))! }
     shape.model = digest("dim fake model")
     shape.slice = digest("dim fake slice")
-    shape.dtypes = [.f16, .f32, .bf16]
+    shape.dtypes = [.f16, .f32]
     return fake.echoes ? EchoStage(shape: shape) : PackagedStage.fake(shape: shape)
 }
 

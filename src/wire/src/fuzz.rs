@@ -163,14 +163,7 @@ fn a_script(input: &[u8]) {
             [event[0], event[1] % 5, event[2] % 70, event[3] % 20].map(u32::from);
         match what % 4 {
             0 => {
-                // one or two spans
-                let first = Span { session, position, count };
-                let second = Span {
-                    session: (session + what / 4 % 3) % 5,
-                    position: position + what / 16 % 2,
-                    count: 1,
-                };
-                let spans = if what & 128 == 0 { vec![first] } else { vec![first, second] };
+                let spans = spans_of(what, session, position, count);
                 let n_rows = spans.iter().map(|s| s.count).sum();
                 let step = last + 1 + u32::from(what & 64 != 0 && count == 7);
                 let fits = |s: &Span| {
@@ -226,6 +219,13 @@ fn a_script(input: &[u8]) {
     }
 }
 
+/// One or two spans, as the event's first byte says.
+fn spans_of(what: u32, session: u32, position: u32, count: u32) -> Vec<Span> {
+    let first = Span { session, position, count };
+    let second = Span { session: (session + what / 4 % 3) % 5, position: position + what / 16 % 2, count: 1 };
+    if what & 128 == 0 { vec![first] } else { vec![first, second] }
+}
+
 fn typed_text(input: &[u8]) {
     let Ok(text) = std::str::from_utf8(input) else { return };
     if let Ok(code) = PairingCode::parse(text) {
@@ -268,7 +268,10 @@ mod tests {
     proptest! {
         #![proptest_config(ProptestConfig::with_cases(20_000))]
         #[test]
-        fn any_bytes_are_survived(part in 0..PARTS, rest in prop::collection::vec(prop_oneof![Just(0u8), any::<u8>()], 0..120)) {
+        fn any_bytes_are_survived(
+            part in 0..PARTS,
+            rest in prop::collection::vec(prop_oneof![Just(0u8), any::<u8>()], 0..120),
+        ) {
             let mut input = vec![part];
             input.extend(rest);
             exercise(&input);

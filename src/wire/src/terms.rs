@@ -344,8 +344,8 @@ impl Mismatches {
         let exists = h.blocks.first <= h.blocks.last && h.blocks.last < h.n_blocks;
         self.unless(h.blocks == w.blocks && exists, Reason::Blocks, || {
             format!(
-                "the host needs blocks {}, the worker holds {} (of {}): give the worker the slice that fits the host's, or \
-                 split anew",
+                "the host needs blocks {}, the worker holds {} (of {}): give the worker the slice that fits the host's, \
+                 or split anew",
                 h.blocks, w.blocks, w.n_blocks
             )
         });

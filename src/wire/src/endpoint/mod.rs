@@ -14,8 +14,8 @@
 //! * **A connection begins** with [`Endpoint::host`] or [`Endpoint::worker`].
 //! * **Bytes in**: [`receive`](Endpoint::receive), or without a copy [`space`](Endpoint::space) and
 //!   [`received`](Endpoint::received). A reader that must not hold a lock while it waits takes the inbox itself along:
-//!   [`lend_inbox`](Endpoint::lend_inbox), [`file`](Endpoint::file), [`return_inbox`](Endpoint::return_inbox). The end:
-//!   [`closed`](Endpoint::closed), [`broken`](Endpoint::broken).
+//!   [`lend_inbox`](Endpoint::lend_inbox), [`file`](Endpoint::file), [`return_inbox`](Endpoint::return_inbox). The
+//!   end: [`closed`](Endpoint::closed), [`broken`](Endpoint::broken).
 //! * **Bytes out**: [`poll_transmit`](Endpoint::poll_transmit), then [`sent`](Endpoint::sent) as the peer's system takes
 //!   them.
 //! * **Time**: [`poll_timeout`](Endpoint::poll_timeout) says until when nothing happens by itself,
@@ -23,7 +23,8 @@
 //! * **What happened**: [`poll_event`](Endpoint::poll_event); [`end`](Endpoint::end) once it is over.
 //! * **A worker answers** with [`offer`](Endpoint::offer), [`accept`](Endpoint::accept), [`refuse`](Endpoint::refuse),
 //!   [`busy`](Endpoint::busy), [`grant`](Endpoint::grant), [`send_step_done`](Endpoint::send_step_done).
-//! * **A host goes on** with [`send_step`](Endpoint::send_step), [`send`](Endpoint::send), [`send_file`](Endpoint::send_file).
+//! * **A host goes on** with [`send_step`](Endpoint::send_step), [`send`](Endpoint::send),
+//!   [`send_file`](Endpoint::send_file).
 //! * **Both end it** with [`fail`](Endpoint::fail) or [`goodbye`](Endpoint::goodbye).
 
 mod opening;

@@ -1,5 +1,5 @@
-//! What an endpoint has to send, in order, sealed only when it leaves: bytes ready as they are, a message whose rows the
-//! caller keeps, messages of the endpoint's own behind it.
+//! What an endpoint has to send, in order, sealed only when it leaves: bytes ready as they are, a message whose rows
+//! the caller keeps, messages of the endpoint's own behind it.
 
 use std::collections::VecDeque;
 

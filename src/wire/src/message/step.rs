@@ -1,5 +1,5 @@
-//! STEP and STEP_DONE: the two messages with hidden rows. Their heads are written apart from the rows, which go from the
-//! caller's memory into the frame, and read in place.
+//! STEP and STEP_DONE: the two messages with hidden rows. Their heads are written apart from the rows, which go from
+//! the caller's memory into the frame, and are read in place.
 
 use dim_core::rows::{RowType, RowsRef};
 use dim_core::stage::Span;

@@ -6,8 +6,8 @@
 //! ```
 //!
 //! Nothing that a newcomer does touches the host being served. A newcomer is a stranger until its first sealed message
-//! has opened: until then all it has shown may have been overheard. When 16 strangers are there the oldest is closed for
-//! the newest: a host needs milliseconds, who needs longer is none.
+//! has opened: until then all it has shown may have been overheard. When 16 strangers are there the oldest is closed
+//! for the newest: a host needs milliseconds, who needs longer is none.
 
 use std::net::{IpAddr, Shutdown, SocketAddr, TcpStream};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};

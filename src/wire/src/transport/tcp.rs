@@ -43,8 +43,8 @@ fn listen_at(at: SocketAddr) -> io::Result<Socket> {
     #[cfg(unix)]
     socket.set_reuse_address(true)?;
     socket.bind(&at.into())?;
-    // connections wait in the system's queue while the acceptor is kept busy by a crowd: one that finds no room there is lost
-    // for a second
+    // connections wait in the system's queue while the acceptor is kept busy by a crowd: one that finds no room there
+    // is tried again after a second
     socket.listen(1024)?;
     Ok(socket)
 }
