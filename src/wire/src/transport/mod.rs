@@ -1,4 +1,4 @@
-//! Sockets under the protocol of [`crate::wire`]: blocking TCP, threads, the clock.
+//! Sockets under the protocol of [`crate`]: blocking TCP, threads, the clock.
 //!
 //! * [`tcp`]: socket options, and reading and writing against absolute deadlines.
 //! * [`link`]: an authenticated, agreed connection: [`Link`], its [`Sender`] and its [`Receiver`].
