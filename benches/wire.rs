@@ -6,8 +6,8 @@
 //! does meets both. Where the processes run is decided from outside:
 //!
 //! ```sh
-//! WORKER_CORE=1 taskset -c 0 cargo bench --bench wire        # each on its own core
-//! WORKER_CORE=0 taskset -c 0 cargo bench --bench wire        # both on one
+//! WORKER_CORE=1 taskset -c 0 cargo bench -p dim-wire --bench wire        # each on its own core
+//! WORKER_CORE=0 taskset -c 0 cargo bench -p dim-wire --bench wire        # both on one
 //! ```
 //!
 //! Before and after anything is timed the answer is checked: the worker adds one to every value. The cipher
@@ -19,9 +19,11 @@ use std::process::{Child, Command, Stdio};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use dim_core::blocks::BlockRange;
+use dim_core::digest::Sha;
 use dim_wire::keys::Key;
 use dim_wire::message::{Farewell, Span};
-use dim_wire::rows::RowsRef;
+use dim_wire::rows::{RowTypes, RowsRef};
 use dim_wire::terms::{SliceRole, Terms};
 use dim_wire::transport::{Event, Link, Listener, ListenerConfig, Readiness, Timing, dial};
 use half::f16;
@@ -104,7 +106,7 @@ fn round_trip<'a>(link: &'a mut Link, row: &[f16], position: &mut u32) -> &'a [f
     match link.receive(Some(Instant::now() + Duration::from_secs(10))).unwrap() {
         Event::Done { step, rows, .. } => {
             assert_eq!(step, sent);
-            let RowsRef::F16(values) = rows.values else { panic!("another format") };
+            let RowsRef::F16(values) = rows else { panic!("another format") };
             values
         }
         other => panic!("{other:?}"),
@@ -117,17 +119,16 @@ fn plus_one(v: f16) -> f16 {
 
 fn terms(name: &str) -> Terms {
     Terms {
-        dtypes: 1,
+        row_types: RowTypes::F16,
         role: SliceRole::Middle,
         n_embd: N_EMBD as u32,
         n_blocks: 28,
-        first_block: 11,
-        last_block: 16,
+        blocks: BlockRange { first: 11, last: 16 },
         n_ctx: N_CTX,
         max_rows: 1,
         max_sessions: 1,
         max_in_flight: 1,
-        model: [1; 32],
+        model: Some(Sha([1; 32])),
         arch: "qwen2".into(),
         ..Terms::blank(1, "bench", name)
     }
@@ -184,7 +185,7 @@ fn worker(key: &Key) {
         while let Ok(event) = receiver.receive(None) {
             let Event::Step { step, rows, .. } = event else { continue };
             if out.is_empty() {
-                let RowsRef::F16(values) = rows.values else { panic!("another format") };
+                let RowsRef::F16(values) = rows else { panic!("another format") };
                 out = values.iter().map(|&v| plus_one(v)).collect();
             }
             sender.send_done(step, 1, out.as_slice().into(), Duration::ZERO, Duration::ZERO).unwrap();

@@ -89,7 +89,8 @@ fn every_arm_runs_in_every_round_and_gives_the_tokens_of_stock() {
         assert_eq!((row.rounds, row.same), (2, same), "{:?}", row.arm);
     }
     let html = std::fs::read_to_string(out.path().join("report.html")).unwrap();
-    for text in ["llama-cpp-sys-2 0.1.161", "solo Q4_K_M", "2 ms, 200 Mbit/s", "<svg"] {
+    let version = format!("llama-cpp-sys-2 {}", llama_sys_patch::LLAMA_CPP_SYS_VERSION);
+    for text in [version.as_str(), "solo Q4_K_M", "2 ms, 200 Mbit/s", "<svg"] {
         assert!(html.contains(text), "the report has no {text:?}");
     }
 
@@ -199,14 +200,14 @@ fn a_memory_limit_holds_or_the_way_to_one_is_named() {
 #[test]
 #[cfg(target_os = "linux")]
 fn a_launched_program_is_pinned_and_a_wrong_core_is_named() {
-    let mut command = Command::new(host_program());
+    let mut command = Command::new(env!("CARGO_BIN_EXE_dim-ab"));
     command.args(["launch", "--cpus", "0", "--", "/bin/cat", "/proc/self/status"]);
     let status = text(&command.output().unwrap().stdout);
     assert!(status.lines().any(|l| l == "Cpus_allowed_list:\t0"), "{status}");
-    let mut command = Command::new(host_program());
+    let mut command = Command::new(env!("CARGO_BIN_EXE_dim-ab"));
     let stderr = failure(command.args(["launch", "--cpus", "1023", "--", "/bin/true"]), 1);
     assert!(stderr.contains("1023"), "{stderr}");
-    let mut command = Command::new(host_program());
+    let mut command = Command::new(env!("CARGO_BIN_EXE_dim-ab"));
     let stderr = failure(command.args(["launch", "--", "/nonexistent/program"]), 1);
     assert!(stderr.contains("/nonexistent/program"), "{stderr}");
 }
@@ -357,4 +358,32 @@ fn the_record_in_the_documents_is_made_from_its_records() {
 #[test]
 fn the_worker_beside_the_host_is_the_one_that_is_started() {
     assert_eq!(worker_program(), host_program().with_file_name("dim-worker"));
+}
+
+#[test]
+fn what_dim_host_hands_on_is_dim_ab_s_own_with_its_help_and_its_exit_code() {
+    let run = |program: &Path, arguments: &[&str]| Command::new(program).args(arguments).output().unwrap();
+    let laboratory = host_program().with_file_name("dim-ab");
+    for subcommand in ["ab", "eval", "report"] {
+        let (handed_on, own) =
+            (run(host_program(), &[subcommand, "--help"]), run(&laboratory, &[subcommand, "--help"]));
+        assert_eq!((handed_on.status.code(), own.status.code()), (Some(0), Some(0)), "{subcommand}");
+        assert_eq!(text(&handed_on.stdout), text(&own.stdout), "{subcommand}");
+        assert!(text(&own.stdout).contains("Usage: dim-ab"), "{}", text(&own.stdout));
+        // misuse is clap's 2, through the other program
+        assert_eq!(
+            run(host_program(), &[subcommand, "--no-such-option"]).status.code(),
+            Some(2),
+            "{subcommand}"
+        );
+    }
+}
+
+#[test]
+fn without_dim_ab_beside_it_dim_host_says_what_is_missing() {
+    let alone = tempfile::tempdir().unwrap();
+    let host = alone.path().join("dim-host");
+    std::fs::copy(host_program(), &host).unwrap();
+    let stderr = failure(Command::new(&host).args(["report", "x"]), 1);
+    assert!(stderr.contains("dim-ab") && stderr.contains("cargo build -p dim-ab"), "{stderr}");
 }

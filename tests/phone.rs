@@ -11,24 +11,18 @@ use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
-use clap::Parser as _;
 use common::{Cut, Numbers, failure, report, text};
-use dim::host::machine::MachineArgs;
+use dim::Resources;
 use dim::host::report::Report;
-use dim::host::setup::load_stage;
+use dim::stage::load::{LoadOptions, load_stage};
 use dim::stage::verified::{Verify, open_slice};
 use dim_wire::keys::Key;
 use dim_wire::message::{ErrorCode, Farewell, Fault};
+use dim_wire::rows::RowTypes;
 use dim_wire::terms::{Reason, SliceRole, Terms};
 use dim_wire::transport::{Listener, ListenerConfig, Readiness, Sender, Timing};
 
 const OPTIONS: [&str; 6] = ["-n", "200", "--temp", "0", "--ubatch", "48"];
-
-#[derive(clap::Parser)]
-struct Machine {
-    #[command(flatten)]
-    args: MachineArgs,
-}
 
 /// A phone: serves until told otherwise.
 struct Phone {
@@ -44,21 +38,20 @@ struct Phone {
 impl Phone {
     fn new(cut: &Cut) -> Phone {
         let slice = cut.slice(1);
-        let info = open_slice(&slice, Verify::Never).unwrap();
+        let info = open_slice(&slice, Verify::Never, |_, _| {}).unwrap();
         let terms = Terms {
-            dtypes: 0b11,
+            row_types: RowTypes::ALL,
             role: SliceRole::Middle,
             instance: 7,
             n_embd: info.hparams.n_embd,
             n_blocks: info.model_blocks,
-            first_block: info.blocks.first,
-            last_block: info.blocks.last,
+            blocks: info.blocks,
             n_ctx: 512,
             max_rows: 512,
             max_sessions: 1,
             max_in_flight: 4,
-            model: info.model_sha256.0,
-            slice: info.slice_sha256.0,
+            model: Some(info.model_sha256),
+            slice: Some(info.slice_sha256),
             arch: info.hparams.arch.clone(),
             ..Terms::blank(0, "test 0", "Anna's iPhone")
         };
@@ -80,7 +73,7 @@ impl Phone {
             timing: Timing::default(),
             notice: Box::new(|_| {}),
         };
-        // the door that was closed before gives its port back when its thread has ended
+        // the listener that was closed before gives its port back when its thread has ended
         let bound = (0..500).find_map(|_| {
             Listener::bind(&self.address, config())
                 .inspect_err(|_| std::thread::sleep(Duration::from_millis(10)))
@@ -89,11 +82,12 @@ impl Phone {
         let listener = Arc::new(bound.expect("the port is free again"));
         self.address = listener.address().to_string();
         *self.listener.lock().unwrap() = Some(listener.clone());
-        let info = open_slice(&self.slice, Verify::Never).unwrap();
-        let machine = Machine::parse_from(["x", "--threads", "1", "--ctx", "512"]).args;
+        let info = open_slice(&self.slice, Verify::Never, |_, _| {}).unwrap();
+        let resources = Resources { n_ctx: 512, n_threads: Some(1), ..Resources::default() };
+        let options = LoadOptions { resources, mmap: false, max_sessions: 1, compute_bytes: None };
         let (serving, served, slice) = (self.serving.clone(), self.served.clone(), self.slice.clone());
         std::thread::spawn(move || {
-            let mut stage = load_stage(&slice, &info, &machine, false, 512, 512, 1).unwrap();
+            let mut stage = load_stage(&slice, &info, &options, |_| {}).unwrap();
             while let Some(link) = listener.accept(None) {
                 *serving.lock().unwrap() = Some(link.sender().clone());
                 served.fetch_add(1, Ordering::SeqCst);

@@ -1,5 +1,5 @@
 //! `dim-host push`: the program against peers over sockets that take files as PROTOCOL.md, section 9, says, break off,
-//! refuse, and lie. What the Swift worker makes of it stands in examples/swift-interop.rs.
+//! refuse, and lie. What the Swift worker makes of it stands in tests/swift-interop.rs.
 
 mod common;
 
@@ -22,6 +22,7 @@ use dim_wire::terms::{OPENING_LIMIT, Reason, Terms};
 use gguf_tools::coreml::{Identity, Options, Plan};
 use gguf_tools::digest::Sha;
 use gguf_tools::gguf::Gguf;
+use gguf_tools::plan::BlockRange;
 
 /// What a peer does with a connection.
 #[derive(Clone, Debug)]
@@ -217,7 +218,7 @@ fn serve(stream: TcpStream, key: &Key, state: &Mutex<State>) {
                     return;
                 }
             }
-            let right = |(item, bytes): (&dim_wire::message::Item, &Vec<u8>)| item.sha256 == Sha::of(bytes).0;
+            let right = |(item, bytes): (&dim_wire::message::Item, &Vec<u8>)| item.sha256 == Sha::of(bytes);
             state.verified = offer.items.iter().zip(&state.stored).all(right);
             wire.say(&result(PushOutcome::Stored, None, ""));
         }
@@ -233,20 +234,23 @@ struct Directory {
     key: Key,
 }
 
+/// The middle of what `Cut::tiny` cuts.
+const BLOCKS: BlockRange = BlockRange { first: 1, last: 2 };
+
 impl Directory {
     fn new() -> Directory {
         let cut = Cut::tiny("qwen2");
         let gguf = Gguf::open(&cut.model).unwrap();
         // a package for each of the two blocks
-        let whole = Plan::new(&gguf, 1..=2, Options::default()).unwrap().weight_bytes();
+        let whole = Plan::new(&gguf, BLOCKS, Options::default()).unwrap().weight_bytes();
         let options = Options { n_ctx: 256, n_prefill: 16, max_bytes: whole * 2 / 3, ..Options::default() };
-        let plan = Plan::new(&gguf, 1..=2, options).unwrap();
+        let plan = Plan::new(&gguf, BLOCKS, options).unwrap();
         assert_eq!(plan.n_packages(), 2);
         let path = cut.folder.path().join("model.middle-1..2.coreml");
         let identity = Identity {
             model_name: "a \u{1b}[2Jmodel",
             model_sha256: &cut.manifest.model.sha256,
-            slice_sha256: &cut.manifest.slices[1].sha256,
+            slice_sha256: Some(&cut.manifest.slices[1].sha256),
         };
         plan.write(&path, &identity, &mut |_| {}).unwrap();
         let key = Key::from_file(&cut.key).unwrap();

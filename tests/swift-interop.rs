@@ -20,13 +20,14 @@ use std::time::{Duration, Instant};
 
 use dim::host::packages::Packages;
 use dim_ab::link::{Link as Relay, LinkOptions};
+use dim_core::blocks::BlockRange;
 use dim_wire::keys::{Key, PairingCode};
 use dim_wire::message::{Farewell, Span};
-use dim_wire::rows::RowsRef;
+use dim_wire::rows::{RowTypes, RowsRef};
 use dim_wire::terms::{SliceRole, Terms};
 use dim_wire::transport::push::{PushError, push};
 use dim_wire::transport::{
-    Event, Link, LinkError, Listener, ListenerConfig, Readiness, Timing, dial, inquire, pair,
+    Event, Link, LinkError, LinkErrorKind, Listener, ListenerConfig, Readiness, Timing, dial, inquire, pair,
 };
 use gguf_tools::coreml::manifest::{
     Dims, FORMAT, Manifest, ModelIdentity, Package, PackageFile, RopeParameters, SliceIdentity, VERSION,
@@ -34,7 +35,6 @@ use gguf_tools::coreml::manifest::{
 use gguf_tools::coreml::package::{MANIFEST, MODEL_FILE, PACKAGE_MANIFEST, WEIGHT_FILE, directory_name};
 use gguf_tools::digest::Sha;
 use half::f16;
-use sha2::{Digest, Sha256};
 
 const N_EMBD: usize = 64;
 const BLOCKS: usize = 2;
@@ -122,15 +122,14 @@ fn rows(count: usize, seed: usize) -> Vec<f16> {
 }
 
 fn host_terms(instance: u64) -> Terms {
-    let digest = |text: &str| <[u8; 32]>::from(Sha256::digest(text));
+    let digest = |text: &str| Some(Sha::of(text.as_bytes()));
     Terms {
-        dtypes: 1,
+        row_types: RowTypes::F16,
         role: SliceRole::Middle,
         instance,
         n_embd: N_EMBD as u32,
         n_blocks: 28,
-        first_block: 11,
-        last_block: 12,
+        blocks: BlockRange { first: 11, last: 12 },
         n_ctx: N_CTX,
         max_rows: 128,
         max_sessions: 2,
@@ -154,7 +153,7 @@ fn send(link: &Link, session: u32, position: u32, rows: &[f16]) {
 fn receive(link: &mut Link) -> Result<Vec<f16>, LinkError> {
     match link.receive(Some(Instant::now() + Duration::from_secs(10)))? {
         Event::Done { rows, .. } => {
-            let RowsRef::F16(values) = rows.values else { panic!("another format") };
+            let RowsRef::F16(values) = rows else { panic!("another format") };
             Ok(values.to_vec())
         }
         other => panic!("{other:?}"),
@@ -163,20 +162,24 @@ fn receive(link: &mut Link) -> Result<Vec<f16>, LinkError> {
 
 fn strangers_and_mismatches(address: &str, key: &Key) {
     let stranger = dial(address, &Key::random().unwrap(), &host_terms(1), &Timing::default());
-    assert!(matches!(stranger, Err(LinkError::Handshake { .. })), "{stranger:?}", stranger = stranger.err());
+    assert!(
+        matches!(stranger, Err(LinkError { kind: LinkErrorKind::Handshake(_), .. })),
+        "{stranger:?}",
+        stranger = stranger.err()
+    );
 
     let held = inquire(address, key, &Timing::default()).unwrap();
-    assert_eq!((held.n_embd, held.first_block, held.last_block), (N_EMBD as u32, 11, 12));
+    assert_eq!((held.n_embd, held.blocks), (N_EMBD as u32, BlockRange { first: 11, last: 12 }));
     type Change = fn(&mut Terms);
     let changes: [(&str, Change); 10] = [
         ("arch", |t| t.arch = "qwen2".into()),
-        ("model", |t| t.model = [9; 32]),
+        ("model", |t| t.model = Some(Sha([9; 32]))),
         ("n_blocks", |t| t.n_blocks = 29),
         ("n_embd", |t| t.n_embd = 32),
         ("role", |t| t.role = SliceRole::Tail),
-        ("blocks", |t| t.last_block = 13),
-        ("slice", |t| t.slice = [9; 32]),
-        ("dtype", |t| t.dtypes = 3),
+        ("blocks", |t| t.blocks.last = 13),
+        ("slice", |t| t.slice = Some(Sha([9; 32]))),
+        ("dtype", |t| t.row_types = RowTypes::ALL),
         ("context", |t| t.n_ctx = N_CTX + 1),
         ("sessions", |t| t.max_sessions = 100),
     ];
@@ -184,7 +187,11 @@ fn strangers_and_mismatches(address: &str, key: &Key) {
         let mut terms = host_terms(1);
         change(&mut terms);
         let refused = dial(address, key, &terms, &Timing::default());
-        assert!(matches!(refused, Err(LinkError::Refused { .. })), "{name}: {:?}", refused.err());
+        assert!(
+            matches!(refused, Err(LinkError { kind: LinkErrorKind::Refused { .. }, .. })),
+            "{name}: {:?}",
+            refused.err()
+        );
     }
 }
 
@@ -240,7 +247,7 @@ fn steps_and_rewinds(worker: &mut Swift, key: &Key) {
 fn one_host_at_a_time(address: &str, key: &Key) {
     let mut first = connect(address, key, 3);
     let second = dial(address, key, &host_terms(4), &Timing::default());
-    assert!(matches!(second, Err(LinkError::Busy { .. })), "{:?}", second.err());
+    assert!(matches!(second, Err(LinkError { kind: LinkErrorKind::Busy { .. }, .. })), "{:?}", second.err());
     send(&first, 0, 0, &rows(1, 1));
     assert!(receive(&mut first).unwrap() == Oracle::default().evaluate(&rows(1, 1)));
     // the same process again: the old connection is its ghost
@@ -298,13 +305,17 @@ fn pairing(words: &[String], folder: &Path) {
     let keep = |_: &Key, _: &str| Ok(());
     let wrong = PairingCode::random().unwrap();
     let refused = pair(&worker.address, &wrong, "a desk", "swift-interop", &Timing::default(), keep);
-    assert!(matches!(refused, Err(LinkError::Handshake { .. })), "{:?}", refused.err());
+    assert!(
+        matches!(refused, Err(LinkError { kind: LinkErrorKind::Handshake(_), .. })),
+        "{:?}",
+        refused.err()
+    );
     let (key, name) =
         pair(&worker.address, &code, "a desk", "swift-interop", &Timing::default(), keep).unwrap();
     assert_eq!(name, "a phone");
     worker.wait_for("paired with a desk");
     let twice = pair(&worker.address, &code, "a desk", "swift-interop", &Timing::default(), keep);
-    assert!(matches!(twice, Err(LinkError::Handshake { .. })), "{:?}", twice.err());
+    assert!(matches!(twice, Err(LinkError { kind: LinkErrorKind::Handshake(_), .. })), "{:?}", twice.err());
     // the key works, and is still there after a restart
     connect(&worker.address, &key, 6).close(Farewell::Finished);
     let address = worker.address.clone();
@@ -344,7 +355,7 @@ fn pushed(words: &[String], folder: &Path, arguments: &[&str], store: &Path, key
         reached = done;
     });
     assert!(matches!(first, Err(PushError::Link(_))), "the cut was not noticed: {first:?}");
-    assert!(matches!(heard, Some(Err(LinkError::Busy { .. }))), "{heard:?}");
+    assert!(matches!(heard, Some(Err(LinkError { kind: LinkErrorKind::Busy { .. }, .. }))), "{heard:?}");
     assert!(complete().is_empty(), "a half push is there to be served");
     worker.wait_for("bytes in");
 
@@ -403,7 +414,9 @@ fn pushed(words: &[String], folder: &Path, arguments: &[&str], store: &Path, key
 fn when_free<T>(mut attempt: impl FnMut() -> Result<T, PushError>) -> Result<T, PushError> {
     for _ in 0..1000 {
         match attempt() {
-            Err(PushError::Link(LinkError::Busy { .. })) => std::thread::sleep(Duration::from_millis(5)),
+            Err(PushError::Link(LinkError { kind: LinkErrorKind::Busy { .. }, .. })) => {
+                std::thread::sleep(Duration::from_millis(5))
+            }
             other => return other,
         }
     }
@@ -534,7 +547,7 @@ fn time_round_trips(words: &[String], folder: &Path) {
                 else {
                     panic!("no answer")
                 };
-                let RowsRef::F16(values) = rows.values else { panic!("another format") };
+                let RowsRef::F16(values) = rows else { panic!("another format") };
                 let took = begun.elapsed();
                 assert!(values == row, "another answer");
                 // the first turn warms up
@@ -564,7 +577,7 @@ fn time_round_trips(words: &[String], folder: &Path) {
 /// A Rust worker that gives rows back as they came, until its input ends.
 fn rust_worker(key: &Key) {
     let terms = Terms {
-        dtypes: 1,
+        row_types: RowTypes::F16,
         n_embd: 3584,
         n_ctx: 1 << 20,
         max_rows: 1,
@@ -586,7 +599,7 @@ fn rust_worker(key: &Key) {
         let mut answer: Vec<f16> = Vec::new();
         while let Ok(event) = receiver.receive(None) {
             let Event::Step { step, rows, .. } = event else { continue };
-            let RowsRef::F16(values) = rows.values else { panic!("another format") };
+            let RowsRef::F16(values) = rows else { panic!("another format") };
             answer.clear();
             answer.extend_from_slice(values);
             sender.send_done(step, 1, answer.as_slice().into(), Duration::ZERO, Duration::ZERO).unwrap();

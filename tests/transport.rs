@@ -1,20 +1,24 @@
-//! Host and worker over real sockets on loopback: what PROTOCOL.md promises about strangers, second hosts,
-//! lost peers and the times of all of these.
+//! Host and worker over real sockets on loopback: what only threads and sockets can show. Times and lost peers are
+//! tests/endpoint.rs's, on simulated time; what waits here says why.
 
 use std::io::{Read, Write};
 use std::net::{SocketAddr, TcpListener, TcpStream};
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Condvar, Mutex};
 use std::time::{Duration, Instant};
 
 use dim_core::bell::Bell;
+use dim_core::blocks::BlockRange;
+use dim_core::digest::Sha;
 use dim_wire::error::HandshakeError;
+use dim_wire::handshake::{HostHandshake, Purpose};
 use dim_wire::keys::{Key, KeyStore, PairingCode};
 use dim_wire::message::{ErrorCode, Farewell, Fault, Span};
-use dim_wire::rows::RowsRef;
+use dim_wire::rows::{RowTypes, RowsRef};
 use dim_wire::terms::{Reason, SliceRole, Terms};
 use dim_wire::transport::{
-    Event, Link, LinkError, Listener, ListenerConfig, Notice, Readiness, Timing, dial, inquire, pair,
+    Event, Link, LinkError, LinkErrorKind, Listener, ListenerConfig, Notice, Readiness, Sender, Timing, dial,
+    inquire, pair,
 };
 use half::f16;
 
@@ -26,56 +30,58 @@ fn key() -> Key {
 
 fn terms(name: &str) -> Terms {
     Terms {
-        dtypes: 1,
+        row_types: RowTypes::F16,
         role: SliceRole::Middle,
         instance: 0,
         n_embd: N_EMBD as u32,
         n_blocks: 12,
-        first_block: 4,
-        last_block: 7,
+        blocks: BlockRange { first: 4, last: 7 },
         n_ctx: 4096,
         max_rows: 512,
         max_sessions: 4,
         max_in_flight: 4,
-        model: [1; 32],
-        slice: [2; 32],
-        params: [3; 32],
+        model: Some(Sha([1; 32])),
+        slice: Some(Sha([2; 32])),
+        params: Some(Sha([3; 32])),
         arch: "qwen2".into(),
         ..Terms::blank(1, "test 0", name)
     }
 }
 
 fn worker_terms() -> Terms {
-    Terms { dtypes: 0b11, ..terms("worker") }
+    Terms { row_types: RowTypes::ALL, ..terms("worker") }
 }
 
 /// A worker that adds one to every value, in a thread of its own, until it is dropped.
 struct Adder {
     listener: Arc<Listener>,
     stopped: Arc<AtomicBool>,
-    notices: Arc<Mutex<Vec<Notice>>>,
-    compute: Arc<AtomicU32>,
+    notices: Arc<(Mutex<Vec<Notice>>, Condvar)>,
+    /// who holds it keeps the worker from answering
+    gate: Arc<Mutex<()>>,
     thread: Option<std::thread::JoinHandle<()>>,
 }
 
 impl Adder {
     fn start(config: ListenerConfig) -> Adder {
-        let notices = Arc::new(Mutex::new(Vec::new()));
+        let notices: Arc<(Mutex<Vec<Notice>>, Condvar)> = Arc::default();
         let seen = notices.clone();
-        let notice: Box<dyn Fn(&Notice) + Send + Sync> =
-            Box::new(move |n| seen.lock().unwrap().push(n.clone()));
+        let notice: Box<dyn Fn(&Notice) + Send + Sync> = Box::new(move |n| {
+            seen.0.lock().unwrap().push(n.clone());
+            seen.1.notify_all();
+        });
         let listener = Arc::new(Listener::bind("127.0.0.1:0", ListenerConfig { notice, ..config }).unwrap());
         let stopped = Arc::new(AtomicBool::new(false));
-        let compute = Arc::new(AtomicU32::new(0));
-        let (l, s, c) = (listener.clone(), stopped.clone(), compute.clone());
+        let gate: Arc<Mutex<()>> = Arc::default();
+        let (l, s, g) = (listener.clone(), stopped.clone(), gate.clone());
         let thread = std::thread::spawn(move || {
             while !s.load(Ordering::Relaxed) {
-                if let Some(link) = l.accept(Some(Duration::from_millis(100))) {
-                    let _ = add_one(link, &c);
+                if let Some(link) = l.accept(None) {
+                    let _ = add_one(link, &g);
                 }
             }
         });
-        Adder { listener, stopped, notices, compute, thread: Some(thread) }
+        Adder { listener, stopped, notices, gate, thread: Some(thread) }
     }
 
     fn plain() -> Adder {
@@ -86,13 +92,12 @@ impl Adder {
         self.listener.address().to_string()
     }
 
-    /// What happened at the door is told after the peer has been answered.
+    /// What happened is told after the peer has been answered.
     fn until_noticed(&self, what: impl Fn(&Notice) -> bool) {
-        let until = Instant::now() + Duration::from_secs(5);
-        while !self.notices.lock().unwrap().iter().any(&what) {
-            assert!(Instant::now() < until, "{:?}", self.notices.lock().unwrap());
-            std::thread::sleep(Duration::from_millis(5));
-        }
+        let notices = self.notices.0.lock().unwrap();
+        let wait = |seen: &mut Vec<Notice>| !seen.iter().any(&what);
+        let (seen, late) = self.notices.1.wait_timeout_while(notices, Duration::from_secs(10), wait).unwrap();
+        assert!(!late.timed_out(), "{seen:?}");
     }
 
     fn dial(&self, name: &str) -> Result<Link, LinkError> {
@@ -112,7 +117,7 @@ fn config(keys: Arc<dyn dim_wire::transport::KeyRing>, timing: Timing) -> Listen
     ListenerConfig { keys, readiness: Readiness::Ready(worker_terms()), timing, notice: Box::new(|_| {}) }
 }
 
-fn add_one(link: Link, compute_ms: &AtomicU32) -> Result<(), LinkError> {
+fn add_one(link: Link, gate: &Mutex<()>) -> Result<(), LinkError> {
     let (sender, mut receiver) = link.split();
     let mut out16: Vec<f16> = Vec::new();
     let mut out32: Vec<f32> = Vec::new();
@@ -120,9 +125,9 @@ fn add_one(link: Link, compute_ms: &AtomicU32) -> Result<(), LinkError> {
         match receiver.receive(None)? {
             Event::Step { step, rows, arrived, .. } => {
                 let begun = Instant::now();
-                std::thread::sleep(Duration::from_millis(compute_ms.load(Ordering::Relaxed).into()));
-                let n_rows = (rows.values.len() / N_EMBD) as u32;
-                let out = match rows.values {
+                drop(gate.lock());
+                let n_rows = (rows.len() / N_EMBD) as u32;
+                let out = match rows {
                     RowsRef::F16(v) => {
                         out16.clear();
                         out16.extend(v.iter().map(|x| f16::from_f32(x.to_f32() + 1.0)));
@@ -133,9 +138,8 @@ fn add_one(link: Link, compute_ms: &AtomicU32) -> Result<(), LinkError> {
                         out32.extend(v.iter().map(|x| x + 1.0));
                         RowsRef::F32(&out32)
                     }
-                    RowsRef::Bf16(_) => unreachable!("not agreed on"),
                 };
-                sender.send_done(step, n_rows, out.into(), begun.elapsed(), begun - arrived)?;
+                sender.send_done(step, n_rows, out, begun.elapsed(), begun - arrived)?;
             }
             Event::Rewind { .. } | Event::EndSession { .. } => {}
             Event::Done { .. } => unreachable!("a worker gets no answers"),
@@ -159,7 +163,7 @@ fn token(link: &mut Link, position: u32) -> Result<(), LinkError> {
     match link.receive(soon())? {
         Event::Done { step: done, rows, .. } => {
             assert_eq!(done, step);
-            let RowsRef::F16(values) = rows.values else { panic!("another format") };
+            let RowsRef::F16(values) = rows else { panic!("another format") };
             assert!(values.iter().all(|v| v.to_f32() == position as f32 + 1.0));
         }
         other => panic!("{other:?}"),
@@ -234,7 +238,7 @@ fn saturate(rounds: u32, pace: Option<u32>) {
         for _ in 0..4 {
             let received = link.receive(soon());
             let Ok(Event::Done { rows, .. }) = received else { panic!("no answer: {received:?}") };
-            assert!(rows.values == RowsRef::F16(&chunk));
+            assert!(rows == RowsRef::F16(&chunk));
         }
     }
     link.close(Farewell::Finished);
@@ -248,7 +252,7 @@ fn prompt_chunks_in_flight_from_one_thread_do_not_block_each_other() {
 
 #[test]
 fn a_slow_link_full_in_both_directions_does_not_lock_up() {
-    saturate(1, Some(8 << 20));
+    saturate(1, Some(64 << 20));
 }
 
 #[test]
@@ -269,13 +273,22 @@ fn a_goodbye_is_not_held_up_by_a_blocked_send() {
         let chunk = vec![f16::ONE; 512 * 8192];
         link.send_step(&[Span { session: 0, position: 0, count: 512 }], chunk.as_slice().into())
     });
-    std::thread::sleep(Duration::from_millis(300));
+    until_blocked(&sender);
     assert!(!sending.is_finished(), "the relay took everything");
-    let begun = Instant::now();
     sender.goodbye(Farewell::Finished);
     sender.stop();
     assert!(sending.join().unwrap().is_err());
-    assert!(begun.elapsed() < Duration::from_secs(2), "{:?}", begun.elapsed());
+}
+
+/// Waits until the sockets' buffers are full: only the system knows how large they are.
+fn until_blocked(sender: &Sender) {
+    let (mut before, mut still) = (0, 0);
+    while still < 10 {
+        std::thread::sleep(Duration::from_millis(5));
+        let now = sender.counters().bytes_sent;
+        still = if now == before && now > 1 << 16 { still + 1 } else { 0 };
+        before = now;
+    }
 }
 
 #[test]
@@ -316,13 +329,16 @@ fn a_bell_rings_for_every_message_and_at_the_end_and_nothing_blocks() {
             Err(lost) => break lost,
         }
     };
-    assert!(matches!(lost, LinkError::Goodbye { why: Farewell::ShuttingDown, .. }), "{lost:?}");
+    assert!(
+        matches!(lost, LinkError { kind: LinkErrorKind::Goodbye(Farewell::ShuttingDown), .. }),
+        "{lost:?}"
+    );
 }
 
 #[test]
 fn several_sessions_in_one_step_and_f32() {
     let worker = Adder::plain();
-    let need = Terms { dtypes: 2, ..terms("host") };
+    let need = Terms { row_types: RowTypes::F32, ..terms("host") };
     let mut link = dial(&worker.at(), &key(), &need, &Timing::default()).unwrap();
     let spans = [
         Span { session: 2, position: 0, count: 3 },
@@ -332,7 +348,7 @@ fn several_sessions_in_one_step_and_f32() {
     let sent: Vec<f32> = (0..6 * N_EMBD).map(|i| i as f32 * 1e-3).collect();
     link.send_step(&spans, sent.as_slice().into()).unwrap();
     let Event::Done { rows, .. } = link.receive(soon()).unwrap() else { panic!() };
-    let RowsRef::F32(values) = rows.values else { panic!() };
+    let RowsRef::F32(values) = rows else { panic!() };
     assert!(values.iter().zip(&sent).all(|(a, b)| *a == b + 1.0));
     assert_eq!(link.sender().session_length(2), Some(3));
 }
@@ -343,23 +359,18 @@ fn a_second_host_is_told_busy_at_once_and_the_first_goes_on() {
     let mut first = worker.dial("first").unwrap();
     token(&mut first, 0).unwrap();
     for round in 0..20 {
-        let begun = Instant::now();
-        let refused = worker.dial("second");
-        let took = begun.elapsed();
-        match refused {
-            Err(LinkError::Busy { host, .. }) => assert!(host.starts_with("first ("), "{host}"),
+        match worker.dial("second") {
+            Err(LinkError { kind: LinkErrorKind::Busy { host, .. }, .. }) => {
+                assert!(host.starts_with("first ("), "{host}")
+            }
             other => panic!("{other:?}"),
         }
-        assert!(took < Duration::from_millis(100), "BUSY took {took:?}");
         token(&mut first, 1 + round).unwrap();
     }
-    // also a host that is only being computed for
+    // the first has left: its slot is free as soon as the worker has noticed
     drop(first);
-    let begun = Instant::now();
-    while worker.dial("second").is_err() {
-        assert!(begun.elapsed() < Duration::from_secs(1), "the place is not freed");
-        std::thread::sleep(Duration::from_millis(5));
-    }
+    let second = std::iter::from_fn(|| Some(worker.dial("second"))).take(10_000).find_map(Result::ok);
+    token(&mut second.expect("the slot is not freed"), 0).unwrap();
 }
 
 #[test]
@@ -367,7 +378,7 @@ fn a_worker_can_be_asked_while_it_serves() {
     let worker = Adder::plain();
     let mut first = worker.dial("first").unwrap();
     let offer = inquire(&worker.at(), &key(), &Timing::default()).unwrap();
-    assert_eq!((offer.name.as_str(), offer.first_block, offer.last_block), ("worker", 4, 7));
+    assert_eq!((offer.name.as_str(), offer.blocks), ("worker", BlockRange { first: 4, last: 7 }));
     token(&mut first, 0).unwrap();
 }
 
@@ -381,125 +392,39 @@ fn the_same_process_takes_its_place_back() {
     let mut link = dial_again().unwrap();
     token(&mut link, 0).unwrap();
     match token(&mut ghost, 1) {
-        Err(LinkError::Goodbye { why: Farewell::Replaced, .. }) | Err(LinkError::Broken { .. }) => {}
+        Err(LinkError { kind: LinkErrorKind::Goodbye(Farewell::Replaced), .. })
+        | Err(LinkError { kind: LinkErrorKind::Broken { .. }, .. }) => {}
         other => panic!("{other:?}"),
     }
-    let why = ghost.receiver().explain(LinkError::Closed { peer: String::new() });
+    let why = ghost.receiver().explain(LinkErrorKind::Closed.with(""));
     assert!(
-        matches!(why, LinkError::Goodbye { why: Farewell::Replaced, .. } | LinkError::Closed { .. }),
+        matches!(
+            why,
+            LinkError { kind: LinkErrorKind::Goodbye(Farewell::Replaced), .. }
+                | LinkError { kind: LinkErrorKind::Closed, .. }
+        ),
         "{why:?}"
     );
     token(&mut link, 1).unwrap();
 }
 
 #[test]
-fn a_silent_peer_is_lost_after_the_silence_and_not_before() {
-    let timing = Timing { silence: Duration::from_millis(1500), ..Timing::default() };
-    let listener = Listener::bind("127.0.0.1:0", config(Arc::new(key()), timing.clone())).unwrap();
-    // a relay that can be frozen stands for a pulled cable
-    let (at, frozen) = relay(listener.address());
-    let link = dial(&at, &key(), &terms("host"), &timing).unwrap();
-    let worker_link = listener.accept(Some(Duration::from_secs(5))).unwrap();
-
-    // idle for longer than the silence: heartbeats keep both alive
-    let (_sender, mut receiver) = worker_link.split();
-    let watch = std::thread::spawn(move || (receiver.receive(None).map(|_| ()), Instant::now()));
-    let (sender, mut receiver) = link.split();
-    let idle = receiver.receive(Some(Instant::now() + Duration::from_secs(3)));
-    assert!(matches!(idle, Err(LinkError::Deadline { .. })), "{idle:?}");
-    assert!(!sender.is_lost());
-
-    frozen.store(true, Ordering::Relaxed);
-    let begun = Instant::now();
-    let lost = receiver.receive(None).map(|_| ());
-    let took = begun.elapsed();
-    assert!(matches!(lost, Err(LinkError::Silent { .. })), "{lost:?}");
-    assert!((1000..2200).contains(&took.as_millis()), "{took:?}");
-    let (lost, at) = watch.join().unwrap();
-    assert!(matches!(lost, Err(LinkError::Silent { .. })), "{lost:?}");
-    assert!(at - begun < Duration::from_millis(2200));
-}
-
-#[test]
-fn a_side_that_computes_longer_than_the_silence_is_not_lost() {
-    let timing = Timing { silence: Duration::from_millis(1200), ..Timing::default() };
-    let worker = Adder::start(config(Arc::new(key()), timing.clone()));
-    worker.compute.store(2500, Ordering::Relaxed);
-    let mut link = dial(&worker.at(), &key(), &terms("host"), &timing).unwrap();
-    token(&mut link, 0).unwrap();
-    worker.compute.store(0, Ordering::Relaxed);
-    // and the host, whose owner is away from the link
-    std::thread::sleep(Duration::from_millis(2500));
-    token(&mut link, 1).unwrap();
-}
-
-#[test]
 fn a_deadline_leaves_the_link_usable() {
     let worker = Adder::plain();
-    worker.compute.store(700, Ordering::Relaxed);
+    let gate = worker.gate.lock().unwrap();
     let mut link = worker.dial("host").unwrap();
     let sent = rows(1, 0.0);
     link.send_step(&[Span { session: 0, position: 0, count: 1 }], sent.as_slice().into()).unwrap();
-    let early = link.receive(Some(Instant::now() + Duration::from_millis(100)));
-    assert!(matches!(early, Err(LinkError::Deadline { .. })), "{early:?}");
+    let early = link.receive(Some(Instant::now() + Duration::from_millis(20)));
+    assert!(matches!(early, Err(LinkError { kind: LinkErrorKind::Deadline { .. }, .. })), "{early:?}");
+    drop(gate);
     assert!(matches!(link.receive(soon()), Ok(Event::Done { .. })));
 }
 
 #[test]
-fn a_link_that_stalls_for_less_than_the_silence_goes_on() {
-    let worker = Adder::plain();
-    let (at, pace) = pacing_relay(worker.listener.address());
-    let mut link = dial(&at, &key(), &terms("host"), &Timing::default()).unwrap();
-    for (position, stall_ms) in [(0, 100), (1, 500), (2, 2000)] {
-        pace.store(0, Ordering::Relaxed);
-        let recover = std::thread::spawn({
-            let pace = pace.clone();
-            move || {
-                std::thread::sleep(Duration::from_millis(stall_ms));
-                pace.store(u32::MAX, Ordering::Relaxed);
-            }
-        });
-        let begun = Instant::now();
-        token(&mut link, position).unwrap();
-        assert!(begun.elapsed() >= Duration::from_millis(stall_ms - 20), "the relay did not stall");
-        recover.join().unwrap();
-    }
-}
-
-#[test]
-fn a_peer_that_takes_no_bytes_for_a_while_is_not_lost() {
-    // a worker that computes with its buffers full looks like this to the host's system, for as long as it
-    // computes
-    let timing = Timing { silence: Duration::from_secs(20), ..Timing::default() };
-    let wide = |name| Terms { n_embd: 8192, ..terms(name) };
-    let listener = Listener::bind(
-        "127.0.0.1:0",
-        ListenerConfig {
-            readiness: Readiness::Ready(wide("worker")),
-            ..config(Arc::new(key()), timing.clone())
-        },
-    )
-    .unwrap();
-    let (at, pace) = pacing_relay(listener.address());
-    let link = dial(&at, &key(), &wide("host"), &timing).unwrap();
-    let (_, mut receiver) = listener.accept(Some(Duration::from_secs(5))).unwrap().split();
-    pace.store(0, Ordering::Relaxed);
-    let sending = std::thread::spawn(move || {
-        let chunk = vec![f16::ONE; 512 * 8192];
-        let sent = link.send_step(&[Span { session: 0, position: 0, count: 512 }], chunk.as_slice().into());
-        (sent.map(|_| ()), link)
-    });
-    std::thread::sleep(Duration::from_secs(6));
-    assert!(!sending.is_finished(), "the relay took everything");
-    pace.store(u32::MAX, Ordering::Relaxed);
-    let Ok(Event::Step { rows, .. }) = receiver.receive(soon()) else { panic!("no step") };
-    assert_eq!(rows.values.len(), 512 * 8192);
-    assert_eq!(sending.join().unwrap().0, Ok(()));
-}
-
-#[test]
 fn a_blocked_send_ends_when_the_peer_falls_silent() {
-    let timing = Timing { silence: Duration::from_millis(1500), ..Timing::default() };
+    // a real silence, because the write is blocked in the system: that it comes back is the transport's doing
+    let timing = Timing { silence: Duration::from_millis(700), ..Timing::default() };
     let wide = |name| Terms { n_embd: 8192, ..terms(name) };
     let listener = Listener::bind(
         "127.0.0.1:0",
@@ -514,29 +439,10 @@ fn a_blocked_send_ends_when_the_peer_falls_silent() {
     let _worker = listener.accept(Some(Duration::from_secs(5))).unwrap();
     pace.store(0, Ordering::Relaxed);
     let chunk = vec![f16::ONE; 512 * 8192];
-    let begun = Instant::now();
     let sent = link.send_step(&[Span { session: 0, position: 0, count: 512 }], chunk.as_slice().into());
-    let took = begun.elapsed();
     let sent = sent.unwrap_err();
     let lost = link.receiver().explain(sent.clone());
-    assert!(matches!(lost, LinkError::Silent { .. }), "{sent:?} {lost:?} after {took:?}");
-    assert!((1000..3000).contains(&took.as_millis()), "{took:?}");
-}
-
-#[test]
-fn a_slow_link_is_slow_and_nothing_else() {
-    // a chunk takes more than twice as long as the silence, in each direction
-    let timing = Timing { silence: Duration::from_secs(1), ..Timing::default() };
-    let worker = Adder::start(config(Arc::new(key()), timing.clone()));
-    let (at, pace) = pacing_relay(worker.listener.address());
-    let mut link = dial(&at, &key(), &terms("host"), &timing).unwrap();
-    let chunk = rows(512, 3.0);
-    pace.store((chunk.len() as u32 * 2) * 10 / 24, Ordering::Relaxed);
-    let begun = Instant::now();
-    link.send_step(&[Span { session: 0, position: 0, count: 512 }], chunk.as_slice().into()).unwrap();
-    let Ok(Event::Done { rows, .. }) = link.receive(Some(begun + Duration::from_secs(30))) else { panic!() };
-    assert_eq!(rows.values.len(), chunk.len());
-    assert!(begun.elapsed() > Duration::from_secs(3), "the relay was not slow: {:?}", begun.elapsed());
+    assert!(matches!(lost, LinkError { kind: LinkErrorKind::Silent { .. }, .. }), "{sent:?} {lost:?}");
 }
 
 #[test]
@@ -545,11 +451,8 @@ fn stop_wakes_a_blocked_receive_from_another_thread() {
     let link = worker.dial("host").unwrap();
     let (sender, mut receiver) = link.split();
     let blocked = std::thread::spawn(move || receiver.receive(None).map(|_| ()));
-    std::thread::sleep(Duration::from_millis(300));
-    let begun = Instant::now();
     sender.stop();
-    assert_eq!(blocked.join().unwrap(), Err(LinkError::Stopped));
-    assert!(begun.elapsed() < Duration::from_millis(300));
+    assert_eq!(blocked.join().unwrap().unwrap_err().kind, LinkErrorKind::Stopped);
 }
 
 #[test]
@@ -569,26 +472,12 @@ fn a_fault_reaches_the_host_with_its_block_and_a_way_out() {
     };
     sender.fail(fault.clone());
     match link.receive(soon()) {
-        Err(e @ LinkError::Fault { .. }) => {
+        Err(e @ LinkError { kind: LinkErrorKind::Fault(_), .. }) => {
             assert!(!e.may_pass());
             assert!(e.to_string().contains("block 17: 3 values are not finite; try --wire f32"), "{e}");
         }
         other => panic!("{other:?}"),
     }
-}
-
-#[test]
-fn values_that_are_not_finite_are_not_sent() {
-    let worker = Adder::plain();
-    let mut link = worker.dial("host").unwrap();
-    let mut sent = rows(1, 1.0);
-    for bad in [f16::NAN, f16::INFINITY, f16::NEG_INFINITY] {
-        sent[N_EMBD / 2] = bad;
-        let refused = link.send_step(&[Span { session: 0, position: 0, count: 1 }], sent.as_slice().into());
-        assert!(matches!(refused, Err(LinkError::Misuse(_))), "{refused:?}");
-    }
-    // nothing was sent and nothing was booked
-    token(&mut link, 0).unwrap();
 }
 
 // --- strangers -------------------------------------------------------------------------------------------
@@ -598,7 +487,9 @@ fn a_wrong_key_is_refused_with_the_reason() {
     let worker = Adder::plain();
     let refused = dial(&worker.at(), &Key::from_bytes([8; 32]), &terms("host"), &Timing::default());
     match refused {
-        Err(e @ LinkError::Handshake { error: HandshakeError::Key, .. }) => assert!(!e.may_pass()),
+        Err(e @ LinkError { kind: LinkErrorKind::Handshake(HandshakeError::Key), .. }) => {
+            assert!(!e.may_pass())
+        }
         other => panic!("{other:?}"),
     }
     worker.until_noticed(|n| matches!(n, Notice::Refused { why, .. } if why.contains("key")));
@@ -610,14 +501,14 @@ fn every_mismatch_is_refused_with_its_reason() {
     type Change = (Reason, fn(&mut Terms));
     let changes: [Change; 12] = [
         (Reason::Arch, |t| t.arch = "llama".into()),
-        (Reason::Model, |t| t.model[31] ^= 1),
-        (Reason::Params, |t| t.params[0] ^= 1),
+        (Reason::Model, |t| t.model = Some(Sha([9; 32]))),
+        (Reason::Params, |t| t.params = Some(Sha([9; 32]))),
         (Reason::NBlocks, |t| t.n_blocks = 13),
         (Reason::NEmbd, |t| t.n_embd = 65),
         (Reason::Role, |t| t.role = SliceRole::Tail),
-        (Reason::Blocks, |t| t.last_block = 8),
-        (Reason::Slice, |t| t.slice[0] ^= 1),
-        (Reason::DType, |t| t.dtypes = 4),
+        (Reason::Blocks, |t| t.blocks.last = 8),
+        (Reason::Slice, |t| t.slice = Some(Sha([9; 32]))),
+        (Reason::DType, |t| t.row_types = RowTypes::NONE),
         (Reason::Context, |t| t.n_ctx = 4097),
         (Reason::Sessions, |t| t.max_sessions = 5),
         (Reason::Rows, |t| t.max_rows = 0),
@@ -626,7 +517,7 @@ fn every_mismatch_is_refused_with_its_reason() {
         let mut need = terms("host");
         change(&mut need);
         match dial(&worker.at(), &key(), &need, &Timing::default()) {
-            Err(LinkError::Refused { reason, mismatches, .. }) => {
+            Err(LinkError { kind: LinkErrorKind::Refused { reason, mismatches, .. }, .. }) => {
                 assert_eq!(reason, expected);
                 assert_eq!(mismatches[0].reason, expected);
             }
@@ -681,7 +572,6 @@ fn garbage_is_closed_without_an_answer_and_the_host_goes_on() {
         &[0xD1, b'D', b'I', b'M', b'\n', 0x1A, b'\n'],
     ];
     for (i, bytes) in garbage.iter().cycle().take(60).enumerate() {
-        let begun = Instant::now();
         let mut peer = TcpStream::connect(worker.listener.address()).unwrap();
         let _ = peer.write_all(bytes);
         peer.set_read_timeout(Some(Duration::from_secs(5))).unwrap();
@@ -689,63 +579,27 @@ fn garbage_is_closed_without_an_answer_and_the_host_goes_on() {
         // closed with bytes unread: a reset is an end too
         let _ = peer.read_to_end(&mut answer);
         assert!(answer.is_empty(), "{bytes:?} was answered {answer:?}");
-        assert!(begun.elapsed() < Duration::from_millis(500), "{bytes:?} took {:?}", begun.elapsed());
         token(&mut link, i as u32).unwrap();
     }
-    let notices = worker.notices.lock().unwrap();
+    let notices = worker.notices.0.lock().unwrap();
     assert_eq!(notices.len(), 1, "one line a minute and address: {notices:?}");
 }
 
 #[test]
-fn a_drip_feed_is_closed_at_the_absolute_deadline() {
-    let worker = Adder::plain();
-    let flight = {
-        let h = dim_wire::handshake::HostHandshake::new(&key(), dim_wire::handshake::Purpose::Key, 1..=1);
-        *h.unwrap().first_flight()
-    };
-    let peers: Vec<_> = (0..4)
-        .map(|n| {
-            let at = worker.listener.address();
-            std::thread::spawn(move || {
-                let begun = Instant::now();
-                let mut peer = TcpStream::connect(at).unwrap();
-                peer.set_read_timeout(Some(Duration::from_millis(50))).unwrap();
-                for byte in flight {
-                    // the right bytes, too slowly; one peer sends nothing at all
-                    if n > 0 && peer.write_all(&[byte]).is_err() {
-                        break;
-                    }
-                    match peer.read(&mut [0; 8]) {
-                        Ok(0) => break,
-                        Err(e) if e.kind() == std::io::ErrorKind::WouldBlock => {}
-                        Err(_) => break,
-                        Ok(_) => panic!("answered"),
-                    }
-                }
-                begun.elapsed()
-            })
-        })
-        .collect();
-    for peer in peers {
-        let took = peer.join().unwrap().as_millis();
-        assert!((1900..2200).contains(&took), "closed after {took} ms");
-    }
-}
-
-#[test]
-fn a_key_holder_that_says_nothing_is_closed_after_five_seconds() {
-    let timing = Timing { opening: Duration::from_millis(800), ..Timing::default() };
+fn a_key_holder_that_says_nothing_is_closed() {
+    // a real deadline, because the worker's thread is blocked in a read
+    let timing = Timing { opening: Duration::from_millis(300), ..Timing::default() };
     let worker = Adder::start(config(Arc::new(key()), timing));
     let mut peer = TcpStream::connect(worker.listener.address()).unwrap();
-    let mut h =
-        dim_wire::handshake::HostHandshake::new(&key(), dim_wire::handshake::Purpose::Key, 1..=1).unwrap();
-    let begun = Instant::now();
+    let mut h = HostHandshake::new(&key(), Purpose::Key, 1..=1).unwrap();
     peer.write_all(h.first_flight()).unwrap();
     let mut answer = [0; 98];
     peer.read_exact(&mut answer).unwrap();
     h.receive(&mut &answer[..]).unwrap().unwrap();
     assert_eq!(peer.read(&mut [0; 8]).unwrap(), 0);
-    assert!((700..1100).contains(&begun.elapsed().as_millis()), "{:?}", begun.elapsed());
+    worker.until_noticed(
+        |n| matches!(n, Notice::Refused { why, .. } if why.contains("did not say what it needs")),
+    );
 }
 
 #[test]
@@ -753,11 +607,46 @@ fn a_crowd_of_idle_strangers_does_not_keep_a_host_out() {
     let worker = Adder::plain();
     let crowd: Vec<TcpStream> =
         (0..100).map(|_| TcpStream::connect(worker.listener.address()).unwrap()).collect();
-    let begun = Instant::now();
     let mut link = worker.dial("host").unwrap();
     token(&mut link, 0).unwrap();
-    assert!(begun.elapsed() < Duration::from_secs(2), "{:?}", begun.elapsed());
     drop(crowd);
+}
+
+/// Message 1 of the handshake has nothing fresh of the worker in it: who has overheard one can send it again, and passes
+/// for a host until its first sealed message is due.
+#[test]
+fn a_crowd_with_an_overheard_first_flight_does_not_keep_a_host_out() {
+    let worker = Adder::plain();
+    let overheard = *HostHandshake::new(&key(), Purpose::Key, 1..=1).unwrap().first_flight();
+    for _ in 0..8 {
+        let crowd: Vec<TcpStream> = (0..100)
+            .map(|_| {
+                let mut peer = TcpStream::connect(worker.listener.address()).unwrap();
+                let _ = peer.write_all(&overheard);
+                peer
+            })
+            .collect();
+        let begun = Instant::now();
+        let mut link = worker.dial("host").unwrap();
+        token(&mut link, 0).unwrap();
+        drop(crowd);
+        println!("in after {:?}", begun.elapsed());
+    }
+}
+
+#[test]
+fn the_link_s_own_thread_speaks_for_an_owner_who_is_away() {
+    // in real time, because what is shown is that a thread does it
+    let timing = Timing { silence: Duration::from_millis(900), ..Timing::default() };
+    let worker = Adder::start(config(Arc::new(key()), timing.clone()));
+    let gate = worker.gate.lock().unwrap();
+    let mut link = dial(&worker.at(), &key(), &terms("host"), &timing).unwrap();
+    link.send_step(&[Span { session: 0, position: 0, count: 1 }], rows(1, 0.0).as_slice().into()).unwrap();
+    // the worker's owner is away; this side hears it all the same
+    let early = link.receive(Some(Instant::now() + Duration::from_millis(1200)));
+    assert!(matches!(early, Err(LinkError { kind: LinkErrorKind::Deadline { .. }, .. })), "{early:?}");
+    drop(gate);
+    assert!(matches!(link.receive(soon()), Ok(Event::Done { .. })));
 }
 
 #[test]
@@ -770,7 +659,7 @@ fn a_thousand_handshakes_one_after_the_other() {
             other[0] = 0xFF;
             let refused = inquire(&worker.at(), &Key::from_bytes(other), &Timing::default());
             assert!(
-                matches!(refused, Err(LinkError::Handshake { error: HandshakeError::Key, .. })),
+                matches!(refused, Err(LinkError { kind: LinkErrorKind::Handshake(HandshakeError::Key), .. })),
                 "{refused:?}"
             );
             wrong += 1;
@@ -823,7 +712,7 @@ fn pairing_leaves_the_same_key_on_both_sides() {
 
     let no_window = pair_with(&worker, &PairingCode::random().unwrap());
     assert!(
-        matches!(no_window, Err(LinkError::Handshake { error: HandshakeError::NoPairing, .. })),
+        matches!(no_window, Err(LinkError { kind: LinkErrorKind::Handshake(HandshakeError::NoPairing), .. })),
         "{no_window:?}"
     );
 
@@ -839,10 +728,16 @@ fn pairing_leaves_the_same_key_on_both_sides() {
 
     // the code was good once
     let again = pair_with(&worker, &typed);
-    assert!(matches!(again, Err(LinkError::Handshake { error: HandshakeError::NoPairing, .. })), "{again:?}");
+    assert!(
+        matches!(again, Err(LinkError { kind: LinkErrorKind::Handshake(HandshakeError::NoPairing), .. })),
+        "{again:?}"
+    );
     // and its key opens nothing but pairing
     let as_key = dial(&worker.at(), &code.key(), &terms("host"), &Timing::default());
-    assert!(matches!(as_key, Err(LinkError::Handshake { error: HandshakeError::Key, .. })), "{as_key:?}");
+    assert!(
+        matches!(as_key, Err(LinkError { kind: LinkErrorKind::Handshake(HandshakeError::Key), .. })),
+        "{as_key:?}"
+    );
 }
 
 #[test]
@@ -852,10 +747,16 @@ fn five_wrong_codes_close_the_window_even_for_the_right_one() {
     let code = worker.listener.open_pairing().unwrap();
     for _ in 0..5 {
         let wrong = pair_with(&worker, &PairingCode::random().unwrap());
-        assert!(matches!(wrong, Err(LinkError::Handshake { error: HandshakeError::Key, .. })), "{wrong:?}");
+        assert!(
+            matches!(wrong, Err(LinkError { kind: LinkErrorKind::Handshake(HandshakeError::Key), .. })),
+            "{wrong:?}"
+        );
     }
     let spent = pair_with(&worker, &code);
-    assert!(matches!(spent, Err(LinkError::Handshake { error: HandshakeError::NoPairing, .. })), "{spent:?}");
+    assert!(
+        matches!(spent, Err(LinkError { kind: LinkErrorKind::Handshake(HandshakeError::NoPairing), .. })),
+        "{spent:?}"
+    );
     assert!(!worker.listener.is_pairing());
 }
 
@@ -890,12 +791,6 @@ fn relay_with(to: SocketAddr, pass: impl Fn(&mut [u8]) -> bool + Send + Sync + '
         }
     });
     at
-}
-
-fn relay(to: SocketAddr) -> (String, Arc<AtomicBool>) {
-    let frozen = Arc::new(AtomicBool::new(false));
-    let is_frozen = frozen.clone();
-    (relay_with(to, move |_| !is_frozen.load(Ordering::Relaxed)), frozen)
 }
 
 std::thread_local! {

@@ -4,18 +4,20 @@
 
 use std::path::PathBuf;
 
+use dim_core::blocks::BlockRange;
+use dim_core::digest::Sha;
 use dim_wire::connection::{Books, Connection, Role};
 use dim_wire::error::{HandshakeError, ReceiveError};
 use dim_wire::frame::{Inbox, Opener, Outgoing, Sealer};
 use dim_wire::handshake::{Established, HostHandshake, Lookup, Purpose, WorkerHandshake};
 use dim_wire::keys::{Key, KeyId, PairingCode};
 use dim_wire::message::{
-    Activity, ErrorCode, Farewell, Fault, Item, ItemKind, Message, PushOffer, PushOutcome, RowFormat, Span,
-    Status, Temperature, encode_step_done_head, encode_step_head,
+    Activity, ErrorCode, Farewell, Fault, Item, ItemKind, Message, PushOffer, PushOutcome, Span, Status,
+    Temperature, encode_step_done_head, encode_step_head,
 };
-use dim_wire::rows::RowsRef;
+use dim_wire::rows::{self, RowTypes, RowsRef};
 use dim_wire::terms::{self, Agreed, Reason, SliceRole, Terms, features};
-use half::{bf16, f16};
+use half::f16;
 use ring::hmac;
 use serde_json::{Value, json};
 use sha2::{Digest, Sha256};
@@ -546,24 +548,26 @@ impl Raw {
 
 // --- messages --------------------------------------------------------------------------------------------
 
+/// A bit of the features that has no meaning any more: to be ignored.
+const RETIRED: u32 = 1;
+
 fn host_terms() -> Terms {
     Terms {
         version: 1,
-        dtypes: 1,
+        row_types: RowTypes::F16,
         role: SliceRole::Middle,
-        features: features::SCALED_ROWS,
+        features: RETIRED,
         instance: 0x1122_3344_5566_7788,
         n_embd: 4,
         n_blocks: 24,
-        first_block: 11,
-        last_block: 16,
+        blocks: BlockRange { first: 11, last: 16 },
         n_ctx: 2048,
         max_rows: 128,
         max_sessions: 2,
         max_in_flight: 2,
-        model: counting(0x10),
-        slice: counting(0x30),
-        params: counting(0x50),
+        model: Some(Sha(counting(0x10))),
+        slice: Some(Sha(counting(0x30))),
+        params: Some(Sha(counting(0x50))),
         arch: "qwen2".into(),
         software: "dim-host 0.1.0".into(),
         name: "Anna's MacBook".into(),
@@ -572,8 +576,8 @@ fn host_terms() -> Terms {
 
 fn worker_terms() -> Terms {
     Terms {
-        dtypes: 0b11,
-        features: features::SCALED_ROWS | features::PUSH,
+        row_types: RowTypes::ALL,
+        features: RETIRED | features::PUSH,
         instance: 0x8877_6655_4433_2211,
         n_ctx: 4096,
         max_rows: 64,
@@ -586,12 +590,11 @@ fn worker_terms() -> Terms {
 }
 
 fn offer() -> PushOffer {
-    let item = |kind, index, size, fill| Item { kind, index, size, sha256: counting(fill) };
+    let item = |kind, index, size, fill| Item { kind, index, size, sha256: Sha(counting(fill)) };
     PushOffer {
-        model: counting(0x10),
-        slice: counting(0x30),
-        first_block: 11,
-        last_block: 16,
+        model: Sha(counting(0x10)),
+        slice: Sha(counting(0x30)),
+        blocks: BlockRange { first: 11, last: 16 },
         items: vec![
             item(ItemKind::Manifest, 0, 1234, 0x01),
             item(ItemKind::PackageManifest, 0, 600, 0x02),
@@ -607,17 +610,17 @@ fn agreed() -> Agreed {
     terms::agree(&host_terms(), &worker_terms()).unwrap()
 }
 
-fn step_bytes(step: u32, spans: &[Span], exponents: &[i8], values: RowsRef<'_>) -> Vec<u8> {
+fn step_bytes(step: u32, spans: &[Span], values: RowsRef<'_>) -> Vec<u8> {
     let mut bytes = Vec::new();
-    encode_step_head(&mut bytes, step, spans, exponents, &values);
-    bytes.extend_from_slice(values.as_bytes());
+    encode_step_head(&mut bytes, step, spans, values);
+    bytes.extend_from_slice(rows::as_bytes(values));
     bytes
 }
 
-fn done_bytes(step: u32, n_rows: u32, exponents: &[i8], values: RowsRef<'_>) -> Vec<u8> {
+fn done_bytes(step: u32, n_rows: u32, values: RowsRef<'_>) -> Vec<u8> {
     let mut bytes = Vec::new();
-    encode_step_done_head(&mut bytes, step, n_rows, 1500, 20, exponents, &values);
-    bytes.extend_from_slice(values.as_bytes());
+    encode_step_done_head(&mut bytes, step, n_rows, 1500, 20, values);
+    bytes.extend_from_slice(rows::as_bytes(values));
     bytes
 }
 
@@ -674,7 +677,7 @@ fn good_messages() -> Vec<(&'static str, Message<'static>, Value)> {
         (
             "PAIR_GRANT",
             Message::PairGrant {
-                key: counting(0x77),
+                key: Key::from_bytes(counting(0x77)),
                 name: "phone".into(),
                 software: "dim-worker 0.1.0".into(),
             },
@@ -741,23 +744,29 @@ fn good_messages() -> Vec<(&'static str, Message<'static>, Value)> {
 
 fn terms_json(t: &Terms) -> Value {
     json!({
-        "version": t.version, "dtypes": t.dtypes, "role": t.role as u8, "features": t.features,
-        "instance": t.instance, "n_embd": t.n_embd, "n_blocks": t.n_blocks, "first_block": t.first_block,
-        "last_block": t.last_block, "n_ctx": t.n_ctx, "max_rows": t.max_rows, "max_sessions": t.max_sessions,
-        "max_in_flight": t.max_in_flight, "model": hex(&t.model), "slice": hex(&t.slice), "params": hex(&t.params),
+        "version": t.version, "dtypes": t.row_types.bits(), "role": t.role as u8, "features": t.features,
+        "instance": t.instance, "n_embd": t.n_embd, "n_blocks": t.n_blocks, "first_block": t.blocks.first,
+        "last_block": t.blocks.last, "n_ctx": t.n_ctx, "max_rows": t.max_rows, "max_sessions": t.max_sessions,
+        "max_in_flight": t.max_in_flight, "model": digest(t.model), "slice": digest(t.slice), "params": digest(t.params),
         "arch": t.arch, "software": t.software, "name": t.name,
     })
+}
+
+/// Zeros: not known.
+fn digest(known: Option<Sha>) -> String {
+    hex(&known.map_or([0; 32], |sha| sha.0))
 }
 
 fn push_offer_json(o: &PushOffer) -> Value {
     let items: Vec<Value> = o
         .items
         .iter()
-        .map(|i| json!({ "kind": i.kind as u8, "index": i.index, "size": i.size, "sha256": hex(&i.sha256) }))
+        .map(|i| json!({ "kind": i.kind as u8, "index": i.index, "size": i.size, "sha256": i.sha256.to_string() }))
         .collect();
     json!({
-        "model": hex(&o.model), "slice": hex(&o.slice), "first_block": o.first_block, "last_block": o.last_block,
-        "items": items, "name": o.name, "push_id": hex(&o.id()),
+        "model": o.model.to_string(), "slice": o.slice.to_string(), "first_block": o.blocks.first,
+        "last_block": o.blocks.last,
+        "items": items, "name": o.name, "push_id": o.id().to_string(),
     })
 }
 
@@ -770,36 +779,26 @@ fn messages() {
         good.push(json!({ "name": name, "n_embd": 0, "fields": fields, "hex": hex(&bytes) }));
     }
     let f16s: Vec<f16> = NUMBERS.iter().map(|&x| f16::from_f32(x)).collect();
-    let bf16s: Vec<bf16> = NUMBERS.iter().map(|&x| bf16::from_f32(x)).collect();
     let spans = [Span { session: 1, position: 7, count: 2 }, Span { session: 0, position: 0, count: 1 }];
     let one = [Span { session: 0, position: 41, count: 1 }];
-    type WithRows<'a> = (&'a str, Vec<u8>, &'a [Span], &'a [i8]);
-    let with_rows: [WithRows<'_>; 7] = [
-        ("STEP, one row, F16", step_bytes(1, &one, &[], RowsRef::F16(&f16s[..4])), &one, &[]),
-        ("STEP, two sessions, F16", step_bytes(2, &spans, &[], RowsRef::F16(&f16s)), &spans, &[]),
-        ("STEP, two sessions, F32", step_bytes(3, &spans, &[], RowsRef::F32(&NUMBERS)), &spans, &[]),
-        ("STEP, two sessions, BF16", step_bytes(4, &spans, &[], RowsRef::Bf16(&bf16s)), &spans, &[]),
-        (
-            "STEP, two sessions, F16, scaled",
-            step_bytes(5, &spans, &[0, -64, 64], RowsRef::F16(&f16s)),
-            &spans,
-            &[0, -64, 64],
-        ),
-        ("STEP_DONE, F16", done_bytes(2, 3, &[], RowsRef::F16(&f16s)), &[], &[]),
-        ("STEP_DONE, F16, scaled", done_bytes(5, 3, &[3, 0, -1], RowsRef::F16(&f16s)), &[], &[3, 0, -1]),
+    let with_rows: [(&str, Vec<u8>, &[Span]); 4] = [
+        ("STEP, one row, F16", step_bytes(1, &one, RowsRef::F16(&f16s[..4])), &one),
+        ("STEP, two sessions, F16", step_bytes(2, &spans, RowsRef::F16(&f16s)), &spans),
+        ("STEP, two sessions, F32", step_bytes(3, &spans, RowsRef::F32(&NUMBERS)), &spans),
+        ("STEP_DONE, F16", done_bytes(2, 3, RowsRef::F16(&f16s)), &[]),
     ];
-    for (name, bytes, spans, exponents) in &with_rows {
+    for (name, bytes, spans) in &with_rows {
         let message = Message::decode(bytes, 4).unwrap();
         assert_eq!(encoded(&message), *bytes, "{name}");
-        let (step, n_rows, format, hidden) = match message {
-            Message::Step(s) => (s.step, s.n_rows, s.format, s.hidden),
-            Message::StepDone(s) => (s.step, s.n_rows, s.format, s.hidden),
+        let (step, n_rows, row_type, hidden) = match message {
+            Message::Step(s) => (s.step, s.n_rows, s.row_type, s.hidden),
+            Message::StepDone(s) => (s.step, s.n_rows, s.row_type, s.hidden),
             other => panic!("{other:?}"),
         };
         let mut fields = json!({
-            "step": step, "n_rows": n_rows, "row_format": format.to_u8(),
+            "step": step, "n_rows": n_rows, "row_format": rows::number(row_type),
             "spans": spans.iter().map(|s| [s.session, s.position, s.count]).collect::<Vec<_>>(),
-            "exponents": exponents, "hidden": hex(hidden),
+            "hidden": hex(hidden),
         });
         if spans.is_empty() {
             fields["compute_us"] = 1500.into();
@@ -808,7 +807,7 @@ fn messages() {
         good.push(json!({ "name": name, "n_embd": 4, "fields": fields, "hex": hex(bytes) }));
     }
 
-    let bad: Vec<Value> = bad_messages(&with_rows[0].1, &with_rows[4].1, &with_rows[5].1)
+    let bad: Vec<Value> = bad_messages(&with_rows[0].1, &with_rows[3].1)
         .into_iter()
         .map(|(name, bytes, rule)| {
             let found = Message::decode(&bytes, 4).map(|m| m.kind()).map_err(|e| e.rule());
@@ -819,11 +818,11 @@ fn messages() {
 
     check(
         "messages.json",
-        json!({ "good": good, "bad": bad, "unexpected": unexpected(&with_rows[0].1, &with_rows[5].1) }),
+        json!({ "good": good, "bad": bad, "unexpected": unexpected(&with_rows[0].1, &with_rows[3].1) }),
     );
 }
 
-fn bad_messages(step: &[u8], scaled: &[u8], done: &[u8]) -> Vec<(&'static str, Vec<u8>, &'static str)> {
+fn bad_messages(step: &[u8], done: &[u8]) -> Vec<(&'static str, Vec<u8>, &'static str)> {
     let change = |bytes: &[u8], at: usize, to: u8| {
         let mut bytes = bytes.to_vec();
         bytes[at] = to;
@@ -860,6 +859,7 @@ fn bad_messages(step: &[u8], scaled: &[u8], done: &[u8]) -> Vec<(&'static str, V
         ("HELLO cut in its last string", resize(&hello, -1), "truncated"),
         ("HELLO with bytes left over", resize(&hello, 1), "trailing-bytes"),
         ("HELLO with an unknown dtype", change(&hello, 10, 8), "bad-value"),
+        ("HELLO with the retired dtype", change(&hello, 10, 4), "bad-value"),
         ("HELLO with an unknown role", change(&hello, 11, 4), "bad-value"),
         ("HELLO with a string of 64 KiB", change(&change(&hello, 152, 0xFF), 153, 0xFF), "string-too-long"),
         ("HELLO with an architecture of 33 bytes", change(&hello, 152, 33), "string-too-long"),
@@ -884,17 +884,15 @@ fn bad_messages(step: &[u8], scaled: &[u8], done: &[u8]) -> Vec<(&'static str, V
         ),
         ("ERROR with a text of 1,001 bytes", change(&change(&error, 24, 0xE9), 25, 3), "string-too-long"),
         ("STEP in row format 0", change(step, 1, 0), "bad-value"),
+        ("STEP in row format 3, which is retired", change(step, 1, 3), "bad-value"),
         ("STEP in row format 4", change(step, 1, 4), "bad-value"),
+        ("STEP with the retired bit 0x80 in its row format", change(step, 1, 0x81), "bad-value"),
         ("STEP one byte short", resize(step, -1), "truncated"),
         ("STEP one byte long", resize(step, 1), "trailing-bytes"),
         ("STEP with 65,535 spans", change(&change(step, 2, 0xFF), 3, 0xFF), "truncated"),
         ("STEP with 2^32 - 1 rows", (12..16).fold(step.to_vec(), |b, at| change(&b, at, 0xFF)), "truncated"),
         ("STEP with no rows and rows behind", change(step, 12, 0), "trailing-bytes"),
         ("STEP with a reserved byte in a span", change(step, 16 + 12, 1), "reserved-not-zero"),
-        ("STEP scaled by 2^65", change(scaled, 48, 65), "row-exponent"),
-        ("STEP scaled by 2^-65", change(scaled, 48, (-65i8) as u8), "row-exponent"),
-        ("STEP scaled by 2^-128", change(scaled, 50, 0x80), "row-exponent"),
-        ("STEP with a reserved byte behind the exponents", change(scaled, 51, 1), "reserved-not-zero"),
         ("STEP_DONE with b", change(done, 2, 1), "reserved-not-zero"),
         ("STEP_DONE one row short", resize(done, -8), "truncated"),
         ("PUSH_OFFER of nothing", change(&push, 2, 0), "bad-value"),
@@ -954,7 +952,7 @@ fn unexpected(step: &[u8], done: &[u8]) -> Vec<Value> {
             "a PAIR_GRANT nobody asked for",
             "host",
             "pairing",
-            m(Message::PairGrant { key: [0; 32], name: "a".into(), software: "b".into() }),
+            m(Message::PairGrant { key: Key::from_bytes([0; 32]), name: "a".into(), software: "b".into() }),
         ),
         ("a STEP while pushing", "worker", "pushing", step.to_vec()),
         ("a PUSH_STORED sent to a worker", "worker", "pushing", m(Message::PushStored { item: 0, bytes: 1 })),
@@ -989,32 +987,32 @@ fn terms_compared() {
     type Change = fn(&mut Terms, &mut Terms);
     let changes: Vec<(&str, Change)> = vec![
         ("they fit", |_, _| {}),
-        ("F32", |h, _| h.dtypes = 2),
+        ("F32", |h, _| h.row_types = RowTypes::F32),
         ("no features in common", |h, _| h.features = 0),
         ("the worker is the smaller", |_, w| (w.max_rows, w.max_in_flight) = (1, 1)),
-        ("the host does not know the slice", |h, _| h.slice = [0; 32]),
-        ("the worker does not know its parameters", |_, w| w.params = [0; 32]),
+        ("the host does not know the slice", |h, _| h.slice = None),
+        ("the worker does not know its parameters", |_, w| w.params = None),
         ("the host needs exactly what there is", |h, w| {
             (h.n_ctx, h.max_sessions) = (w.n_ctx, w.max_sessions)
         }),
         ("versions", |_, w| w.version = 2),
         ("no slice", |_, w| *w = Terms::blank(1, "dim-worker 0.1.0", "phone")),
         ("architecture", |_, w| w.arch = "llama".into()),
-        ("model", |_, w| w.model[0] ^= 1),
-        ("both models unknown", |h, w| (h.model, w.model) = ([0; 32], [0; 32])),
-        ("parameters", |_, w| w.params[31] ^= 0x80),
+        ("model", |_, w| alter(&mut w.model, 0, 1)),
+        ("both models unknown", |h, w| (h.model, w.model) = (None, None)),
+        ("parameters", |_, w| alter(&mut w.params, 31, 0x80)),
         ("blocks of the model", |_, w| w.n_blocks = 25),
         ("row length", |_, w| w.n_embd = 8),
         ("both row lengths zero", |h, w| (h.n_embd, w.n_embd) = (0, 0)),
         ("role", |_, w| w.role = SliceRole::Tail),
-        ("first block", |_, w| w.first_block = 10),
-        ("last block", |_, w| w.last_block = 17),
-        ("an empty range on both sides", |h, w| (h.last_block, w.last_block) = (10, 10)),
-        ("a range past the model's end on both sides", |h, w| (h.last_block, w.last_block) = (24, 24)),
-        ("slice", |_, w| w.slice[5] ^= 1),
-        ("the worker lacks the dtype", |h, _| h.dtypes = 4),
-        ("the host names two dtypes", |h, _| h.dtypes = 3),
-        ("the host names no dtype", |h, _| h.dtypes = 0),
+        ("first block", |_, w| w.blocks.first = 10),
+        ("last block", |_, w| w.blocks.last = 17),
+        ("an empty range on both sides", |h, w| (h.blocks.last, w.blocks.last) = (10, 10)),
+        ("a range past the model's end on both sides", |h, w| (h.blocks.last, w.blocks.last) = (24, 24)),
+        ("slice", |_, w| alter(&mut w.slice, 5, 1)),
+        ("the worker lacks the dtype", |h, w| (h.row_types, w.row_types) = (RowTypes::F32, RowTypes::F16)),
+        ("the host names two dtypes", |h, _| h.row_types = RowTypes::ALL),
+        ("the host names no dtype", |h, _| h.row_types = RowTypes::NONE),
         ("one position too many", |h, w| h.n_ctx = w.n_ctx + 1),
         ("no positions", |h, _| h.n_ctx = 0),
         ("one session too many", |h, w| h.max_sessions = w.max_sessions + 1),
@@ -1029,15 +1027,14 @@ fn terms_compared() {
             *w = Terms {
                 version: 9,
                 arch: "llama".into(),
-                model: [9; 32],
-                params: [9; 32],
-                slice: [9; 32],
+                model: Some(Sha([9; 32])),
+                params: Some(Sha([9; 32])),
+                slice: Some(Sha([9; 32])),
                 n_blocks: 1,
                 n_embd: 1,
                 role: SliceRole::Head,
-                first_block: 0,
-                last_block: 0,
-                dtypes: 4,
+                blocks: BlockRange { first: 0, last: 0 },
+                row_types: RowTypes::F32,
                 n_ctx: 1,
                 max_sessions: 1,
                 max_rows: 0,
@@ -1069,10 +1066,14 @@ fn terms_compared() {
     check("terms.json", Value::Array(list));
 }
 
+fn alter(digest: &mut Option<Sha>, byte: usize, bits: u8) {
+    digest.as_mut().unwrap().0[byte] ^= bits;
+}
+
 fn agreed_json(a: &Agreed) -> Value {
     json!({
-        "version": a.version, "row_dtype": a.dtype as u8, "scaled_rows": a.scaled_rows, "n_embd": a.n_embd,
-        "first_block": a.first_block, "last_block": a.last_block, "n_ctx": a.n_ctx, "max_rows": a.max_rows,
+        "version": a.version, "row_dtype": rows::number(a.row_type), "n_embd": a.n_embd,
+        "first_block": a.blocks.first, "last_block": a.blocks.last, "n_ctx": a.n_ctx, "max_rows": a.max_rows,
         "max_sessions": a.max_sessions, "max_in_flight": a.max_in_flight,
         "limit_host_to_worker": a.host_limit(), "limit_worker_to_host": a.worker_limit(),
     })
@@ -1219,11 +1220,9 @@ fn sessions() {
             "row formats",
             vec![
                 with(step(1, &[[0, 0, 1]]), "row_format", json!(2)),
-                with(step(1, &[[0, 0, 1]]), "row_format", json!(0x81)),
                 with(done(1, 1), "row_format", json!(2)),
-                with(done(1, 1), "row_format", json!(0x81)),
                 step(2, &[[0, 1, 1]]),
-                with(done(2, 1), "row_format", json!(3)),
+                with(done(2, 1), "row_format", json!(2)),
                 done(2, 1),
             ],
         ),
@@ -1248,7 +1247,7 @@ fn sessions() {
 
 fn play(books: &mut Books, event: &Value) -> Result<(), dim_wire::Misbehaved> {
     let n = |field: &str| event[field].as_u64().unwrap() as u32;
-    let format = || RowFormat::from_u8(n("row_format") as u8).unwrap();
+    let format = || rows::from_number(n("row_format") as u8).unwrap();
     match event["event"].as_str().unwrap() {
         "STEP" => {
             let word = |v: &Value| v.as_u64().unwrap() as u32;
@@ -1281,23 +1280,18 @@ fn transcripts() {
         ("worker", m(Message::Offer(worker_terms()))),
         ("host", m(Message::Hello(host_terms()))),
         ("worker", m(Message::Accept(worker_terms()))),
-        ("host", step_bytes(1, &[span(0, 0, 3)], &[], RowsRef::F16(&chunk))),
-        ("host", step_bytes(2, &[span(0, 3, 1)], &[], RowsRef::F16(&row(1.0)))),
-        ("worker", done_bytes(1, 3, &[], RowsRef::F16(&chunk))),
+        ("host", step_bytes(1, &[span(0, 0, 3)], RowsRef::F16(&chunk))),
+        ("host", step_bytes(2, &[span(0, 3, 1)], RowsRef::F16(&row(1.0)))),
+        ("worker", done_bytes(1, 3, RowsRef::F16(&chunk))),
         ("worker", m(Message::Heartbeat(Status { step: 1, ..Status::default() }))),
-        ("worker", done_bytes(2, 1, &[], RowsRef::F16(&row(2.0)))),
+        ("worker", done_bytes(2, 1, RowsRef::F16(&row(2.0)))),
         ("host", m(Message::Rewind { session: 0, position: 2 })),
         (
             "host",
-            step_bytes(
-                3,
-                &[span(0, 2, 1), span(1, 0, 1)],
-                &[1, -1],
-                RowsRef::F16(&[row(1.5), row(2.5)].concat()),
-            ),
+            step_bytes(3, &[span(0, 2, 1), span(1, 0, 1)], RowsRef::F16(&[row(1.5), row(2.5)].concat())),
         ),
         ("host", m(Message::Ping(99))),
-        ("worker", done_bytes(3, 2, &[], RowsRef::F16(&[row(3.5), row(4.5)].concat()))),
+        ("worker", done_bytes(3, 2, RowsRef::F16(&[row(3.5), row(4.5)].concat()))),
         ("worker", m(Message::Pong(99))),
         ("host", m(Message::EndSession { session: 1 })),
         ("host", m(Message::Goodbye(Farewell::Finished))),
@@ -1316,7 +1310,7 @@ fn transcripts() {
     let fault = vec![
         ("host", m(Message::Hello(host_terms()))),
         ("worker", m(Message::Accept(worker_terms()))),
-        ("host", step_bytes(1, &[span(0, 0, 1)], &[], RowsRef::F16(&row(1.0)))),
+        ("host", step_bytes(1, &[span(0, 0, 1)], RowsRef::F16(&row(1.0)))),
         (
             "worker",
             m(Message::Error(Fault {
@@ -1343,7 +1337,7 @@ fn transcripts() {
         (
             "worker",
             m(Message::PairGrant {
-                key: counting(0x77),
+                key: Key::from_bytes(counting(0x77)),
                 name: "phone".into(),
                 software: "dim-worker 0.1.0".into(),
             }),
@@ -1418,13 +1412,11 @@ impl End {
             Message::Step(s) => {
                 let spans: Vec<Span> = s.spans().collect();
                 let values: Vec<f16> = s.hidden.chunks(2).map(|b| f16::from_le_bytes([b[0], b[1]])).collect();
-                let rows = dim_wire::Rows { values: RowsRef::F16(&values), exponents: s.exponents };
-                assert_eq!(self.connection.send_step(&spans, &rows), Ok(s.step));
+                assert_eq!(self.connection.send_step(&spans, RowsRef::F16(&values)), Ok(s.step));
             }
             Message::StepDone(s) => {
                 let values: Vec<f16> = s.hidden.chunks(2).map(|b| f16::from_le_bytes([b[0], b[1]])).collect();
-                let rows = dim_wire::Rows { values: RowsRef::F16(&values), exponents: s.exponents };
-                self.connection.send_step_done(s.step, s.n_rows, &rows).unwrap();
+                self.connection.send_step_done(s.step, s.n_rows, RowsRef::F16(&values)).unwrap();
             }
             other => self.connection.send(other).unwrap(),
         }

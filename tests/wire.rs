@@ -3,13 +3,15 @@
 
 use std::collections::VecDeque;
 
-use dim_wire::connection::{Connection, Heartbeats, Role, Silence};
+use dim_core::blocks::BlockRange;
+use dim_core::digest::Sha;
+use dim_wire::connection::{Connection, Role};
 use dim_wire::error::{FrameError, ReceiveError};
 use dim_wire::frame::{Inbox, MAX_BODY, Opener, Outgoing, Sealer, Store, wire_bytes};
 use dim_wire::handshake::{Established, HostHandshake, Lookup, Purpose, WorkerHandshake};
 use dim_wire::keys::Key;
 use dim_wire::message::{Kind, Message, Span, encode_step_done_head, encode_step_head};
-use dim_wire::rows::{Rows, RowsRef};
+use dim_wire::rows::{RowTypes, RowsRef, as_bytes};
 use dim_wire::terms::{self, Agreed, Reason, SliceRole, Terms};
 use half::f16;
 use proptest::prelude::*;
@@ -347,19 +349,18 @@ fn a_hundred_thousand_strangers_get_nothing_and_cost_no_curve_work() {
 
 fn host_terms() -> Terms {
     Terms {
-        dtypes: 2,
+        row_types: RowTypes::F32,
         role: SliceRole::Middle,
         n_embd: 4,
         n_blocks: 12,
-        first_block: 3,
-        last_block: 5,
+        blocks: BlockRange { first: 3, last: 5 },
         n_ctx: 64,
         max_rows: 16,
         max_sessions: 3,
         max_in_flight: 4,
-        model: [1; 32],
-        slice: [2; 32],
-        params: [3; 32],
+        model: Some(Sha([1; 32])),
+        slice: Some(Sha([2; 32])),
+        params: Some(Sha([3; 32])),
         arch: "llama".into(),
         ..Terms::blank(1, "test", "host")
     }
@@ -373,24 +374,15 @@ fn agreed() -> Agreed {
 fn a_token_costs_at_most_64_bytes_more_than_its_values_each_way() {
     for n_embd in [1usize, 64, 896, 1536, 3584, 8192, 16384] {
         let values = vec![f16::ONE; n_embd];
-        for exponents in [&[][..], &[1i8][..]] {
-            let mut head = Vec::new();
-            encode_step_head(
-                &mut head,
-                1,
-                &[Span { session: 0, position: 0, count: 1 }],
-                exponents,
-                &RowsRef::F16(&values),
-            );
-            let there = wire_bytes(head.len() + 2 * n_embd);
-            head.clear();
-            encode_step_done_head(&mut head, 1, 1, 0, 0, exponents, &RowsRef::F16(&values));
-            let back = wire_bytes(head.len() + 2 * n_embd);
-            assert!(there <= 2 * n_embd + 64 && back <= 2 * n_embd + 64, "{n_embd}: {there} {back}");
-            if exponents.is_empty() {
-                assert_eq!((there, back), (2 * n_embd + 50, 2 * n_embd + 42), "PROTOCOL.md, section 13");
-            }
-        }
+        let rows = RowsRef::F16(&values);
+        let mut head = Vec::new();
+        encode_step_head(&mut head, 1, &[Span { session: 0, position: 0, count: 1 }], rows);
+        let there = wire_bytes(head.len() + 2 * n_embd);
+        head.clear();
+        encode_step_done_head(&mut head, 1, 1, 0, 0, rows);
+        let back = wire_bytes(head.len() + 2 * n_embd);
+        assert!(there <= 2 * n_embd + 64 && back <= 2 * n_embd + 64, "{n_embd}: {there} {back}");
+        assert_eq!((there, back), (2 * n_embd + 50, 2 * n_embd + 42), "PROTOCOL.md, section 13");
     }
 }
 
@@ -400,7 +392,7 @@ fn the_longest_step_is_exactly_the_limit() {
     let values = vec![1f32; 16 * 4];
     let spans: Vec<Span> = (0..3).map(|session| Span { session, position: 0, count: 1 }).collect();
     let mut head = Vec::new();
-    encode_step_head(&mut head, 1, &spans, &[], &RowsRef::F32(&values));
+    encode_step_head(&mut head, 1, &spans, RowsRef::F32(&values));
     assert!(a.host_limit() >= head.len() + values.len() * 4);
     let wide = Agreed { n_embd: 4096, ..a };
     assert_eq!(wide.host_limit(), head.len() + 16 * 4096 * 4);
@@ -412,14 +404,14 @@ fn every_combination_of_mismatches_is_refused_by_both_sides_alike() {
     let changes: [Change; 12] = [
         (Reason::Version, |t| t.version += 1),
         (Reason::Arch, |t| t.arch.push('x')),
-        (Reason::Model, |t| t.model[0] ^= 1),
-        (Reason::Params, |t| t.params[0] ^= 1),
+        (Reason::Model, |t| t.model = Some(Sha([9; 32]))),
+        (Reason::Params, |t| t.params = Some(Sha([9; 32]))),
         (Reason::NBlocks, |t| t.n_blocks += 1),
         (Reason::NEmbd, |t| t.n_embd += 1),
         (Reason::Role, |t| t.role = SliceRole::Tail),
-        (Reason::Blocks, |t| t.first_block -= 1),
-        (Reason::Slice, |t| t.slice[0] ^= 1),
-        (Reason::DType, |t| t.dtypes = 1),
+        (Reason::Blocks, |t| t.blocks.first -= 1),
+        (Reason::Slice, |t| t.slice = Some(Sha([9; 32]))),
+        (Reason::DType, |t| t.row_types = RowTypes::F16),
         (Reason::Context, |t| t.n_ctx -= 1),
         (Reason::Sessions, |t| t.max_sessions -= 1),
     ];
@@ -445,25 +437,11 @@ fn every_combination_of_mismatches_is_refused_by_both_sides_alike() {
 fn every_mismatch_says_both_values_and_which_side_to_fix() {
     let mut worker = host_terms();
     worker.n_ctx = 32;
-    worker.last_block = 6;
+    worker.blocks.last = 6;
     let text: Vec<String> =
         terms::agree(&host_terms(), &worker).unwrap_err().into_iter().map(|m| m.text).collect();
     assert!(text[0].contains("3..5") && text[0].contains("3..6"), "{text:?}");
     assert!(text[1].contains("64") && text[1].contains("32") && text[1].contains("--ctx"), "{text:?}");
-}
-
-// --- time ------------------------------------------------------------------------------------------------
-
-#[test]
-fn heartbeats_and_silence_go_by_the_callers_clock() {
-    let mut beats = Heartbeats::new(1000);
-    assert_eq!(beats.due_in_ms(1000), 500);
-    beats.sent(1200);
-    assert_eq!((beats.due_in_ms(1600), beats.due_in_ms(1700), beats.due_in_ms(9999)), (100, 0, 0));
-    let mut silence = Silence::begin(0, Silence::LIMIT_MS);
-    assert!(!silence.is_over(2999) && silence.is_over(3000));
-    silence.heard(2999);
-    assert!(!silence.is_over(5998) && silence.is_over(5999));
 }
 
 // --- lives -----------------------------------------------------------------------------------------------
@@ -590,13 +568,13 @@ impl World {
             tokens.extend((0..count).map(|_| self.dice.next() as u32 % 1000));
         }
         let values: Vec<f32> = tokens.iter().flat_map(|&t| [t as f32, 0.0, 0.0, 0.0]).collect();
-        let rows = Rows::from(values.as_slice());
+        let rows = RowsRef::from(values.as_slice());
         // the host's own books refuse a context that is full, and too many under way
-        let Ok(step) = self.host.connection.send_step(&spans, &rows) else { return };
+        let Ok(step) = self.host.connection.send_step(&spans, rows) else { return };
         let mut frame = Vec::new();
         let mut head = Vec::new();
-        encode_step_head(&mut head, step, &spans, &[], &rows.values);
-        seal_into(&mut self.host.sealer, &head, rows.values.as_bytes(), &mut frame);
+        encode_step_head(&mut head, step, &spans, rows);
+        seal_into(&mut self.host.sealer, &head, as_bytes(rows), &mut frame);
         self.to_worker.push_back(frame);
         let mut digests = Vec::new();
         let mut tokens = tokens.into_iter();
@@ -674,11 +652,11 @@ impl World {
         };
         self.worker.inbox.release();
         if let Some((step, n_rows, values)) = answer {
-            let rows = Rows::from(values.as_slice());
-            self.worker.connection.send_step_done(step, n_rows, &rows).unwrap();
+            let rows = RowsRef::from(values.as_slice());
+            self.worker.connection.send_step_done(step, n_rows, rows).unwrap();
             let (mut head, mut frame) = (Vec::new(), Vec::new());
-            encode_step_done_head(&mut head, step, n_rows, 0, 0, &[], &rows.values);
-            seal_into(&mut self.worker.sealer, &head, rows.values.as_bytes(), &mut frame);
+            encode_step_done_head(&mut head, step, n_rows, 0, 0, rows);
+            seal_into(&mut self.worker.sealer, &head, as_bytes(rows), &mut frame);
             self.to_host.push_back(frame);
         }
         let books = self.worker.connection.books().unwrap();
@@ -739,17 +717,17 @@ impl World {
                     count: chunk.len() as u32,
                 }];
                 let values: Vec<f32> = chunk.iter().flat_map(|&t| [t as f32, 0.0, 0.0, 0.0]).collect();
-                let rows = Rows::from(values.as_slice());
+                let rows = RowsRef::from(values.as_slice());
                 while self.host.connection.books().unwrap().in_flight() == 4 {
                     let epoch = self.epoch;
                     self.worker_hears();
                     self.host_hears();
                     assert_eq!(epoch, self.epoch, "a replay was refused");
                 }
-                let step = self.host.connection.send_step(&spans, &rows).unwrap();
+                let step = self.host.connection.send_step(&spans, rows).unwrap();
                 let (mut head, mut frame) = (Vec::new(), Vec::new());
-                encode_step_head(&mut head, step, &spans, &[], &rows.values);
-                seal_into(&mut self.host.sealer, &head, rows.values.as_bytes(), &mut frame);
+                encode_step_head(&mut head, step, &spans, rows);
+                seal_into(&mut self.host.sealer, &head, as_bytes(rows), &mut frame);
                 self.to_worker.push_back(frame);
                 let mut digests = Vec::new();
                 for &t in chunk {

@@ -8,7 +8,9 @@
 //!
 //! Everything else is refused by name, with the reason where one is known.
 
-use std::fmt;
+use std::{borrow::Cow, fmt};
+
+use crate::{failure::Explained, text::Shown};
 
 /// An architecture whose blocks can be renumbered.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -167,20 +169,26 @@ pub struct Unsupported {
 
 impl fmt::Display for Unsupported {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let arch = crate::gguf::Shown(&self.arch);
+        let arch = Shown(&self.arch);
         match self.why {
-            Some(why) => write!(f, "models of architecture '{arch}' cannot be cut: {why}")?,
-            None => write!(f, "architecture '{arch}' has not been shown to compute the same when it is cut")?,
+            Some(why) => write!(f, "models of architecture '{arch}' cannot be cut: {why}"),
+            None => write!(f, "architecture '{arch}' has not been shown to compute the same when it is cut"),
         }
-        write!(f, "; supported are ")?;
-        for (i, arch) in SUPPORTED.iter().enumerate() {
-            write!(f, "{}{}", if i == 0 { "" } else { ", " }, arch.name)?;
-        }
-        Ok(())
     }
 }
 
 impl std::error::Error for Unsupported {}
+
+impl Explained for Unsupported {
+    fn hint(&self) -> Option<Cow<'static, str>> {
+        let names: Vec<&str> = SUPPORTED.iter().map(|arch| arch.name).collect();
+        Some(format!("supported are {}", names.join(", ")).into())
+    }
+
+    fn is_misuse(&self) -> bool {
+        true
+    }
+}
 
 /// The architecture of this name.
 ///
@@ -225,7 +233,12 @@ pub fn refuse_by_keys(
         "olmo2" if number("attention.sliding_window").is_some_and(|n| n > 0) => {
             refuse("with a sliding window it chooses attention windows by block number")
         }
-        "command-r" if n_blocks >= 64 => refuse("from 64 blocks on the loader expects other tensors"),
+        "command-r" if n_blocks >= COMMAND_R_PLUS_BLOCKS => {
+            refuse("from 64 blocks on the loader expects other tensors")
+        }
         _ => Ok(()),
     }
 }
+
+/// Blocks from which on llama.cpp takes a Command R for a Command R+.
+const COMMAND_R_PLUS_BLOCKS: u32 = 64;

@@ -6,13 +6,54 @@ pub use dim_core::canary::{
     Canary, FOLD, LEAST_MEAN_COSINE, LEAST_ROW_COSINE, LENGTH_TOLERANCE, Likeness, Wrong,
 };
 
+/// Why a middle has no canary.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum NoCanary {
+    /// This build cannot evaluate anything.
+    #[error("this program was built without llama.cpp (the feature `engine`)")]
+    NotBuilt,
+    /// llama.cpp does not load the slice, or cannot prepare to evaluate it.
+    #[cfg(feature = "engine")]
+    #[error(transparent)]
+    Unloadable(llama_sys_patch::Error),
+    /// It loads, and cannot be evaluated.
+    #[cfg(feature = "engine")]
+    #[error(transparent)]
+    NotEvaluated(llama_sys_patch::Error),
+    /// It is another model's.
+    #[error("its rows have {found} values, not {wanted}")]
+    RowLength {
+        /// What llama.cpp says.
+        found: usize,
+        /// What the plan says.
+        wanted: usize,
+    },
+    /// Its answer would be right for a worker that does nothing.
+    #[error("it adds nothing to its rows")]
+    Silent,
+    /// Its answer breaks a rule for canaries.
+    #[error("its answer {0}")]
+    Unfit(String),
+}
+
+impl NoCanary {
+    /// Whether nobody else will be able to load the slice either.
+    pub fn is_unloadable(&self) -> bool {
+        #[cfg(feature = "engine")]
+        return matches!(self, NoCanary::Unloadable(_));
+        #[cfg(not(feature = "engine"))]
+        false
+    }
+}
+
 /// Finds the answer of the slice at `path`, whose rows have `n_embd` values, by llama.cpp on the CPU. The slice is
 /// mapped and its weights stay as they are, so this takes little memory.
 ///
 /// # Errors
-/// Why there is none, for people: llama.cpp cannot evaluate the slice, or what it gives tells nothing.
+/// Why there is none: llama.cpp cannot evaluate the slice, or what it gives tells nothing.
 #[cfg(feature = "engine")]
-pub fn find(path: &std::path::Path, n_embd: usize, seed: u64) -> Result<Canary, String> {
+pub fn find(path: &std::path::Path, n_embd: usize, seed: u64) -> Result<Canary, NoCanary> {
     use llama_sys_patch::{ContextParams, Model, ModelParams, Stage, StageParams};
 
     let params = ModelParams {
@@ -22,9 +63,9 @@ pub fn find(path: &std::path::Path, n_embd: usize, seed: u64) -> Result<Canary, 
         no_repack: true,
         ..ModelParams::default()
     };
-    let model = Model::load(&[path], params).map_err(|e| e.to_string())?;
+    let model = Model::load(&[path], params).map_err(NoCanary::Unloadable)?;
     if model.n_embd() != n_embd {
-        return Err(format!("its rows have {} values, not {n_embd}", model.n_embd()));
+        return Err(NoCanary::RowLength { found: model.n_embd(), wanted: n_embd });
     }
     let most = STEPS.into_iter().max().unwrap_or(1);
     let (n_ctx, blocks) = (STEPS.iter().sum(), 0..model.n_blocks());
@@ -32,7 +73,7 @@ pub fn find(path: &std::path::Path, n_embd: usize, seed: u64) -> Result<Canary, 
     let context =
         ContextParams { n_ctx, n_batch: most, n_ubatch: most, n_threads: 1, ..ContextParams::default() };
     let params = StageParams { blocks, takes_tokens: false, has_lm_head: false, context };
-    let mut stage = Stage::new(&model, params).map_err(|e| e.to_string())?;
+    let mut stage = Stage::new(&model, params).map_err(NoCanary::Unloadable)?;
 
     let steps = STEPS.to_vec();
     let mut canary = Canary { seed, exponent: FIRST_EXPONENT, steps, max_abs: 0, updates: Vec::new() };
@@ -43,7 +84,7 @@ pub fn find(path: &std::path::Path, n_embd: usize, seed: u64) -> Result<Canary, 
         output = evaluate(&canary, &mut stage)?;
     }
     let canary = canary.with_answer(n_embd, &output);
-    canary.check().map(|()| canary)
+    canary.check().map(|()| canary).map_err(NoCanary::Unfit)
 }
 
 /// Without llama.cpp there is no canary, and this says so.
@@ -51,26 +92,26 @@ pub fn find(path: &std::path::Path, n_embd: usize, seed: u64) -> Result<Canary, 
 /// # Errors
 /// Always.
 #[cfg(not(feature = "engine"))]
-pub fn find(_path: &std::path::Path, _n_embd: usize, _seed: u64) -> Result<Canary, String> {
-    Err("this program was built without llama.cpp (the feature `engine`)".to_owned())
+pub fn find(_path: &std::path::Path, _n_embd: usize, _seed: u64) -> Result<Canary, NoCanary> {
+    Err(NoCanary::NotBuilt)
 }
 
 /// The answer to its rows, (n_rows, n_embd).
 #[cfg(feature = "engine")]
-fn evaluate(canary: &Canary, stage: &mut llama_sys_patch::Stage) -> Result<Vec<f32>, String> {
+fn evaluate(canary: &Canary, stage: &mut llama_sys_patch::Stage) -> Result<Vec<f32>, NoCanary> {
     use llama_sys_patch::{Input, Output, Row};
 
     let n_embd = stage.model().n_embd();
     let input = canary.input(n_embd);
     let mut output = vec![0f32; input.len()];
-    stage.clear(0).map_err(|e| e.to_string())?;
+    stage.clear(0).map_err(NoCanary::NotEvaluated)?;
     let mut position = 0;
     for &n in &canary.steps {
         let values = position as usize * n_embd..(position + n) as usize * n_embd;
         let rows = Row::chunk(0, position, n as usize);
         stage
             .evaluate(&rows, Input::F32(&input[values.clone()]), Output::F32(&mut output[values]))
-            .map_err(|e| e.to_string())?;
+            .map_err(NoCanary::NotEvaluated)?;
         position += n;
     }
     Ok(output)
@@ -78,12 +119,12 @@ fn evaluate(canary: &Canary, stage: &mut llama_sys_patch::Stage) -> Result<Vec<f
 
 /// The exponent that makes the input about as large as what was added to it.
 #[cfg(feature = "engine")]
-fn exponent_for(canary: &Canary, output: &[f32]) -> Result<i32, String> {
+fn exponent_for(canary: &Canary, output: &[f32]) -> Result<i32, NoCanary> {
     let input = canary.input(output.len() / canary.n_rows().max(1));
     let squares = |(o, i): (&f32, &f32)| (f64::from(*o) - f64::from(*i)).powi(2);
     let added = (output.iter().zip(&input).map(squares).sum::<f64>() / output.len() as f64).sqrt();
     if added < f64::from(f32::MIN_POSITIVE) {
-        return Err("it adds nothing to its rows".to_owned());
+        return Err(NoCanary::Silent);
     }
     let exponent = (added / DRAWN_RMS).log2().round() as i32;
     Ok(exponent.clamp(*EXPONENTS.start(), *EXPONENTS.end()))

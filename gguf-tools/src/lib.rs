@@ -1,6 +1,20 @@
 //! Reads, plans, cuts and synthesises GGUF files.
 //!
-//! Pure Rust: without the `engine` feature no C++ is compiled, and everything works except requantising.
+//! Pure Rust: without the `engine` feature no C++ is compiled, and everything works except requantising. Each module
+//! knows those above it only:
+//!
+//! | module | what |
+//! |---|---|
+//! | [`text`], [`failure`] | what is shown to people: texts of files, errors with their way out |
+//! | [`arch`] | which architectures can be cut |
+//! | [`gguf`] | files, read and written; what llama.cpp would end the process for |
+//! | [`digest`] | names of tensors, models and slices |
+//! | [`slice`](mod@slice) | the keys of a slice, and whether its file is what they say |
+//! | [`requantise`], [`canary`] | what takes llama.cpp: other types, a middle's answer to a known input |
+//! | [`plan`] | a cut before anything is written |
+//! | [`manifest`] | what was cut, as a file |
+//! | [`split`] | the cut itself |
+//! | [`coreml`], [`synth`] | Core ML packages of a middle; models with random weights |
 #![deny(unsafe_code)]
 
 pub mod arch;
@@ -8,11 +22,14 @@ pub mod canary;
 pub mod coreml;
 pub mod digest;
 pub mod failure;
+#[doc(hidden)]
+pub mod fuzz;
 pub mod gguf;
 pub mod manifest;
 mod os;
 pub mod plan;
-mod requantise;
+pub mod requantise;
 pub mod slice;
 pub mod split;
 pub mod synth;
+pub mod text;

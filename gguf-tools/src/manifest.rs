@@ -2,14 +2,16 @@
 //! not there.
 
 use std::{
+    borrow::Cow,
     fs,
     io::{self, Write},
     path::{Path, PathBuf},
 };
 
+use dim_core::{blocks::BlockRange, canary::Canary};
 use serde::{Deserialize, Serialize};
 
-use crate::{canary::Canary, gguf::write::TempFile, plan::Role};
+use crate::{failure::Explained, gguf::write::TempFile, slice::Role};
 
 /// Version of the manifest's format.
 pub const VERSION: u32 = 1;
@@ -90,7 +92,7 @@ pub enum ManifestError {
         source: serde_json::Error,
     },
     /// A later version.
-    #[error("{}: manifest version {found}, this program reads version {VERSION}; cut the model again", path.display())]
+    #[error("{}: manifest version {found}, this program reads version {VERSION}", path.display())]
     Version {
         /// The file.
         path: PathBuf,
@@ -98,13 +100,80 @@ pub enum ManifestError {
         found: u32,
     },
     /// The slices do not make up the model.
-    #[error("{}: {why}; cut the model again", path.display())]
+    #[error("{}: {why}", path.display())]
     Chain {
         /// The file.
         path: PathBuf,
         /// What is wrong.
+        why: BrokenChain,
+    },
+}
+
+/// Why slices do not make up a model. Slices are counted from 0.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[non_exhaustive]
+pub enum BrokenChain {
+    /// Head, middles, tail, in this order.
+    #[error("slice {slice} is the {found}, not the {must}")]
+    Role {
+        /// Which slice.
+        slice: usize,
+        /// What it says.
+        found: Role,
+        /// What stands in this place.
+        must: Role,
+    },
+    /// A slice begins where the one before ends, and has a block.
+    #[error("slice {slice} has blocks {first}..{last}, which do not follow")]
+    Blocks {
+        /// Which slice.
+        slice: usize,
+        /// What it says.
+        first: u32,
+        /// What it says. May be below `first`.
+        last: u32,
+    },
+    /// A path, which could lead anywhere.
+    #[error("slice {slice} is not a file beside the manifest")]
+    File {
+        /// Which slice.
+        slice: usize,
+    },
+    /// A canary that breaks a rule.
+    #[error("slice {slice}'s canary {why}")]
+    Canary {
+        /// Which slice.
+        slice: usize,
+        /// The rest of the sentence.
         why: String,
     },
+    /// Blocks at the end belong to nobody, or there are more than the model has.
+    #[error("the slices do not make up {n_blocks} blocks")]
+    Count {
+        /// Blocks of the model.
+        n_blocks: u32,
+    },
+}
+
+impl Explained for ManifestError {
+    fn hint(&self) -> Option<Cow<'static, str>> {
+        match self {
+            ManifestError::Version { .. } | ManifestError::Chain { .. } => Some("cut the model again".into()),
+            ManifestError::Json { .. } => Some("give the STEM.split.json that dim-split wrote".into()),
+            ManifestError::Io { .. } => None,
+        }
+    }
+
+    fn is_misuse(&self) -> bool {
+        true
+    }
+}
+
+impl SliceEntry {
+    /// Its blocks, numbered as in the model. (A manifest that was read has none whose last block is before its first.)
+    pub fn blocks(&self) -> BlockRange {
+        BlockRange { first: self.first, last: self.last }
+    }
 }
 
 impl Manifest {
@@ -151,39 +220,37 @@ impl Manifest {
         path.with_file_name(&slice.file)
     }
 
-    fn check(&self) -> Result<(), String> {
+    fn check(&self) -> Result<(), BrokenChain> {
         let mut next = Some(0u32);
-        for (i, slice) in self.slices.iter().enumerate() {
-            let role = match i {
+        for (slice, entry) in self.slices.iter().enumerate() {
+            let must = match slice {
                 0 => Role::Head,
-                _ if i + 1 == self.slices.len() => Role::Tail,
+                _ if slice + 1 == self.slices.len() => Role::Tail,
                 _ => Role::Middle,
             };
-            if slice.role != role {
-                return Err(format!("slice {i} is the {}, not the {role}", slice.role));
+            if entry.role != must {
+                return Err(BrokenChain::Role { slice, found: entry.role, must });
             }
-            if Some(slice.first) != next || slice.last < slice.first {
-                return Err(format!(
-                    "slice {i} has blocks {}..{}, which do not follow",
-                    slice.first, slice.last
-                ));
+            if Some(entry.first) != next || entry.last < entry.first {
+                return Err(BrokenChain::Blocks { slice, first: entry.first, last: entry.last });
             }
             // a name, not a path: a manifest cannot point outside its folder
-            let plain = !slice.file.is_empty() && !slice.file.contains(['/', '\\', '\0']);
-            if !plain || slice.file == "." || slice.file == ".." {
-                return Err(format!("slice {i} is not a file beside the manifest"));
+            let plain = !entry.file.is_empty() && !entry.file.contains(['/', '\\', '\0']);
+            if !plain || entry.file == "." || entry.file == ".." {
+                return Err(BrokenChain::File { slice });
             }
-            if let Some(canary) = &slice.canary {
-                canary.check().map_err(|why| format!("slice {i}'s canary {why}"))?;
+            if let Some(canary) = &entry.canary {
+                canary.check().map_err(|why| BrokenChain::Canary { slice, why })?;
             }
-            next = slice.last.checked_add(1);
+            next = entry.last.checked_add(1);
         }
-        if self.slices.len() < 2 || next != Some(self.model.n_blocks) {
-            return Err(format!("the slices do not make up {} blocks", self.model.n_blocks));
+        let n_blocks = self.model.n_blocks;
+        if self.slices.len() < 2 || next != Some(n_blocks) {
+            return Err(BrokenChain::Count { n_blocks });
         }
         Ok(())
     }
 }
 
-/// 512 slices with a canary each take less.
+/// Most bytes of a manifest: 512 slices with a canary each take less.
 const MAX_BYTES: u64 = 8 << 20;

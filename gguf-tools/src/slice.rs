@@ -1,17 +1,82 @@
 //! What a slice's file says about itself, and whether that is true.
 
-use std::path::Path;
+use std::{borrow::Cow, fmt, path::Path};
+
+use dim_core::blocks::BlockRange;
 
 use sha2::{Digest as _, Sha256};
 
 use crate::{
     digest::{self, Sha},
+    failure::Explained,
     gguf::{
-        Error, Gguf, Place, Rule, Shown, Value,
+        Error, Gguf, Place, Rule, Value,
         check::{self, Hparams},
+        limits::MAX_ALIGNMENT,
     },
-    plan::{BlockRange, Role, VERSION, keys},
+    text::Shown,
 };
+
+/// Keys this project adds to a slice.
+pub mod keys {
+    /// u32: version of these keys, [`VERSION`](super::VERSION).
+    pub const VERSION: &str = "dim.version";
+    /// string: head, middle or tail.
+    pub const ROLE: &str = "dim.role";
+    /// u32: the slice's first block, numbered as in the model.
+    pub const FIRST_BLOCK: &str = "dim.first_block";
+    /// u32: the slice's last block (inclusive), numbered as in the model.
+    pub const LAST_BLOCK: &str = "dim.last_block";
+    /// u32: blocks of the model.
+    pub const MODEL_BLOCKS: &str = "dim.model.blocks";
+    /// string: the model's name.
+    pub const MODEL_NAME: &str = "dim.model.name";
+    /// string, 64 hex digits: the model's identity.
+    pub const MODEL_SHA256: &str = "dim.model.sha256";
+    /// string, 64 hex digits: the digest of the model's parameters that are not weights. Slices of older cuts have none.
+    pub const PARAMS_SHA256: &str = "dim.params.sha256";
+    /// string, 64 hex digits: the slice's own digest.
+    pub const SLICE_SHA256: &str = "dim.slice.sha256";
+    /// array of strings, 64 hex digits each: the digest of every tensor's data, in file order.
+    pub const TENSOR_SHA256: &str = "dim.tensor_sha256";
+}
+
+/// Version of the keys under `dim.`.
+pub const VERSION: u32 = 1;
+
+/// A slice's place in the chain.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Role {
+    /// Token embedding and first blocks.
+    Head,
+    /// Blocks only.
+    Middle,
+    /// Last blocks, output norm and lm_head.
+    Tail,
+}
+
+impl Role {
+    /// As `dim.role` says it.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Role::Head => "head",
+            Role::Middle => "middle",
+            Role::Tail => "tail",
+        }
+    }
+
+    /// The role of this name.
+    pub fn from_name(name: &str) -> Option<Role> {
+        [Role::Head, Role::Middle, Role::Tail].into_iter().find(|role| role.as_str() == name)
+    }
+}
+
+impl fmt::Display for Role {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.as_str())
+    }
+}
 
 /// A slice, as its `dim.` keys describe it.
 #[derive(Clone, Debug, PartialEq)]
@@ -135,7 +200,7 @@ pub fn verify(path: impl AsRef<Path>, progress: impl FnMut(u64, u64)) -> Result<
 pub fn verify_opened(gguf: &Gguf, mut progress: impl FnMut(u64, u64)) -> Result<SliceInfo, SliceError> {
     let info = SliceInfo::of(gguf)?;
     let file = || gguf.path().display().to_string();
-    let mut buf = vec![0; 1 << 20];
+    let mut buf = vec![0; BUFFER_BYTES];
 
     // the header first: it is what the digests of the tensors stand in
     let found = header_digest(gguf, &mut buf)?;
@@ -188,7 +253,8 @@ fn padding(gguf: &Gguf, buf: &mut [u8]) -> Result<(), SliceError> {
 fn header_digest(gguf: &Gguf, buf: &mut [u8]) -> Result<Sha, Error> {
     let end = gguf.data_offset();
     // the digest's own digits count as zeros
-    let own = gguf.value_offset(keys::SLICE_SHA256).map(|at| at + 8..at + 8 + 64);
+    let own =
+        gguf.value_offset(keys::SLICE_SHA256).map(|at| at + LENGTH_BYTES..at + LENGTH_BYTES + SHA_DIGITS);
     let mut hash = Sha256::new();
     let mut at = 0;
     while at < end {
@@ -205,6 +271,13 @@ fn header_digest(gguf: &Gguf, buf: &mut [u8]) -> Result<Sha, Error> {
     Ok(Sha(hash.finalize().into()))
 }
 
+/// Bytes read and digested at a time: as many as the longest padding has.
+const BUFFER_BYTES: usize = MAX_ALIGNMENT as usize;
+/// Bytes before a text: its length.
+const LENGTH_BYTES: u64 = 8;
+/// Hex digits of a digest.
+const SHA_DIGITS: u64 = 64;
+
 /// Why a slice was refused.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
@@ -213,12 +286,10 @@ pub enum SliceError {
     #[error(transparent)]
     File(#[from] Error),
     /// A whole model, or something else.
-    #[error("{0}: not a slice; cut the model with dim-split")]
+    #[error("{0}: not a slice")]
     NotASlice(String),
     /// Cut by a later version of this program.
-    #[error(
-        "{file}: a slice of version {found:?}, this program reads version {VERSION}; cut the model again"
-    )]
+    #[error("{file}: a slice of version {}, this program reads version {VERSION}", found.map_or("?".into(), |n| n.to_string()))]
     Version {
         /// The file.
         file: String,
@@ -226,19 +297,19 @@ pub enum SliceError {
         found: Option<u32>,
     },
     /// Metadata or tensor descriptions were changed.
-    #[error("{file}: hash mismatch in its metadata: the file was changed or damaged; copy it again")]
+    #[error("{file}: hash mismatch in its metadata: the file was changed or damaged")]
     Header {
         /// The file.
         file: String,
     },
     /// Bytes between or behind the tensors were changed.
-    #[error("{file}: bytes between its tensors or behind them were changed; copy it again")]
+    #[error("{file}: bytes between its tensors or behind them were changed")]
     Padding {
         /// The file.
         file: String,
     },
     /// A tensor's data was changed.
-    #[error("{file}: hash mismatch in {tensor}: the file was changed or damaged; copy it again")]
+    #[error("{file}: hash mismatch in {tensor}: the file was changed or damaged")]
     Tensor {
         /// The file.
         file: String,
@@ -254,5 +325,22 @@ impl SliceError {
             SliceError::File(e) => Some(&e.place),
             _ => None,
         }
+    }
+}
+
+impl Explained for SliceError {
+    fn hint(&self) -> Option<Cow<'static, str>> {
+        Some(match self {
+            SliceError::File(e) => return e.hint(),
+            SliceError::NotASlice(_) => "cut the model with dim-split".into(),
+            SliceError::Version { .. } => "cut the model again".into(),
+            SliceError::Header { .. } | SliceError::Padding { .. } | SliceError::Tensor { .. } => {
+                "copy it again".into()
+            }
+        })
+    }
+
+    fn is_misuse(&self) -> bool {
+        true
     }
 }

@@ -16,20 +16,25 @@ use common::{ARRAY, BOOL, F32, Raw, Rng, STRING, U32, array, string};
 use gguf_tools::coreml::manifest::Manifest;
 use gguf_tools::coreml::{self, Error, Identity, Options, Plan};
 use gguf_tools::gguf::Gguf;
+use gguf_tools::plan::BlockRange;
 use gguf_tools::synth::{FAMILIES, Spec};
 use sha2::{Digest, Sha256};
 
 const OPTIONS: Options = Options { n_ctx: 64, n_prefill: 8, max_bytes: 950_000_000, selftest: false };
 const SHA: &str = "00000000000000000000000000000000000000000000000000000000000000aa";
 
+fn range(first: u32, last: u32) -> BlockRange {
+    BlockRange { first, last }
+}
+
 fn plan(gguf: &Gguf) -> Result<Plan<'_>, Error> {
-    Plan::new(gguf, 1..=1, OPTIONS)
+    Plan::new(gguf, range(1, 1), OPTIONS)
 }
 
 fn write(gguf: &Gguf, name: &str, target: &Path) -> Result<coreml::Report, Error> {
     plan(gguf)?.write(
         target,
-        &Identity { model_name: name, model_sha256: SHA, slice_sha256: "" },
+        &Identity { model_name: name, model_sha256: SHA, slice_sha256: None },
         &mut |_| (),
     )
 }
@@ -209,14 +214,14 @@ fn refuses_options_out_of_range() {
     let gguf = Gguf::from_bytes(Raw::model().bytes()).unwrap();
     let says = |blocks, options| Plan::new(&gguf, blocks, options).unwrap_err().to_string();
     for n_ctx in [0, 63, 65, 32, 16448, u32::MAX] {
-        assert!(says(1..=1, Options { n_ctx, ..OPTIONS }).contains("--coreml-ctx"));
+        assert!(says(range(1, 1), Options { n_ctx, ..OPTIONS }).contains("--coreml-ctx"));
     }
     for n_prefill in [0, 1, 65, 513] {
-        assert!(says(1..=1, Options { n_prefill, ..OPTIONS }).contains("--coreml-prefill"));
+        assert!(says(range(1, 1), Options { n_prefill, ..OPTIONS }).contains("--coreml-prefill"));
     }
-    assert!(says(1..=1, Options { max_bytes: 4096, ..OPTIONS }).contains("block 1 alone takes"));
-    for blocks in [0..=1, 1..=2, 2..=2, 5..=9, 1..=u32::MAX] {
-        assert!(says(blocks.clone(), OPTIONS).contains("within 1..1"), "{blocks:?}");
+    assert!(says(range(1, 1), Options { max_bytes: 4096, ..OPTIONS }).contains("block 1 alone takes"));
+    for blocks in [range(0, 1), range(1, 2), range(2, 2), range(5, 9), range(1, u32::MAX)] {
+        assert!(says(blocks, OPTIONS).contains("within 1..1"), "{blocks:?}");
     }
 }
 
@@ -226,14 +231,14 @@ fn blocks_are_spread_over_as_few_packages_as_fit() {
     let model = dir.path().join("model.gguf");
     Spec::tiny("qwen2").unwrap().blocks(9).write(&model).unwrap();
     let gguf = Gguf::open(&model).unwrap();
-    let one = Plan::new(&gguf, 1..=1, OPTIONS).unwrap().weight_bytes();
+    let one = Plan::new(&gguf, range(1, 1), OPTIONS).unwrap().weight_bytes();
     for (blocks, room, expected) in
-        [(1..=7, 3, vec![3, 2, 2]), (1..=6, 2, vec![2, 2, 2]), (2..=5, 9, vec![4])]
+        [(range(1, 7), 3, vec![3, 2, 2]), (range(1, 6), 2, vec![2, 2, 2]), (range(2, 5), 9, vec![4])]
     {
         let options = Options { max_bytes: one * room, ..OPTIONS };
-        let plan = Plan::new(&gguf, blocks.clone(), options).unwrap();
+        let plan = Plan::new(&gguf, blocks, options).unwrap();
         let target = dir.path().join("out.coreml");
-        let identity = Identity { model_name: "m", model_sha256: SHA, slice_sha256: "" };
+        let identity = Identity { model_name: "m", model_sha256: SHA, slice_sha256: None };
         plan.write(&target, &identity, &mut |_| ()).unwrap();
         let manifest = assert_whole(&target);
         let counts: Vec<u32> = manifest.packages.iter().map(|p| p.last_block + 1 - p.first_block).collect();
@@ -442,8 +447,8 @@ fn write_packages_as_a_child() {
     let Ok(paths) = std::env::var(CHILD) else { return };
     let (model, target) = paths.split_once('\n').unwrap();
     let gguf = Gguf::open(model).unwrap();
-    let plan = Plan::new(&gguf, 1..=4, Options { max_bytes: 7_000_000, ..OPTIONS }).unwrap();
-    let identity = Identity { model_name: "m", model_sha256: SHA, slice_sha256: "" };
+    let plan = Plan::new(&gguf, range(1, 4), Options { max_bytes: 7_000_000, ..OPTIONS }).unwrap();
+    let identity = Identity { model_name: "m", model_sha256: SHA, slice_sha256: None };
     if let Err(e) = plan.write(Path::new(target), &identity, &mut |_| ()) {
         eprintln!("{e}");
         std::process::exit(1);
@@ -465,9 +470,9 @@ fn fill_up(disk: &Path) {
     let models = two_models(disk);
     let ggufs = models.map(|m| Gguf::open(m).unwrap());
     let options = Options { max_bytes: 7_000_000, ..OPTIONS };
-    let plans = ggufs.each_ref().map(|g| Plan::new(g, 1..=4, options).unwrap());
+    let plans = ggufs.each_ref().map(|g| Plan::new(g, range(1, 4), options).unwrap());
     let target = disk.join("out.coreml");
-    let identity = |name| Identity { model_name: name, model_sha256: SHA, slice_sha256: "" };
+    let identity = |name| Identity { model_name: name, model_sha256: SHA, slice_sha256: None };
     plans[0].write(&target, &identity("first"), &mut |_| ()).unwrap();
     let before = assert_whole(&target);
     let mut rng = Rng(9);

@@ -3,6 +3,7 @@
 use std::process::Command;
 
 use gguf_tools::{
+    failure::Explained,
     gguf::{Gguf, TensorType, Value, check},
     synth::{Error, Experts, FAMILIES, Head, MIN_VOCAB, RopeFactors, Spec, type_names},
 };

@@ -2,17 +2,18 @@
 
 Reads App/DIMWorker.xcodeproj with openstep-parser (PyPI) and checks that every id resolves and every object is reachable,
 every class is one that Xcode has, every Swift file of the app is in the target, the package and its product exist, and
-the capabilities and property-list keys that the app needs are there. Then plants faults in copies of the project and
-checks that each is found. None of this shows that Xcode opens or builds the project.
+the property-list keys that the app needs are there. With app_rules.py it also looks at the shared scheme, the
+entitlements, the assets and the app's sources. Then plants faults in copies of all that and checks that each is found.
+None of this shows that Xcode opens or builds the project.
 """
 
 import copy
-import json
 import pathlib
 import plistlib
 import re
 import sys
 
+import app_rules
 from openstep_parser import OpenStepDecoder
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
@@ -34,10 +35,10 @@ LINKS = {
     ],
     "PBXProject": ["buildConfigurationList", "mainGroup", "packageReferences", "productRefGroup", "targets"],
     "PBXFrameworksBuildPhase": ["files"], "PBXResourcesBuildPhase": ["files"], "PBXSourcesBuildPhase": ["files"],
-    "XCConfigurationList": ["buildConfigurations"],
+    "XCConfigurationList": ["buildConfigurations"], "XCSwiftPackageProductDependency": ["package"],
 }
 SYSTEM_MODULES = {
-    "CoreImage", "Darwin", "Dispatch", "Foundation", "Observation", "Security", "SwiftUI", "UIKit", "dnssd",
+    "Darwin", "Dispatch", "Foundation", "Network", "Observation", "Security", "SwiftUI", "UIKit", "dnssd",
 }
 
 
@@ -119,6 +120,11 @@ def check_project(project):
                 for module in re.findall(r"^import (\w+)$", source.read_text(), re.M):
                     if module not in modules | SYSTEM_MODULES:
                         faults.append(f"{source.name} imports {module}, which {product} does not have")
+    # Xcode.app (not xcodebuild) says "Missing package product" where a product does not name its package
+    for dependency in target.get("packageProductDependencies", []):
+        package = get(dependency, "XCSwiftPackageProductDependency", "a product").get("package")
+        if package not in root.get("packageReferences", []):
+            faults.append(f"the product {dependency} does not name the project's package, but {package}")
     linked = [
         get(file, "PBXBuildFile", "a linked file").get("productRef")
         for identifier in target.get("buildPhases", [])
@@ -149,9 +155,12 @@ def check_project(project):
                 faults.append(f"{name}: {key} is {merged.get(key)}, expected {value}")
         if "$(DEVELOPMENT_TEAM)" not in merged.get("PRODUCT_BUNDLE_IDENTIFIER", ""):
             faults.append(f"{name}: the bundle id is not each team's own")
-        for key in ["INFOPLIST_FILE", "CODE_SIGN_ENTITLEMENTS"]:
-            if not (APP / merged.get(key, "?")).is_file():
-                faults.append(f"{name}: {key} names {merged.get(key)}, which is not there")
+        if not (APP / merged.get("INFOPLIST_FILE", "?")).is_file():
+            faults.append(f"{name}: INFOPLIST_FILE names {merged.get('INFOPLIST_FILE')}, which is not there")
+        # a profile without the entitlement (free accounts, today) does not sign: it is for those who add it themselves
+        for key in merged:
+            if key.startswith("CODE_SIGN_ENTITLEMENTS"):
+                faults.append(f"{name}: {key} is on for everybody: a free team cannot sign it")
     return faults
 
 
@@ -174,28 +183,7 @@ def check_info(info):
     return faults
 
 
-def check_entitlements(entitlements):
-    key = "com.apple.developer.kernel.increased-memory-limit"
-    faults = [] if entitlements.get(key) is True else [f"the entitlement {key} is missing"]
-    # a free personal team can sign with no others
-    return faults + [f"{other} cannot be signed by a free team" for other in entitlements if other != key]
-
-
-def check_assets():
-    faults = []
-    catalogue = APP / "DIMWorker" / "Assets.xcassets"
-    for file in [catalogue / "Contents.json", *catalogue.rglob("*/Contents.json")]:
-        try:
-            json.loads(file.read_text())
-        except (OSError, ValueError) as error:
-            faults.append(f"{file.name}: {error}")
-    for name in ["AppIcon.appiconset", "AccentColor.colorset"]:
-        if not (catalogue / name / "Contents.json").is_file():
-            faults.append(f"the asset {name} is missing")
-    return faults
-
-
-def plant(project, info, entitlements):
+def plant(project, info):
     """Faulty copies, by name, with the check that must find them."""
     objects = project["objects"]
 
@@ -220,29 +208,42 @@ def plant(project, info, entitlements):
     yield "a folder that is not there", set_field("PBXFileSystemSynchronizedRootGroup", "path", "Elsewhere")
     yield "a package that is not there", set_field("XCLocalSwiftPackageReference", "relativePath", "../..")
     yield "an unknown product", set_field("XCSwiftPackageProductDependency", "productName", "Other")
+    yield "a product without its package", changed(lambda things: [thing.pop("package", None) for thing in things.values()])
+    yield "a product of another package", set_field("XCSwiftPackageProductDependency", "package", "D1A000000000000000000006")
     yield "no linked product", set_field("PBXFrameworksBuildPhase", "files", [])
     yield "no sources phase", set_field("PBXSourcesBuildPhase", "isa", "PBXResourcesBuildPhase")
-    for key in ["INFOPLIST_FILE", "CODE_SIGN_ENTITLEMENTS", "SWIFT_VERSION", "IPHONEOS_DEPLOYMENT_TARGET"]:
+    for key in ["INFOPLIST_FILE", "SWIFT_VERSION", "IPHONEOS_DEPLOYMENT_TARGET"]:
         def drop(things, key=key):
             for thing in things.values():
                 if thing["isa"] == "XCBuildConfiguration":
                     thing["buildSettings"].pop(key, None)
         yield f"{key} missing", changed(drop)
+    for key in ["CODE_SIGN_ENTITLEMENTS", "CODE_SIGN_ENTITLEMENTS[sdk=iphoneos*]"]:
+        def add(things, key=key):
+            for thing in things.values():
+                if thing["isa"] == "XCBuildConfiguration" and thing["name"] == "Release":
+                    thing["buildSettings"][key] = "DIMWorker.entitlements"
+        yield f"{key} for everybody", changed(add)
     for key in ["NSBonjourServices", "NSLocalNetworkUsageDescription", "UIFileSharingEnabled"]:
         yield f"{key} missing", lambda key=key: check_info({k: v for k, v in info.items() if k != key})
-    yield "no entitlement", lambda: check_entitlements({})
-    yield "an entitlement too many", lambda: check_entitlements(entitlements | {"aps-environment": "production"})
+
+
+def target_of(project):
+    """The id and the name of the app's target, which the shared scheme must name."""
+    return next(
+        (identifier, thing["name"]) for identifier, thing in project["objects"].items()
+        if thing["isa"] == "PBXNativeTarget")
 
 
 def main():
     with PROJECT.open(encoding="utf-8") as file:
         project = OpenStepDecoder.ParseFromFile(file)
     info = plistlib.loads((APP / "Info.plist").read_bytes())
-    entitlements = plistlib.loads((APP / "DIMWorker.entitlements").read_bytes())
-    faults = check_project(project) + check_info(info) + check_entitlements(entitlements) + check_assets()
+    target = target_of(project)
+    faults = check_project(project) + check_info(info) + app_rules.check(target)
     for fault in faults:
         print(f"error: {fault}", file=sys.stderr)
-    planted = list(plant(project, info, entitlements))
+    planted = [*plant(project, info), *app_rules.plant(target)]
     missed = [name for name, check in planted if not check()]
     for name in missed:
         print(f"error: the planted fault was not found: {name}", file=sys.stderr)

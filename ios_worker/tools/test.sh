@@ -5,11 +5,12 @@
 #   toolchain   Swift 6 of this machine, or tools/swift-on-linux.sh (root, Debian)
 #   lint        swift format, strictly
 #   build       debug and release
-#   tests       golden vectors, properties, stage, reference evaluation, server over sockets; line coverage >= 90 % of
-#               the targets without I/O
+#   tests       golden vectors, properties, stage, reference evaluation, server over sockets, loader and app with stand-ins
+#               that behave as iOS does; line coverage >= 90 % of the targets without I/O
 #   types       the files that Linux cannot build, against stub modules
-#   project     the Xcode project's structure, with planted faults
-#   interop     dim-host and dim-split against the Swift worker, and examples/swift-interop.rs, if they are built; round
+#   project     the Xcode project's structure, its scheme and assets, and rules of the app's sources, with planted faults
+#   memory      what verifying and pushing a large directory takes, and that a second start does not read it again
+#   interop     dim-host and dim-split against the Swift worker, and tests/swift-interop.rs, if they are built; round
 #               trips against a Rust worker's, both ends on one core: shown, not judged
 set -eu
 cd "$(dirname "$0")/.."
@@ -51,7 +52,7 @@ grep -E 'Test run with' "$log"
 
 say coverage
 report=$(tools/swift6 swift test --show-codecov-path)
-python3 tools/coverage.py "$report" 90 DIMCrypto DIMWire DIMStage
+python3 tools/coverage.py "$report" 90 DIMCrypto DIMWire DIMStage DIMPhone
 
 if [ "$(uname -s)" = Linux ]; then
     say types
@@ -62,12 +63,20 @@ say project
 python=.build/venv/bin/python
 if "$python" -c 'import openstep_parser' 2>/dev/null ||
     { python3 -m venv .build/venv && .build/venv/bin/pip install -q --disable-pip-version-check openstep-parser==2.0.3; }; then
-    "$python" tools/check_project.py
+    PYTHONDONTWRITEBYTECODE=1 "$python" tools/check_project.py
 else
     skip "the Xcode project's structure: openstep-parser could not be installed"
 fi
 
 bin=${DIM_BIN:-$PWD/../target/release}
+say memory
+if [ -x "$bin/dim-host" ]; then
+    python3 tools/memory.py 300000000 "$PWD/tools/swift6" "$PWD/.build/release/dim-worker-swift" -- "$bin/dim-host"
+else
+    python3 tools/memory.py 300000000 "$PWD/tools/swift6" "$PWD/.build/release/dim-worker-swift"
+    skip "the memory of a push: run make build first"
+fi
+
 if [ -x "$bin/dim-host" ] && [ -x "$bin/dim-split" ] && [ -x "$bin/dim-synth" ] && [ "$(uname -s)" = Linux ]; then
     say interop
     python3 tools/interop.py "$bin" "$PWD/tools/swift6" "$PWD/.build/release/dim-worker-swift"

@@ -19,10 +19,10 @@ module() {
         -module-name "$name" "$@"
 }
 
-for stub in os Darwin dnssd CryptoKit CoreML CoreImage Security UIKit SwiftUI; do
+for stub in os Darwin dnssd CryptoKit CoreML Network Security UIKit SwiftUI; do
     module "$stub" Stubs/$stub/*.swift
 done
-for target in DIMCrypto DIMWire DIMStage DIMCoreML DIMServer DIMReference; do
+for target in DIMCrypto DIMWire DIMStage DIMCoreML DIMServer DIMPhone DIMReference; do
     module "$target" Sources/$target/*.swift
 done
 # main.swift is a script: it cannot be parsed as a library

@@ -2,29 +2,31 @@
 
 use std::time::{Duration, Instant};
 
-use crate::failure::Failure;
 use dim_core::blocks::BlockRange;
 use dim_core::ids::SessionId;
-use dim_core::pipeline::{Advance, Event, Pipeline, PipelineError, StageStats, Step};
+use dim_core::pipeline::{Advance, Event as PipelineEvent, Pipeline, StageStats, Step};
 use dim_core::schedule::StepKind;
 use dim_core::stage::Traffic;
 
+use crate::error::Error;
+use crate::event::{Event, Events};
+
 /// One session's evaluation. Its length is what was evaluated and not rewound.
-pub trait Engine {
+pub(crate) trait Engine {
     /// `split` or `stock`.
     fn mode(&self) -> &'static str;
     /// Evaluates `tokens` from `position` on, in chunks of the micro-batch, and gives the last one's logits
     /// (n_vocab).
-    fn evaluate(&mut self, position: u32, tokens: &[i32]) -> Result<Vec<f32>, Failure>;
+    fn evaluate(&mut self, position: u32, tokens: &[i32]) -> Result<Vec<f32>, Error>;
     /// Evaluates `tokens` from `position` on and gives every one's logits, a chunk at a time in order.
     fn evaluate_all(
         &mut self,
         position: u32,
         tokens: &[i32],
         on_logits: &mut dyn FnMut(&[f32]),
-    ) -> Result<(), Failure>;
+    ) -> Result<(), Error>;
     /// Forgets everything from `position` on.
-    fn rewind(&mut self, position: u32) -> Result<(), Failure>;
+    fn rewind(&mut self, position: u32) -> Result<(), Error>;
     /// What each stage has done so far.
     fn stages(&self) -> Vec<StageSnapshot>;
     /// What has crossed sockets so far.
@@ -35,7 +37,7 @@ pub trait Engine {
 
 /// What a stage has done so far.
 #[derive(Clone, Debug)]
-pub struct StageSnapshot {
+pub(crate) struct StageSnapshot {
     /// Its name and place.
     pub name: String,
     /// Its blocks, `first..last` inclusive; empty when it has none.
@@ -49,15 +51,15 @@ pub struct StageSnapshot {
 }
 
 /// The pipeline as an [`Engine`], with session 0.
-pub struct SplitEngine {
+pub(crate) struct SplitEngine {
     pipeline: Pipeline,
     n_ubatch: usize,
 }
 
 impl SplitEngine {
     /// `n_ubatch`: rows per chunk; stock llama.cpp's micro-batch, so that both compute the same products.
-    pub fn new(mut pipeline: Pipeline, n_ubatch: u32) -> SplitEngine {
-        pipeline.observe(tell_person);
+    pub(crate) fn new(mut pipeline: Pipeline, n_ubatch: u32, events: Events) -> SplitEngine {
+        pipeline.observe(move |event| events.tell(event_of(event)));
         SplitEngine { pipeline, n_ubatch: n_ubatch.max(1) as usize }
     }
 
@@ -67,7 +69,7 @@ impl SplitEngine {
         tokens: &[i32],
         want: impl Fn(usize) -> bool,
         mut on_logits: impl FnMut(Vec<f32>) -> Option<Vec<f32>>,
-    ) -> Result<(), Failure> {
+    ) -> Result<(), Error> {
         let mut done = 0;
         for chunk in tokens.chunks(self.n_ubatch) {
             self.pipeline.submit(Step {
@@ -82,7 +84,7 @@ impl SplitEngine {
         loop {
             match self.pipeline.advance(None) {
                 Advance::Finished(finished) => {
-                    let spare = on_logits(finished.outcome.map_err(|e| explain(&e))?);
+                    let spare = on_logits(finished.outcome?);
                     spare.into_iter().for_each(|logits| self.pipeline.reuse(logits));
                 }
                 Advance::Idle => return Ok(()),
@@ -97,7 +99,7 @@ impl Engine for SplitEngine {
         "split"
     }
 
-    fn evaluate(&mut self, position: u32, tokens: &[i32]) -> Result<Vec<f32>, Failure> {
+    fn evaluate(&mut self, position: u32, tokens: &[i32]) -> Result<Vec<f32>, Error> {
         let last = tokens.len().wrapping_sub(1);
         let mut logits = Vec::new();
         // the last chunk's are the only ones that were asked for
@@ -110,19 +112,15 @@ impl Engine for SplitEngine {
         position: u32,
         tokens: &[i32],
         on_logits: &mut dyn FnMut(&[f32]),
-    ) -> Result<(), Failure> {
-        self.run(
-            position,
-            tokens,
-            |_| true,
-            |logits| {
-                on_logits(&logits);
-                Some(logits)
-            },
-        )
+    ) -> Result<(), Error> {
+        let lend = |logits: Vec<f32>| {
+            on_logits(&logits);
+            Some(logits)
+        };
+        self.run(position, tokens, |_| true, lend)
     }
 
-    fn rewind(&mut self, position: u32) -> Result<(), Failure> {
+    fn rewind(&mut self, position: u32) -> Result<(), Error> {
         // takes effect before the next step; what goes wrong with it is that step's error
         self.pipeline.rewind(SessionId(SESSION), position);
         Ok(())
@@ -149,7 +147,7 @@ impl Engine for SplitEngine {
 }
 
 /// Stock llama.cpp: the whole model in one `llama_context`.
-pub struct StockEngine {
+pub(crate) struct StockEngine {
     context: llama_sys_patch::Stock,
     n_vocab: usize,
     n_blocks: u32,
@@ -159,7 +157,12 @@ pub struct StockEngine {
 
 impl StockEngine {
     /// `context` is of a whole model with this vocabulary and these blocks; `n_batch` is its batch size.
-    pub fn new(context: llama_sys_patch::Stock, n_vocab: usize, n_blocks: u32, n_batch: u32) -> StockEngine {
+    pub(crate) fn new(
+        context: llama_sys_patch::Stock,
+        n_vocab: usize,
+        n_blocks: u32,
+        n_batch: u32,
+    ) -> StockEngine {
         StockEngine { context, n_vocab, n_blocks, n_batch: n_batch.max(1) as usize, compute: Duration::ZERO }
     }
 
@@ -169,7 +172,7 @@ impl StockEngine {
         tokens: &[i32],
         want: impl Fn(usize) -> bool,
         on_logits: &mut dyn FnMut(&[f32]),
-    ) -> Result<(), Failure> {
+    ) -> Result<(), Error> {
         let mut done = 0;
         let mut logits = Vec::new();
         for chunk in tokens.chunks(self.n_batch) {
@@ -183,7 +186,7 @@ impl StockEngine {
             let n_wanted = rows.iter().filter(|r| r.want_output).count();
             logits.resize(n_wanted * self.n_vocab, 0.0);
             let start = Instant::now();
-            self.context.decode(&rows, chunk, &mut logits).map_err(Failure::failed)?;
+            self.context.decode(&rows, chunk, &mut logits)?;
             self.compute += start.elapsed();
             if n_wanted > 0 {
                 on_logits(&logits);
@@ -199,7 +202,7 @@ impl Engine for StockEngine {
         "stock"
     }
 
-    fn evaluate(&mut self, position: u32, tokens: &[i32]) -> Result<Vec<f32>, Failure> {
+    fn evaluate(&mut self, position: u32, tokens: &[i32]) -> Result<Vec<f32>, Error> {
         let last = tokens.len().wrapping_sub(1);
         let mut result = Vec::new();
         self.decode(position, tokens, |i| i == last, &mut |logits| result = logits.to_vec())?;
@@ -211,12 +214,12 @@ impl Engine for StockEngine {
         position: u32,
         tokens: &[i32],
         on_logits: &mut dyn FnMut(&[f32]),
-    ) -> Result<(), Failure> {
+    ) -> Result<(), Error> {
         self.decode(position, tokens, |_| true, on_logits)
     }
 
-    fn rewind(&mut self, position: u32) -> Result<(), Failure> {
-        self.context.rewind(SESSION, position).map_err(Failure::failed)
+    fn rewind(&mut self, position: u32) -> Result<(), Error> {
+        Ok(self.context.rewind(SESSION, position)?)
     }
 
     fn stages(&self) -> Vec<StageSnapshot> {
@@ -238,35 +241,24 @@ impl Engine for StockEngine {
     }
 }
 
-/// The lines a person sees when a worker is lost and found.
-fn tell_person(event: Event<'_>) {
+/// What happened to a worker, for whoever listens to the host.
+fn event_of(event: PipelineEvent<'_>) -> Event {
     match event {
-        Event::Lost { stage, reason, give_up_after } => {
-            eprintln!("\n[{stage} lost: {reason}; looking for it for up to {} s]", give_up_after.as_secs());
+        PipelineEvent::Lost { stage, reason, give_up_after } => {
+            Event::Lost { stage: stage.to_owned(), reason: reason.to_owned(), give_up_after }
         }
-        Event::Paused { reason, give_up_after, .. } => {
-            eprintln!("\n[{reason}; the reply waits for it, up to {} s]", give_up_after.as_secs());
+        PipelineEvent::Paused { stage, reason, give_up_after } => {
+            Event::Paused { stage: stage.to_owned(), reason: reason.to_owned(), give_up_after }
         }
-        Event::Replaying { stage, steps } => {
-            eprintln!("[{stage} answers again; sending it {steps} steps once more]")
-        }
-        Event::Back { stage, after } => eprintln!("[{stage} is back after {:.1} s]", after.as_secs_f64()),
-    }
-}
-
-/// A pipeline's error with the way out.
-fn explain(error: &PipelineError) -> Failure {
-    let failure = Failure::failed(error);
-    match error.hint() {
-        Some(hint) => failure.hint(hint),
-        None => failure,
+        PipelineEvent::Replaying { stage, steps } => Event::Replaying { stage: stage.to_owned(), steps },
+        PipelineEvent::Back { stage, after } => Event::Back { stage: stage.to_owned(), after },
     }
 }
 
 /// A count as a position; the context's limit is checked before it gets anywhere near the largest one.
-pub fn to_u32(n: usize) -> u32 {
+pub(crate) fn to_u32(n: usize) -> u32 {
     u32::try_from(n).unwrap_or(u32::MAX)
 }
 
-/// `dim-host` runs one session.
+/// A host has one session at a time, which is this one of each stage.
 const SESSION: u32 = 0;

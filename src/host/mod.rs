@@ -4,16 +4,99 @@
 //! prompt -> tokens -> [schedule] -> head stage -> hidden -> remote stage(s) -> hidden -> tail stage -> logits
 //!                                                                                            -> sampler -> token
 //! ```
+//!
+//! [`Host::open`] reads what dim-split wrote, a [`HostBuilder`] takes the options, and a [`Session`] is a conversation.
+//! [`WholeModel`] is the same without a split, by stock llama.cpp: what a split is compared with.
 
-pub mod auto;
-pub mod chat;
-pub mod engine;
-pub mod generate;
-pub mod interrupt;
-pub mod machine;
+mod assign;
+mod builder;
+mod connect;
+pub mod discovery;
+mod engine;
 pub mod packages;
 pub mod report;
 pub mod sampler;
-pub mod setup;
+mod session;
+mod split;
 pub mod template;
 pub mod text;
+mod whole;
+
+use std::path::{Path, PathBuf};
+
+use llama_sys_patch::Model;
+
+pub use builder::HostBuilder;
+pub use session::{Generation, Session, Token};
+pub use whole::WholeModel;
+
+use crate::error::Error;
+use engine::SplitEngine;
+use template::{ChatTemplate, TemplateError};
+
+/// A split model, ready: every block in one stage, here or on a worker. It may move from thread to thread.
+pub struct Host {
+    engine: SplitEngine,
+    vocabulary: Model,
+    n_ctx: u32,
+    model_name: String,
+}
+
+impl Host {
+    /// A host for what dim-split wrote, named by its manifest `STEM.split.json`.
+    ///
+    /// # Errors
+    /// The manifest cannot be read, or the slices that it names are not there.
+    pub fn open(split: impl AsRef<Path>) -> Result<HostBuilder, Error> {
+        HostBuilder::of_manifest(split.as_ref())
+    }
+
+    /// A host for slices that are named one by one; what a worker has to answer to a known input is not known then.
+    ///
+    /// # Errors
+    /// A middle cannot be read, or is none.
+    pub fn of_slices(
+        head: impl AsRef<Path>,
+        middles: &[PathBuf],
+        tail: impl AsRef<Path>,
+    ) -> Result<HostBuilder, Error> {
+        HostBuilder::of_slices(head.as_ref(), middles, tail.as_ref())
+    }
+
+    /// A conversation that begins now; there is one at a time.
+    ///
+    /// # Errors
+    /// A stage cannot forget the one before.
+    pub fn session(&mut self) -> Result<Session<'_>, Error> {
+        Session::begin(&mut self.engine, &self.vocabulary, self.n_ctx, &self.model_name)
+    }
+
+    /// The model's name.
+    pub fn model_name(&self) -> &str {
+        &self.model_name
+    }
+
+    /// Positions of a conversation.
+    pub fn n_ctx(&self) -> u32 {
+        self.n_ctx
+    }
+
+    /// The vocabulary and everything else that llama.cpp knows of the model without its middle.
+    pub fn vocabulary(&self) -> &Model {
+        &self.vocabulary
+    }
+
+    /// The model's own chat template.
+    ///
+    /// # Errors
+    /// It has none, or one that cannot be used.
+    pub fn chat_template(&self) -> Result<ChatTemplate, TemplateError> {
+        let model = &self.vocabulary;
+        let special = |token: Option<i32>| {
+            let text = token.and_then(|t| model.token_name(t).ok()).unwrap_or_default();
+            String::from_utf8_lossy(&text).into_owned()
+        };
+        let (bos, eos) = (special(model.bos()), special(model.eos()));
+        ChatTemplate::new(&model.chat_template().unwrap_or_default(), &bos, &eos)
+    }
+}

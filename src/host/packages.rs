@@ -8,6 +8,7 @@ use std::fs::File;
 use std::io::{self, Read};
 use std::path::{Path, PathBuf};
 
+use dim_core::blocks::BlockRange;
 use gguf_tools::coreml::manifest::{FORMAT, Manifest, PackageFile, VERSION};
 use gguf_tools::coreml::package::{
     MANIFEST, MODEL_FILE, PACKAGE_MANIFEST, SELF_TEST, WEIGHT_FILE, directory_name,
@@ -101,7 +102,7 @@ impl Packages {
             kind: ItemKind::Manifest,
             index: 0,
             size: text.len() as u64,
-            sha256: Sha::of(&text).0,
+            sha256: Sha::of(&text),
         }];
         let mut files = vec![path.clone()];
         let bytes = listed.iter().fold(items[0].size, |sum, l| sum.saturating_add(l.item.size));
@@ -118,9 +119,12 @@ impl Packages {
         let slice = &manifest.slice;
         let offer = PushOffer {
             model: digest(&manifest.model.sha256).map_err(wrong)?,
-            slice: if slice.sha256.is_empty() { [0; 32] } else { digest(&slice.sha256).map_err(wrong)? },
-            first_block: slice.first_block,
-            last_block: slice.last_block,
+            slice: if slice.sha256.is_empty() {
+                Sha([0; 32])
+            } else {
+                digest(&slice.sha256).map_err(wrong)?
+            },
+            blocks: BlockRange { first: slice.first_block, last: slice.last_block },
             items,
             name: String::new(),
         };
@@ -198,9 +202,9 @@ fn item(kind: ItemKind, index: u8, size: u64, sha256: &str) -> Result<Item, Stri
     Ok(Item { kind, index, size, sha256: digest(sha256)? })
 }
 
-fn digest(text: &str) -> Result<[u8; 32], String> {
+fn digest(text: &str) -> Result<Sha, String> {
     let cut: String = text.chars().take(80).collect();
-    Sha::parse(text).map(|s| s.0).ok_or_else(|| format!("{cut:?} is no SHA-256 in 64 hex digits"))
+    Sha::parse(text).ok_or_else(|| format!("{cut:?} is no SHA-256 in 64 hex digits"))
 }
 
 /// Whether a file is the one that the manifest promises. `each` hears how many bytes a piece had.
@@ -222,12 +226,12 @@ fn check(path: &Path, item: &Item, each: &mut dyn FnMut(u64)) -> Result<(), Pack
         hash.update(&piece[..n]);
         each(n as u64);
     }
-    let found: [u8; 32] = hash.finalize().into();
+    let found = Sha(hash.finalize().into());
     if found != item.sha256 {
         return Err(altered(format!(
             "its SHA-256 is {:.8}..., not {:.8}...",
-            Sha(found).to_string(),
-            Sha(item.sha256).to_string()
+            found.to_string(),
+            item.sha256.to_string()
         )));
     }
     Ok(())

@@ -5,63 +5,65 @@ use llama_cpp_2::token::LlamaToken;
 use llama_cpp_2::token::data::LlamaTokenData;
 use llama_cpp_2::token::data_array::LlamaTokenDataArray;
 
-/// The options of sampling, with llama.cpp's words and defaults.
-#[derive(Clone, Debug, clap::Args)]
-#[command(next_help_heading = "Sampling")]
-pub struct SamplerOptions {
-    /// Temperature; 0 takes the most likely token each time (greedy)
-    #[arg(long = "temp", value_name = "T", default_value_t = 0.8)]
+use crate::error::BadOption;
+
+/// How a token is chosen, with llama.cpp's words and defaults.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Sampling {
+    /// Temperature; 0 takes the most likely token each time (greedy).
     pub temperature: f32,
-    /// Keep only the K most likely tokens (0 = all)
-    #[arg(long, value_name = "K", default_value_t = 40)]
+    /// Keep only this many of the most likely tokens (0 = all).
     pub top_k: i32,
-    /// Keep the most likely tokens that together have probability P (1 = all)
-    #[arg(long, value_name = "P", default_value_t = 0.95)]
+    /// Keep the most likely tokens that together have this probability (1 = all).
     pub top_p: f32,
-    /// Drop tokens less likely than P times the most likely one (0 = none)
-    #[arg(long, value_name = "P", default_value_t = 0.05)]
+    /// Drop tokens less likely than this times the most likely one (0 = none).
     pub min_p: f32,
-    /// Seed of the random choice (default: a new one each time)
-    #[arg(short = 's', long, value_name = "N")]
+    /// Seed of the random choice; `None`: a new one each time.
     pub seed: Option<u32>,
-    /// Penalty on tokens seen lately (1 = none)
-    #[arg(long, value_name = "F", default_value_t = 1.0)]
+    /// Penalty on tokens seen lately (1 = none).
     pub repeat_penalty: f32,
-    /// How many of the last tokens the penalties look at
-    #[arg(long, value_name = "N", default_value_t = 64)]
+    /// How many of the last tokens the penalties look at.
     pub repeat_last_n: i32,
-    /// Penalty on tokens by how often they were seen (0 = none)
-    #[arg(long, value_name = "F", default_value_t = 0.0)]
+    /// Penalty on tokens by how often they were seen (0 = none).
     pub frequency_penalty: f32,
-    /// Penalty on tokens that were seen at all (0 = none)
-    #[arg(long, value_name = "F", default_value_t = 0.0)]
+    /// Penalty on tokens that were seen at all (0 = none).
     pub presence_penalty: f32,
 }
 
-/// An option outside what llama.cpp's samplers take.
-#[derive(Clone, Debug, PartialEq, thiserror::Error)]
-#[error("--{option} {value}: must be {rule}")]
-pub struct BadOption {
-    /// The option's name without its dashes.
-    pub option: &'static str,
-    /// What was given.
-    pub value: String,
-    /// What it must be.
-    pub rule: &'static str,
+impl Default for Sampling {
+    fn default() -> Sampling {
+        Sampling {
+            temperature: 0.8,
+            top_k: 40,
+            top_p: 0.95,
+            min_p: 0.05,
+            seed: None,
+            repeat_penalty: 1.0,
+            repeat_last_n: 64,
+            frequency_penalty: 0.0,
+            presence_penalty: 0.0,
+        }
+    }
 }
 
-impl SamplerOptions {
+impl Sampling {
+    /// The most likely token each time.
+    pub fn greedy() -> Sampling {
+        Sampling { temperature: 0.0, ..Sampling::default() }
+    }
+
     /// Checks every value before it reaches C code.
+    ///
+    /// # Errors
+    /// The first value that is out of range.
     pub fn check(&self) -> Result<(), BadOption> {
-        let float = |option, value: f32, ok: bool, rule| {
-            if value.is_finite() && ok {
-                Ok(())
-            } else {
-                Err(BadOption { option, value: value.to_string(), rule })
-            }
+        let float = |option, value: f32, ok: bool, rule| match value.is_finite() && ok {
+            true => Ok(()),
+            false => Err(BadOption::new(option, value, rule)),
         };
-        let int = |option, value: i32, ok: bool, rule| {
-            if ok { Ok(()) } else { Err(BadOption { option, value: value.to_string(), rule }) }
+        let int = |option, value: i32, ok: bool, rule| match ok {
+            true => Ok(()),
+            false => Err(BadOption::new(option, value, rule)),
         };
         float("temp", self.temperature, self.temperature >= 0.0, "a number >= 0")?;
         float("top-p", self.top_p, (0.0..=1.0).contains(&self.top_p), "between 0 and 1")?;
@@ -84,7 +86,10 @@ pub struct Sampler {
 
 impl Sampler {
     /// The chain for a vocabulary of `n_vocab` tokens.
-    pub fn new(options: &SamplerOptions, n_vocab: usize) -> Result<Sampler, BadOption> {
+    ///
+    /// # Errors
+    /// An option is out of range.
+    pub fn new(options: &Sampling, n_vocab: usize) -> Result<Sampler, BadOption> {
         options.check()?;
         let seed = options.seed.unwrap_or_else(random_seed);
         let n_vocab_c = i32::try_from(n_vocab).unwrap_or(i32::MAX);
@@ -156,21 +161,10 @@ fn random_seed() -> u32 {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use clap::Parser as _;
-
-    #[derive(clap::Parser)]
-    struct Cli {
-        #[command(flatten)]
-        sampling: SamplerOptions,
-    }
-
-    fn options(args: &[&str]) -> SamplerOptions {
-        Cli::parse_from([&["test"], args].concat()).sampling
-    }
 
     #[test]
     fn temperature_zero_takes_the_largest_logit() {
-        let mut s = Sampler::new(&options(&["--temp", "0"]), 5).unwrap();
+        let mut s = Sampler::new(&Sampling::greedy(), 5).unwrap();
         assert_eq!(s.sample(&[0.1, 3.0, -2.0, 2.9, 0.0]), Some(1));
         assert_eq!(s.sample(&[]), None);
     }
@@ -178,19 +172,20 @@ mod tests {
     #[test]
     fn the_same_seed_gives_the_same_tokens() {
         let logits: Vec<f32> = (0..100).map(|i| (i as f32 * 0.37).sin() * 3.0).collect();
-        let run = |seed: &str| {
-            let mut s = Sampler::new(&options(&["--seed", seed, "--top-k", "0"]), logits.len()).unwrap();
+        let run = |seed| {
+            let sampling = Sampling { seed: Some(seed), top_k: 0, ..Sampling::default() };
+            let mut s = Sampler::new(&sampling, logits.len()).unwrap();
             (0..50).map(|_| s.sample(&logits).unwrap()).collect::<Vec<_>>()
         };
-        assert_eq!(run("7"), run("7"));
-        assert_ne!(run("7"), run("8"));
+        assert_eq!(run(7), run(7));
+        assert_ne!(run(7), run(8));
     }
 
     #[test]
     fn a_repeat_penalty_changes_a_greedy_choice() {
         let logits = [1.0, 1.1, 0.0];
-        let mut plain = Sampler::new(&options(&["--temp", "0"]), 3).unwrap();
-        let mut penalised = Sampler::new(&options(&["--temp", "0", "--repeat-penalty", "2"]), 3).unwrap();
+        let mut plain = Sampler::new(&Sampling::greedy(), 3).unwrap();
+        let mut penalised = Sampler::new(&Sampling { repeat_penalty: 2.0, ..Sampling::greedy() }, 3).unwrap();
         let first_two = |s: &mut Sampler| (s.sample(&logits), s.sample(&logits));
         assert_eq!(first_two(&mut plain), (Some(1), Some(1)));
         assert_eq!(first_two(&mut penalised), (Some(1), Some(0)));
@@ -198,19 +193,24 @@ mod tests {
 
     #[test]
     fn refuses_values_that_c_code_would_take_and_break_on() {
-        for (args, option) in [
-            (["--temp=-1"], "temp"),
-            (["--temp=nan"], "temp"),
-            (["--temp=inf"], "temp"),
-            (["--top-p=1.1"], "top-p"),
-            (["--min-p=-0.1"], "min-p"),
-            (["--repeat-penalty=0"], "repeat-penalty"),
-            (["--top-k=-1"], "top-k"),
-            (["--repeat-last-n=-1"], "repeat-last-n"),
-            (["--repeat-last-n=2147483647"], "repeat-last-n"),
-            (["--frequency-penalty=inf"], "frequency-penalty"),
-        ] {
-            assert_eq!(options(&args).check().unwrap_err().option, option);
+        type Change = fn(&mut Sampling);
+        let changes: [(Change, &str); 10] = [
+            (|s| s.temperature = -1.0, "temp"),
+            (|s| s.temperature = f32::NAN, "temp"),
+            (|s| s.temperature = f32::INFINITY, "temp"),
+            (|s| s.top_p = 1.1, "top-p"),
+            (|s| s.min_p = -0.1, "min-p"),
+            (|s| s.repeat_penalty = 0.0, "repeat-penalty"),
+            (|s| s.top_k = -1, "top-k"),
+            (|s| s.repeat_last_n = -1, "repeat-last-n"),
+            (|s| s.repeat_last_n = i32::MAX, "repeat-last-n"),
+            (|s| s.frequency_penalty = f32::INFINITY, "frequency-penalty"),
+        ];
+        assert_eq!(Sampling::default().check(), Ok(()));
+        for (change, option) in changes {
+            let mut sampling = Sampling::default();
+            change(&mut sampling);
+            assert_eq!(sampling.check().unwrap_err().option, option);
         }
     }
 }

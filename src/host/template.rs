@@ -102,6 +102,11 @@ impl ChatTemplate {
         Ok(ChatTemplate { environment, bos: bos.to_owned(), eos: eos.to_owned() })
     }
 
+    /// Whether a rendered text begins with the token that a tokenizer adds to the beginning of one.
+    pub fn adds_bos(&self, rendered: &str) -> bool {
+        !self.bos.is_empty() && rendered.starts_with(&self.bos)
+    }
+
     /// The prompt for `turns`, ending where the assistant is to speak.
     pub fn render(&self, turns: &[Turn]) -> Result<String, TemplateError> {
         let template =

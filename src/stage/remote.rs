@@ -11,13 +11,12 @@ use std::time::{Duration, Instant};
 use dim_core::bell::Bell;
 use dim_core::blocks::BlockRange;
 use dim_core::ids::{JobId, SessionId};
-use dim_core::rows::Rows;
+use dim_core::rows::{Rows, RowsRef};
 use dim_core::stage::{Answer, RemoteStage, Span, StageError, Traffic};
 use dim_wire::keys::Key;
 use dim_wire::message::{ErrorCode, Farewell};
-use dim_wire::rows::RowsRef;
 use dim_wire::terms::Terms;
-use dim_wire::transport::{Counters, Event, Link, LinkError, Timing, dial};
+use dim_wire::transport::{Counters, Event, Link, LinkError, LinkErrorKind, Timing, dial};
 
 /// A worker that serves one stage.
 pub struct WorkerStage {
@@ -124,7 +123,7 @@ impl WorkerStage {
     fn sent(&mut self, result: Result<(), LinkError>) -> Result<(), StageError> {
         match result {
             Ok(()) => Ok(()),
-            Err(error @ LinkError::Misuse(_)) => Err(StageError::failed(error)),
+            Err(error) if matches!(error.kind, LinkErrorKind::Misuse(_)) => Err(StageError::failed(error)),
             Err(error) => {
                 self.send_failed.get_or_insert((error, Instant::now()));
                 if let Some(bell) = &self.bell {
@@ -155,12 +154,13 @@ impl WorkerStage {
         let answered = match receive(link) {
             Ok(None) => return self.nothing_yet(),
             Ok(Some(Event::Done { rows: values, compute, wait, .. })) => {
-                copy(values.values, rows).map(|()| (compute, wait))
+                copy(values, rows).map(|()| (compute, wait))
             }
             Ok(Some(_)) => Err(StageError::NoAnswer),
             Err(error) => {
                 // a broken link says less than what broke it
-                let says_less = matches!(error, LinkError::Broken { .. } | LinkError::Closed { .. });
+                let says_less =
+                    matches!(error.kind, LinkErrorKind::Broken { .. } | LinkErrorKind::Closed { .. });
                 let error = match self.send_failed.take_if(|_| says_less) {
                     Some((first, _)) => first,
                     None => error,
@@ -197,7 +197,7 @@ impl WorkerStage {
 
 /// Whether another attempt makes sense, and whose fault it is.
 fn sort(error: LinkError) -> StageError {
-    let LinkError::Fault { fault, .. } = &error else {
+    let LinkErrorKind::Fault(fault) = &error.kind else {
         return match error {
             _ if error.is_pause() => StageError::paused(error),
             _ if error.may_pass() => StageError::lost(error),
@@ -237,7 +237,7 @@ impl RemoteStage for WorkerStage {
     }
 
     fn blocks(&self) -> Option<BlockRange> {
-        Some(BlockRange { first: self.target.terms.first_block, last: self.target.terms.last_block })
+        Some(self.target.terms.blocks)
     }
 
     fn max_in_flight(&self) -> usize {
@@ -245,12 +245,8 @@ impl RemoteStage for WorkerStage {
     }
 
     fn submit(&mut self, job: JobId, spans: &[Span], rows: &Rows) -> Result<(), StageError> {
-        let rows = match rows {
-            Rows::F16(v) => RowsRef::F16(v),
-            Rows::F32(v) => RowsRef::F32(v),
-        };
         let Some(link) = &self.link else { return Err(self.not_connected()) };
-        let result = link.send_step(spans, rows.into()).map(drop);
+        let result = link.send_step(spans, rows.as_ref()).map(drop);
         self.sent(result)?;
         self.unanswered.push_back((job, Instant::now()));
         Ok(())
@@ -269,7 +265,7 @@ impl RemoteStage for WorkerStage {
         let until = deadline.into_iter().chain(limits).min();
         self.answer(rows, |link| match link.receive(until) {
             Ok(event) => Ok(Some(event)),
-            Err(LinkError::Deadline { .. }) => Ok(None),
+            Err(error) if matches!(error.kind, LinkErrorKind::Deadline { .. }) => Ok(None),
             Err(error) => Err(error),
         })
     }

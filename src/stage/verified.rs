@@ -12,10 +12,8 @@ use gguf_tools::gguf::Gguf;
 use gguf_tools::slice::{SliceError, SliceInfo, verify_opened};
 use sha2::{Digest as _, Sha256};
 
-use crate::progress::Progress;
-
 /// When the weights are compared with their digests.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, clap::ValueEnum)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum Verify {
     /// Every time.
     Always,
@@ -26,11 +24,15 @@ pub enum Verify {
     Never,
 }
 
-/// Reads a slice's header, checks it, and its weights as `when` says.
+/// Reads a slice's header, checks it, and its weights as `when` says; `progress` hears bytes read and bytes in all.
 ///
 /// # Errors
 /// The file is no slice, breaks a rule, or its weights are not those that were cut: the tensor is named.
-pub fn open_slice(path: &Path, when: Verify) -> Result<SliceInfo, SliceError> {
+pub fn open_slice(
+    path: &Path,
+    when: Verify,
+    progress: impl FnMut(u64, u64),
+) -> Result<SliceInfo, SliceError> {
     let gguf = Gguf::open(path)?;
     let info = SliceInfo::of(&gguf)?;
     let memory = Memory::of(path, &info);
@@ -39,9 +41,7 @@ pub fn open_slice(path: &Path, when: Verify) -> Result<SliceInfo, SliceError> {
         Verify::Once if memory.as_ref().is_some_and(Memory::holds) => return Ok(info),
         Verify::Once | Verify::Always => {}
     }
-    let name = path.file_name().unwrap_or(path.as_os_str()).to_string_lossy().into_owned();
-    let mut progress = Progress::new(format!("checking {name}"));
-    let info = verify_opened(&gguf, |done, total| progress.update(done, total))?;
+    let info = verify_opened(&gguf, progress)?;
     if let Some(memory) = memory {
         memory.keep();
     }

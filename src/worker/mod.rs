@@ -1,111 +1,268 @@
 //! The worker: serves one stage to one host at a time.
 //!
 //! ```text
-//! socket -> frame -> message -> stage -> hidden -> message -> frame -> socket
+//! Worker::open --options--> bind: hosts are answered, "still loading" --load--> ready --serve--> until it is stopped
 //! ```
-//!
-//! A connection begins with empty sessions and its end ends them: nothing of a worker's memory outlives it, so a
-//! host that comes back replays what it kept.
 
-use std::time::Instant;
+mod serve;
 
-use llama_sys_patch::Error;
+use std::net::SocketAddr;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
+use dim_wire::keys::{Key, KeyStore, PairingCode};
+use dim_wire::message::Farewell;
+use dim_wire::terms::Reason;
+use dim_wire::transport::discover::Announcement;
+use dim_wire::transport::{KeyRing, LinkErrorKind, Listener, ListenerConfig, Readiness, Timing};
+use gguf_tools::plan::Role;
+use gguf_tools::slice::SliceInfo;
+
+use crate::device;
+use crate::error::Error;
+use crate::event::{Event, Events};
+use crate::resources::Resources;
+use crate::stage::load::{self, LoadOptions};
 use crate::stage::local::LlamaStage;
-use dim_core::rows::{Rows, RowsRef};
-use dim_core::stage::{StageInput, StageOutput};
-use dim_wire::DType;
-use dim_wire::message::{Activity, ErrorCode, Fault, Status};
-use dim_wire::rows;
-use dim_wire::transport::{Event, Link, LinkError, Receiver, Sender};
+use crate::stage::verified::Verify;
+use crate::terms::of_worker;
 
-/// Serves a host until it leaves, is lost, breaks a rule or asks for something that fails. Says why it ended.
-pub fn serve(stage: &mut LlamaStage, link: Link) -> LinkError {
-    let agreed = link.agreed().clone();
-    for session in 0..agreed.max_sessions {
-        if let Err(error) = stage.rewind_session(session, 0) {
-            let fault = Fault::new(ErrorCode::Compute, error.to_string());
-            link.sender().fail(fault.clone());
-            return LinkError::Fault { peer: "this worker".to_owned(), fault };
-        }
+pub use serve::serve;
+
+/// Where a worker listens that is not told otherwise.
+pub const DEFAULT_PORT: u16 = 7878;
+/// What the buffers for computing may take unless it is said how many rows they are for: a worker is to hold its slice,
+/// its cache, and 150 MiB at most.
+const COMPUTE_BYTES: u64 = 90 << 20;
+
+/// The options of a worker: made by [`Worker::open`], used up by [`bind`](WorkerBuilder::bind).
+#[must_use = "nothing is opened before `bind`"]
+pub struct WorkerBuilder {
+    slice: PathBuf,
+    listen: String,
+    keys: Option<Arc<dyn KeyRing>>,
+    max_sessions: u32,
+    verify: Verify,
+    mmap: bool,
+    resources: Resources,
+    chooses_rows: bool,
+    software: String,
+}
+
+impl WorkerBuilder {
+    /// Where to listen, `address:port`; port 0 takes any that is free. Default: port 7878 of every address.
+    pub fn listen(mut self, address: impl Into<String>) -> WorkerBuilder {
+        self.listen = address.into();
+        self
     }
-    let (sender, mut receiver) = link.split();
-    let mut out = match agreed.dtype {
-        DType::F32 => Rows::F32(Vec::new()),
-        DType::F16 | DType::Bf16 => Rows::F16(Vec::new()),
-    };
-    loop {
-        if let Err(end) = next(stage, &sender, &mut receiver, &mut out) {
-            return end;
+
+    /// The one key that opens this worker. Default: those that this user has from pairing.
+    pub fn key(self, key: Key) -> WorkerBuilder {
+        self.keys(Arc::new(key))
+    }
+
+    /// Where the keys are that open this worker.
+    pub fn keys(mut self, keys: Arc<dyn KeyRing>) -> WorkerBuilder {
+        self.keys = Some(keys);
+        self
+    }
+
+    /// Conversations at once, each with a context of its own; one, unless this says otherwise.
+    pub fn max_sessions(mut self, n: u32) -> WorkerBuilder {
+        self.max_sessions = n;
+        self
+    }
+
+    /// When the slice's weights are compared with their digests: once, unless this says otherwise.
+    pub fn verify(mut self, when: Verify) -> WorkerBuilder {
+        self.verify = when;
+        self
+    }
+
+    /// Whether the slice is mapped instead of read: it must not change then.
+    pub fn mmap(mut self, yes: bool) -> WorkerBuilder {
+        self.mmap = yes;
+        self
+    }
+
+    /// How much of this machine to use.
+    pub fn resources(mut self, resources: Resources) -> WorkerBuilder {
+        self.resources = resources;
+        self
+    }
+
+    /// Whether the rows computed at once are as many as the resources say, however much memory that takes; otherwise
+    /// they are at most as many, and the worker stays small.
+    pub fn exact_rows(mut self, yes: bool) -> WorkerBuilder {
+        self.chooses_rows = !yes;
+        self
+    }
+
+    /// Program and version, as hosts are told.
+    pub fn software(mut self, software: impl Into<String>) -> WorkerBuilder {
+        self.software = software.into();
+        self
+    }
+
+    /// Checks the slice and begins to listen: hosts that come before the slice is [loaded](Worker::load) are told so.
+    /// `on_event` hears of everything that happens as long as the worker lives, from several threads, one at a time.
+    ///
+    /// # Errors
+    /// The slice is no middle, or the address cannot be had.
+    pub fn bind(self, on_event: impl FnMut(Event) + Send + 'static) -> Result<Worker, Error> {
+        let events = Events::new(on_event);
+        self.resources.check()?;
+        let keys = match &self.keys {
+            Some(keys) => Arc::clone(keys),
+            None => Arc::new(KeyStore::of_user()?),
+        };
+        let info = load::open_any(&self.slice, self.verify, &events)?;
+        if info.role != Role::Middle {
+            return Err(Error::NotAMiddle { path: self.slice, found: info.role });
         }
+        let n_ctx = self.resources.n_ctx_for(info.hparams.n_ctx_train, &events);
+        let terms = of_worker(&info, &self.software, n_ctx, self.resources.n_ubatch, self.max_sessions);
+        let readiness = Readiness::NotReady(terms, Reason::NotReady, "still loading its slice".to_owned());
+        let told = events.clone();
+        let notice = Box::new(move |notice: &_| told.tell(Event::Notice(Clone::clone(notice))));
+        let config = ListenerConfig { keys, readiness, timing: Timing::default(), notice };
+        let listener = Arc::new(Listener::bind(&self.listen, config).map_err(Error::Listen)?);
+        let resources = Resources { n_ctx, ..self.resources };
+        let options = WorkerBuilder { resources, ..self };
+        Ok(Worker { listener, info, options, events, stage: None, announcement: None })
     }
 }
 
-/// One event of the host.
-fn next(
-    stage: &mut LlamaStage,
-    sender: &Sender,
-    receiver: &mut Receiver,
-    out: &mut Rows,
-) -> Result<(), LinkError> {
-    match receiver.receive(None)? {
-        Event::Step { step, spans, rows, arrived } => {
-            let wait = arrived.elapsed();
-            sender.set_status(Status {
-                activity: Activity::Computing,
-                step: step.wrapping_sub(1),
-                ..Status::default()
-            });
-            let input = match rows.values {
-                rows::RowsRef::F16(v) => StageInput::Rows(RowsRef::F16(v)),
-                rows::RowsRef::F32(v) => StageInput::Rows(RowsRef::F32(v)),
-                rows::RowsRef::Bf16(_) => unreachable!("BF16 is not among the formats this worker offers"),
-            };
-            let n_rows = spans.iter().map(|s| s.count).sum();
-            let start = Instant::now();
-            if let Err(error) = stage.run(spans, input, StageOutput::Rows(out)) {
-                return Err(fail(stage, sender, step, &error));
+/// A slice that is served to hosts. Dropping it says goodbye to the host that is being served.
+pub struct Worker {
+    listener: Arc<Listener>,
+    info: SliceInfo,
+    options: WorkerBuilder,
+    events: Events,
+    stage: Option<LlamaStage>,
+    announcement: Option<Announcement>,
+}
+
+impl Worker {
+    /// A worker for the slice at `slice`, as dim-split wrote it: `STEM.middle-A..B.gguf`.
+    pub fn open(slice: impl AsRef<Path>) -> WorkerBuilder {
+        WorkerBuilder {
+            slice: slice.as_ref().to_owned(),
+            listen: format!("0.0.0.0:{DEFAULT_PORT}"),
+            keys: None,
+            max_sessions: 1,
+            verify: Verify::Once,
+            mmap: false,
+            resources: Resources::default(),
+            chooses_rows: true,
+            software: device::software("dim"),
+        }
+    }
+
+    /// Where it listens, with the real port.
+    pub fn address(&self) -> SocketAddr {
+        self.listener.address()
+    }
+
+    /// What it serves.
+    pub fn slice(&self) -> &SliceInfo {
+        &self.info
+    }
+
+    /// Positions of a conversation.
+    pub fn n_ctx(&self) -> u32 {
+        self.options.resources.n_ctx
+    }
+
+    /// Ends this worker from another thread.
+    pub fn stop_handle(&self) -> StopHandle {
+        StopHandle(Arc::clone(&self.listener))
+    }
+
+    /// Loads the slice; from then on hosts are served.
+    ///
+    /// # Errors
+    /// llama.cpp refuses the file, or there is no room for it.
+    pub fn load(&mut self) -> Result<(), Error> {
+        let WorkerBuilder { resources, mmap, max_sessions, chooses_rows, .. } = self.options;
+        let compute_bytes = chooses_rows.then_some(COMPUTE_BYTES);
+        let options = LoadOptions { resources, mmap, max_sessions, compute_bytes };
+        let stage = load::stage(&self.options.slice, &self.info, &options, &self.events)?;
+        let n_ubatch = stage.inner().info().n_ubatch;
+        let terms = of_worker(&self.info, &self.options.software, resources.n_ctx, n_ubatch, max_sessions);
+        self.stage = Some(stage);
+        self.listener.set_readiness(Readiness::Ready(terms));
+        Ok(())
+    }
+
+    /// Opens a pairing window: the code is for the person at the host, good for five minutes and one host.
+    ///
+    /// # Errors
+    /// The system has no random numbers.
+    pub fn open_pairing(&self) -> Result<PairingCode, Error> {
+        Ok(self.listener.open_pairing()?)
+    }
+
+    /// Makes this worker known on the local network, by multicast DNS at `mdns_port`. One that cannot be announced works
+    /// all the same: [`Event::NotAnnounced`] says why.
+    pub fn announce(&mut self, mdns_port: u16) {
+        let address = self.address();
+        // several workers of one machine are told apart by their ports
+        let name = match address.port() {
+            DEFAULT_PORT => device::name(),
+            port => format!("{:.40} ({port})", device::name()),
+        };
+        let events = self.events.clone();
+        let told = move |is_out: bool| {
+            if !is_out {
+                let why = "no announcement leaves this machine: is its UDP port 5353 taken or blocked?";
+                events.tell(Event::NotAnnounced { why: why.to_owned() });
             }
-            let compute = start.elapsed();
-            let rows = match out {
-                Rows::F16(v) => rows::RowsRef::F16(v),
-                Rows::F32(v) => rows::RowsRef::F32(v),
-            };
-            sender.send_done(step, n_rows, rows.into(), compute, wait)?;
-            sender.set_status(Status { step, ..Status::default() });
-            Ok(())
+        };
+        match Announcement::start(&name, address, mdns_port, told) {
+            Ok(announcement) => self.announcement = Some(announcement),
+            Err(e) => self.events.tell(Event::NotAnnounced { why: e.to_string() }),
         }
-        Event::Rewind { session, position } => rewind(stage, sender, session, position),
-        Event::EndSession { session } => rewind(stage, sender, session, 0),
-        Event::Done { .. } => unreachable!("a link of a worker takes no answers"),
+    }
+
+    /// Serves one host after the other until it is [stopped](StopHandle::stop); loads the slice first where that is not
+    /// done yet.
+    ///
+    /// # Errors
+    /// The slice cannot be loaded. What goes wrong with a host is an event.
+    pub fn serve(&mut self) -> Result<(), Error> {
+        if self.stage.is_none() {
+            self.load()?;
+        }
+        let Some(stage) = &mut self.stage else { return Ok(()) };
+        while let Some(link) = self.listener.accept(None) {
+            let host = link.peer().to_owned();
+            self.events.tell(Event::Serving { host: host.clone() });
+            let ended = serve(stage, link);
+            match ended.kind {
+                LinkErrorKind::Goodbye(Farewell::Finished) => self.events.tell(Event::Finished { host }),
+                LinkErrorKind::Stopped => {}
+                _ => self.events.tell(Event::Gone(ended)),
+            }
+        }
+        self.announcement = None;
+        Ok(())
     }
 }
 
-fn rewind(stage: &mut LlamaStage, sender: &Sender, session: u32, position: u32) -> Result<(), LinkError> {
-    stage.rewind_session(session, position).map_err(|error| fail(stage, sender, 0, &error))
+impl Drop for Worker {
+    fn drop(&mut self) {
+        self.listener.close(Farewell::ShuttingDown);
+    }
 }
 
-/// Tells the host what this worker could not do, in its own words: block numbers of the model, and how many values.
-fn fail(stage: &LlamaStage, sender: &Sender, step: u32, error: &Error) -> LinkError {
-    let code = match error {
-        Error::OutputNotFinite { .. } | Error::InputNotFinite { .. } => ErrorCode::NonFinite,
-        Error::OutputOverflows { .. } => ErrorCode::Overflow,
-        Error::OutOfMemory(_) => ErrorCode::NoMemory,
-        _ => ErrorCode::Compute,
-    };
-    let (block, count) = match error {
-        Error::OutputNotFinite { block, count, .. } | Error::OutputOverflows { block, count, .. } => {
-            (Some(stage.first_block() + block), u32::try_from(*count).unwrap_or(u32::MAX))
-        }
-        Error::InputNotFinite { count, .. } => (None, u32::try_from(*count).unwrap_or(u32::MAX)),
-        _ => (None, 0),
-    };
-    let fault = Fault {
-        step: (step > 0).then_some(step),
-        block,
-        count,
-        ..Fault::new(code, stage.explain(error).to_string())
-    };
-    sender.fail(fault.clone());
-    LinkError::Fault { peer: "this worker".to_owned(), fault }
+/// Ends a worker: the host that is being served is told, nobody else is let in, and [`Worker::serve`] returns.
+#[derive(Clone, Debug)]
+pub struct StopHandle(Arc<Listener>);
+
+impl StopHandle {
+    /// Ends it; the second time does nothing.
+    pub fn stop(&self) {
+        self.0.close(Farewell::ShuttingDown);
+    }
 }

@@ -2,5 +2,5 @@
 #![no_main]
 
 libfuzzer_sys::fuzz_target!(|bytes: &[u8]| {
-    gguf_tools::gguf::fuzz::exercise(bytes);
+    gguf_tools::fuzz::exercise(bytes);
 });

@@ -10,10 +10,11 @@ use std::{
 use clap::Parser;
 use gguf_tools::failure::Failure;
 use gguf_tools::synth::{self, FAMILIES, Head, SHAPES, Spec};
+use gguf_tools::text::Safe;
 
 /// Write a GGUF of a real architecture and shape with random weights: for tests, benchmarks and the demo.
 #[derive(Parser)]
-#[command(version)]
+#[command(name = "dim-synth", version)]
 struct Args {
     /// The file to write
     #[arg(required_unless_present = "list")]
@@ -60,8 +61,7 @@ fn main() -> ExitCode {
     }
     match run(&args) {
         Ok(()) => ExitCode::SUCCESS,
-        Err(error) if error.is_misuse() => Failure::misuse(error).hint_from_message().report(),
-        Err(error) => Failure::failed(error).hint_from_message().report(),
+        Err(error) => Failure::from(error).report(),
     }
 }
 
@@ -87,13 +87,13 @@ fn run(args: &Args) -> Result<(), synth::Error> {
     bar.clear();
     if !args.quiet {
         let seconds = start.elapsed().as_secs_f64();
-        eprintln!(
-            "{}: {}, {:.1} MB in {seconds:.1} s, {:.2} GB/s",
-            out.display(),
+        say(format_args!(
+            "{}: {}, {:.1} MB in {seconds:.1} s, {:.2} GB/s\n",
+            Safe(&out.display().to_string()),
             spec.name(),
             bytes as f64 / 1e6,
             bytes as f64 / 1e9 / seconds
-        );
+        ));
     }
     Ok(())
 }
@@ -126,6 +126,11 @@ fn list() -> ExitCode {
     ExitCode::SUCCESS
 }
 
+/// Writes to standard error. That nobody reads it is no reason to stop.
+fn say(text: impl std::fmt::Display) {
+    let _ = write!(std::io::stderr(), "{text}");
+}
+
 /// One line on a terminal, a few times a second.
 struct Bar {
     shown: Option<Duration>,
@@ -145,7 +150,7 @@ impl Bar {
         let share = done as f64 / total.max(1) as f64;
         let rate = done as f64 / elapsed.as_secs_f64().max(1e-3);
         let full = (share * 30.0) as usize;
-        eprint!(
+        say(format_args!(
             "\r[{:<30}] {:>5.1} %  {:>7.1} of {:.1} MB  {:.2} GB/s  {:.0} s left ",
             "#".repeat(full),
             share * 100.0,
@@ -153,12 +158,12 @@ impl Bar {
             total as f64 / 1e6,
             rate / 1e9,
             (total - done) as f64 / rate.max(1.0)
-        );
+        ));
     }
 
     fn clear(&self) {
         if self.shown.is_some() {
-            eprint!("\r\x1b[K");
+            say("\r\x1b[K");
         }
     }
 }

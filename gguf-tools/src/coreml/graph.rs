@@ -22,9 +22,9 @@
 //! - with a residual scale a (a power of two below 1), x stands for a * x throughout: epsilon shrinks by a^2 and
 //!   what is added to x is scaled by a, on activations, so that the weights stay as they are.
 
-use std::ops::RangeInclusive;
-
 use half::f16;
+
+use dim_core::blocks::BlockRange;
 
 use super::mil::{FunctionBuilder, State, Val};
 use super::proto::{self, DataType};
@@ -359,14 +359,14 @@ pub fn ffn_parts(n_ff: u64) -> Vec<std::ops::Range<u64>> {
 }
 
 /// The runs of blocks that packages hold: as few packages as `per_package` allows, filled evenly, larger ones first.
-pub fn package_runs(blocks: RangeInclusive<u32>, per_package: u32) -> Vec<RangeInclusive<u32>> {
-    let n = blocks.end() - blocks.start() + 1;
+pub fn package_runs(blocks: BlockRange, per_package: u32) -> Vec<BlockRange> {
+    let n = blocks.count();
     let n_packages = n.div_ceil(per_package);
-    let mut first = *blocks.start();
+    let mut first = blocks.first;
     (0..n_packages)
         .map(|i| {
             let len = n / n_packages + u32::from(i < n % n_packages);
-            let run = first..=first + len - 1;
+            let run = BlockRange { first, last: first + len - 1 };
             first += len;
             run
         })
@@ -393,15 +393,16 @@ mod tests {
 
     #[test]
     fn packages_are_filled_evenly_and_in_order() {
-        assert_eq!(package_runs(11..=16, 2), [11..=12, 13..=14, 15..=16]);
-        assert_eq!(package_runs(3..=9, 3), [3..=5, 6..=7, 8..=9]);
-        assert_eq!(package_runs(3..=4, u32::MAX).len(), 1);
+        let range = |first, last| BlockRange { first, last };
+        assert_eq!(package_runs(range(11, 16), 2), [range(11, 12), range(13, 14), range(15, 16)]);
+        assert_eq!(package_runs(range(3, 9), 3), [range(3, 5), range(6, 7), range(8, 9)]);
+        assert_eq!(package_runs(range(3, 4), u32::MAX).len(), 1);
         for (n, per_package) in (1..40).flat_map(|n| (1..9).map(move |p| (n, p))) {
-            let runs = package_runs(5..=4 + n, per_package);
+            let runs = package_runs(range(5, 4 + n), per_package);
             assert_eq!(runs.len() as u32, n.div_ceil(per_package));
-            assert_eq!((*runs[0].start(), *runs.last().unwrap().end()), (5, 4 + n));
-            assert!(runs.windows(2).all(|r| r[0].end() + 1 == *r[1].start()));
-            assert!(runs.iter().all(|r| r.clone().count() as u32 <= per_package));
+            assert_eq!((runs[0].first, runs.last().unwrap().last), (5, 4 + n));
+            assert!(runs.windows(2).all(|r| r[0].last + 1 == r[1].first));
+            assert!(runs.iter().all(|r| r.count() <= per_package));
         }
     }
 }

@@ -15,12 +15,13 @@
 
 use std::fs::File;
 use std::io::{self, Read, Seek, SeekFrom, Write};
-use std::ops::RangeInclusive;
 
 use half::f16;
 use llama_sys_patch::{
     ContextParams, FlashAttn, Input, KvType, Model, ModelParams, ModelPart, Output, Row, Stage, StageParams,
 };
+
+use dim_core::blocks::BlockRange;
 
 use super::manifest::{Boundary, SelfTest};
 use super::package::{SELF_TEST, Staging};
@@ -76,7 +77,7 @@ pub(super) struct Measured {
 pub(super) fn measure(
     gguf: &Gguf,
     options: Options,
-    runs: &[RangeInclusive<u32>],
+    runs: &[BlockRange],
     staging: &Staging,
     progress: &mut dyn FnMut(Progress),
 ) -> Result<Measured, Error> {
@@ -109,14 +110,14 @@ pub(super) fn measure(
         max_abs_hidden: Vec::new(),
     };
 
-    let (first, last) = (*runs[0].start(), *runs[runs.len() - 1].end());
+    let (first, last) = (runs[0].first, runs[runs.len() - 1].last);
     let mut rows = vec![0.0; n_tokens * model.n_embd()];
     for block in 0..=last {
         evaluate(&model, block, &tokens, &mut rows)?;
         if block + 1 >= first {
             measured.max_abs_hidden.push(rows.iter().fold(0.0, |max, x| max.max(x.abs())));
         }
-        if block + 1 == first || runs.iter().any(|run| *run.end() == block) {
+        if block + 1 == first || runs.iter().any(|run| run.last == block) {
             measured.push(&rows).at(&staging.path().join(SELF_TEST))?;
         }
     }

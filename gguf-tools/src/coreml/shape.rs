@@ -8,10 +8,9 @@
 use std::f64::consts::PI;
 
 use super::Error;
+pub use super::limits::ARCHITECTURES;
 use crate::gguf::{Gguf, Tensor, TensorType, Value};
-
-/// The architectures, by GGUF's names. Mistral's models are `llama` in GGUF; newer ones are `mistral3`.
-pub const ARCHITECTURES: &[&str] = &["qwen2", "llama", "qwen3", "mistral3"];
+use crate::text::Shown;
 
 /// The dimensions of a model's blocks.
 #[derive(Clone, Debug, PartialEq)]
@@ -136,7 +135,7 @@ impl Shape {
         let arch =
             arch.as_ref().and_then(Value::as_str).ok_or(Error::KeyMissing("general.architecture".into()))?;
         let Some(&arch) = ARCHITECTURES.iter().find(|&&a| a == arch) else {
-            return Err(Error::Architecture { arch: printable(arch) });
+            return Err(Error::Architecture { arch: Shown(arch).to_string() });
         };
         let keys = Keys { gguf, arch };
         for (key, neutral) in REFUSED_KEYS {
@@ -199,13 +198,16 @@ impl Shape {
         for tensor in gguf.tensors() {
             let Some(suffix) = tensor.name().strip_prefix(&prefix) else { continue };
             let Some(expected) = EXPECTED.iter().find(|e| e.suffix == suffix && self.has(e.need)) else {
-                return Err(Error::TensorUnknown { tensor: printable(tensor.name()), arch: self.arch });
+                return Err(Error::TensorUnknown {
+                    tensor: Shown(tensor.name()).to_string(),
+                    arch: self.arch,
+                });
             };
             let [row, rows] = (expected.dims)(self);
             let wanted: &[u64] = if rows == 0 { &[row] } else { &[row, rows] };
             if tensor.dims() != wanted {
                 let (found, wanted) = (tensor.dims().to_vec(), wanted.to_vec());
-                return Err(Error::TensorShape { tensor: printable(tensor.name()), found, wanted });
+                return Err(Error::TensorShape { tensor: Shown(tensor.name()).to_string(), found, wanted });
             }
         }
         for expected in EXPECTED {
@@ -249,7 +251,7 @@ impl Rope {
             "none" => "none",
             "yarn" => "yarn",
             other => {
-                let why = format!("{} is not among none, linear, yarn", printable(other));
+                let why = format!("{} is not among none, linear, yarn", Shown(other));
                 return Err(keys.bad("rope.scaling.type", why));
             }
         };
@@ -383,13 +385,4 @@ impl Keys<'_> {
             )),
         }
     }
-}
-
-/// Text of a model file, made fit for one line of a terminal.
-pub fn printable(text: &str) -> String {
-    let mut shown: String = text.chars().take(80).flat_map(char::escape_default).collect();
-    if text.chars().nth(80).is_some() {
-        shown.push_str("...");
-    }
-    shown
 }

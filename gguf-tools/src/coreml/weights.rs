@@ -23,19 +23,22 @@
 
 use std::fs::{File, OpenOptions};
 use std::io::Write;
-use std::ops::{Range, RangeInclusive};
+use std::ops::Range;
 use std::path::Path;
 use std::sync::mpsc;
 
+use dim_core::blocks::BlockRange;
 use half::f16;
 use half::slice::HalfFloatSliceExt;
 use sha2::{Digest, Sha256};
 
 use super::graph::{self, BlockWeights, FfnPart, Projection, Weight};
-use super::shape::{Shape, printable};
+use super::shape::Shape;
+use super::types::{check_type, to_f32};
 use super::{Error, IoContext};
 use crate::gguf::{Gguf, Tensor, TensorType};
 use crate::os;
+use crate::text::Shown;
 
 /// Data type code of fp16 in a record.
 const FP16: u32 = 1;
@@ -100,7 +103,7 @@ impl Blob {
 #[derive(Clone, Debug)]
 pub struct WeightPlan {
     /// Numbers of the blocks.
-    pub blocks: RangeInclusive<u32>,
+    pub blocks: BlockRange,
     /// In file order.
     pub blobs: Vec<Blob>,
     /// Where each block's weights lie.
@@ -111,9 +114,9 @@ pub struct WeightPlan {
 
 impl WeightPlan {
     /// Lays out the weights of `blocks`, which [`Shape::check_block`] has accepted.
-    pub fn new(gguf: &Gguf, shape: &Shape, blocks: RangeInclusive<u32>, residual_scale: f32) -> WeightPlan {
+    pub fn new(gguf: &Gguf, shape: &Shape, blocks: BlockRange, residual_scale: f32) -> WeightPlan {
         let mut plan = Planner { gguf, shape, residual_scale, blobs: Vec::new(), end: UNIT };
-        let weights = blocks.clone().map(|block| plan.block(block)).collect();
+        let weights = blocks.as_range().map(|block| plan.block(block)).collect();
         WeightPlan { blocks, blobs: plan.blobs, weights, file_bytes: plan.end }
     }
 
@@ -177,47 +180,6 @@ impl WeightPlan {
         let padding = out.zeros(self.file_bytes - out.at);
         out.write(padding)
     }
-}
-
-/// Types other than F16 among the weights of `blocks` (not the vectors, which are F32 in every model), and which of
-/// them need ggml's dequantiser.
-pub fn converted_types(gguf: &Gguf, blocks: RangeInclusive<u32>) -> Vec<TensorType> {
-    let mut types: Vec<TensorType> = gguf
-        .tensors()
-        .filter(|t| t.dims().len() > 1 && t.tensor_type() != TensorType::F16)
-        .filter(|t| block_of(t.name()).is_some_and(|b| blocks.contains(&b)))
-        .map(|t| t.tensor_type())
-        .collect();
-    types.sort();
-    types.dedup();
-    types
-}
-
-/// Checks that every weight of `blocks` is of a type that can be turned into F16 here.
-///
-/// # Errors
-/// The first tensor that is not.
-pub fn check_types(gguf: &Gguf, blocks: RangeInclusive<u32>) -> Result<(), Error> {
-    gguf.tensors()
-        .filter(|t| block_of(t.name()).is_some_and(|b| blocks.contains(&b)))
-        .try_for_each(|t| check_type(&t))
-}
-
-fn check_type(tensor: &Tensor<'_>) -> Result<(), Error> {
-    let found = tensor.tensor_type();
-    if matches!(found, TensorType::F16 | TensorType::BF16 | TensorType::F32) || dequantise::can(found) {
-        return Ok(());
-    }
-    let tensor = printable(tensor.name());
-    Err(if cfg!(feature = "engine") || !found.is_quantized() {
-        Error::TensorType { tensor, found }
-    } else {
-        Error::NeedsEngine { tensor, found }
-    })
-}
-
-fn block_of(tensor: &str) -> Option<u32> {
-    tensor.strip_prefix("blk.")?.split_once('.')?.0.parse().ok()
 }
 
 /// Lays out blobs one after the other.
@@ -497,7 +459,7 @@ impl<'a> Source<'a> {
             true => Ok(()),
             false => {
                 let value = *values.iter().find(|&&v| !fits(v)).expect("one does not fit");
-                Err(Error::TensorValue { tensor: printable(self.tensor.name()), value })
+                Err(Error::TensorValue { tensor: Shown(self.tensor.name()).to_string(), value })
             }
         }
     }
@@ -505,7 +467,7 @@ impl<'a> Source<'a> {
     fn check_finite(&self, halves: &[u8]) -> Result<(), Error> {
         match halves.chunks_exact(2).map(|b| f16::from_le_bytes([b[0], b[1]])).find(|v| !v.is_finite()) {
             Some(value) => {
-                Err(Error::TensorValue { tensor: printable(self.tensor.name()), value: value.into() })
+                Err(Error::TensorValue { tensor: Shown(self.tensor.name()).to_string(), value: value.into() })
             }
             None => Ok(()),
         }
@@ -529,58 +491,6 @@ fn pairs_to_halves(data: &mut [u8], head_dim: usize, size: usize, scratch: &mut 
             let to = from / 2 + (from % 2) * (head_dim / 2);
             head[to * size..(to + 1) * size].copy_from_slice(element);
         }
-    }
-}
-
-/// One row as F32.
-fn to_f32(tensor: &Tensor<'_>, raw: &[u8], values: &mut [f32]) -> Result<(), Error> {
-    match tensor.tensor_type() {
-        TensorType::F32 => {
-            for (value, b) in values.iter_mut().zip(raw.chunks_exact(4)) {
-                *value = f32::from_le_bytes([b[0], b[1], b[2], b[3]]);
-            }
-        }
-        TensorType::BF16 => {
-            for (value, b) in values.iter_mut().zip(raw.chunks_exact(2)) {
-                *value = f32::from_bits(u32::from(u16::from_le_bytes([b[0], b[1]])) << 16);
-            }
-        }
-        TensorType::F16 => {
-            for (value, b) in values.iter_mut().zip(raw.chunks_exact(2)) {
-                *value = f16::from_le_bytes([b[0], b[1]]).to_f32();
-            }
-        }
-        quantised => dequantise::row(quantised, raw, values)
-            .map_err(|why| Error::Dequantise { tensor: printable(tensor.name()), why })?,
-    }
-    Ok(())
-}
-
-/// ggml's dequantisers, where this build has them.
-mod dequantise {
-    use crate::gguf::TensorType;
-
-    /// Whether rows of this type can be turned into F32 here.
-    #[cfg(feature = "engine")]
-    pub fn can(tensor_type: TensorType) -> bool {
-        llama_sys_patch::RowType::of(tensor_type.id()).is_ok_and(|t| t.to_f32)
-    }
-
-    /// One row of a quantised type as F32.
-    #[cfg(feature = "engine")]
-    pub fn row(tensor_type: TensorType, raw: &[u8], values: &mut [f32]) -> Result<(), String> {
-        llama_sys_patch::dequantize_rows(tensor_type.id(), raw, values.len(), values)
-            .map_err(|e| e.to_string())
-    }
-
-    #[cfg(not(feature = "engine"))]
-    pub fn can(_: TensorType) -> bool {
-        false
-    }
-
-    #[cfg(not(feature = "engine"))]
-    pub fn row(_: TensorType, _: &[u8], _: &mut [f32]) -> Result<(), String> {
-        unreachable!("a build without the engine feature refuses quantised tensors before it reads them")
     }
 }
 

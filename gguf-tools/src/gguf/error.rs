@@ -1,8 +1,12 @@
 //! What can be wrong with a file: one variant per rule, with the place and the way out.
 
-use std::{fmt, io, path::PathBuf};
+use std::{borrow::Cow, fmt, io, path::PathBuf};
 
-use super::types::{TensorType, ValueType};
+use super::{
+    limits,
+    types::{TensorType, ValueType},
+};
+use crate::{failure::Explained, text::Shown};
 
 /// A file that was refused: where, and which rule it broke.
 #[derive(Debug)]
@@ -42,34 +46,30 @@ pub enum Rule {
     #[error("{0}")]
     Io(#[from] io::Error),
     /// A folder, a pipe, a device.
-    #[error("not a file; give the path of a .gguf file")]
+    #[error("not a file")]
     NotAFile,
 
     // -- header
     /// The first four bytes are something else.
-    #[error("not a GGUF file: it starts with {0:02x?}, not with \"GGUF\"; check the path, or download again")]
+    #[error("not a GGUF file: it starts with {0:02x?}, not with \"GGUF\"")]
     NotGguf([u8; 4]),
+    /// Another kind of file.
+    #[error("not a GGUF file but {0}")]
+    Foreign(Foreign),
     /// Too short to be anything.
-    #[error("not a GGUF file: it holds {0} bytes and a header takes 24; download again")]
+    #[error("not a GGUF file: it holds {0} bytes and a header takes {bytes}", bytes = limits::HEADER_BYTES)]
     TooShort(u64),
     /// Version 0 or above 3.
-    #[error(
-        "unsupported GGUF version {0}: this program reads versions 2 and 3; convert the model again with a current \
-         converter"
-    )]
+    #[error("unsupported GGUF version {0}: this program reads versions 2 and 3")]
     Version(u32),
     /// Version 1, with 32-bit counts.
-    #[error(
-        "GGUF version 1 has not been readable since 2023; convert the model again with a current converter"
-    )]
+    #[error("GGUF version 1 has not been readable since 2023")]
     Version1,
     /// The version's bytes are swapped.
-    #[error("big-endian GGUF (version {0}); convert the model again for a little-endian machine")]
+    #[error("big-endian GGUF (version {0})")]
     BigEndian(u32),
     /// More entries than the file has room for.
-    #[error(
-        "{what} count {count} cannot be: {left} bytes are left and each takes at least {least}; download again"
-    )]
+    #[error("{what} count {count} cannot be: {left} bytes are left and each takes at least {least}")]
     Count {
         /// What is counted.
         what: &'static str,
@@ -81,7 +81,7 @@ pub enum Rule {
         least: u64,
     },
     /// More metadata entries than any model has.
-    #[error("{0} metadata entries, more than the {max} this program reads", max = super::reader::MAX_KEYS)]
+    #[error("{0} metadata entries, more than the {max} this program reads", max = limits::MAX_KEYS)]
     TooManyKeys(u64),
 
     // -- metadata
@@ -89,7 +89,7 @@ pub enum Rule {
     #[error("empty key")]
     KeyEmpty,
     /// The format allows 65,535 bytes.
-    #[error("key of {0} bytes, the format allows 65535")]
+    #[error("key of {0} bytes, the format allows {max}", max = limits::MAX_KEY_BYTES)]
     KeyTooLong(u64),
     /// Not UTF-8, or with a NUL in it.
     #[error("key is not plain text")]
@@ -104,7 +104,7 @@ pub enum Rule {
     #[error("unknown value type {0}")]
     ValueType(u32),
     /// A length or count larger than what is left of the file.
-    #[error("{what} of {len} bytes, but the file ends after {left}; download again")]
+    #[error("{what} of {len} bytes, but the file ends after {left}")]
     PastEnd {
         /// What is too long.
         what: &'static str,
@@ -114,7 +114,7 @@ pub enum Rule {
         left: u64,
     },
     /// Arrays in arrays in arrays.
-    #[error("arrays nested more than {max} deep", max = super::reader::MAX_DEPTH)]
+    #[error("arrays nested more than {max} deep", max = limits::MAX_DEPTH)]
     TooDeep,
     /// Neither 0 nor 1.
     #[error("a flag is stored as {0}, it must be 0 or 1")]
@@ -123,7 +123,7 @@ pub enum Rule {
     #[error("must be a u32, the file has a {0}")]
     AlignmentType(ValueType),
     /// `general.alignment` that is no power of two from 1 byte to 1 MiB.
-    #[error("alignment {0}, must be a power of two up to {max}", max = super::reader::MAX_ALIGNMENT)]
+    #[error("alignment {0}, must be a power of two up to {max}", max = limits::MAX_ALIGNMENT)]
     Alignment(u32),
 
     // -- tensors
@@ -131,7 +131,7 @@ pub enum Rule {
     #[error("empty tensor name")]
     NameEmpty,
     /// ggml keeps names in 64 bytes, with a NUL.
-    #[error("tensor name of {0} bytes, ggml allows 63")]
+    #[error("tensor name of {0} bytes, ggml allows {max}", max = limits::MAX_NAME_BYTES)]
     NameTooLong(u64),
     /// Not UTF-8, or with a NUL in it.
     #[error("tensor name is not plain text")]
@@ -140,7 +140,7 @@ pub enum Rule {
     #[error("duplicate tensor name")]
     NameDuplicate,
     /// ggml has one to four.
-    #[error("{0} dimensions, must be 1 to 4")]
+    #[error("{0} dimensions, must be 1 to {max}", max = limits::MAX_DIMS)]
     DimCount(u32),
     /// Zero, or negative when read as ggml does.
     #[error("dimension {index} is {value}, must be at least 1 and below 2^63")]
@@ -154,7 +154,7 @@ pub enum Rule {
     #[error("dimensions {0:?} overflow the count of elements or bytes")]
     SizeOverflow(Vec<u64>),
     /// A type that ggml dropped.
-    #[error("type {name} ({id}) was removed from ggml; convert the model again")]
+    #[error("type {name} ({id}) was removed from ggml")]
     TypeRemoved {
         /// Its number.
         id: u32,
@@ -162,7 +162,7 @@ pub enum Rule {
         name: &'static str,
     },
     /// A type this program does not know.
-    #[error("unknown tensor type {0}; the model may be newer than this program")]
+    #[error("unknown tensor type {0}: the model may be newer than this program")]
     TypeUnknown(u32),
     /// A row that ends inside a group of values.
     #[error("rows of {row} values, {ty} takes multiples of {multiple}", multiple = ty.block_len())]
@@ -189,10 +189,10 @@ pub enum Rule {
         bytes: u64,
     },
     /// Two tensors on the same bytes.
-    #[error("its data overlaps tensor '{0}'")]
+    #[error("its data overlaps tensor '{}'", Shown(.0))]
     Overlap(String),
     /// The file ends before the tensor does.
-    #[error("the file is {short_by} bytes short here; the download broke off: download again")]
+    #[error("the file is {short_by} bytes short here: the download broke off")]
     Truncated {
         /// Bytes missing for this tensor to end.
         short_by: u64,
@@ -200,7 +200,7 @@ pub enum Rule {
 
     // -- split models
     /// A part is not where its name says it is.
-    #[error("part {no} of {count} is missing; put all parts into one folder")]
+    #[error("part {no} of {count} is missing")]
     PartMissing {
         /// Which, from 1.
         no: u32,
@@ -208,22 +208,22 @@ pub enum Rule {
         count: u32,
     },
     /// A part that says it is another one, or of another number of parts.
-    #[error("says it is part {no} of {count}, its name says {want_no} of {want_count}; download it again")]
+    #[error("says it is part {} of {}, its name says {want_no} of {want_count}", Said(no), Said(count))]
     PartMismatch {
-        /// What the metadata says, from 1.
-        no: u64,
-        /// What the metadata says.
-        count: u64,
+        /// What the metadata says, from 1, if it says anything.
+        no: Option<u64>,
+        /// What the metadata says, if it says anything.
+        count: Option<u64>,
         /// What the name says, from 1.
         want_no: u32,
         /// What the name says.
         want_count: u32,
     },
     /// One part of several, under a name that does not say where the others are.
-    #[error("is one part of {0}; give the parts their names back (NAME-00001-of-0000N.gguf)")]
+    #[error("is one part of {0}, and its name does not say which")]
     PartName(u64),
     /// The parts together have another number of tensors than the first announces.
-    #[error("{found} tensors in all parts, the first part announces {announced}; download again")]
+    #[error("{found} tensors in all parts, the first part announces {announced}")]
     PartTensors {
         /// Tensors found.
         found: u64,
@@ -232,8 +232,14 @@ pub enum Rule {
     },
 
     // -- model
+    /// A GGUF file that holds something else than a model.
+    #[error("this is {0}, not a model")]
+    NotAModel(NotAModel),
+    /// An alignment that the format allows and that llama.cpp answers by ending the process.
+    #[error("tensor data aligned to {0} bytes, which llama.cpp does not load: it takes {least} or more", least = limits::DEFAULT_ALIGNMENT)]
+    AlignmentUnloadable(u64),
     /// A key that llama.cpp cannot do without.
-    #[error("missing; the model is incomplete, convert it again")]
+    #[error("missing: the model is incomplete")]
     KeyMissing,
     /// A value of another type than llama.cpp reads.
     #[error("is a {found}, must be {must}")]
@@ -255,13 +261,13 @@ pub enum Rule {
     #[error("an array of arrays, which llama.cpp does not load")]
     NestedArray,
     /// A tensor that the model's block count needs.
-    #[error("missing, but the model has {blocks} blocks; download again")]
+    #[error("missing, but the model has {blocks} blocks")]
     TensorMissing {
         /// `block_count`.
         blocks: u64,
     },
     /// A tensor of a type that ggml's operations on it do not take.
-    #[error("stored as {found}, must be {must}; convert the model again")]
+    #[error("stored as {found}, must be {must}")]
     TensorTypeForbidden {
         /// The file's type.
         found: TensorType,
@@ -277,7 +283,7 @@ pub enum Rule {
         must: String,
     },
     /// The same token twice.
-    #[error("tokens {first} and {second} are both {text:?}; llama.cpp needs each text once")]
+    #[error("tokens {first} and {second} are both {text:?}, and llama.cpp needs each text once")]
     TokenDuplicate {
         /// The token's text.
         text: String,
@@ -286,6 +292,144 @@ pub enum Rule {
         /// Index of the second.
         second: u64,
     },
+}
+
+/// Files that people take for a model, by how they begin.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Foreign {
+    /// The text that git keeps instead of a large file.
+    GitLfsPointer,
+    /// A web page.
+    Html,
+    /// Weights as PyTorch keeps them, or another archive.
+    Zip,
+    /// Weights as Hugging Face keeps them.
+    Safetensors,
+    /// llama.cpp's formats before GGUF.
+    Ggml,
+}
+
+impl Foreign {
+    /// What a file that begins with these bytes is.
+    pub(super) fn of(bytes: &[u8]) -> Option<Foreign> {
+        let text = bytes.trim_ascii_start();
+        let begins =
+            |with: &str| text.get(..with.len()).is_some_and(|b| b.eq_ignore_ascii_case(with.as_bytes()));
+        let after_length = bytes.get(8..10); // safetensors: the length of its JSON, then the JSON
+        match bytes {
+            _ if begins("version https://git-lfs") => Some(Foreign::GitLfsPointer),
+            _ if begins("<!doctype html") || begins("<html") => Some(Foreign::Html),
+            [b'P', b'K', 3, 4, ..] => Some(Foreign::Zip),
+            [b't' | b'l', b'j' | b'm', b'g', b'g', ..] => Some(Foreign::Ggml),
+            [b'f', b'm', b'g', b'g', ..] => Some(Foreign::Ggml),
+            _ if after_length == Some(b"{\"") => Some(Foreign::Safetensors),
+            _ => None,
+        }
+    }
+
+    fn hint(self) -> &'static str {
+        match self {
+            Foreign::GitLfsPointer => {
+                "fetch the file it stands for: `git lfs pull`, or download it from the model's page"
+            }
+            Foreign::Html => "download the file itself: on a model's page, the link behind \"download\"",
+            Foreign::Zip | Foreign::Safetensors => {
+                "download the model's GGUF file, or convert it with llama.cpp's convert_hf_to_gguf.py"
+            }
+            Foreign::Ggml => "download the model's GGUF file: this format has not been readable since 2023",
+        }
+    }
+}
+
+impl fmt::Display for Foreign {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Foreign::GitLfsPointer => {
+                "a git-LFS pointer: the few lines that git keeps instead of a large file"
+            }
+            Foreign::Html => "a web page",
+            Foreign::Zip => "a zip archive, as PyTorch keeps weights",
+            Foreign::Safetensors => "a safetensors file",
+            Foreign::Ggml => "one of llama.cpp's formats before GGUF",
+        })
+    }
+}
+
+/// What a GGUF file holds that is no model, by its `general.type` or architecture.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum NotAModel {
+    /// A LoRA: changes to the weights of a model.
+    Adapter,
+    /// What turns an image or sound into rows for a model.
+    Projector,
+    /// Statistics for quantising.
+    ImportanceMatrix,
+    /// A tokenizer without weights.
+    Vocabulary,
+}
+
+impl NotAModel {
+    fn hint(self) -> &'static str {
+        match self {
+            NotAModel::Adapter => {
+                "give the model that it changes, or that model with the adapter merged into it (llama-export-lora)"
+            }
+            NotAModel::Projector => {
+                "give the language model that it belongs to: the other GGUF file on the same page"
+            }
+            NotAModel::ImportanceMatrix | NotAModel::Vocabulary => "give the model's own GGUF file",
+        }
+    }
+}
+
+impl fmt::Display for NotAModel {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            NotAModel::Adapter => "a LoRA adapter: changes to a model's weights",
+            NotAModel::Projector => "a projector (mmproj): what turns images or sound into a model's input",
+            NotAModel::ImportanceMatrix => "an importance matrix: statistics for quantising a model",
+            NotAModel::Vocabulary => "a vocabulary without weights",
+        })
+    }
+}
+
+/// A number that may not stand in the file.
+struct Said<'a>(&'a Option<u64>);
+
+impl fmt::Display for Said<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self.0 {
+            Some(number) => number.fmt(f),
+            None => f.write_str("?"),
+        }
+    }
+}
+
+const DOWNLOAD: &str = "download again";
+const CONVERT: &str = "convert the model again with a current converter";
+
+impl Rule {
+    /// What to do about it, where that is known.
+    pub fn hint(&self) -> Option<&'static str> {
+        Some(match self {
+            Rule::NotAFile => "give the path of a .gguf file",
+            Rule::NotGguf(_) => "check the path, or download again",
+            Rule::Foreign(kind) => kind.hint(),
+            Rule::NotAModel(kind) => kind.hint(),
+            Rule::TooShort(_) | Rule::Count { .. } | Rule::PastEnd { .. } => DOWNLOAD,
+            Rule::Truncated { .. } | Rule::PartTensors { .. } | Rule::TensorMissing { .. } => DOWNLOAD,
+            Rule::PartMismatch { .. } => "download this part again",
+            Rule::PartMissing { .. } => "put all parts into one folder",
+            Rule::PartName(_) => "give the parts their names back (NAME-00001-of-0000N.gguf)",
+            Rule::Version(_) | Rule::Version1 | Rule::TypeRemoved { .. } => CONVERT,
+            Rule::KeyMissing | Rule::TensorTypeForbidden { .. } => CONVERT,
+            Rule::BigEndian(_) => "convert the model again for a little-endian machine",
+            Rule::AlignmentUnloadable(_) => {
+                "cut it with dim-split, whose slices can be loaded, or convert the model again"
+            }
+            _ => return None,
+        })
+    }
 }
 
 impl Error {
@@ -330,21 +474,12 @@ impl std::error::Error for Error {
     }
 }
 
-/// A name out of a file, made safe to print: no control characters, cut at 80 characters.
-pub(crate) struct Shown<'a>(pub &'a str);
+impl Explained for Error {
+    fn hint(&self) -> Option<Cow<'static, str>> {
+        self.rule.hint().map(Cow::Borrowed)
+    }
 
-impl fmt::Display for Shown<'_> {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        for (i, c) in self.0.chars().enumerate() {
-            if i == 80 {
-                return f.write_str("...");
-            }
-            if c.is_control() {
-                write!(f, "{}", c.escape_default())?;
-            } else {
-                write!(f, "{c}")?;
-            }
-        }
-        Ok(())
+    fn is_misuse(&self) -> bool {
+        true
     }
 }

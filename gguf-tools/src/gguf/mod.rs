@@ -9,16 +9,18 @@
 
 pub mod check;
 mod error;
-#[doc(hidden)]
-pub mod fuzz;
+mod file;
+mod header;
+pub mod limits;
+mod part;
 mod parts;
 mod reader;
+mod temp;
 mod types;
 mod value;
 pub mod write;
 
-pub(crate) use error::Shown;
-pub use error::{Error, Place, Rule};
-pub use reader::{DEFAULT_ALIGNMENT, Entry, Gguf, MAX_ALIGNMENT, MAX_DEPTH, MAX_KEYS, Tensor};
+pub use error::{Error, Foreign, NotAModel, Place, Rule};
+pub use reader::{Entry, Gguf, Tensor};
 pub use types::{TensorType, ValueType};
 pub use value::{Array, Elements, Value};

@@ -4,7 +4,7 @@ use std::path::{Path, PathBuf};
 
 use super::{
     error::{Error, Place, Rule},
-    reader::Part,
+    part::Part,
     value::Value,
 };
 
@@ -35,16 +35,16 @@ pub(super) fn open_all(given: Part) -> Result<Vec<Part>, Error> {
                 other => other?,
             },
         };
-        let says = (number(&part, "split.no").map(|n| n.saturating_add(1)), number(&part, "split.count"));
-        if says != (Some(no.into()), Some(name.count.into())) {
-            let (no_says, count_says) = (says.0.unwrap_or(0), says.1.unwrap_or(0));
-            let rule =
-                Rule::PartMismatch { no: no_says, count: count_says, want_no: no, want_count: name.count };
+        let says_no = number(&part, "split.no").map(|n| n.saturating_add(1));
+        let says_count = number(&part, "split.count");
+        if (says_no, says_count) != (Some(no.into()), Some(name.count.into())) {
+            let (want_no, want_count) = (no, name.count);
+            let rule = Rule::PartMismatch { no: says_no, count: says_count, want_no, want_count };
             return Err(error(&part, "split.no", rule));
         }
         parts.push(part);
     }
-    let found = parts.iter().map(|p| p.tensors.len() as u64).sum();
+    let found = parts.iter().map(|p| p.header.tensors.len() as u64).sum();
     match number(&parts[0], "split.tensors.count") {
         Some(announced) if announced != found => {
             Err(error(&parts[0], "split.tensors.count", Rule::PartTensors { found, announced }))

@@ -8,20 +8,24 @@
 //! complete, [`patch`](GgufWriter::patch) for values known only then (hashes), [`finish`](GgufWriter::finish).
 
 use std::{
+    borrow::Cow,
     fmt,
-    fs::{self, File, OpenOptions},
+    fs::File,
     io::{self, BufWriter, Read, Seek, SeekFrom, Write},
     path::{Path, PathBuf},
-    sync::atomic::{AtomicU64, Ordering},
 };
 
+pub use super::temp::{TempFile, remove_stale};
 use super::{
     error::Error,
-    reader::{DEFAULT_ALIGNMENT, MAX_ALIGNMENT, Tensor},
+    limits::{
+        DEFAULT_ALIGNMENT, HEADER_BYTES, MAGIC, MAX_ALIGNMENT, MAX_DIMS, MAX_KEY_BYTES, MAX_NAME_BYTES,
+    },
+    reader::Tensor,
     types::{TensorType, ValueType},
     value::Value,
 };
-use crate::os;
+use crate::{failure::Explained, os};
 
 /// What a tensor will be: the description that stands in the header.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -209,7 +213,7 @@ impl GgufWriter {
             let end = file.stream_position()?;
             file.seek(SeekFrom::Start(0))?;
             let mut left = data_offset;
-            let mut buf = vec![0; 64 << 10];
+            let mut buf = vec![0; HEADER_PIECE_BYTES];
             while left > 0 {
                 let n = left.min(buf.len() as u64) as usize;
                 file.read_exact(&mut buf[..n])?;
@@ -239,7 +243,7 @@ impl GgufWriter {
     /// Where the file stands before [`publish`](Self::publish), for reading it. What is still gathered in memory is not
     /// in it: [`read_header`](Self::read_header) hands that to the system.
     pub fn temp_path(&self) -> Option<&Path> {
-        self.temp.path.as_deref()
+        self.temp.path()
     }
 
     /// Flushes everything to the disk; what remains is [`publish`](Self::publish).
@@ -280,11 +284,11 @@ impl GgufWriter {
         tensors: &[TensorSpec],
     ) -> io::Result<()> {
         let out = &mut self.out;
-        out.write_all(b"GGUF")?;
-        out.write_all(&3u32.to_le_bytes())?;
+        out.write_all(&MAGIC)?;
+        out.write_all(&VERSION.to_le_bytes())?;
         out.write_all(&(tensors.len() as u64).to_le_bytes())?;
         out.write_all(&(metadata.len() as u64).to_le_bytes())?;
-        let mut pos = 24u64;
+        let mut pos = HEADER_BYTES;
         for (key, value) in metadata {
             let key = key.as_ref();
             out.write_all(&(key.len() as u64).to_le_bytes())?;
@@ -413,6 +417,9 @@ pub enum WriteError {
     },
 }
 
+/// The version of the format that is written.
+const VERSION: u32 = 3;
+
 struct Layout {
     alignment: u64,
     data_offset: u64,
@@ -422,11 +429,11 @@ struct Layout {
 impl Layout {
     fn new<K: AsRef<str>>(metadata: &[(K, Value<'_>)], tensors: &[TensorSpec]) -> Result<Layout, WriteError> {
         let mut alignment = DEFAULT_ALIGNMENT;
-        let mut header = 24u64;
+        let mut header = HEADER_BYTES;
         let mut keys: Vec<&str> = Vec::with_capacity(metadata.len());
         for (key, value) in metadata {
             let key = key.as_ref();
-            if key.is_empty() || key.len() > 0xffff || key.contains('\0') {
+            if key.is_empty() || key.len() as u64 > MAX_KEY_BYTES || key.contains('\0') {
                 return Err(WriteError::Key(key.to_owned()));
             }
             if key == "general.alignment" {
@@ -452,10 +459,13 @@ impl Layout {
         let mut offset = 0u64;
         for tensor in tensors {
             let refuse = |why| WriteError::Tensor { name: tensor.name.clone(), why };
-            if tensor.name.is_empty() || tensor.name.len() > 63 || tensor.name.contains('\0') {
+            if tensor.name.is_empty()
+                || tensor.name.len() as u64 > MAX_NAME_BYTES
+                || tensor.name.contains('\0')
+            {
                 return Err(refuse("a name has 1 to 63 bytes without NUL"));
             }
-            if !(1..=4).contains(&tensor.dims.len()) || tensor.dims.contains(&0) {
+            if !(1..=MAX_DIMS).contains(&tensor.dims.len()) || tensor.dims.contains(&0) {
                 return Err(refuse("a tensor has 1 to 4 dimensions, none of them 0"));
             }
             let bytes = tensor.n_bytes().ok_or_else(|| refuse("a row must be whole groups of its type"))?;
@@ -487,99 +497,24 @@ fn pad_with_zeros(out: &mut impl Write, n: u64) -> io::Result<()> {
     io::copy(&mut io::repeat(0).take(n), out).map(drop)
 }
 
+impl Explained for WriteError {
+    fn hint(&self) -> Option<Cow<'static, str>> {
+        match self {
+            WriteError::Read(e) => e.hint(),
+            _ => None,
+        }
+    }
+
+    fn is_misuse(&self) -> bool {
+        false
+    }
+}
+
 /// A piece of this size or more is copied by the system.
 const SYSTEM_COPY_BYTES: u64 = 1 << 18;
 
+/// Bytes of the header that are read back at a time.
+const HEADER_PIECE_BYTES: usize = 64 << 10;
+
 /// Small pieces are gathered; a piece of this size or more goes straight to the file.
 const BUFFER_BYTES: usize = 1 << 20;
-
-// ---------------------------------------------------------------------------------------------------------------
-// Temporary files
-
-/// A file that has no name yet: it stands beside the place where it will appear, and goes away unless published.
-#[derive(Debug)]
-pub struct TempFile {
-    path: Option<PathBuf>,
-    /// Held to keep the lock that tells [`remove_stale`] that somebody is still writing.
-    _lock: File,
-}
-
-impl TempFile {
-    /// Creates one beside `target`.
-    ///
-    /// # Errors
-    /// The folder cannot be written.
-    pub fn create(target: &Path) -> io::Result<(TempFile, File)> {
-        static COUNT: AtomicU64 = AtomicU64::new(0);
-        let name = target.file_name().ok_or_else(|| io::Error::from(io::ErrorKind::InvalidInput))?;
-        loop {
-            let n = COUNT.fetch_add(1, Ordering::Relaxed);
-            let mut temp = std::ffi::OsString::from(".");
-            temp.push(name);
-            temp.push(format!(".{}-{n}{TEMP_SUFFIX}", std::process::id()));
-            let path = target.with_file_name(temp);
-            let file = match OpenOptions::new().read(true).write(true).create_new(true).open(&path) {
-                Ok(file) => file,
-                // left by a killed process whose number this one has now
-                Err(e) if e.kind() == io::ErrorKind::AlreadyExists => continue,
-                Err(e) => return Err(e),
-            };
-            let lock = file.try_clone()?;
-            os::lock(&lock);
-            return Ok((TempFile { path: Some(path), _lock: lock }, file));
-        }
-    }
-
-    /// Gives it its name, over what may stand there, and makes the name durable.
-    ///
-    /// # Errors
-    /// Renaming fails.
-    pub fn publish(mut self, target: &Path) -> io::Result<()> {
-        if let Some(path) = &self.path {
-            fs::rename(path, target)?;
-        }
-        self.path = None;
-        os::sync_folder(target)
-    }
-}
-
-impl Drop for TempFile {
-    fn drop(&mut self) {
-        if let Some(path) = self.path.take() {
-            // nothing can be done about a failure here; the next run removes what is left
-            let _ = fs::remove_file(path);
-        }
-    }
-}
-
-/// Removes temporary files that killed processes left beside `target`. Returns how many.
-///
-/// One that a living process still writes holds a lock and stays.
-///
-/// # Errors
-/// The folder cannot be read.
-pub fn remove_stale(target: &Path) -> io::Result<usize> {
-    let Some(name) = target.file_name().and_then(|n| n.to_str()) else { return Ok(0) };
-    let folder = match target.parent() {
-        Some(folder) if !folder.as_os_str().is_empty() => folder,
-        _ => Path::new("."),
-    };
-    let prefix = format!(".{name}.");
-    let mut removed = 0;
-    for entry in fs::read_dir(folder)? {
-        let entry = entry?;
-        let temp = entry.file_name();
-        let ours = temp
-            .to_str()
-            .and_then(|t| t.strip_prefix(&prefix)?.strip_suffix(TEMP_SUFFIX))
-            .is_some_and(|middle| middle.bytes().all(|b| b.is_ascii_digit() || b == b'-'));
-        if ours && File::open(entry.path()).is_ok_and(|file| os::is_unlocked(&file)) {
-            fs::remove_file(entry.path())?;
-            removed += 1;
-        }
-    }
-    Ok(removed)
-}
-
-/// How the names of temporary files end.
-const TEMP_SUFFIX: &str = ".dim-part";

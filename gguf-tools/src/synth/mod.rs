@@ -16,20 +16,24 @@
 //! # }
 //! ```
 
+mod error;
 mod families;
 mod shapes;
 mod tokenizer;
+mod types;
 mod weights;
 
 use std::{
-    path::{Path, PathBuf},
+    path::Path,
     sync::mpsc::{self, Receiver, SyncSender},
     thread,
 };
 
+pub use error::Error;
 pub use families::{FAMILIES, Family, Head};
 pub use shapes::{Experts, RopeFactors, SHAPES, Shape};
 pub use tokenizer::MIN_VOCAB;
+pub use types::type_names;
 
 use crate::{
     gguf::{
@@ -37,10 +41,10 @@ use crate::{
         write::{GgufWriter, TensorSpec, WriteError, remove_stale},
     },
     os,
-    split::gib,
 };
 use families::{Fill, Tensor};
 use tokenizer::Tokenizer;
+use types::WeightType;
 use weights::Filler;
 
 /// A model to be synthesised: a shape, a family, a weight type and a seed.
@@ -352,152 +356,6 @@ struct Piece {
 enum Content {
     Bytes(Vec<u8>),
     Random { key: u64, tensor_type: TensorType, mean: f32, deviation: f32 },
-}
-
-/// The type of a model's matrices.
-#[derive(Debug, Clone, Copy)]
-struct WeightType {
-    name: &'static str,
-    /// llama.cpp's number of it, which loaders only show.
-    file_type: u32,
-    most: TensorType,
-    /// For the matrices where errors cost most, as llama.cpp's mixtures have it.
-    better: Option<TensorType>,
-}
-
-impl WeightType {
-    const F16: WeightType = plain("f16", 1, TensorType::F16);
-
-    fn find(name: &str) -> Option<WeightType> {
-        WEIGHT_TYPES.iter().copied().find(|t| t.name.eq_ignore_ascii_case(name))
-    }
-
-    fn of(&self, name: &str, tied: bool, n_blocks: u32) -> TensorType {
-        let Some(better) = self.better else { return self.most };
-        let important = match name.split_once('.') {
-            Some(("output", _)) => true,
-            Some(("token_embd", _)) => tied,
-            Some(("blk", rest)) => {
-                let (block, name) = rest.split_once('.').unwrap_or_default();
-                let block: u32 = block.parse().unwrap_or(0);
-                let eighth = n_blocks / 8;
-                let chosen = block < eighth || block >= 7 * n_blocks / 8 || (block - eighth) % 3 == 2;
-                chosen && (name.starts_with("attn_v.") || name.starts_with("ffn_down"))
-            }
-            _ => false,
-        };
-        if important { better } else { self.most }
-    }
-}
-
-const fn plain(name: &'static str, file_type: u32, most: TensorType) -> WeightType {
-    WeightType { name, file_type, most, better: None }
-}
-
-const WEIGHT_TYPES: &[WeightType] = &[
-    plain("f32", 0, TensorType::F32),
-    WeightType::F16,
-    plain("bf16", 32, TensorType::BF16),
-    plain("q8_0", 7, TensorType::Q8_0),
-    plain("q6_k", 18, TensorType::Q6_K),
-    plain("q5_k", 16, TensorType::Q5_K),
-    WeightType { name: "q5_k_m", file_type: 17, most: TensorType::Q5_K, better: Some(TensorType::Q6_K) },
-    plain("q4_k", 14, TensorType::Q4_K),
-    WeightType { name: "q4_k_m", file_type: 15, most: TensorType::Q4_K, better: Some(TensorType::Q6_K) },
-    plain("q3_k", 11, TensorType::Q3_K),
-    plain("q2_k", 10, TensorType::Q2_K),
-    plain("q5_1", 9, TensorType::Q5_1),
-    plain("q5_0", 8, TensorType::Q5_0),
-    plain("q4_1", 3, TensorType::Q4_1),
-    plain("q4_0", 2, TensorType::Q4_0),
-    plain("iq4_nl", 25, TensorType::IQ4_NL),
-];
-
-/// Names [`Spec::with_type`] knows.
-pub fn type_names() -> impl Iterator<Item = &'static str> {
-    WEIGHT_TYPES.iter().map(|t| t.name)
-}
-
-/// Why a model could not be synthesised.
-#[derive(Debug, thiserror::Error)]
-#[non_exhaustive]
-pub enum Error {
-    /// No shape of this name.
-    #[error("unknown shape {name:?}; known: {}", list(SHAPES.iter().map(|s| s.name)))]
-    UnknownShape {
-        /// As asked.
-        name: String,
-    },
-    /// No family of this name.
-    #[error("unknown architecture {name:?}; known: {}", list(FAMILIES.iter().map(|f| f.arch)))]
-    UnknownArch {
-        /// As asked.
-        name: String,
-    },
-    /// No weight type of this name.
-    #[error("unknown weight type {name:?}; known: {}", list(type_names()))]
-    UnknownType {
-        /// As asked.
-        name: String,
-    },
-    /// A real model's shape in another model's architecture.
-    #[error(
-        "shape {shape} is of architecture {own}, not {asked}; leave --arch out, or take tiny, demo or small"
-    )]
-    ShapeIsOf {
-        /// The shape.
-        shape: &'static str,
-        /// Its architecture.
-        own: &'static str,
-        /// As asked.
-        asked: String,
-    },
-    /// An lm_head of its own in a family that has none.
-    #[error("llama.cpp's {arch} takes its lm_head from the token embedding only; leave --untied out")]
-    OnlyTied {
-        /// The family.
-        arch: &'static str,
-    },
-    /// A tied lm_head in a family whose loader wants `output.weight`.
-    #[error("llama.cpp's {arch} has an lm_head of its own; leave --tied out")]
-    OnlyOwnHead {
-        /// The family.
-        arch: &'static str,
-    },
-    /// A number below what a model needs.
-    #[error("{what} {value} is too small, the least is {least}")]
-    TooSmall {
-        /// Which number.
-        what: &'static str,
-        /// As asked.
-        value: u32,
-        /// What would do.
-        least: u32,
-    },
-    /// Not enough room on the disk.
-    #[error("need {}, have {} in {}; name another folder", gib(*.need), gib(*.have), folder.display())]
-    Space {
-        /// Bytes of the file.
-        need: u64,
-        /// Bytes there are.
-        have: u64,
-        /// The folder.
-        folder: PathBuf,
-    },
-    /// Writing failed.
-    #[error(transparent)]
-    Write(#[from] WriteError),
-}
-
-impl Error {
-    /// Whether the request was wrong, as opposed to its execution having failed.
-    pub fn is_misuse(&self) -> bool {
-        !matches!(self, Self::Write(_) | Self::Space { .. })
-    }
-}
-
-fn list<'a>(names: impl Iterator<Item = &'a str>) -> String {
-    names.collect::<Vec<_>>().join(", ")
 }
 
 /// Fills all pieces on all cores and hands them over in order. A few pieces are in memory at a time, whatever their

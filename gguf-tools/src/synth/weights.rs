@@ -155,7 +155,8 @@ impl BlockSource<'_> {
 }
 
 /// One block. `scale` is the step between two quants that gives the tensor's deviation; a block's own step varies
-/// around it, as the steps of a trained and quantised matrix do. Layouts as in ggml-common.h.
+/// around it, as the steps of a trained and quantised matrix do. Layouts as in ggml-common.h: long because there is one
+/// arm for each, and none of them leaves a step to share.
 fn fill_block(encoding: TensorType, source: &mut BlockSource, scale: f32, out: &mut [u8]) {
     let choice = source.bits();
     match encoding {

@@ -41,6 +41,7 @@ final class DeviceMonitor: @unchecked Sendable {
         let battery = UIDevice.current.batteryLevel
         state.battery = battery < 0 ? nil : UInt8(min(100, battery * 100))
         state.memory = Headroom.bytes()
+        state.memoryLimit = Headroom.limit()
         return state
     }
 }

@@ -11,6 +11,8 @@ public struct DeviceState: Equatable, Sendable {
     public var battery: UInt8?
     /// what the process may still take: bytes
     public var memory: UInt64?
+    /// what it may take in all: bytes; for the screen
+    public var memoryLimit: UInt64?
 
     public init() {}
 }
@@ -18,8 +20,16 @@ public struct DeviceState: Equatable, Sendable {
 /// Keys of paired hosts, wherever a system keeps secrets.
 public protocol KeyStore: Sendable {
     func keys() -> [PairKey]
+    /// Another number after keys have come or gone in some other way than by `add`: the server keeps what it has read
+    /// until then.
+    var stamp: UInt64 { get }
     /// Keeps `key` for the host called `name`.
     func add(_ key: PairKey, name: String) throws
+}
+
+extension KeyStore {
+    /// of a store that only `add` changes, and whoever then calls `Server.keysChanged`
+    public var stamp: UInt64 { 0 }
 }
 
 public struct ServerConfiguration: Sendable {
@@ -35,6 +45,9 @@ public struct ServerConfiguration: Sendable {
     public var device: @Sendable () -> DeviceState = { DeviceState() }
     /// Called from the server's threads.
     public var report: @Sendable (ServerEvent) -> Void = { _ in }
+
+    /// of the listener; tests give others
+    var calls = ListenerCalls()
 
     public init(keys: any KeyStore) { self.keys = keys }
 }
@@ -100,6 +113,18 @@ public struct KeyDirectory: KeyStore {
     private let directory: URL
 
     public init(_ directory: URL) { self.directory = directory }
+
+    /// when the directory was last changed: a key that is deleted there opens nothing from then on
+    public var stamp: UInt64 {
+        var status = stat()
+        guard stat(directory.path, &status) == 0 else { return 1 }
+        #if canImport(Darwin)
+            let time = status.st_mtimespec
+        #else
+            let time = status.st_mtim
+        #endif
+        return UInt64(time.tv_sec) << 30 | UInt64(time.tv_nsec)
+    }
 
     public func keys() -> [PairKey] {
         let names = (try? FileManager.default.contentsOfDirectory(atPath: directory.path)) ?? []

@@ -35,79 +35,106 @@ final class Connection: @unchecked Sendable {
 
     /// what the terms of this connection were made of
     let offered: StageShape?
+    /// in the order of their arrival
+    let number: Int
+    /// where the peer is, without its port
+    let peer: String
 
-    init(_ server: Server, _ socket: Socket, crowded: Bool) {
+    init(_ server: Server, _ socket: Socket, number: Int) {
         self.server = server
+        self.number = number
         self.socket = socket
         address = socket.address(ofPeer: true)
+        peer = Socket.split(address)?.host ?? address
         let (terms, shape) = server.terms()
         offered = shape
-        wire = WorkerConnection(
-            terms: terms, secrets: crowded ? WorkerSecrets() : server.secrets(),
-            acceptedAt: monotonicMilliseconds(), crowded: crowded)
+        wire = WorkerConnection(terms: terms, secrets: server.secrets(), acceptedAt: monotonicMilliseconds())
     }
 
     // MARK: from other threads
 
-    var isHandshaking: Bool { locked { wire.isHandshaking } }
+    /// Whether the peer has not shown yet that it knows a key. Not under `lock`, which a send to a peer that takes
+    /// nothing holds for long: the accept thread asks this of every connection.
+    var isHandshaking: Bool { phase.withLock { $0 == .handshaking } }
 
-    func leave(_ reason: GoodbyeReason) {
-        locked {
-            wire.goodbye(reason, now: monotonicMilliseconds())
-            flush()
+    /// Ends a handshake to make room for a newer one.
+    func letGo() {
+        phase.withLock { if $0 == .handshaking { $0 = .letGo } }
+        socket.shutDown()
+    }
+
+    /// Says GOODBYE, to a peer that takes it within `farewell`; the connection ends either way.
+    func leave(_ reason: GoodbyeReason) { end { $0.goodbye(reason, now: monotonicMilliseconds()) } }
+
+    /// Ends the connection because of something that happened beside it, as `leave` does.
+    func fail(_ report: ErrorReport) { end { $0.fail(report, now: monotonicMilliseconds()) } }
+
+    private func end(_ say: (inout WorkerConnection) -> Void) {
+        socket.endSends(within: Connection.farewell)
+        // whoever holds the lock for a send gives it up by then
+        guard lock.lock(before: Date(timeIntervalSinceNow: 2 * Double(Connection.farewell) / 1000)) else {
+            socket.shutDown()
+            return
         }
+        say(&wire)
+        flush()
+        let ended = wire.isClosed
+        lock.unlock()
         // whoever waits for bytes wakes up and sees that it is over; what was sent still arrives
-        if locked({ wire.isClosed }) { socket.finishSending() }
+        if ended { socket.finishSending() }
     }
 
-    /// Ends the connection because of something that happened beside it.
-    func fail(_ report: ErrorReport) {
-        locked {
-            wire.fail(report, now: monotonicMilliseconds())
-            flush()
-        }
-        socket.finishSending()
-    }
+    /// How long a goodbye may take. iOS ends an app that holds up its main thread, or takes its time to leave.
+    static let farewell: Milliseconds = 500
 
     func heartbeatWhileComputing() {
-        locked {
-            let now = monotonicMilliseconds()
-            guard computing, wire.heartbeatDue(now: now) else { return }
-            wire.heartbeat(beat(.computing), now: now)
-            flush()
-        }
+        // who holds the lock is sending, and a peer that takes no bytes hears no heartbeat either: the ticker has other
+        // connections and clocks to look after
+        guard lock.try() else { return }
+        defer { lock.unlock() }
+        let now = monotonicMilliseconds()
+        guard computing, wire.heartbeatDue(now: now), socket.waitWritable(0) else { return }
+        wire.heartbeat(beat(.computing), now: now)
+        flush()
     }
+
+    private enum Phase { case handshaking, open, letGo }
+    private let phase = Locked(Phase.handshaking)
 
     // MARK: the connection's thread
 
     func run() {
-        while true {
-            handleEvents()
-            let (closed, serving, wake) = locked {
-                flush()
-                return (wire.isClosed || broken, wire.isServing, wire.nextWake())
-            }
-            if closed { break }
-            if let terms = replacing {
-                admit(terms)
-                if replacing != nil { Thread.sleep(forTimeInterval: 0.005) }
-                continue
-            }
-            if !waiting.isEmpty {
-                // a PING behind the STEPs is answered before them
-                if receive(waiting: false) { continue }
-                compute()
-                continue
-            }
-            let now = monotonicMilliseconds()
-            if serving {
-                _ = receive(waiting: true)
-                heartbeatIfDue(.idle)
-            } else if socket.waitReadable(wake.map { $0 - now } ?? Socket.patience) {
-                _ = receive(waiting: false)
-            }
+        // a pool for each turn: a reply of an hour is one run
+        while pooled({ turn() }) {}
+        pooled { finish() }
+    }
+
+    /// Waits for bytes or computes, once; false at the end.
+    private func turn() -> Bool {
+        handleEvents()
+        let (closed, serving, wake) = locked {
+            flush()
+            return (wire.isClosed || broken, wire.isServing, wire.nextWake())
         }
-        finish()
+        if closed { return false }
+        if let terms = replacing {
+            admit(terms)
+            if replacing != nil { Thread.sleep(forTimeInterval: 0.005) }
+            return true
+        }
+        if !waiting.isEmpty {
+            // a PING behind the STEPs is answered before them
+            if !receive(waiting: false) { compute() }
+            return true
+        }
+        let now = monotonicMilliseconds()
+        if serving {
+            _ = receive(waiting: true)
+            heartbeatIfDue(.idle)
+        } else if socket.waitReadable(wake.map { $0 - now } ?? Socket.patience) {
+            _ = receive(waiting: false)
+        }
+        return true
     }
 
     /// True if bytes came, or the end of them.
@@ -157,6 +184,7 @@ final class Connection: @unchecked Sendable {
         case .handshaken(let key, let connection):
             self.key = key ?? .none
             name = connection
+            phase.withLock { if $0 == .handshaking { $0 = .open } }
         case .wrongTry: server.wrongTry()
         case .hello(let terms, _): admit(terms)
         case .pushOffered(let offer): beginPush(offer)
@@ -226,7 +254,7 @@ final class Connection: @unchecked Sendable {
     // MARK: steps
 
     private func computeAll() {
-        while !waiting.isEmpty, locked({ !wire.isClosed }) { compute() }
+        while !waiting.isEmpty, locked({ !wire.isClosed }) { pooled { compute() } }
     }
 
     private func compute() {
@@ -241,7 +269,7 @@ final class Connection: @unchecked Sendable {
                 computing = false
                 wire.fail(
                     ErrorReport(
-                        code: .tooHot, text: "\(server.configuration.name) is too hot: it stopped to cool down"),
+                        code: .tooHot, text: "\(server.name) is too hot: it stopped to cool down"),
                     now: monotonicMilliseconds())
                 flush()
             }
@@ -260,7 +288,7 @@ final class Connection: @unchecked Sendable {
             computing = false
             let now = monotonicMilliseconds()
             if let failure {
-                wire.fail(failure.report(step: step.id, worker: server.configuration.name), now: now)
+                wire.fail(failure.report(step: step.id, worker: server.name), now: now)
             } else {
                 lastStep = step.id
                 wire.stepDone(
@@ -405,6 +433,15 @@ final class Connection: @unchecked Sendable {
         waiting.removeAll()
         server.configuration.pushStore.map { if pushed != nil { $0.end() } }
         server.release(self)
+        let wasLetGo = phase.withLock { phase in
+            defer { phase = .letGo }
+            return phase == .letGo
+        }
+        if wasLetGo {
+            // its place is wanted now
+            server.ended(self)
+            return
+        }
         // let the peer read what was said before the connection goes away: a close with bytes unread would reset it
         socket.finishSending()
         let until = monotonicMilliseconds() + 200

@@ -5,7 +5,8 @@
 //     ROOT/middle-11..16-PUSHID/         the whole, verified and renamed into place last
 //
 // Every name is made here, from numbers: nothing of the wire becomes a path. Only one unfinished push is kept; another
-// one takes its place.
+// one takes its place. Of finished ones the newest is kept once it has been seen to work. Bytes go from the connection's
+// buffer to the file and the hash, never through Foundation's data.
 import DIMCrypto
 import DIMStage
 import DIMWire
@@ -26,28 +27,50 @@ public final class PushStore: @unchecked Sendable {
 
     private let root: URL
     private let freeBytes: @Sendable (URL) -> UInt64?
+    private let exclude: @Sendable (URL) -> Void
     /// one push at a time: the server serves one host
     private var offer: PushOffer?
     private var item = -1
-    private var file: FileHandle?
+    private var file: RawFile?
     private var hasher: SystemPrimitives.Hasher?
     private var written: UInt64 = 0
     private var unreported: UInt64 = 0
 
-    public init(_ root: URL, freeBytes: @escaping @Sendable (URL) -> UInt64? = PushStore.freeBytes) {
+    /// - Parameter exclude: keeps a directory out of backups
+    public init(
+        _ root: URL, freeBytes: @escaping @Sendable (URL) -> UInt64? = PushStore.freeBytes,
+        exclude: @escaping @Sendable (URL) -> Void = { excludeFromBackup($0) }
+    ) {
         self.root = root
         self.freeBytes = freeBytes
+        self.exclude = exclude
     }
 
     /// The directories that were pushed completely, newest first.
-    public func complete() -> [URL] {
-        let found =
-            (try? FileManager.default.contentsOfDirectory(
-                at: root, includingPropertiesForKeys: [.contentModificationDateKey])) ?? []
-        func date(_ url: URL) -> Date {
-            (try? url.resourceValues(forKeys: [.contentModificationDateKey]).contentModificationDate) ?? .distantPast
+    public func complete() -> [URL] { SliceDirectory.all(in: root).filter { isOurs($0.url) }.map(\.url) }
+
+    /// The same with what they take.
+    public func slices() -> [SliceDirectory] { SliceDirectory.all(in: root).filter { isOurs($0.url) } }
+
+    /// Deletes a slice that was pushed. Nothing else can be deleted with it.
+    public func remove(_ slice: URL) throws {
+        guard isOurs(slice) else { throw Failure.storing("\(slice.lastPathComponent) was not pushed") }
+        try FileManager.default.removeItem(at: slice)
+    }
+
+    /// Deletes pushed slices that are older than `slice`, which was seen to work. One that has come since stays: its turn
+    /// is next. Without effect if `slice` was not pushed itself.
+    public func dropOlder(than slice: URL) {
+        guard isOurs(slice) else { return }
+        // newest first, and by name: of one directory a URL may end in a slash and another not
+        for older in complete().drop(while: { $0.lastPathComponent != slice.lastPathComponent }).dropFirst() {
+            try? FileManager.default.removeItem(at: older)
         }
-        return found.filter { $0.lastPathComponent.hasPrefix("middle-") }.sorted { date($0) > date($1) }
+    }
+
+    private func isOurs(_ url: URL) -> Bool {
+        url.lastPathComponent.hasPrefix("middle-")
+            && url.deletingLastPathComponent().standardizedFileURL.path == root.standardizedFileURL.path
     }
 
     /// Begins or goes on with a push: how many bytes of each item are there.
@@ -67,10 +90,8 @@ public final class PushStore: @unchecked Sendable {
             if size(done(offer, index)) == offer.items[index].size { return offer.items[index].size }
             return min(size(part(offer, index)) ?? 0, offer.items[index].size)
         }
-        let missing = zip(offer.items, have).reduce(UInt64(0)) { $0 + $1.0.size - $1.1 }
-        if missing > 0, let free = freeBytes(root), free < missing + PushStore.reserve {
-            throw .space("\(gigabytes(missing + PushStore.reserve)) needed, \(gigabytes(free)) free")
-        }
+        exclude(root)
+        try checkSpace(offer, have)
         // an item that was complete but for its comparison is finished now
         for (index, bytes) in have.enumerated()
         where bytes == offer.items[index].size && size(done(offer, index)) == nil {
@@ -80,15 +101,27 @@ public final class PushStore: @unchecked Sendable {
         return have
     }
 
+    /// What is missing, and as much again as the packages are: the system keeps a compiled copy of them.
+    private func checkSpace(_ offer: PushOffer, _ have: [UInt64]) throws(Failure) {
+        let missing = zip(offer.items, have).reduce(UInt64(0)) { $0 + $1.0.size - $1.1 }
+        let compiled = offer.items.filter { $0.kind == .packageModel || $0.kind == .packageWeights }
+            .reduce(UInt64(0)) { $0 + $1.size }
+        let needed = missing + compiled + PushStore.reserve
+        guard missing > 0, let free = freeBytes(root), free < needed else { return }
+        let older = slices().reduce(UInt64(0)) { $0 + $1.bytes }
+        let hint = older > 0 ? "; older slices take \(gigabytes(older)): delete them on the device" : ""
+        throw .space("\(gigabytes(needed)) needed, half of it for the compiled copy, \(gigabytes(free)) free\(hint)")
+    }
+
     /// Writes the next bytes. The connection has checked that they are the next ones.
     /// - Returns: bytes of the item stored, if that is worth saying now
     func write(_ data: PushData) throws(Failure) -> UInt64? {
         guard let offer else { throw .storing("no push is under way") }
         if Int(data.item) != item { try open(Int(data.item), at: data.offset) }
-        do {
-            try file?.write(contentsOf: Data(data.bytes))
+        do throws(FileError) {
+            try file?.write(data.bytes)
         } catch {
-            throw .storing("\(error.localizedDescription)")
+            throw .storing(error.description)
         }
         data.bytes.withUnsafeBytes { hasher?.update($0) }
         written += UInt64(data.bytes.count)
@@ -140,7 +173,6 @@ public final class PushStore: @unchecked Sendable {
     /// Lets go of an unfinished push; what was stored stays for the next try.
     func end() {
         try? file?.synchronize()
-        try? file?.close()
         file = nil
         hasher = nil
         offer = nil
@@ -199,26 +231,17 @@ public final class PushStore: @unchecked Sendable {
 
     private func open(_ index: Int, at offset: UInt64) throws(Failure) {
         guard let offer else { throw .storing("no push is under way") }
-        let url = part(offer, index)
-        do {
-            if size(url) == nil {
-                guard FileManager.default.createFile(atPath: url.path, contents: nil) else {
-                    throw CocoaError(.fileWriteUnknown)
-                }
-            }
-            let file = try FileHandle(forUpdating: url)
+        do throws(FileError) {
+            let file = try RawFile(part(offer, index), writing: true)
             // what lies behind the agreed offset is not trusted
-            try file.truncate(atOffset: offset)
-            try file.seek(toOffset: 0)
+            try file.truncate(to: offset)
+            try file.seek(to: 0)
             let hasher = SystemPrimitives.Hasher()
-            while let piece = try file.read(upToCount: 1 << 20), !piece.isEmpty {
-                piece.withUnsafeBytes { hasher.update($0) }
-            }
-            try file.seek(toOffset: offset)
+            try file.forEachPiece { hasher.update($0) }
             self.file = file
             self.hasher = hasher
         } catch {
-            throw .storing("\(error.localizedDescription)")
+            throw .storing(error.description)
         }
         item = index
         written = offset
@@ -229,7 +252,6 @@ public final class PushStore: @unchecked Sendable {
         guard let offer, let hasher else { return }
         let index = item
         try synchronize()
-        try? file?.close()
         file = nil
         self.hasher = nil
         item = -1
@@ -245,10 +267,10 @@ public final class PushStore: @unchecked Sendable {
     }
 
     private func synchronize() throws(Failure) {
-        do {
+        do throws(FileError) {
             try file?.synchronize()
         } catch {
-            throw .storing("\(error.localizedDescription)")
+            throw .storing(error.description)
         }
     }
 
@@ -273,9 +295,7 @@ public final class PushStore: @unchecked Sendable {
 
     private func pushID(_ offer: PushOffer) -> String { hex(SystemPrimitives.sha256(offer.identifyingBytes)) }
 
-    private func size(_ url: URL) -> UInt64? {
-        ((try? FileManager.default.attributesOfItem(atPath: url.path))?[.size] as? NSNumber)?.uint64Value
-    }
+    private func size(_ url: URL) -> UInt64? { FileIdentity(url)?.bytes }
 
     private func dropOthers(than kept: URL) {
         let parent = kept.deletingLastPathComponent()

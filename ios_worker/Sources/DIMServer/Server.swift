@@ -3,6 +3,8 @@
 //     accept thread -> connection thread: bytes <-> WorkerConnection <-> Stage
 //     ticker thread:   heartbeats while a connection thread computes; the end of the pairing window
 //
+// Neither the accept thread nor the ticker ever waits for a peer: what they ask of a connection does not need its lock.
+//
 // `start` and `stop` may follow each other as often as an app goes to the background and comes back: a suspended app has
 // lost every listener and connection, so `start` always makes a new listener.
 import DIMCrypto
@@ -18,7 +20,12 @@ public final class Server: @unchecked Sendable {
 
     // Everything below is touched under `lock` only.
     private var stage = StageState.none
-    private var listener: Socket?
+    private var listener: Listener?
+    /// of the key store, as of `keysStamp`
+    private var keys: [PairKey]?
+    private var keysStamp: UInt64 = 0
+    private var calledName: String
+    private var accepted = 0
     private var connections: [ObjectIdentifier: Connection] = [:]
     private var serving: Serving?
     private var window: PairingWindow?
@@ -50,52 +57,74 @@ public final class Server: @unchecked Sendable {
         case failed(ErrorReport)
     }
 
-    public init(_ configuration: ServerConfiguration) { self.configuration = configuration }
+    public init(_ configuration: ServerConfiguration) {
+        self.configuration = configuration
+        calledName = configuration.name
+    }
 
     // MARK: for the program around it
 
     /// Listens. Returns the address, with the real port.
     @discardableResult
     public func start() throws(SocketError) -> String {
-        let socket = try Socket.listen(configuration.listen)
-        let address = socket.address(ofPeer: false)
+        // two live listeners do not fit one port
+        locked { take(&listener) }?.stop()
+        let fresh = try Listener(configuration.listen, calls: configuration.calls)
         let tick: Bool = locked {
-            listener?.shutDown()
-            listener = socket
+            listener = fresh
+            // keys may have come or gone while nobody could ask for them
+            keys = nil
             defer { ticking = true }
             return !ticking
         }
-        Thread.start("dim accept") { self.accept(socket) }
+        Thread.start("dim accept") { self.accept(fresh) }
         if tick { Thread.start("dim tick") { self.tick() } }
-        configuration.report(.listening(address))
-        return address
+        configuration.report(.listening(fresh.address))
+        return fresh.address
     }
 
-    /// Says GOODBYE to whoever is connected and stops listening.
+    /// Stops listening and says GOODBYE to whoever is connected. When it returns the port is free and every goodbye is
+    /// said or given up: it takes about a second at most, with hosts that take no bytes, and is not for a main thread.
     public func stop(_ reason: GoodbyeReason) {
-        let (socket, open) = locked {
-            defer { listener = nil }
-            return (listener, Array(connections.values))
+        locked { take(&listener) }?.stop()
+        // after it: nobody is added any more
+        let open = locked { Array(connections.values) }
+        let leaving = DispatchGroup()
+        for connection in open {
+            leaving.enter()
+            Thread.start("dim leave") {
+                connection.leave(reason)
+                leaving.leave()
+            }
         }
-        socket?.shutDown()
-        for connection in open { connection.leave(reason) }
+        leaving.wait()
     }
 
-    /// Ends the connection that is being served, saying why: memory runs out, say. The worker goes on listening.
+    /// Ends the connection that is being served, saying why: memory runs out, say. The worker goes on listening. Returns
+    /// at once.
     public func drop(_ report: ErrorReport) {
-        let connection = locked { serving?.connection }
-        connection?.fail(report)
+        guard let connection = locked({ serving?.connection }) else { return }
+        Thread.start("dim leave") { connection.fail(report) }
     }
+
+    /// How hosts that connect from now on call this worker.
+    public func rename(_ name: String) { locked { calledName = name } }
+
+    /// What hosts call this worker.
+    var name: String { locked { calledName } }
+
+    /// The keys of the store are read anew before the next handshake: one was taken away.
+    public func keysChanged() { locked { keys = nil } }
 
     public var isListening: Bool { locked { listener != nil } }
 
-    /// What is served from now on. A host that is being served by another stage is told to come back.
+    /// What is served from now on. A host that is being served by another stage is told to come back. Returns at once.
     public func serve(_ stage: StageState) {
         let old = locked {
             self.stage = stage
             return serving?.connection
         }
-        old?.leave(.shuttingDown)
+        if let old { Thread.start("dim leave") { old.leave(.shuttingDown) } }
     }
 
     /// Opens the pairing window: a new code, for 5 minutes, one use and 5 wrong tries.
@@ -121,10 +150,10 @@ public final class Server: @unchecked Sendable {
     /// What the worker holds and can, as of now, and the shape that it follows from.
     func terms() -> (Terms, StageShape?) {
         var terms = Terms()
-        let shape = locked { stage.shape }
+        let (shape, name) = locked { (stage.shape, calledName) }
         terms.instance = instance
         terms.software = configuration.software
-        terms.name = configuration.name
+        terms.name = name
         terms.features = configuration.pushStore == nil ? [] : .push
         guard let shape else { return (terms, nil) }
         terms.dtypes = shape.dtypes
@@ -146,7 +175,16 @@ public final class Server: @unchecked Sendable {
 
     func secrets() -> WorkerSecrets {
         let pairing = locked { openWindow().map { PairKey(code: $0.code) } }
-        return WorkerSecrets(keys: configuration.keys.keys(), pairing: pairing)
+        return WorkerSecrets(keys: knownKeys(), pairing: pairing)
+    }
+
+    /// The store's keys. It is asked only when its stamp has changed: anybody may connect, and a keychain is slow.
+    private func knownKeys() -> [PairKey] {
+        let stamp = configuration.keys.stamp
+        if let known = locked({ keysStamp == stamp ? keys : nil }) { return known }
+        let read = configuration.keys.keys()
+        locked { (keys, keysStamp) = (read, stamp) }
+        return read
     }
 
     /// Whether the host of `terms` may have the worker, for steps.
@@ -164,7 +202,7 @@ public final class Server: @unchecked Sendable {
                 if let taken = taken(key, host.instance) { return taken }
                 if configuration.device().temperature == .critical {
                     return .failed(
-                        ErrorReport(code: .tooHot, text: "\(configuration.name) is too hot: let it cool down"))
+                        ErrorReport(code: .tooHot, text: "\(calledName) is too hot: let it cool down"))
                 }
                 serving = Serving(
                     connection: connection, key: key, instance: host.instance, host: host.name,
@@ -227,6 +265,7 @@ public final class Server: @unchecked Sendable {
         guard used else { return nil }
         let key = PairKey.random()
         try configuration.keys.add(key, name: host)
+        keysChanged()
         configuration.report(.pairingClosed)
         return key
     }
@@ -246,33 +285,60 @@ public final class Server: @unchecked Sendable {
 
     // MARK: threads
 
-    private func accept(_ socket: Socket) {
-        while let accepted = socket.accept() {
-            let open: [Connection]? = locked { listener === socket ? Array(connections.values) : nil }
-            guard let open, open.count < 4 * Limit.handshakes else { continue }
-            let handshakes = open.filter(\.isHandshaking).count
-            let connection = Connection(self, accepted, crowded: handshakes >= Limit.handshakes)
+    private func accept(_ listener: Listener) {
+        listener.run { accepted in
+            makeRoom()
+            let number: Int? = locked {
+                guard self.listener === listener, connections.count < Server.mostConnections else { return nil }
+                self.accepted += 1
+                return self.accepted
+            }
+            guard let number else { return }
+            let connection = Connection(self, accepted, number: number)
             locked { connections[ObjectIdentifier(connection)] = connection }
             Thread.start("dim connection") { connection.run() }
         }
         let lost = locked {
-            guard listener === socket else { return false }
-            listener = nil
+            guard self.listener === listener else { return false }
+            self.listener = nil
             return true
         }
         if lost { configuration.report(.listenerLost) }
     }
 
+    /// Where too many handshakes are under way, the oldest goes, of the address that has the most: whoever connects and
+    /// says nothing keeps nobody out, and pushes out nobody but its own.
+    private func makeRoom() {
+        let handshakes = locked { Array(connections.values) }.filter(\.isHandshaking)
+        guard handshakes.count >= Limit.handshakes else { return }
+        let byAddress = Dictionary(grouping: handshakes, by: \.peer)
+        let most = byAddress.values.map(\.count).max() ?? 0
+        let oldest = byAddress.values.filter { $0.count == most }.joined().min { $0.number < $1.number }
+        oldest?.letGo()
+        // one that is let go ends as soon as its thread runs
+        for _ in 0..<100 where locked({ connections.count >= Server.mostConnections }) { usleep(1000) }
+    }
+
+    /// handshakes, hosts that have shown a key, and connections that are about to be gone
+    private static let mostConnections = 4 * Limit.handshakes
+
     private func tick() {
         while true {
             Thread.sleep(forTimeInterval: 0.1)
-            let (computing, expired) = locked {
-                let had = window != nil
-                return (serving?.connection, had && openWindow() == nil)
+            pooled {
+                let (computing, expired) = locked {
+                    let had = window != nil
+                    return (serving?.connection, had && openWindow() == nil)
+                }
+                computing?.heartbeatWhileComputing()
+                if expired { configuration.report(.pairingClosed) }
             }
-            computing?.heartbeatWhileComputing()
-            if expired { configuration.report(.pairingClosed) }
         }
+    }
+
+    private func take<T>(_ value: inout T?) -> T? {
+        defer { value = nil }
+        return value
     }
 
     private func openWindow() -> PairingWindow? {

@@ -1,5 +1,6 @@
 // The one file that calls the socket interface, for Linux and Darwin alike (Network.framework would do on Apple systems
 // only, and then nothing of the server could be run on Linux). Blocking sockets, absolute times in milliseconds.
+import DIMCrypto
 import DIMWire
 import Foundation
 
@@ -81,8 +82,8 @@ final class Socket: @unchecked Sendable {
         return listener
     }
 
-    /// A connection to `address`, made by `deadline`: for tests.
-    static func connect(_ address: String) throws(SocketError) -> Socket {
+    /// A connection to `address`, from `source` if that matters: for tests.
+    static func connect(_ address: String, from source: String? = nil) throws(SocketError) -> Socket {
         guard let (host, port) = split(address) else { throw SocketError("\(address) is no ADDR:PORT", code: EINVAL) }
         var hints = addrinfo()
         hints.ai_flags = AI_NUMERICHOST | AI_NUMERICSERV
@@ -95,6 +96,17 @@ final class Socket: @unchecked Sendable {
         let descriptor = socket(info.pointee.ai_family, info.pointee.ai_socktype, info.pointee.ai_protocol)
         guard descriptor >= 0 else { throw SocketError("socket") }
         let connection = Socket(descriptor)
+        if let source {
+            var from = sockaddr_in()
+            from.sin_family = sa_family_t(AF_INET)
+            inet_pton(AF_INET, source, &from.sin_addr)
+            let bound = withUnsafePointer(to: &from) {
+                $0.withMemoryRebound(to: sockaddr.self, capacity: 1) {
+                    bind(descriptor, $0, socklen_t(MemoryLayout<sockaddr_in>.size))
+                }
+            }
+            guard bound == 0 else { throw SocketError("bind \(source)") }
+        }
         #if canImport(Darwin)
             let connected = Darwin.connect(descriptor, info.pointee.ai_addr, info.pointee.ai_addrlen)
         #else
@@ -105,31 +117,8 @@ final class Socket: @unchecked Sendable {
         return connection
     }
 
-    /// The next connection; nil once the listener was shut down.
-    func accept() -> Socket? {
-        while true {
-            #if canImport(Darwin)
-                let accepted = Darwin.accept(descriptor, nil, nil)
-            #else
-                let accepted = Glibc.accept(descriptor, nil, nil)
-            #endif
-            if accepted >= 0 {
-                let connection = Socket(accepted)
-                connection.configure()
-                return connection
-            }
-            switch errno {
-            case EINTR, ECONNABORTED: continue
-            case EMFILE, ENFILE, ENOBUFS, ENOMEM:
-                // out of descriptors for the moment: connections that end give some back
-                usleep(50_000)
-            default: return nil
-            }
-        }
-    }
-
     /// The options of PROTOCOL.md section 12.
-    private func configure() {
+    func configure() {
         set(Int32(IPPROTO_TCP), TCP_NODELAY, 1)
         set(SOL_SOCKET, SO_KEEPALIVE, 1)
         #if canImport(Darwin)
@@ -142,8 +131,13 @@ final class Socket: @unchecked Sendable {
         #endif
         set(Int32(IPPROTO_TCP), TCP_KEEPINTVL, 1)
         set(Int32(IPPROTO_TCP), TCP_KEEPCNT, 3)
-        setTimeout(SO_SNDTIMEO, Time.silence)
         setTimeout(SO_RCVTIMEO, Socket.patience)
+    }
+
+    /// Whether `accept` and `recv` wait.
+    func setBlocking(_ blocks: Bool) {
+        let flags = fcntl(descriptor, F_GETFL)
+        _ = fcntl(descriptor, F_SETFL, blocks ? flags & ~O_NONBLOCK : flags | O_NONBLOCK)
     }
 
     /// How long a peer may take nothing. Not less: one that computes with its buffers full takes no bytes for as long,
@@ -184,31 +178,33 @@ final class Socket: @unchecked Sendable {
         return poll(&waiting, 1, Int32(clamping: max(0, time))) > 0
     }
 
-    /// Sends everything; false if the connection broke or the peer takes nothing.
+    /// Sends everything; false if the connection broke, the peer takes nothing for `stalled`, or `endSends` has said
+    /// until when.
     func send(_ bytes: [UInt8]) -> Bool {
         bytes.withUnsafeBytes { whole in
             var sent = 0
-            var waiting: Milliseconds?
+            var progress: Milliseconds?
             while sent < whole.count {
+                let flags = Int32(MSG_DONTWAIT.rawInt) | noSignal
                 #if canImport(Darwin)
-                    let count = Darwin.send(descriptor, whole.baseAddress! + sent, whole.count - sent, 0)
+                    let count = Darwin.send(descriptor, whole.baseAddress! + sent, whole.count - sent, flags)
                 #else
-                    let count = Glibc.send(
-                        descriptor, whole.baseAddress! + sent, whole.count - sent, Int32(MSG_NOSIGNAL.rawInt))
+                    let count = Glibc.send(descriptor, whole.baseAddress! + sent, whole.count - sent, flags)
                 #endif
                 if count > 0 {
                     sent += count
-                    waiting = nil
+                    progress = nil
                     continue
                 }
                 switch errno {
                 case EINTR: continue
                 case EAGAIN, EWOULDBLOCK:
-                    // SO_SNDTIMEO has passed without a byte taken
                     let now = monotonicMilliseconds()
-                    let since = waiting ?? now - Time.silence
-                    if now - since >= Socket.stalled { return false }
-                    waiting = since
+                    let since = progress ?? now
+                    progress = since
+                    let end = min(since + Socket.stalled, lastSend)
+                    guard now < end else { return false }
+                    _ = waitWritable(min(end - now, Socket.patience))
                 default: return false
                 }
             }
@@ -216,7 +212,23 @@ final class Socket: @unchecked Sendable {
         }
     }
 
-    /// Wakes whoever waits in `accept` or `receive`.
+    /// Whether something can be sent, waiting up to `time` for it.
+    func waitWritable(_ time: Milliseconds) -> Bool {
+        var waiting = pollfd(fd: descriptor, events: Int16(POLLOUT), revents: 0)
+        return poll(&waiting, 1, Int32(clamping: max(0, time))) > 0
+    }
+
+    /// Sends that wait, those under way too, give up when `time` has passed from now: whoever leaves does not wait for a
+    /// peer that takes nothing.
+    func endSends(within time: Milliseconds) {
+        let end = monotonicMilliseconds() + time
+        sendsEnd.withLock { $0 = min($0, end) }
+    }
+
+    private let sendsEnd = Locked(Milliseconds.max)
+    private var lastSend: Milliseconds { sendsEnd.withLock { $0 } }
+
+    /// Wakes whoever waits in `receive`, and the peer: nothing more goes either way.
     func shutDown() {
         _ = shutdown(descriptor, shutBoth)
     }
@@ -266,6 +278,11 @@ private func text(_ characters: [CChar]) -> String {
 
 // The same numbers on every system, but an enum in one's headers and an integer in another's.
 private let streamType: Int32 = 1  // SOCK_STREAM
+#if canImport(Darwin)
+    private let noSignal: Int32 = 0  // SO_NOSIGPIPE
+#else
+    private let noSignal = Int32(MSG_NOSIGNAL.rawInt)
+#endif
 private let shutWrite: Int32 = 1  // SHUT_WR
 private let shutBoth: Int32 = 2  // SHUT_RDWR
 

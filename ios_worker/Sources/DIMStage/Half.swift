@@ -1,4 +1,4 @@
-// IEEE half precision as bit patterns. Packages take and give fp16; on the wire rows may be F16, F32 or BF16. Bits are
+// IEEE half precision as bit patterns. Packages take and give fp16; on the wire rows may be F16 or F32. Bits are
 // what is stored and moved; only what must be computed with becomes a Float.
 
 /// The bits of one fp16 value.

@@ -225,50 +225,6 @@ public struct Manifest: Decodable, Equatable, Sendable {
             throw ManifestError("\(file.path) has \(found) bytes, not \(bytes): copy the directory again")
         }
     }
-
-    /// Compares every file with its SHA-256.
-    /// - Parameter progress: called with the bytes read so far and in all
-    public func verify(_ directory: URL, progress: (UInt64, UInt64) -> Void = { _, _ in }) throws(ManifestError) {
-        var files: [(URL, File)] = []
-        for (index, package) in packages.enumerated() {
-            let root = directory.appendingPathComponent(Manifest.packageName(index))
-            files += package.files.map { (root.appendingPathComponent($0.path), $0) }
-        }
-        if let selftest {
-            let file = File(path: selftest.file, bytes: UInt64(selftest.bytes), sha256: selftest.sha256)
-            files.append((directory.appendingPathComponent(Manifest.selfTestName), file))
-        }
-        let total = files.reduce(0) { $0 + $1.1.bytes }
-        var done: UInt64 = 0
-        for (url, file) in files {
-            guard let digest = sha256(of: url, each: { progress(done + $0, total) }) else {
-                throw ManifestError("\(url.path) cannot be read")
-            }
-            guard hex(digest) == file.sha256 else {
-                throw ManifestError("\(url.path) was altered: copy the directory again")
-            }
-            done += file.bytes
-        }
-    }
-}
-
-/// SHA-256 of a file, read in pieces; nil if it cannot be read.
-public func sha256(of file: URL, each: (UInt64) -> Void = { _ in }) -> [UInt8]? {
-    guard let handle = try? FileHandle(forReadingFrom: file) else { return nil }
-    defer { try? handle.close() }
-    let hasher = SystemPrimitives.Hasher()
-    var total: UInt64 = 0
-    do {
-        // nil and an empty piece both mean the end
-        while let piece = try handle.read(upToCount: 1 << 20), !piece.isEmpty {
-            piece.withUnsafeBytes { hasher.update($0) }
-            total += UInt64(piece.count)
-            each(total)
-        }
-        return hasher.finish()
-    } catch {
-        return nil
-    }
 }
 
 /// A digest written as 64 hexadecimal digits; anything else is not known.

@@ -187,11 +187,6 @@ public final class PackagedStage: Stage, @unchecked Sendable {
                 target.storeBytes(of: bits.littleEndian, toByteOffset: 2 * index, as: UInt16.self)
             case .f32:
                 target.storeBytes(of: value.bitPattern.littleEndian, toByteOffset: 4 * index, as: UInt32.self)
-            case .bf16:
-                // nearest, ties to even
-                let bits = value.bitPattern
-                let rounded = UInt16(truncatingIfNeeded: (bits &+ 0x7FFF &+ ((bits >> 16) & 1)) >> 16)
-                target.storeBytes(of: rounded.littleEndian, toByteOffset: 2 * index, as: UInt16.self)
             }
         }
         guard tooLarge == 0 else { throw .overflow(block: shape.lastBlock, count: tooLarge) }
@@ -204,10 +199,6 @@ public final class PackagedStage: Stage, @unchecked Sendable {
             Float(
                 bitPattern: UInt32(
                     littleEndian: source.loadUnaligned(fromByteOffset: 4 * index, as: UInt32.self)))
-        case .bf16:
-            Float(
-                bitPattern: UInt32(
-                    UInt16(littleEndian: source.loadUnaligned(fromByteOffset: 2 * index, as: UInt16.self))) << 16)
         }
     }
 }
@@ -222,7 +213,7 @@ extension StageShape {
         lastBlock = manifest.slice.lastBlock
         nEmbd = manifest.dims.nEmbd
         nCtx = manifest.nCtx
-        dtypes = [.f16, .f32, .bf16]
+        dtypes = [.f16, .f32]
         model = digest(manifest.model.sha256)
         slice = digest(manifest.slice.sha256)
     }

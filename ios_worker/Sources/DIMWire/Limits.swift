@@ -22,8 +22,6 @@ public enum Limit {
     public static let arch = 32
     public static let name = 64
     public static let text = 1000
-    /// rows' exponents
-    public static let exponent: ClosedRange<Int8> = -64...64
     /// INQUIREs per connection
     public static let inquiries = 4
     /// handshakes under way at once

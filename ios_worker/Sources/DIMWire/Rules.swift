@@ -33,7 +33,6 @@ public enum Rule: String, Sendable, CaseIterable {
     case spanCount = "span-count"
     case rowCount = "row-count"
     case rowFormat = "row-format"
-    case rowExponent = "row-exponent"
     case inFlight = "in-flight"
     case nonFinite = "non-finite"
     case pushItems = "push-items"
@@ -46,7 +45,7 @@ public enum Rule: String, Sendable, CaseIterable {
             .answerChanged, .badAnswer, .frameLength, .badTag, .pushItems:
             nil
         case .tooLong, .truncated, .trailingBytes, .unknownKind, .reservedNotZero, .notUTF8, .stringTooLong,
-            .badValue, .rowExponent:
+            .badValue:
             .malformed
         case .unexpected, .pushOrder: .unexpected
         case .session, .sessionTwice, .position, .context: .position

@@ -84,7 +84,7 @@ public struct SessionBooks: Sendable {
     }
 
     private func check(_ format: RowFormat) throws(RuleBroken) {
-        guard format.dtype == agreed.dtype, !format.scaled || agreed.scaled else {
+        guard format.dtype == agreed.dtype else {
             throw RuleBroken(.rowFormat, "row format \(format.rawValue)")
         }
     }

@@ -7,24 +7,21 @@ public struct DTypes: OptionSet, Sendable, Hashable {
     public init(rawValue: UInt8) { self.rawValue = rawValue }
     public static let f16 = DTypes(rawValue: 1)
     public static let f32 = DTypes(rawValue: 2)
-    public static let bf16 = DTypes(rawValue: 4)
 
     /// The one type there is, or nil if there are none or several.
     public var single: DType? {
         switch self {
         case .f16: .f16
         case .f32: .f32
-        case .bf16: .bf16
         default: nil
         }
     }
 }
 
-/// The type of an element of hidden rows. The raw value is the row format's low 7 bits.
+/// The type of an element of hidden rows. The raw value is the row format; 3 and the bit 0x80 are retired.
 public enum DType: UInt8, Sendable, CaseIterable {
     case f16 = 1
     case f32 = 2
-    case bf16 = 3
 
     /// bytes per element
     public var width: Int { self == .f32 ? 4 : 2 }
@@ -33,7 +30,6 @@ public enum DType: UInt8, Sendable, CaseIterable {
 public struct Features: OptionSet, Sendable, Hashable {
     public let rawValue: UInt32
     public init(rawValue: UInt32) { self.rawValue = rawValue }
-    public static let scaledRows = Features(rawValue: 1)
     public static let push = Features(rawValue: 2)
 }
 
@@ -86,7 +82,7 @@ public struct Terms: Hashable, Sendable {
     init(from reader: inout Reader) throws(RuleBroken) {
         version = try reader.u16()
         dtypes = DTypes(rawValue: try reader.u8())
-        guard dtypes.isSubset(of: [.f16, .f32, .bf16]) else {
+        guard dtypes.isSubset(of: [.f16, .f32]) else {
             throw RuleBroken(.badValue, "row types \(dtypes.rawValue)")
         }
         let role = try reader.u8()
@@ -226,7 +222,7 @@ public struct Agreed: Equatable, Sendable {
             "the \(host.maxInFlight == 0 ? "host" : "worker") allows no step in flight")
         if let dtype {
             let maxRows = min(host.maxRows, worker.maxRows)
-            let format = RowFormat(dtype, scaled: host.features.intersection(worker.features).contains(.scaledRows))
+            let format = RowFormat(dtype)
             let longest = stepBytes(format, host.maxSessions, maxRows, host.nEmbd)
             refuse(
                 .tooLarge, if: longest == nil || host.maxSessions > UInt32(UInt16.max),
@@ -235,8 +231,6 @@ public struct Agreed: Equatable, Sendable {
         return list
     }
 
-    public var scaled: Bool { features.contains(.scaledRows) }
-
     /// bytes of one row
     public var rowBytes: Int { Int(nEmbd) * dtype.width }
 
@@ -244,21 +238,20 @@ public struct Agreed: Equatable, Sendable {
     public var hostMessageLimit: Int {
         max(
             Limit.openingMessage,
-            Agreed.stepBytes(RowFormat(dtype, scaled: scaled), maxSessions, maxRows, nEmbd) ?? 0)
+            Agreed.stepBytes(RowFormat(dtype), maxSessions, maxRows, nEmbd) ?? 0)
     }
 
     /// Largest message worker -> host while serving: bytes.
     public var workerMessageLimit: Int {
-        max(Limit.openingMessage, 24 + (scaled ? padded8(Int(maxRows)) : 0) + Int(maxRows) * rowBytes)
+        max(Limit.openingMessage, 24 + Int(maxRows) * rowBytes)
     }
 
     /// Bytes of the longest STEP; nil if it is longer than any may be.
     private static func stepBytes(_ format: RowFormat, _ sessions: UInt32, _ rows: UInt32, _ nEmbd: UInt32) -> Int? {
-        let exponents = format.scaled ? (UInt64(rows) + 7) / 8 * 8 : 0
         let (values, overflow) = (UInt64(rows) * UInt64(nEmbd))
             .multipliedReportingOverflow(by: UInt64(format.dtype.width))
         guard !overflow, values <= Limit.stepMessage else { return nil }
-        let sum = values + 16 + 16 * UInt64(sessions) + exponents
+        let sum = values + 16 + 16 * UInt64(sessions)
         return sum <= Limit.stepMessage ? Int(sum) : nil
     }
 }
@@ -270,6 +263,3 @@ extension Digest {
     /// The first 8 digits, for a sentence.
     fileprivate var short: String { isKnown ? String(description.prefix(8)) : "(not known)" }
 }
-
-/// `count` rounded up to a multiple of 8.
-func padded8(_ count: Int) -> Int { (count + 7) / 8 * 8 }

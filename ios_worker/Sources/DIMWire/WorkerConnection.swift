@@ -358,8 +358,7 @@ public struct WorkerConnection {
 
     /// A STEP_DONE whose rows are not yet filled in: `rows` bytes at the end are for the stage to write.
     public static func stepDoneBuffer(_ step: Step) -> [UInt8] {
-        let exponents = step.rows.format.scaled ? padded8(step.rows.count) : 0
-        return [UInt8](repeating: 0, count: StepDone.headerBytes + exponents + step.rows.hidden.count)
+        [UInt8](repeating: 0, count: StepDone.headerBytes + step.rows.hidden.count)
     }
 
     /// Answers the oldest STEP with a buffer made by `stepDoneBuffer`, the rows written at its end.

@@ -21,8 +21,10 @@ struct Arguments {
     var name: String?
     var context: Int?
     var pair = false
+    var check = false
     var receive: String?
     var units: String?
+    var verify = Verify.once
     var fake: FakeWorker?
     var help = false
     var version = false
@@ -39,6 +41,8 @@ struct Arguments {
           --name NAME          what hosts call this worker
           --ctx N              positions per session, at most what the packages were made for
           --receive DIR        take packages pushed by `dim-host push` into DIR, and serve the newest there
+          --verify WHEN        compare the files with their SHA-256: once (default; again when one has changed) or always
+          --check              only compare the files of SLICE-DIR, then end
           --units WHICH        macOS: cpu, gpu or ane instead of the fastest that passes the self-test
           --fake SPEC          exact integer arithmetic instead of a model, for tests of a host:
                                blocks=11..16,of=28,n_embd=3584[,echo]
@@ -59,6 +63,7 @@ struct Arguments {
             case "--listen": listen = try value(word)
             case "--key-file": keyFile = try value(word)
             case "--pair": pair = true
+            case "--check": check = true
             case "--name": name = try value(word)
             case "--ctx": context = try Arguments.number(try value(word), "--ctx")
             case "--receive": receive = try value(word)
@@ -68,6 +73,12 @@ struct Arguments {
                     throw UsageError(text: "--units \(which) is not known", hint: "cpu, gpu or ane")
                 }
                 units = which
+            case "--verify":
+                let when = try value(word)
+                guard let known = Verify(rawValue: when) else {
+                    throw UsageError(text: "--verify \(when) is not known", hint: "once or always")
+                }
+                verify = known
             case "--fake": fakeText = try value(word)
             case "--help", "-h": help = true
             case "--version": version = true
@@ -87,6 +98,9 @@ struct Arguments {
         if let fakeText { fake = try Arguments.fake(fakeText, context: context ?? 2048) }
         guard help || version || directory != nil || receive != nil || fake != nil else {
             throw UsageError(text: "which packages?", hint: "dim-worker-swift STEM.middle-A..B.coreml; see --help")
+        }
+        if check, directory == nil {
+            throw UsageError(text: "--check of what?", hint: "dim-worker-swift STEM.middle-A..B.coreml --check")
         }
         if keyFile != nil, pair {
             throw UsageError(text: "--pair and --key-file exclude each other", hint: "the key file is the pairing")

@@ -37,10 +37,13 @@ func keyStore(_ arguments: Arguments) throws -> any KeyStore {
     return KeyDirectory(base.appendingPathComponent("dim").appendingPathComponent("worker-swift-keys"))
 }
 
-func readManifest(_ directory: URL) throws -> Manifest {
+func readManifest(_ directory: URL, _ verify: Verify) throws -> Manifest {
     do throws(ManifestError) {
         let manifest = try Manifest.read(directory)
-        try manifest.verify(directory)
+        switch try manifest.verify(directory, verify) {
+        case .compared: say("verified: every file compared with its SHA-256")
+        case .stamped: say("verified: no file has changed since every byte was compared")
+        }
         return manifest
     } catch {
         throw UsageError(
@@ -50,7 +53,7 @@ func readManifest(_ directory: URL) throws -> Manifest {
 
 /// Loads, tests and wraps the packages of `directory`.
 func load(_ directory: URL, _ arguments: Arguments) throws -> any Stage {
-    let manifest = try readManifest(directory)
+    let manifest = try readManifest(directory, arguments.verify)
     var shape = StageShape(manifest)
     if let context = arguments.context {
         guard context <= shape.nCtx else {
@@ -66,7 +69,9 @@ func load(_ directory: URL, _ arguments: Arguments) throws -> any Stage {
         say("loading \(blocks)")
         let only = arguments.units.flatMap { ComputeUnit(rawValue: $0) }
         let loaded = try blocking {
-            try await CoreMLLoader(manifest: manifest, directory: directory).load(only: only) { say($0.description) }
+            try await CoreMLLoader(manifest: manifest, directory: directory).load(.init(only: only)) {
+                say($0.description)
+            }
         }
         parameters.prefillFrom = loaded.prefillFrom
         return PackagedStage(shape: shape, parameters: parameters, packages: loaded.packages)
@@ -124,7 +129,7 @@ func fakeStage(_ fake: FakeWorker) -> any Stage {
     func digest(_ text: String) -> Digest { Digest(SystemPrimitives.sha256(Array(text.utf8)))! }
     shape.model = digest("dim fake model")
     shape.slice = digest("dim fake slice")
-    shape.dtypes = [.f16, .f32, .bf16]
+    shape.dtypes = [.f16, .f32]
     return fake.echoes ? EchoStage(shape: shape) : PackagedStage.fake(shape: shape)
 }
 
@@ -162,9 +167,13 @@ func run(_ arguments: Arguments) throws {
         if case .pushed(let place) = event { relay.pushed(place) }
     }
     let server = Server(configuration)
-    relay.onPushed = { place in
+    relay.onPushed = { pushed in
         do {
+            // by the time that the load before it is over, another may have come
+            let place = store?.complete().first ?? pushed
             server.serve(.ready(try load(place, arguments)))
+            // it works: older ones only take room
+            store?.dropOlder(than: place)
             say("serving \(place.lastPathComponent)")
         } catch {
             say("error: \(sentence(error))")
@@ -197,13 +206,14 @@ func run(_ arguments: Arguments) throws {
     usleep(100_000)
 }
 
-/// Loading a pushed directory takes long and must not hold up the connection that pushed it.
+/// Loading a pushed directory takes long and must not hold up the connection that pushed it; one load at a time.
 final class Relay: @unchecked Sendable {
     var onPushed: (@Sendable (URL) -> Void)?
+    private let loading = NSLock()
 
     func pushed(_ place: URL) {
         guard let onPushed else { return }
-        let thread = Thread { onPushed(place) }
+        let thread = Thread { [loading] in loading.withLock { onPushed(place) } }
         thread.stackSize = 8 << 20
         thread.start()
     }
@@ -215,7 +225,7 @@ func sentence(_ error: any Error) -> String {
     case let error as Failure: error.text
     case let error as ManifestError: error.description
     case let error as StageError: error.report(step: 0, worker: "this machine").text
-    default: "\(error)"
+    default: explanation(of: error)
     }
 }
 
@@ -225,6 +235,8 @@ do {
         print(Arguments.usage)
     } else if arguments.version {
         print("dim-worker-swift 0.1.0 (protocol \(protocolVersion))")
+    } else if arguments.check, let directory = arguments.directory {
+        _ = try readManifest(URL(fileURLWithPath: directory), arguments.verify)
     } else {
         try run(arguments)
     }

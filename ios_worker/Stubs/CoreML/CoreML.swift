@@ -60,6 +60,44 @@ open class MLModel: @unchecked Sendable {
     }
 }
 
+public enum MLComputeDevice {
+    case cpu(MLCPUComputeDevice)
+    case gpu(MLGPUComputeDevice)
+    case neuralEngine(MLNeuralEngineComputeDevice)
+}
+public final class MLCPUComputeDevice {}
+public final class MLGPUComputeDevice {}
+public final class MLNeuralEngineComputeDevice {}
+
+public enum MLModelStructure {
+    case neuralNetwork(Never)
+    case program(Program)
+    case pipeline(Never)
+    case unsupported
+
+    public struct Program {
+        public struct Operation {}
+        public struct Block {
+            public let operations: [Operation]
+        }
+        public struct Function {
+            public let block: Block
+        }
+        public let functions: [String: Function]
+    }
+}
+
+public final class MLComputePlan: @unchecked Sendable {
+    public struct DeviceUsage {
+        public let preferred: MLComputeDevice
+    }
+    public class func load(
+        contentsOf url: URL, configuration: MLModelConfiguration
+    ) async throws -> MLComputePlan { stub() }
+    public var modelStructure: MLModelStructure { stub() }
+    public func deviceUsage(for operation: MLModelStructure.Program.Operation) -> DeviceUsage? { stub() }
+}
+
 /// Foundation has it on Apple systems only.
 public func autoreleasepool<R>(invoking body: () throws -> R) rethrows -> R { try body() }
 

@@ -23,6 +23,7 @@ public let kSecReturnData = CFString()
 public let kSecReturnAttributes = CFString()
 public let kSecMatchLimit = CFString()
 public let kSecMatchLimitAll = CFString()
+public let kSecMatchLimitOne = CFString()
 
 public func SecItemAdd(_ attributes: CFDictionary, _ result: UnsafeMutablePointer<CFTypeRef?>?) -> OSStatus { 0 }
 public func SecItemCopyMatching(_ query: CFDictionary, _ result: UnsafeMutablePointer<CFTypeRef?>?) -> OSStatus { 0 }

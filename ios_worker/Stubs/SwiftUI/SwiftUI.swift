@@ -1,5 +1,4 @@
 // Stub: see Stubs/README.md
-@_exported import CoreImage
 @_exported import Foundation
 @_exported import Observation
 import UIKit
@@ -51,6 +50,7 @@ public struct ViewBuilder {
 public struct Text: PrimitiveView {
     public struct DateStyle: Sendable {
         public static let timer = DateStyle()
+        public static let date = DateStyle()
     }
     public init<S: StringProtocol>(_ content: S) {}
     public init(_ date: Date, style: DateStyle) {}
@@ -61,11 +61,11 @@ extension Label where Title == Text, Icon == Image {
     public init<S: StringProtocol>(_ title: S, systemImage: String) {}
 }
 
-public struct Image: PrimitiveView {
-    public enum Interpolation: Sendable { case none, low, medium, high }
-    public init(uiImage: UIImage) {}
-    public func interpolation(_ interpolation: Interpolation) -> Image { self }
-    public func resizable() -> Image { self }
+public struct Image: PrimitiveView {}
+
+public struct TextField<Title: View>: PrimitiveView {}
+extension TextField where Title == Text {
+    public init<S: StringProtocol>(_ title: S, text: Binding<String>) {}
 }
 
 public struct List<Content: View>: PrimitiveView {
@@ -105,8 +105,13 @@ extension ProgressView where Name == Text {
     public init<S: StringProtocol, V: BinaryFloatingPoint>(_ title: S, value: V?, total: V = 1.0) {}
 }
 
+public struct ButtonRole: Sendable {
+    public static let destructive = ButtonRole()
+}
+
 public struct Button<Name: View>: PrimitiveView {}
 extension Button where Name == Text {
+    public init<S: StringProtocol>(_ title: S, role: ButtonRole?, action: @escaping @MainActor () -> Void) {}
     public init<S: StringProtocol>(_ title: S, action: @escaping @MainActor () -> Void) {}
 }
 
@@ -120,10 +125,6 @@ public struct NavigationStack<Content: View>: PrimitiveView {
 
 // MARK: modifiers
 
-public struct Color: Sendable {
-    public static let orange = Color()
-}
-
 public struct Font: Sendable {
     public enum TextStyle: Sendable { case title3, footnote, body }
     public enum Design: Sendable { case monospaced }
@@ -136,15 +137,11 @@ public struct EnabledTextSelectability: Sendable {
 }
 
 extension View {
-    public func foregroundStyle(_ style: Color) -> some View { self }
     public func font(_ font: Font?) -> some View { self }
     public func textSelection(_ selectability: EnabledTextSelectability) -> some View { self }
     public func navigationTitle<S: StringProtocol>(_ title: S) -> some View { self }
-    public func scaledToFit() -> some View { self }
-    public func frame(width: CGFloat? = nil, height: CGFloat? = nil) -> some View { self }
+    public func onSubmit(_ action: @escaping () -> Void) -> some View { self }
     public func frame(maxWidth: CGFloat?) -> some View { self }
-    public func accessibilityLabel<S: StringProtocol>(_ label: S) -> some View { self }
-    public func task(_ action: @escaping @MainActor @Sendable () async -> Void) -> some View { self }
 }
 
 // MARK: app
@@ -167,7 +164,7 @@ public struct WindowGroup<Content: View>: Scene {
 }
 
 extension Scene {
-    public func onChange<V: Equatable>(of value: V, _ action: @escaping (V, V) -> Void) -> some Scene { self }
+    public func onChange<V: Equatable>(of value: V, initial: Bool = false, _ action: @escaping (V, V) -> Void) -> some Scene { self }
 }
 
 @MainActor @preconcurrency
@@ -194,8 +191,11 @@ public struct Environment<Value> {
     public var wrappedValue: Value { stub() }
 }
 
+public struct Binding<Value> {}
+
 @propertyWrapper
 public struct State<Value> {
+    public var projectedValue: Binding<Value> { stub() }
     public init(wrappedValue: Value) {}
     public var wrappedValue: Value {
         get { stub() }

@@ -1,11 +1,14 @@
 // Stub: see Stubs/README.md
-@_exported import CoreImage
 @_exported import Foundation
 
 @MainActor
 open class UIApplication {
     public class var shared: UIApplication { stub() }
     public var isIdleTimerDisabled = false
+    public func beginBackgroundTask(
+        withName name: String?, expirationHandler: (@MainActor @Sendable () -> Void)?
+    ) -> UIBackgroundTaskIdentifier { stub() }
+    public func endBackgroundTask(_ identifier: UIBackgroundTaskIdentifier) {}
     public nonisolated static let didReceiveMemoryWarningNotification = NSNotification.Name("")
 }
 
@@ -17,8 +20,14 @@ open class UIDevice {
     public var batteryLevel: Float { stub() }
 }
 
-open class UIImage: @unchecked Sendable {
-    public init(cgImage: CGImage) { stub() }
+public struct UIBackgroundTaskIdentifier: Hashable, Sendable {
+    public static let invalid = UIBackgroundTaskIdentifier()
+}
+
+@MainActor
+open class UIPasteboard {
+    public class var general: UIPasteboard { stub() }
+    public var string: String?
 }
 
 extension ProcessInfo {

@@ -107,6 +107,9 @@ final class Reports: @unchecked Sendable {
         return list
     }
 
+    /// hosts that were connected and are so no more
+    var goodbyes: Int { all.filter { if case .disconnected = $0 { true } else { false } }.count }
+
     /// Waits until `wanted` is among them.
     func eventually(_ wanted: (ServerEvent) -> Bool) -> Bool {
         for _ in 0..<500 {
@@ -120,14 +123,21 @@ final class Reports: @unchecked Sendable {
 final class MemoryKeys: KeyStore, @unchecked Sendable {
     private let lock = NSLock()
     private var list: [PairKey]
+    private var count = 0
 
     init(_ keys: [PairKey] = [TestHost.key]) { list = keys }
 
     func keys() -> [PairKey] {
-        lock.lock()
-        defer { lock.unlock() }
-        return list
+        lock.withLock {
+            count += 1
+            return list
+        }
     }
+
+    /// how often it was asked
+    var reads: Int { lock.withLock { count } }
+
+    func removeAll() { lock.withLock { list = [] } }
 
     func add(_ key: PairKey, name: String) {
         lock.lock()
@@ -145,11 +155,13 @@ final class TestServer {
 
     init(
         stage: StageState? = nil, keys: MemoryKeys = MemoryKeys(), pushStore: PushStore? = nil,
-        device: @escaping @Sendable () -> DeviceState = { DeviceState() }
+        device: @escaping @Sendable () -> DeviceState = { DeviceState() }, listen: String = "127.0.0.1:0",
+        calls: ListenerCalls = ListenerCalls(), keyStore: (any KeyStore)? = nil
     ) throws {
         self.keys = keys
-        var configuration = ServerConfiguration(keys: keys)
-        configuration.listen = "127.0.0.1:0"
+        var configuration = ServerConfiguration(keys: keyStore ?? keys)
+        configuration.listen = listen
+        configuration.calls = calls
         configuration.name = "a worker"
         configuration.pushStore = pushStore
         configuration.device = device

@@ -324,7 +324,6 @@ struct Json {
         let comment = Comment(rawValue: name)
         #expect(agreed.version == vector["version"].u16, comment)
         #expect(agreed.dtype.rawValue == vector["row_dtype"].u8, comment)
-        #expect(agreed.scaled == vector["scaled_rows"].flag, comment)
         #expect(agreed.nEmbd == vector["n_embd"].u32, comment)
         #expect(agreed.nCtx == vector["n_ctx"].u32, comment)
         #expect(agreed.maxRows == vector["max_rows"].u32, comment)
@@ -347,7 +346,6 @@ struct Json {
         terms.maxRows = of["max_rows"].u32
         terms.maxSessions = of["max_sessions"].u32
         terms.maxInFlight = of["max_in_flight"].u32
-        terms.features = .scaledRows
         var host = terms
         host.dtypes = .f16
         let agreed = try Agreed(host: host, worker: terms, chosen: 1)
@@ -456,7 +454,7 @@ extension Json {
     fileprivate var rows: Rows {
         Rows(
             format: RowFormat(rawValue: self["row_format"].u8)!, count: self["n_rows"].int,
-            exponents: self["exponents"].list.map { Int8($0.int) }, hidden: self["hidden"].bytes[...])
+            hidden: self["hidden"].bytes[...])
     }
 
     fileprivate var optional32: UInt32? { isNull ? nil : u32 }

@@ -14,7 +14,7 @@ use std::time::{Duration, Instant};
 
 use rustix::process::{Pid, WaitId, WaitIdOptions, waitid};
 
-use dim::failure::Failure;
+use gguf_tools::failure::Failure;
 
 use super::cgroup::MemoryGroup;
 use super::usage::{self, Usage, Watch};
@@ -176,16 +176,10 @@ fn pin(cpus: &[usize]) -> io::Result<()> {
     }
 }
 
-#[cfg(unix)]
 fn exec(program: &OsStr, args: &[OsString]) -> io::Error {
     use std::os::unix::process::CommandExt;
     let e = Command::new(program).args(args).exec();
     io::Error::new(e.kind(), format!("cannot start {}: {e}", program.display()))
-}
-
-#[cfg(not(unix))]
-fn exec(_program: &OsStr, _args: &[OsString]) -> io::Error {
-    io::Error::new(io::ErrorKind::Unsupported, "A/B runs need Linux or macOS")
 }
 
 /// Waits until a child has ended, without taking it off the system's list; false when the time is over first.

@@ -8,9 +8,15 @@
 //! dim-ab eval      text -> logits of two engines -> [quality]: perplexity, divergence, agreement
 //! ```
 //!
-//! What is measured is what people run: the programs themselves, started as they are. This module computes nothing
+//! What is measured is what people run: the programs themselves, started as they are. This crate computes nothing
 //! with a model.
+//!
+//! Linux and macOS: an arm is a process that `exec` made, is watched through the system's own counters, and may be ended
+//! by a signal. The programs it measures run elsewhere without it.
 #![forbid(unsafe_code)]
+
+#[cfg(not(unix))]
+compile_error!("dim-ab is for Linux and macOS: leave it out with --workspace --exclude dim-ab");
 
 pub mod cgroup;
 pub mod charts;

@@ -26,8 +26,8 @@ use crate::link::{Link, LinkTraffic};
 use crate::machine::{Machine, SystemActivity, Versions, evict, rfc3339};
 use crate::record::{Arm, ModelFile, Phase, Record, SCHEMA, Scenario, append};
 use crate::report::gigabytes;
-use dim::failure::Failure;
 use dim::host::report::{Report, Stop};
+use gguf_tools::failure::Failure;
 
 /// What is to be measured, everything found and checked.
 #[derive(Debug)]
@@ -178,15 +178,10 @@ impl<'a> Stand<'a> {
         let cold = phase == Phase::First || group.is_some();
         let cold_cache = cold && files.iter().filter(|f| !evict(f)).count() == 0;
 
-        let servers: Vec<&Server> = match arm {
-            Arm::Split => self.workers.iter().collect(),
-            Arm::Rpc => self.rpc.iter().collect(),
-            _ => Vec::new(),
-        };
         let log_path = self.logs.join(format!("{}-{round}.log", arm.name()));
         let log = File::create(&log_path)
             .map_err(|e| Failure::misuse(format!("cannot write {}: {e}", log_path.display())))?;
-        let before: Vec<_> = servers.iter().map(|s| s.usage()).collect();
+        let before: Vec<_> = self.servers(arm).iter().map(Server::usage).collect();
         let (link_before, system_before) = (self.link_traffic(arm), SystemActivity::now());
         let meter = Meter::start();
         let place = Place { group: group.as_ref(), cpus: &plan.scenario.host_cpus };
@@ -195,20 +190,12 @@ impl<'a> Stand<'a> {
             .map_err(|e| Failure::failed(format!("cannot run {}: {e}", program.file.display())))?;
         let energy = meter.and_then(Meter::finish);
         let system = SystemActivity::now().since(system_before);
-        let workers = servers.iter().zip(&before).map(|(s, &before)| s.usage().since(before)).collect();
-        let link_traffic = self.link_traffic(arm).zip(link_before).map(|(now, then)| LinkTraffic {
-            bytes_up: now.bytes_up - then.bytes_up,
-            bytes_down: now.bytes_down - then.bytes_down,
-            connections: now.connections - then.connections,
-        });
+        let workers = self.servers(arm).iter().zip(&before).map(|(s, &then)| s.usage().since(then)).collect();
+        let link_traffic = self.link_traffic(arm).zip(link_before).map(|(now, then)| now.since(then));
 
         let report = last_object(&ended.stdout);
         let oom = group.as_ref().is_some_and(|g| g.oom_kills() > 0);
-        let server_died = match arm {
-            Arm::Split => self.workers.iter_mut().any(|w| !w.is_alive()),
-            Arm::Rpc => self.rpc.iter_mut().any(|s| !s.is_alive()),
-            _ => false,
-        };
+        let server_died = self.servers_mut(arm).iter_mut().any(|s| !s.is_alive());
         let not_counted = why_not(
             &ended,
             report.as_ref(),
@@ -241,9 +228,26 @@ impl<'a> Stand<'a> {
             machine: self.machine.clone(),
             versions: Versions {
                 dim: env!("CARGO_PKG_VERSION").to_owned(),
-                llama_cpp_sys_2: LLAMA_CPP_SYS_VERSION.to_owned(),
+                llama_cpp_sys_2: llama_sys_patch::LLAMA_CPP_SYS_VERSION.to_owned(),
             },
         })
+    }
+
+    /// The servers started here that an arm computes with.
+    fn servers(&self, arm: Arm) -> &[Server] {
+        match arm {
+            Arm::Split => &self.workers,
+            Arm::Rpc => self.rpc.as_slice(),
+            _ => &[],
+        }
+    }
+
+    fn servers_mut(&mut self, arm: Arm) -> &mut [Server] {
+        match arm {
+            Arm::Split => &mut self.workers,
+            Arm::Rpc => self.rpc.as_mut_slice(),
+            _ => &mut [],
+        }
     }
 
     /// The host process of an arm.
@@ -322,11 +326,7 @@ impl<'a> Stand<'a> {
             Arm::Rpc => self.rpc_link.iter().collect(),
             _ => Vec::new(),
         };
-        links.into_iter().map(Link::traffic).reduce(|a, b| LinkTraffic {
-            bytes_up: a.bytes_up + b.bytes_up,
-            bytes_down: a.bytes_down + b.bytes_down,
-            connections: a.connections + b.connections,
-        })
+        links.into_iter().map(Link::traffic).reduce(LinkTraffic::plus)
     }
 
     /// Every worker runs, and a link stands before it: what died in the last round starts again.
@@ -483,107 +483,6 @@ fn describe(record: &Record) -> String {
 
 /// How long a worker may take until it listens; it checks and loads its slice before.
 const SERVER_PATIENCE: Duration = Duration::from_secs(600);
-/// The crate that ships the llama.cpp all arms run; pinned in Cargo.toml.
-const LLAMA_CPP_SYS_VERSION: &str = "0.1.161";
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-    use crate::usage::Usage;
-    use dim::host::report::{StageReport, WireReport};
-
-    fn plan() -> Plan {
-        Plan {
-            arms: vec![Arm::Split],
-            rounds: 1,
-            scenario: Scenario {
-                model: "m".into(),
-                middle: "1..2".into(),
-                remote_blocks: 2,
-                prompt_tokens: 4,
-                n_predict: 3,
-                n_ctx: 64,
-                threads: 1,
-                wire: "f16".into(),
-                memory_limit_bytes: None,
-                worker_memory_limit_bytes: None,
-                link: None,
-                host_cpus: vec![],
-                worker_cpus: vec![],
-                local_workers: true,
-            },
-            model: "m.gguf".into(),
-            model_parts: vec!["m.gguf".into()],
-            split: "m.split.json".into(),
-            host_slices: vec![],
-            quantised: vec![],
-            workers: Workers::Running(vec![]),
-            rpc: None,
-            key_file: None,
-            prompt: vec![],
-            machine: vec![],
-            time_limit: Duration::from_secs(9),
-            out: PathBuf::new(),
-        }
-    }
-
-    fn report(n_tokens: usize, reconnects: u32) -> Report {
-        let stage = StageReport {
-            name: "middle".into(),
-            blocks: "1..2".into(),
-            compute_ms: 1.0,
-            wait_ms: 1.0,
-            gen_compute_ms: 1.0,
-            gen_wait_ms: 1.0,
-            reconnects,
-        };
-        Report {
-            mode: "split".into(),
-            model: "m".into(),
-            tokens: vec![1; n_tokens],
-            text: String::new(),
-            stop: Stop::Length,
-            error: None,
-            seed: 0,
-            prompt_tokens: 4,
-            prompt_tok_s: 1.0,
-            gen_tok_s: 1.0,
-            ttft_ms: 1.0,
-            start_to_first_token_ms: 1.0,
-            load_ms: 1.0,
-            prompt_ms: 1.0,
-            gen_ms: 1.0,
-            sample_ms: 0.0,
-            stages: vec![stage],
-            wire: WireReport::default(),
-        }
-    }
-
-    fn ended(raw: Option<i32>) -> Ended {
-        Ended { status: raw.map(ExitStatus::from_raw), stdout: String::new(), usage: Usage::default() }
-    }
-
-    #[test]
-    fn a_round_counts_only_when_nothing_went_wrong() {
-        let plan = plan();
-        let why = |raw, report: Option<&Report>, died| why_not(&ended(raw), report, &plan, None, died);
-        let good = report(3, 0);
-        assert_eq!(why(Some(0), Some(&good), false), None);
-        assert!(why(Some(0), Some(&good), true).unwrap().contains("ended in the middle"));
-        assert!(why(Some(0), Some(&report(3, 2)), false).unwrap().contains("2x"));
-        assert!(why(Some(0), Some(&report(2, 0)), false).unwrap().contains("2 of 3 tokens"));
-        assert!(why(Some(1 << 8), Some(&good), false).unwrap().contains("exit code 1"));
-        assert!(why(Some(9), None, false).unwrap().contains("signal 9"));
-        assert!(why(None, None, false).unwrap().contains("9 s"));
-        assert!(why(Some(0), None, false).unwrap().contains("nothing"));
-        let failed = Report { error: Some("middle is gone".into()), ..report(1, 0) };
-        assert!(why(Some(1 << 8), Some(&failed), false).unwrap().contains("middle is gone"));
-    }
-
-    #[test]
-    fn the_report_is_found_among_other_lines() {
-        let text = format!("noise\n{}\ntrailing", serde_json::to_string(&report(3, 0)).unwrap());
-        assert_eq!(last_object(&text).unwrap().tokens.len(), 3);
-        assert!(last_object("{}\n").is_none());
-    }
-}
+mod tests;

@@ -353,7 +353,7 @@ pub(crate) mod tests {
                 memory_bytes: 8 << 30,
                 ..Machine::default()
             },
-            versions: Versions { dim: "0.1.0".into(), llama_cpp_sys_2: "0.1.161".into() },
+            versions: Versions { dim: "0.1.0".into(), llama_cpp_sys_2: "1.2.3".into() },
         }
     }
 

@@ -1,4 +1,25 @@
-//! The command line of DIM: arguments in, exit code out.
+//! The command line of DIM: arguments in, exit code out. Everything that is printed is printed here.
 #![forbid(unsafe_code)]
 
+pub mod args;
 pub mod commands;
+pub mod interrupt;
+pub mod progress;
+pub mod shown;
+
+use dim::Error;
+use gguf_tools::failure::Failure;
+
+/// The library's error as a program ends with it: exit code 2 where an argument or a file is wrong, else 1.
+pub fn explain(error: impl Into<Error>) -> Failure {
+    let error = error.into();
+    let message = match &error {
+        Error::Option(e) => format!("--{e}"),
+        other => other.to_string(),
+    };
+    let failure = if error.is_misuse() { Failure::misuse(message) } else { Failure::failed(message) };
+    match error.hint() {
+        Some(hint) => failure.hint(hint),
+        None => failure,
+    }
+}

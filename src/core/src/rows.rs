@@ -104,3 +104,38 @@ pub enum RowsRef<'a> {
     /// As [`RowType::F32`].
     F32(&'a [f32]),
 }
+
+impl RowsRef<'_> {
+    /// Their number format.
+    pub fn row_type(&self) -> RowType {
+        match self {
+            RowsRef::F16(_) => RowType::F16,
+            RowsRef::F32(_) => RowType::F32,
+        }
+    }
+
+    /// How many values.
+    pub fn len(&self) -> usize {
+        match self {
+            RowsRef::F16(v) => v.len(),
+            RowsRef::F32(v) => v.len(),
+        }
+    }
+
+    /// No values at all.
+    pub fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+}
+
+impl<'a> From<&'a [f16]> for RowsRef<'a> {
+    fn from(values: &'a [f16]) -> RowsRef<'a> {
+        RowsRef::F16(values)
+    }
+}
+
+impl<'a> From<&'a [f32]> for RowsRef<'a> {
+    fn from(values: &'a [f32]) -> RowsRef<'a> {
+        RowsRef::F32(values)
+    }
+}

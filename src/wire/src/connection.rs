@@ -12,16 +12,20 @@
 //! * [`begin_serving`](Connection::begin_serving) / [`begin_push`](Connection::begin_push) after both have
 //!   agreed;
 //! * [`send_step`](Connection::send_step), [`send_step_done`](Connection::send_step_done) for the messages
-//!   with rows;
-//! * [`Heartbeats`] and [`Silence`] say when to speak and when to give up, for times the caller passes.
+//!   with rows.
 
-use std::collections::VecDeque;
+use dim_core::rows::{RowType, RowsRef};
+use dim_core::stage::Span;
 
-use super::error::{Malformed, Misbehaved, ReceiveError};
-use super::handshake::Purpose;
-use super::message::{Kind, MAX_PUSH_DATA, Message, PushOffer, RowFormat, Span};
-use super::rows::{Rows, RowsRef};
-use super::terms::{Agreed, OPENING_LIMIT};
+pub use crate::books::Books;
+
+use crate::books::PushBooks;
+use crate::error::{Malformed, Misbehaved, ReceiveError};
+use crate::handshake::Purpose;
+use crate::layout::{OPENING_LIMIT, PUSH_LIMIT};
+use crate::message::{Kind, Message, PushOffer};
+use crate::rows;
+use crate::terms::Agreed;
 
 /// Which side of a connection this is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -83,8 +87,8 @@ impl Connection {
     /// The longest message that may arrive now.
     pub fn limit(&self) -> usize {
         match (&self.state, self.role) {
-            (State::Serving(books), Role::Worker) => books.agreed.host_limit(),
-            (State::Serving(books), Role::Host) => books.agreed.worker_limit(),
+            (State::Serving(books), Role::Worker) => books.agreed().host_limit(),
+            (State::Serving(books), Role::Host) => books.agreed().worker_limit(),
             (State::Pushing(_), Role::Worker) => PUSH_LIMIT,
             _ => OPENING_LIMIT,
         }
@@ -121,14 +125,14 @@ impl Connection {
     ///
     /// # Errors
     /// The rule that this side would break; nothing has changed then.
-    pub fn send_step(&mut self, spans: &[Span], rows: &Rows<'_>) -> Result<u32, Misbehaved> {
+    pub fn send_step(&mut self, spans: &[Span], rows: RowsRef<'_>) -> Result<u32, Misbehaved> {
         let State::Serving(books) = &mut self.state else {
             return Err(Misbehaved::Unexpected { kind: Kind::Step as u8 });
         };
-        let step = books.last_step.wrapping_add(1);
+        let step = books.last_step().wrapping_add(1);
         let n_rows = spans.iter().fold(0u32, |n, s| n.saturating_add(s.count));
         books.check_rows(rows, n_rows)?;
-        books.step(step, n_rows, format_of(rows), spans.iter().copied())?;
+        books.step(step, n_rows, rows.row_type(), spans.iter().copied())?;
         Ok(step)
     }
 
@@ -136,12 +140,12 @@ impl Connection {
     ///
     /// # Errors
     /// The rule that this side would break; nothing has changed then.
-    pub fn send_step_done(&mut self, step: u32, n_rows: u32, rows: &Rows<'_>) -> Result<(), Misbehaved> {
+    pub fn send_step_done(&mut self, step: u32, n_rows: u32, rows: RowsRef<'_>) -> Result<(), Misbehaved> {
         let State::Serving(books) = &mut self.state else {
             return Err(Misbehaved::Unexpected { kind: Kind::StepDone as u8 });
         };
         books.check_rows(rows, n_rows)?;
-        books.step_done(step, n_rows, format_of(rows))
+        books.step_done(step, n_rows, rows.row_type())
     }
 
     /// Both sides have agreed: STEPs may follow. The worker calls it when it sends ACCEPT, the host when it
@@ -177,13 +181,32 @@ impl Connection {
         self.ping.is_some()
     }
 
+    /// Steps or files go.
+    pub fn is_established(&self) -> bool {
+        matches!(self.state, State::Serving(_) | State::Pushing(_))
+    }
+
+    /// What the key of the handshake was, until both sides have agreed.
+    pub fn purpose(&self) -> Option<Purpose> {
+        match self.state {
+            State::Opening { .. } => Some(Purpose::Key),
+            State::Pairing { .. } => Some(Purpose::Pairing),
+            _ => None,
+        }
+    }
+
+    /// In pairing: the key has been handed over.
+    pub fn has_granted(&self) -> bool {
+        matches!(self.state, State::Pairing { last: Some(Kind::PairGrant) })
+    }
+
     fn read<'a>(&mut self, bytes: &'a [u8]) -> Result<Message<'a>, ReceiveError> {
         // whether it may come is known from its number: nothing else of a message out of place is looked at
         let kind = Kind::from_u8(*bytes.first().ok_or(Malformed::Truncated { missing: 1 })?)?;
         if !self.allows(self.role.peer(), kind) {
             return Err(Misbehaved::Unexpected { kind: kind as u8 }.into());
         }
-        let n_embd = self.books().map_or(0, |b| b.agreed.n_embd);
+        let n_embd = self.books().map_or(0, |b| b.agreed().n_embd);
         let message = Message::decode(bytes, n_embd)?;
         self.note(self.role.peer(), &message)?;
         if let Message::Pong(number) = message
@@ -246,12 +269,12 @@ impl Connection {
             (State::Serving(books), message) => {
                 match message {
                     Message::Step(s) => {
-                        books.step(s.step, s.n_rows, s.format, s.spans())?;
-                        finite(s.format, s.hidden)?;
+                        books.step(s.step, s.n_rows, s.row_type, s.spans())?;
+                        finite(s.row_type, s.hidden)?;
                     }
                     Message::StepDone(s) => {
-                        books.step_done(s.step, s.n_rows, s.format)?;
-                        finite(s.format, s.hidden)?;
+                        books.step_done(s.step, s.n_rows, s.row_type)?;
+                        finite(s.row_type, s.hidden)?;
                     }
                     Message::Rewind { session, position } => books.rewind(*session, *position)?,
                     Message::EndSession { session } => books.end(*session)?,
@@ -268,284 +291,17 @@ impl Connection {
     }
 }
 
-const PUSH_LIMIT: usize = super::message::HEADER + 8 + MAX_PUSH_DATA;
-const _: () = assert!(PUSH_LIMIT == 262_160, "PROTOCOL.md, section 12");
-
-fn format_of(rows: &Rows<'_>) -> RowFormat {
-    RowFormat { dtype: rows.values.dtype(), scaled: !rows.exponents.is_empty() }
-}
-
 /// Every value received is finite. Bytes that do not lie aligned (only tests have such) are looked at all the
 /// same.
-fn finite(format: RowFormat, hidden: &[u8]) -> Result<(), Misbehaved> {
-    let count = match RowsRef::from_bytes(format.dtype, hidden) {
-        Some(rows) => rows.non_finite(),
+fn finite(row_type: RowType, hidden: &[u8]) -> Result<(), Misbehaved> {
+    let count = match rows::from_bytes(row_type, hidden) {
+        Some(values) => rows::non_finite(values),
         None => {
             let mut aligned = vec![0f32; hidden.len().div_ceil(4)];
             let copy: &mut [u8] = bytemuck::cast_slice_mut(&mut aligned);
             copy[..hidden.len()].copy_from_slice(hidden);
-            RowsRef::from_bytes(format.dtype, &copy[..hidden.len()])
-                .map_or(u32::MAX, |rows| rows.non_finite())
+            rows::from_bytes(row_type, &copy[..hidden.len()]).map_or(u32::MAX, rows::non_finite)
         }
     };
     if count == 0 { Ok(()) } else { Err(Misbehaved::NonFinite { count }) }
-}
-
-/// Sessions, positions and steps of a connection. Host and worker keep the same: the host writes when it
-/// sends, the worker when it receives.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Books {
-    agreed: Agreed,
-    /// positions accepted, by session
-    lengths: Vec<u32>,
-    /// the attempt in which a session was last seen, to find one that stands twice in a step
-    seen: Vec<u64>,
-    attempt: u64,
-    last_step: u32,
-    /// (step, n_rows), the oldest first
-    unanswered: VecDeque<(u32, u32)>,
-    /// nothing was said since ACCEPT
-    untouched: bool,
-}
-
-impl Books {
-    /// Every session has length 0, no step was sent.
-    pub fn new(agreed: Agreed) -> Books {
-        let sessions = agreed.max_sessions as usize;
-        Books {
-            lengths: vec![0; sessions],
-            seen: vec![0; sessions],
-            attempt: 0,
-            last_step: 0,
-            unanswered: VecDeque::with_capacity(agreed.max_in_flight.min(64) as usize),
-            untouched: true,
-            agreed,
-        }
-    }
-
-    /// What the books are kept for.
-    pub fn agreed(&self) -> &Agreed {
-        &self.agreed
-    }
-
-    /// The length of a session: where it goes on.
-    pub fn length(&self, session: u32) -> Option<u32> {
-        self.lengths.get(session as usize).copied()
-    }
-
-    /// How many steps have no answer.
-    pub fn in_flight(&self) -> usize {
-        self.unanswered.len()
-    }
-
-    /// The number of the last STEP; 0: none yet.
-    pub fn last_step(&self) -> u32 {
-        self.last_step
-    }
-
-    /// A STEP goes from host to worker. On an error nothing has changed.
-    pub fn step(
-        &mut self,
-        step: u32,
-        n_rows: u32,
-        format: RowFormat,
-        spans: impl ExactSizeIterator<Item = Span> + Clone,
-    ) -> Result<(), Misbehaved> {
-        let a = &self.agreed;
-        let expected = self.last_step.wrapping_add(1);
-        if step != expected || expected == 0 {
-            return Err(Misbehaved::StepId { step, expected });
-        }
-        let steps = self.unanswered.len() as u32 + 1;
-        if steps > a.max_in_flight {
-            return Err(Misbehaved::InFlight { steps, max_in_flight: a.max_in_flight });
-        }
-        self.check_format(format)?;
-        let n_spans = spans.len() as u32;
-        if n_spans == 0 || n_spans > a.max_sessions {
-            return Err(Misbehaved::SpanCount { spans: n_spans, max_sessions: a.max_sessions });
-        }
-        if n_rows == 0 || n_rows > a.max_rows {
-            return Err(Misbehaved::RowCount { rows: n_rows, expected: a.max_rows });
-        }
-        self.attempt += 1;
-        let mut sum = 0u64;
-        for span in spans.clone() {
-            if span.count == 0 {
-                return Err(Misbehaved::SpanCount { spans: n_spans, max_sessions: a.max_sessions });
-            }
-            let expected = session(&self.lengths, span.session)?;
-            let seen = &mut self.seen[span.session as usize];
-            if *seen == self.attempt {
-                return Err(Misbehaved::SessionTwice { session: span.session });
-            }
-            *seen = self.attempt;
-            if span.position != expected {
-                return Err(Misbehaved::Position {
-                    session: span.session,
-                    position: span.position,
-                    expected,
-                });
-            }
-            let end = u64::from(span.position) + u64::from(span.count);
-            if end > u64::from(a.n_ctx) {
-                return Err(Misbehaved::Context { session: span.session, end, n_ctx: a.n_ctx });
-            }
-            sum += u64::from(span.count);
-        }
-        if sum != u64::from(n_rows) {
-            return Err(Misbehaved::RowCount { rows: n_rows, expected: sum.min(u64::from(u32::MAX)) as u32 });
-        }
-
-        for span in spans {
-            self.lengths[span.session as usize] += span.count;
-        }
-        self.last_step = step;
-        self.unanswered.push_back((step, n_rows));
-        self.untouched = false;
-        Ok(())
-    }
-
-    /// A STEP_DONE goes from worker to host. On an error nothing has changed.
-    pub fn step_done(&mut self, step: u32, n_rows: u32, format: RowFormat) -> Result<(), Misbehaved> {
-        let (expected, rows) = self.unanswered.front().copied().unwrap_or((0, 0));
-        if step != expected || expected == 0 {
-            return Err(Misbehaved::StepId { step, expected });
-        }
-        if n_rows != rows {
-            return Err(Misbehaved::RowCount { rows: n_rows, expected: rows });
-        }
-        self.check_format(format)?;
-        self.unanswered.pop_front();
-        Ok(())
-    }
-
-    /// A REWIND goes from host to worker. On an error nothing has changed.
-    pub fn rewind(&mut self, number: u32, position: u32) -> Result<(), Misbehaved> {
-        let length = session(&self.lengths, number)?;
-        if position > length {
-            return Err(Misbehaved::Position { session: number, position, expected: length });
-        }
-        self.lengths[number as usize] = position;
-        Ok(())
-    }
-
-    /// An END_SESSION goes from host to worker. On an error nothing has changed.
-    pub fn end(&mut self, number: u32) -> Result<(), Misbehaved> {
-        session(&self.lengths, number)?;
-        self.lengths[number as usize] = 0;
-        Ok(())
-    }
-
-    /// Rows that are about to be sent: as many as said, and finite.
-    fn check_rows(&self, rows: &Rows<'_>, n_rows: u32) -> Result<(), Misbehaved> {
-        let expected = u128::from(n_rows) * u128::from(self.agreed.n_embd);
-        let exponents = rows.exponents.len();
-        if rows.values.len() as u128 != expected || (exponents != 0 && exponents != n_rows as usize) {
-            let rows = rows.values.len() / (self.agreed.n_embd as usize).max(1);
-            return Err(Misbehaved::RowCount { rows: rows as u32, expected: n_rows });
-        }
-        match rows.values.non_finite() {
-            0 => Ok(()),
-            count => Err(Misbehaved::NonFinite { count }),
-        }
-    }
-
-    fn check_format(&self, format: RowFormat) -> Result<(), Misbehaved> {
-        if format.dtype != self.agreed.dtype || (format.scaled && !self.agreed.scaled_rows) {
-            return Err(Misbehaved::RowFormat { format: format.to_u8() });
-        }
-        Ok(())
-    }
-}
-
-fn session(lengths: &[u32], session: u32) -> Result<u32, Misbehaved> {
-    let unknown = Misbehaved::Session { session, max_sessions: lengths.len() as u32 };
-    lengths.get(session as usize).copied().ok_or(unknown)
-}
-
-/// Which bytes of a push come next.
-#[derive(Clone, Debug, PartialEq, Eq)]
-struct PushBooks {
-    sizes: Vec<u64>,
-    have: Vec<u64>,
-    item: usize,
-}
-
-impl PushBooks {
-    fn new(offer: &PushOffer, have: &[u64]) -> Result<PushBooks, Misbehaved> {
-        let sizes: Vec<u64> = offer.items.iter().map(|i| i.size).collect();
-        if !offer.is_valid() || have.len() != sizes.len() || have.iter().zip(&sizes).any(|(h, s)| h > s) {
-            return Err(Misbehaved::PushItems);
-        }
-        Ok(PushBooks { sizes, have: have.to_vec(), item: 0 })
-    }
-
-    fn data(&mut self, item: u16, offset: u64, length: usize) -> Result<(), Misbehaved> {
-        while self.item < self.sizes.len() && self.have[self.item] == self.sizes[self.item] {
-            self.item += 1;
-        }
-        let expected = self.have.get(self.item).copied().unwrap_or(u64::MAX);
-        let fits = usize::from(item) == self.item
-            && offset == expected
-            && length as u64 <= self.sizes.get(self.item).map_or(0, |size| size - expected);
-        if !fits {
-            return Err(Misbehaved::PushOrder { item, offset, expected });
-        }
-        self.have[self.item] += length as u64;
-        Ok(())
-    }
-}
-
-/// When to send a HEARTBEAT: after half a second in which nothing was sent.
-#[derive(Clone, Copy, Debug)]
-pub struct Heartbeats {
-    last_sent_ms: u64,
-}
-
-impl Heartbeats {
-    /// After how long without sending anything.
-    pub const EVERY_MS: u64 = 500;
-
-    /// Something was just sent.
-    pub fn new(now_ms: u64) -> Heartbeats {
-        Heartbeats { last_sent_ms: now_ms }
-    }
-
-    /// Something was sent.
-    pub fn sent(&mut self, now_ms: u64) {
-        self.last_sent_ms = now_ms;
-    }
-
-    /// In how many milliseconds one is due, if nothing else is sent; 0: now.
-    pub fn due_in_ms(&self, now_ms: u64) -> u64 {
-        (self.last_sent_ms + Heartbeats::EVERY_MS).saturating_sub(now_ms)
-    }
-}
-
-/// When to give a peer up: after three seconds of waiting without a byte.
-#[derive(Clone, Copy, Debug)]
-pub struct Silence {
-    since_ms: u64,
-    limit_ms: u64,
-}
-
-impl Silence {
-    /// After how long without a byte.
-    pub const LIMIT_MS: u64 = 3000;
-
-    /// Waiting begins.
-    pub fn begin(now_ms: u64, limit_ms: u64) -> Silence {
-        Silence { since_ms: now_ms, limit_ms }
-    }
-
-    /// Bytes came.
-    pub fn heard(&mut self, now_ms: u64) {
-        self.since_ms = now_ms;
-    }
-
-    /// Whether the peer is lost.
-    pub fn is_over(&self, now_ms: u64) -> bool {
-        now_ms.saturating_sub(self.since_ms) >= self.limit_ms
-    }
 }

@@ -2,74 +2,9 @@
 
 use std::ops::RangeInclusive;
 
-use super::message::ErrorCode;
+pub use crate::codec::Malformed;
 
-/// Bytes that are no message of this protocol.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
-pub enum Malformed {
-    /// A field reaches past the end of the message.
-    #[error("the message ends {missing} bytes too early")]
-    Truncated {
-        /// How many bytes the field that was being read lacks.
-        missing: usize,
-    },
-    /// The message goes on after its last field.
-    #[error("{extra} bytes are left over behind the message's last field")]
-    TrailingBytes {
-        /// How many.
-        extra: usize,
-    },
-    /// No message has this number.
-    #[error("no message has the number {kind:#04x}")]
-    UnknownKind {
-        /// The number.
-        kind: u8,
-    },
-    /// A byte that has no meaning yet is not zero.
-    #[error("a reserved byte is not zero")]
-    ReservedNotZero,
-    /// A string is not UTF-8.
-    #[error("a text is not UTF-8")]
-    NotUtf8,
-    /// A string is longer than its field allows.
-    #[error("a text is {length} bytes long, {max} are allowed")]
-    StringTooLong {
-        /// Its length.
-        length: usize,
-        /// The field's limit.
-        max: usize,
-    },
-    /// A field holds a number that its table does not have.
-    #[error("{field} is {value}, which means nothing")]
-    BadValue {
-        /// The field's name.
-        field: &'static str,
-        /// What it held.
-        value: u64,
-    },
-    /// A row's exponent is out of range.
-    #[error("a row is scaled by 2^{exponent}, -64 to 64 are allowed")]
-    RowExponent {
-        /// The exponent.
-        exponent: i8,
-    },
-}
-
-impl Malformed {
-    /// The rule's name in PROTOCOL.md.
-    pub fn rule(&self) -> &'static str {
-        match self {
-            Malformed::Truncated { .. } => "truncated",
-            Malformed::TrailingBytes { .. } => "trailing-bytes",
-            Malformed::UnknownKind { .. } => "unknown-kind",
-            Malformed::ReservedNotZero => "reserved-not-zero",
-            Malformed::NotUtf8 => "not-utf8",
-            Malformed::StringTooLong { .. } => "string-too-long",
-            Malformed::BadValue { .. } => "bad-value",
-            Malformed::RowExponent { .. } => "row-exponent",
-        }
-    }
-}
+use crate::fault::ErrorCode;
 
 /// What is wrong with a stream of frames. Nothing after it can be trusted or even found.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]

@@ -13,10 +13,12 @@
 //! frame before: no byte is copied but by the decryption itself, frames are opened while later ones arrive,
 //! and the message's rows come to lie aligned.
 
+#![deny(clippy::cast_possible_truncation)]
+
 use ring::aead::{Aad, CHACHA20_POLY1305, LessSafeKey, Nonce, UnboundKey};
 
-use super::error::FrameError;
-use super::message::HEADER;
+use crate::error::FrameError;
+use crate::layout::HEADER;
 
 /// Bytes of a frame's length.
 pub const LENGTH: usize = 2;
@@ -76,7 +78,8 @@ impl Sealer {
             return Ok(false);
         }
         out.reserve(LENGTH + body + TAG);
-        out.extend_from_slice(&((body + TAG) as u16).to_le_bytes());
+        let length = u16::try_from(body + TAG).expect("a frame's body is at most MAX_BODY");
+        out.extend_from_slice(&length.to_le_bytes());
         let start = out.len();
         message.take(body, out);
         let nonce = self.cipher.nonce()?;
@@ -108,6 +111,22 @@ impl<'a> Outgoing<'a> {
     /// The message whose bytes are `head`, then `rows`.
     pub fn new(head: &'a [u8], rows: &'a [u8]) -> Outgoing<'a> {
         Outgoing { parts: [head, rows], left: head.len() + rows.len() }
+    }
+
+    /// Passes over the first `n` bytes: they have been sealed before.
+    pub fn skip(&mut self, n: usize) {
+        let mut n = n.min(self.left);
+        self.left -= n;
+        for part in &mut self.parts {
+            let passed = n.min(part.len());
+            *part = &part[passed..];
+            n -= passed;
+        }
+    }
+
+    /// How many bytes are left to be sealed.
+    pub fn left(&self) -> usize {
+        self.left
     }
 
     fn take(&mut self, n: usize, out: &mut Vec<u8>) {

@@ -3,10 +3,14 @@
 //! The first byte chooses the part, the rest is its input. Nothing may panic, no input may become a message
 //! without the key, and the books must agree with a model that is too simple to be wrong.
 
+use dim_core::blocks::BlockRange;
+use dim_core::digest::Sha;
+
 use super::connection::{Books, Connection, Role};
 use super::frame::{Inbox, Opener, Outgoing, Sealer};
 use super::handshake::{HostHandshake, Lookup, Purpose, WorkerHandshake};
-use super::message::{DType, Item, ItemKind, Message, PushOffer, RowFormat, Span};
+use super::message::{Item, ItemKind, Message, PushOffer, Span};
+use super::rows::RowType;
 use super::terms::Agreed;
 use crate::keys::{Key, PairingCode};
 
@@ -153,20 +157,13 @@ fn a_script(input: &[u8]) {
     let mut lengths = vec![0u64; agreed.max_sessions as usize];
     let mut under_way: Vec<(u32, u32)> = Vec::new();
     let mut last = 0u32;
-    let format = RowFormat { dtype: DType::F16, scaled: false };
+    let format = RowType::F16;
     for event in input.chunks_exact(4) {
         let [what, session, position, count] =
             [event[0], event[1] % 5, event[2] % 70, event[3] % 20].map(u32::from);
         match what % 4 {
             0 => {
-                // one or two spans
-                let first = Span { session, position, count };
-                let second = Span {
-                    session: (session + what / 4 % 3) % 5,
-                    position: position + what / 16 % 2,
-                    count: 1,
-                };
-                let spans = if what & 128 == 0 { vec![first] } else { vec![first, second] };
+                let spans = spans_of(what, session, position, count);
                 let n_rows = spans.iter().map(|s| s.count).sum();
                 let step = last + 1 + u32::from(what & 64 != 0 && count == 7);
                 let fits = |s: &Span| {
@@ -222,6 +219,13 @@ fn a_script(input: &[u8]) {
     }
 }
 
+/// One or two spans, as the event's first byte says.
+fn spans_of(what: u32, session: u32, position: u32, count: u32) -> Vec<Span> {
+    let first = Span { session, position, count };
+    let second = Span { session: (session + what / 4 % 3) % 5, position: position + what / 16 % 2, count: 1 };
+    if what & 128 == 0 { vec![first] } else { vec![first, second] }
+}
+
 fn typed_text(input: &[u8]) {
     let Ok(text) = std::str::from_utf8(input) else { return };
     if let Ok(code) = PairingCode::parse(text) {
@@ -235,11 +239,9 @@ fn typed_text(input: &[u8]) {
 fn agreed() -> Agreed {
     Agreed {
         version: 1,
-        dtype: DType::F16,
-        scaled_rows: true,
+        row_type: RowType::F16,
         n_embd: 4,
-        first_block: 1,
-        last_block: 2,
+        blocks: BlockRange { first: 1, last: 2 },
         n_ctx: 64,
         max_rows: 16,
         max_sessions: 3,
@@ -248,12 +250,11 @@ fn agreed() -> Agreed {
 }
 
 fn offer() -> PushOffer {
-    let item = |kind, size| Item { kind, index: 0, size, sha256: [0; 32] };
+    let item = |kind, size| Item { kind, index: 0, size, sha256: Sha([0; 32]) };
     PushOffer {
-        model: [1; 32],
-        slice: [2; 32],
-        first_block: 1,
-        last_block: 2,
+        model: Sha([1; 32]),
+        slice: Sha([2; 32]),
+        blocks: BlockRange { first: 1, last: 2 },
         items: vec![item(ItemKind::Manifest, 4), item(ItemKind::PackageWeights, 100)],
         name: String::new(),
     }
@@ -267,7 +268,10 @@ mod tests {
     proptest! {
         #![proptest_config(ProptestConfig::with_cases(20_000))]
         #[test]
-        fn any_bytes_are_survived(part in 0..PARTS, rest in prop::collection::vec(prop_oneof![Just(0u8), any::<u8>()], 0..120)) {
+        fn any_bytes_are_survived(
+            part in 0..PARTS,
+            rest in prop::collection::vec(prop_oneof![Just(0u8), any::<u8>()], 0..120),
+        ) {
             let mut input = vec![part];
             input.extend(rest);
             exercise(&input);

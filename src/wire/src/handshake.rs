@@ -20,8 +20,8 @@ use snow::resolvers::{CryptoResolver, DefaultResolver, RingResolver};
 use snow::types::{Cipher, Dh, Hash, Random};
 use zeroize::Zeroizing;
 
-use super::error::HandshakeError;
-use super::frame::{Opener, Sealer};
+use crate::error::HandshakeError;
+use crate::frame::{Opener, Sealer};
 use crate::keys::{Key, KeyId};
 
 /// Both sides' first bytes: not text, and damaged by anything that takes it for text.

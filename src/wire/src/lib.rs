@@ -1,28 +1,42 @@
-//! The protocol between host and worker, as docs/PROTOCOL.md specifies it: bytes in, bytes out.
+//! The protocol between host and worker, as docs/PROTOCOL.md specifies it, and the sockets under it.
 //!
-//! There is no socket, no clock and no thread in here but in [`transport`], so every rule can be
-//! tested in memory: time is a number the caller passes. From the bottom up:
+//! There is no socket, no clock and no thread in here but in [`transport`], so every rule can be tested in memory: time
+//! is a value that the caller passes. Each module knows only those above it:
 //!
-//! * [`codec`]: one bounded reader over untrusted bytes, one writer.
-//! * [`message`]: the table of message numbers, and the layout of each.
-//! * [`frame`]: messages cut into encrypted frames, and joined again in the buffer where the rows are read.
-//! * [`handshake`]: versions, keys, Noise.
-//! * [`terms`]: what both sides compare, what they agree on, and who has to fix a difference.
-//! * [`connection`]: which message may come when, and the books of sessions and positions.
-//! * [`error`]: every rule of the protocol as a variant, with the name it has in PROTOCOL.md.
+//! | module | what |
+//! |---|---|
+//! | [`codec`] | one bounded reader over untrusted bytes, one writer |
+//! | [`layout`] | sizes and limits |
+//! | [`rows`] | hidden rows as bytes |
+//! | [`keys`] | keys, pairing codes, and where they are kept |
+//! | [`fault`] | faults and farewells |
+//! | [`error`] | every rule of the protocol as a variant, with the name it has in PROTOCOL.md |
+//! | [`terms`] | what both sides compare, what they agree on, and who has to fix a difference |
+//! | [`message`] | the table of message numbers, and the layout of each |
+//! | [`frame`] | messages cut into encrypted frames, and joined again in the buffer where the rows are read |
+//! | [`handshake`] | versions, keys, Noise |
+//! | [`books`], [`connection`] | which message may come when; sessions, positions, steps |
+//! | [`link_error`] | why there is no link, or no longer |
+//! | [`endpoint`] | one side of a connection from its first byte to its last, its timers inside |
+//! | [`transport`] | threads and sockets |
 //!
 //! docs/vectors/ holds golden bytes for all of it; tests/vectors.rs writes and checks them.
 
 #![forbid(unsafe_code)]
 
+pub mod books;
 pub mod codec;
 pub mod connection;
+pub mod endpoint;
 pub mod error;
+pub mod fault;
 pub mod frame;
 #[doc(hidden)]
 pub mod fuzz;
 pub mod handshake;
 pub mod keys;
+pub mod layout;
+pub mod link_error;
 pub mod message;
 pub mod rows;
 pub mod terms;
@@ -30,8 +44,9 @@ pub mod transport;
 
 pub use connection::{Connection, Role};
 pub use error::{HandshakeError, Malformed, Misbehaved};
-pub use message::{DType, Message, Span, Status};
-pub use rows::{Rows, RowsRef};
+pub use link_error::{LinkError, LinkErrorKind};
+pub use message::{Message, Span, Status};
+pub use rows::{RowType, RowTypes, RowsRef};
 pub use terms::{Agreed, Terms};
 
 /// The lowest and the highest version of the protocol that this software speaks.

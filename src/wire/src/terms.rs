@@ -4,14 +4,17 @@
 //! Both sides have both terms after HELLO and ACCEPT (or REFUSE) and run [`agree`] on them, so both come to
 //! the same result and either can tell its user what differs and which side to fix.
 
-use super::codec::{Reader, Writer};
-use super::error::Malformed;
-use super::message::{DType, HEADER, MAX_ARCH, MAX_NAME, SPAN, STEP, STEP_DONE};
+use dim_core::blocks::BlockRange;
+use dim_core::digest::Sha;
+use dim_core::rows::RowType;
 
-/// Bits of [`Terms::features`].
+use crate::codec::{Malformed, Reader, Writer};
+pub use crate::layout::OPENING_LIMIT;
+use crate::layout::{MAX_ARCH, MAX_NAME, SPAN, STEP, STEP_DONE};
+use crate::rows::RowTypes;
+
+/// Bits of [`Terms::features`]. The bit 1 is retired; bits without a meaning are ignored.
 pub mod features {
-    /// Rows may carry a power of two each.
-    pub const SCALED_ROWS: u32 = 1;
     /// Files can be pushed to this worker.
     pub const PUSH: u32 = 2;
 }
@@ -32,8 +35,8 @@ pub enum SliceRole {
 pub struct Terms {
     /// The version chosen in the handshake.
     pub version: u16,
-    /// Host: the one row format it will use. Worker: all it can. Bits as of [`DType::bit`].
-    pub dtypes: u8,
+    /// Host: the one row format it will use. Worker: all it can.
+    pub row_types: RowTypes,
     /// The slice's place.
     pub role: SliceRole,
     /// See [`features`].
@@ -44,10 +47,9 @@ pub struct Terms {
     pub n_embd: u32,
     /// Blocks of the whole model.
     pub n_blocks: u32,
-    /// First block of the slice.
-    pub first_block: u32,
-    /// Last block of the slice, inclusive.
-    pub last_block: u32,
+    /// The blocks of the slice, as this side says them: that there are any, and that the model has them, is checked by
+    /// [`agree`]. Without a slice, 0..0.
+    pub blocks: BlockRange,
     /// Host: positions per session it needs. Worker: the most it can serve.
     pub n_ctx: u32,
     /// The most rows in a step that this side wants or takes.
@@ -56,12 +58,12 @@ pub struct Terms {
     pub max_sessions: u32,
     /// The most steps without an answer that this side wants or takes.
     pub max_in_flight: u32,
-    /// Identity of the model.
-    pub model: [u8; 32],
-    /// Identity of the slice; zeros: not known.
-    pub slice: [u8; 32],
-    /// Digest of the parameters that are not weights; zeros: not known.
-    pub params: [u8; 32],
+    /// Identity of the model, if this side has one. (In the bytes, zeros stand for a digest that is not known.)
+    pub model: Option<Sha>,
+    /// Identity of the slice, if it is known.
+    pub slice: Option<Sha>,
+    /// Digest of the parameters that are not weights, if it is known.
+    pub params: Option<Sha>,
     /// The architecture's name as in the GGUF.
     pub arch: String,
     /// Program and version.
@@ -75,33 +77,29 @@ impl Terms {
     pub fn blank(version: u16, software: &str, name: &str) -> Terms {
         Terms {
             version,
-            dtypes: 0,
+            row_types: RowTypes::NONE,
             role: SliceRole::None,
             features: 0,
             instance: 0,
             n_embd: 0,
             n_blocks: 0,
-            first_block: 0,
-            last_block: 0,
+            blocks: BlockRange { first: 0, last: 0 },
             n_ctx: 0,
             max_rows: 0,
             max_sessions: 0,
             max_in_flight: 0,
-            model: [0; 32],
-            slice: [0; 32],
-            params: [0; 32],
+            model: None,
+            slice: None,
+            params: None,
             arch: String::new(),
             software: software.to_owned(),
             name: name.to_owned(),
         }
     }
 
-    pub(super) fn decode(r: &mut Reader<'_>) -> Result<Terms, Malformed> {
+    pub(crate) fn decode(r: &mut Reader<'_>) -> Result<Terms, Malformed> {
         let version = r.u16()?;
-        let dtypes = r.u8()?;
-        if dtypes & !0b111 != 0 {
-            return Err(Malformed::BadValue { field: "dtypes", value: dtypes.into() });
-        }
+        let row_types = RowTypes::from_bits(r.u8()?)?;
         let role = match r.u8()? {
             0 => SliceRole::None,
             1 => SliceRole::Head,
@@ -111,34 +109,45 @@ impl Terms {
         };
         Ok(Terms {
             version,
-            dtypes,
+            row_types,
             role,
             features: r.u32()?,
             instance: r.u64()?,
             n_embd: r.u32()?,
             n_blocks: r.u32()?,
-            first_block: r.u32()?,
-            last_block: r.u32()?,
+            blocks: BlockRange { first: r.u32()?, last: r.u32()? },
             n_ctx: r.u32()?,
             max_rows: r.u32()?,
             max_sessions: r.u32()?,
             max_in_flight: r.u32()?,
-            model: r.array()?,
-            slice: r.array()?,
-            params: r.array()?,
+            model: digest(r)?,
+            slice: digest(r)?,
+            params: digest(r)?,
             arch: r.string(MAX_ARCH)?,
             software: r.string(MAX_NAME)?,
             name: r.string(MAX_NAME)?,
         })
     }
 
-    pub(super) fn encode(&self, w: &mut Writer<'_>) {
-        w.u16(self.version).u8(self.dtypes).u8(self.role as u8).u32(self.features).u64(self.instance);
-        w.u32(self.n_embd).u32(self.n_blocks).u32(self.first_block).u32(self.last_block);
+    pub(crate) fn encode(&self, w: &mut Writer<'_>) {
+        w.u16(self.version)
+            .u8(self.row_types.bits())
+            .u8(self.role as u8)
+            .u32(self.features)
+            .u64(self.instance);
+        w.u32(self.n_embd).u32(self.n_blocks).u32(self.blocks.first).u32(self.blocks.last);
         w.u32(self.n_ctx).u32(self.max_rows).u32(self.max_sessions).u32(self.max_in_flight);
-        w.bytes(&self.model).bytes(&self.slice).bytes(&self.params);
+        for digest in [self.model, self.slice, self.params] {
+            w.bytes(&digest.map_or(UNKNOWN, |sha| sha.0));
+        }
         w.string(&self.arch, MAX_ARCH).string(&self.software, MAX_NAME).string(&self.name, MAX_NAME);
     }
+}
+
+const UNKNOWN: [u8; 32] = [0; 32];
+
+fn digest(r: &mut Reader<'_>) -> Result<Option<Sha>, Malformed> {
+    Ok(Some(r.array()?).filter(|&bytes| bytes != UNKNOWN).map(Sha))
 }
 
 /// Why a side refuses. The numbers up to 16 are also the order of comparison.
@@ -207,15 +216,11 @@ pub struct Agreed {
     /// The protocol's version.
     pub version: u16,
     /// The row format.
-    pub dtype: DType,
-    /// Whether rows may be scaled.
-    pub scaled_rows: bool,
+    pub row_type: RowType,
     /// The length of a row.
     pub n_embd: u32,
-    /// First block of the slice.
-    pub first_block: u32,
-    /// Last block of the slice, inclusive.
-    pub last_block: u32,
+    /// The blocks of the slice.
+    pub blocks: BlockRange,
     /// Positions per session.
     pub n_ctx: u32,
     /// The most rows in a step.
@@ -229,7 +234,7 @@ pub struct Agreed {
 impl Agreed {
     /// Bytes of a row's values.
     pub fn row_bytes(&self) -> usize {
-        self.n_embd as usize * self.dtype.width()
+        self.n_embd as usize * self.row_type.width()
     }
 
     /// The longest message from host to worker.
@@ -244,155 +249,154 @@ impl Agreed {
     }
 
     fn largest_rows(&self) -> usize {
-        let rows = self.max_rows as usize;
-        let exponents = if self.scaled_rows { rows.next_multiple_of(8) } else { 0 };
-        exponents + rows * self.row_bytes()
+        self.max_rows as usize * self.row_bytes()
     }
 }
-
-/// The longest message before anything is agreed on, and the least limit after.
-pub const OPENING_LIMIT: usize = 4096;
-const _: () = assert!(OPENING_LIMIT > HEADER);
 
 /// Compares the terms of a host and a worker.
 ///
 /// # Errors
 /// Every difference, in the order of [`Reason`]; never an empty list.
 pub fn agree(host: &Terms, worker: &Terms) -> Result<Agreed, Vec<Mismatch>> {
-    let mut found = Vec::new();
-    let mut check = |ok: bool, reason: Reason, text: &dyn Fn() -> String| {
-        if !ok {
-            found.push(Mismatch { reason, text: text() });
-        }
-    };
-    let both_known = |a: &[u8; 32], b: &[u8; 32]| *a != [0; 32] && *b != [0; 32];
-    let (h, w) = (host, worker);
-
-    check(h.version == w.version, Reason::Version, &|| {
-        let older = if h.version < w.version { "host" } else { "worker" };
-        format!("the host speaks protocol {}, the worker {}: update the {older}", h.version, w.version)
-    });
-    check(w.role != SliceRole::None, Reason::NoSlice, &|| {
-        "the worker holds no slice: start it with one, or push one to it".into()
-    });
-    check(h.arch == w.arch, Reason::Arch, &|| {
-        format!(
-            "the host runs a {} model, the worker's slice is of a {} model: give the worker the right slice",
-            shown(&h.arch),
-            shown(&w.arch)
-        )
-    });
-    check(h.model == w.model && h.model != [0; 32], Reason::Model, &|| {
-        format!(
-            "the host's slices are of model {}, the worker's of model {}: use slices of one split on both sides",
-            short(&h.model),
-            short(&w.model)
-        )
-    });
-    check(!both_known(&h.params, &w.params) || h.params == w.params, Reason::Params, &|| {
-        "host and worker hold the same weights with other settings (rope, norms, ...): use slices of one split on both sides".into()
-    });
-    check(h.n_blocks == w.n_blocks, Reason::NBlocks, &|| {
-        format!(
-            "the host's model has {} blocks, the worker's {}: use slices of one split on both sides",
-            h.n_blocks, w.n_blocks
-        )
-    });
-    check(h.n_embd == w.n_embd && h.n_embd > 0, Reason::NEmbd, &|| {
-        format!(
-            "the host's rows have {} values, the worker's {}: use slices of one split on both sides",
-            h.n_embd, w.n_embd
-        )
-    });
-    check(h.role == w.role, Reason::Role, &|| {
-        format!(
-            "the host needs a {} slice, the worker holds a {} slice: give the worker the right one",
-            role(h.role),
-            role(w.role)
-        )
-    });
-    check(
-        (h.first_block, h.last_block) == (w.first_block, w.last_block)
-            && h.first_block <= h.last_block
-            && h.last_block < h.n_blocks,
-        Reason::Blocks,
-        &|| {
-            format!(
-                "the host needs blocks {}..{}, the worker holds {}..{} (of {}): give the worker the slice that fits the host's, or split anew",
-                h.first_block, h.last_block, w.first_block, w.last_block, w.n_blocks
-            )
-        },
-    );
-    check(!both_known(&h.slice, &w.slice) || h.slice == w.slice, Reason::Slice, &|| {
-        format!(
-            "the host expects slice {}, the worker holds {}: copy the slice of this split to the worker",
-            short(&h.slice),
-            short(&w.slice)
-        )
-    });
-    let dtype = DType::from_single_bit(h.dtypes);
-    check(dtype.is_some() && h.dtypes & w.dtypes != 0, Reason::DType, &|| {
-        format!(
-            "the host wants rows as {}, the worker can {}: choose another --wire on the host",
-            dtypes(h.dtypes),
-            dtypes(w.dtypes)
-        )
-    });
-    check(h.n_ctx > 0 && h.n_ctx <= w.n_ctx, Reason::Context, &|| {
-        format!(
-            "the host needs a context of {} positions, the worker has {}: start the host with a smaller --ctx or the worker with a larger one",
-            h.n_ctx, w.n_ctx
-        )
-    });
-    check(h.max_sessions > 0 && h.max_sessions <= w.max_sessions, Reason::Sessions, &|| {
-        format!(
-            "the host needs {} sessions, the worker has {}: ask for fewer, or start the worker with more",
-            h.max_sessions, w.max_sessions
-        )
-    });
-    check(h.max_rows > 0 && w.max_rows > 0, Reason::Rows, &|| {
-        format!(
-            "the host sends {} rows a step, the worker takes {}: both must be at least 1",
-            h.max_rows, w.max_rows
-        )
-    });
-    check(h.max_in_flight > 0 && w.max_in_flight > 0, Reason::InFlight, &|| {
-        format!(
-            "the host sends {} steps ahead, the worker takes {}: both must be at least 1",
-            h.max_in_flight, w.max_in_flight
-        )
-    });
+    let mut found = Mismatches(Vec::new());
+    found.of_model(host, worker);
+    found.of_slice(host, worker);
+    let row_type = host.row_types.single();
+    found.of_size(host, worker, row_type);
 
     let agreed = Agreed {
-        version: h.version,
-        dtype: dtype.unwrap_or(DType::F16),
-        scaled_rows: h.features & w.features & features::SCALED_ROWS != 0,
-        n_embd: h.n_embd,
-        first_block: h.first_block,
-        last_block: h.last_block,
-        n_ctx: h.n_ctx,
-        max_rows: h.max_rows.min(w.max_rows),
-        max_sessions: h.max_sessions,
-        max_in_flight: h.max_in_flight.min(w.max_in_flight),
+        version: host.version,
+        row_type: row_type.unwrap_or(RowType::F16),
+        n_embd: host.n_embd,
+        blocks: host.blocks,
+        n_ctx: host.n_ctx,
+        max_rows: host.max_rows.min(worker.max_rows),
+        max_sessions: host.max_sessions,
+        max_in_flight: host.max_in_flight.min(worker.max_in_flight),
     };
-    let largest = u128::from(agreed.max_rows) * u128::from(agreed.n_embd) * agreed.dtype.width() as u128
-        + if agreed.scaled_rows { u128::from(agreed.max_rows).next_multiple_of(8) } else { 0 }
-        + SPAN as u128 * u128::from(agreed.max_sessions)
-        + STEP as u128;
-    check(largest <= LARGEST_STEP && agreed.max_sessions <= u32::from(u16::MAX), Reason::TooLarge, &|| {
+    let rows = u128::from(agreed.max_rows) * u128::from(agreed.n_embd) * agreed.row_type.width() as u128;
+    let largest = rows + SPAN as u128 * u128::from(agreed.max_sessions) + STEP as u128;
+    let fits = largest <= LARGEST_STEP && agreed.max_sessions <= u32::from(u16::MAX);
+    found.unless(fits, Reason::TooLarge, || {
         format!("a step of {} rows would be {largest} bytes: ask for fewer rows a step", agreed.max_rows)
     });
-    if found.is_empty() { Ok(agreed) } else { Err(found) }
+    if found.0.is_empty() { Ok(agreed) } else { Err(found.0) }
 }
 
 const LARGEST_STEP: u128 = (1 << 31) - 1;
 
-/// The first bytes of an identity, as people compare them.
-pub fn short(identity: &[u8; 32]) -> String {
-    if *identity == [0; 32] {
-        return "(unknown)".to_owned();
+/// The differences between a host's terms `h` and a worker's `w`, as they are found.
+struct Mismatches(Vec<Mismatch>);
+
+impl Mismatches {
+    fn unless(&mut self, ok: bool, reason: Reason, text: impl FnOnce() -> String) {
+        if !ok {
+            self.0.push(Mismatch { reason, text: text() });
+        }
     }
-    identity[..4].iter().map(|b| format!("{b:02x}")).collect()
+
+    /// Which model: version, architecture, weights, settings, shape.
+    fn of_model(&mut self, h: &Terms, w: &Terms) {
+        self.unless(h.version == w.version, Reason::Version, || {
+            let older = if h.version < w.version { "host" } else { "worker" };
+            format!("the host speaks protocol {}, the worker {}: update the {older}", h.version, w.version)
+        });
+        self.unless(w.role != SliceRole::None, Reason::NoSlice, || {
+            "the worker holds no slice: start it with one, or push one to it".into()
+        });
+        self.unless(h.arch == w.arch, Reason::Arch, || {
+            let (h, w) = (shown(&h.arch), shown(&w.arch));
+            format!(
+                "the host runs a {h} model, the worker's slice is of a {w} model: give the worker the right slice"
+            )
+        });
+        self.unless(h.model == w.model && h.model.is_some(), Reason::Model, || {
+            let (h, w) = (short(h.model), short(w.model));
+            format!(
+                "the host's slices are of model {h}, the worker's of model {w}: use slices of one split on both sides"
+            )
+        });
+        self.unless(same_if_known(h.params, w.params), Reason::Params, || {
+            "host and worker hold the same weights with other settings (rope, norms, ...): use slices of one split \
+             on both sides"
+                .into()
+        });
+        self.unless(h.n_blocks == w.n_blocks, Reason::NBlocks, || {
+            let (h, w) = (h.n_blocks, w.n_blocks);
+            format!(
+                "the host's model has {h} blocks, the worker's {w}: use slices of one split on both sides"
+            )
+        });
+        self.unless(h.n_embd == w.n_embd && h.n_embd > 0, Reason::NEmbd, || {
+            let (h, w) = (h.n_embd, w.n_embd);
+            format!(
+                "the host's rows have {h} values, the worker's {w}: use slices of one split on both sides"
+            )
+        });
+    }
+
+    /// Which part of it: role, blocks, file.
+    fn of_slice(&mut self, h: &Terms, w: &Terms) {
+        self.unless(h.role == w.role, Reason::Role, || {
+            let (h, w) = (role(h.role), role(w.role));
+            format!("the host needs a {h} slice, the worker holds a {w} slice: give the worker the right one")
+        });
+        let exists = h.blocks.first <= h.blocks.last && h.blocks.last < h.n_blocks;
+        self.unless(h.blocks == w.blocks && exists, Reason::Blocks, || {
+            format!(
+                "the host needs blocks {}, the worker holds {} (of {}): give the worker the slice that fits the host's, \
+                 or split anew",
+                h.blocks, w.blocks, w.n_blocks
+            )
+        });
+        self.unless(same_if_known(h.slice, w.slice), Reason::Slice, || {
+            let (h, w) = (short(h.slice), short(w.slice));
+            format!(
+                "the host expects slice {h}, the worker holds {w}: copy the slice of this split to the worker"
+            )
+        });
+    }
+
+    /// Which numbers and how many.
+    fn of_size(&mut self, h: &Terms, w: &Terms, row_type: Option<RowType>) {
+        self.unless(row_type.is_some_and(|t| w.row_types.contains(t)), Reason::DType, || {
+            let (h, w) = (h.row_types, w.row_types);
+            format!("the host wants rows as {h}, the worker can {w}: choose another --wire on the host")
+        });
+        self.unless(h.n_ctx > 0 && h.n_ctx <= w.n_ctx, Reason::Context, || {
+            format!(
+                "the host needs a context of {} positions, the worker has {}: start the host with a smaller --ctx or \
+                 the worker with a larger one",
+                h.n_ctx, w.n_ctx
+            )
+        });
+        self.unless(h.max_sessions > 0 && h.max_sessions <= w.max_sessions, Reason::Sessions, || {
+            let (h, w) = (h.max_sessions, w.max_sessions);
+            format!(
+                "the host needs {h} sessions, the worker has {w}: ask for fewer, or start the worker with more"
+            )
+        });
+        self.unless(h.max_rows > 0 && w.max_rows > 0, Reason::Rows, || {
+            let (h, w) = (h.max_rows, w.max_rows);
+            format!("the host sends {h} rows a step, the worker takes {w}: both must be at least 1")
+        });
+        self.unless(h.max_in_flight > 0 && w.max_in_flight > 0, Reason::InFlight, || {
+            let (h, w) = (h.max_in_flight, w.max_in_flight);
+            format!("the host sends {h} steps ahead, the worker takes {w}: both must be at least 1")
+        });
+    }
+}
+
+fn same_if_known(a: Option<Sha>, b: Option<Sha>) -> bool {
+    a.is_none() || b.is_none() || a == b
+}
+
+/// The first bytes of an identity, as people compare them.
+pub fn short(identity: Option<Sha>) -> String {
+    match identity {
+        Some(Sha(bytes)) => bytes[..4].iter().map(|b| format!("{b:02x}")).collect(),
+        None => "(unknown)".to_owned(),
+    }
 }
 
 fn shown(text: &str) -> &str {
@@ -406,13 +410,4 @@ fn role(role: SliceRole) -> &'static str {
         SliceRole::Middle => "middle",
         SliceRole::Tail => "tail",
     }
-}
-
-fn dtypes(bits: u8) -> String {
-    let names: Vec<&str> = [(DType::F16, "F16"), (DType::F32, "F32"), (DType::Bf16, "BF16")]
-        .into_iter()
-        .filter(|(d, _)| bits & d.bit() != 0)
-        .map(|(_, name)| name)
-        .collect();
-    if names.is_empty() { "nothing".to_owned() } else { names.join(", ") }
 }

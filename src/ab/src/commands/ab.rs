@@ -13,9 +13,13 @@ use crate::link::LinkOptions;
 use crate::record::{Arm, Scenario};
 use crate::report::{Page, read_all};
 use crate::run::{Plan, RpcServer, Workers, run as run_plan};
-use dim::failure::Failure;
-use dim::host::setup::{WireType, model_name};
-use dim::stage::verified::{Verify, open_slice};
+use dim::Verify;
+use dim::stage::load::model_name;
+use dim::stage::verified::open_slice;
+use dim_cli::args::WireType;
+use dim_cli::explain;
+use dim_cli::progress::Progress;
+use gguf_tools::failure::Failure;
 
 /// Arguments of `dim-host ab`.
 #[derive(Debug, clap::Args)]
@@ -90,29 +94,11 @@ pub struct Args {
 
 /// Runs it.
 pub fn run(args: &Args) -> Result<(), Failure> {
-    let mut arms = vec![Arm::Split];
-    arms.extend(args.baseline.iter().copied().filter(|&arm| arm != Arm::Split));
-    let mut seen = Vec::new();
-    arms.retain(|arm| {
-        !seen.contains(arm) && {
-            seen.push(*arm);
-            true
-        }
-    });
-    if arms.contains(&Arm::Rpc) && !cfg!(feature = "rpc") {
-        return Err(Failure::misuse("--baseline rpc: this build has no RPC backend").hint(
-            "GGML_RPC=ON cargo build --release --features rpc --target-dir target/rpc, then run dim-host ab from there",
-        ));
-    }
-    if !CAN_PIN && (!args.host_cpus.is_empty() || !args.worker_cpus.is_empty()) {
-        return Err(Failure::misuse(
-            "--host-cpus, --worker-cpus: processes cannot be pinned to cores on this system",
-        ));
-    }
-    let gguf = Gguf::open(&args.model).map_err(Failure::misuse)?;
+    let arms = args.arms()?;
+    let gguf = Gguf::open(&args.model)?;
     let model_parts: Vec<PathBuf> = gguf.files().map(Path::to_owned).collect();
     drop(gguf);
-    let manifest = Manifest::read(&args.split).map_err(Failure::misuse)?;
+    let manifest = Manifest::read(&args.split)?;
     same_model(&args.model, &model_parts, &args.split, &manifest)?;
     let middles: Vec<&SliceEntry> = manifest.slices.iter().filter(|s| s.role == Role::Middle).collect();
     if !args.worker.is_empty() && args.worker.len() != middles.len() {
@@ -127,7 +113,8 @@ pub fn run(args: &Args) -> Result<(), Failure> {
         manifest.slices.iter().filter(|s| s.role != Role::Middle).map(path).collect();
     // slices are compared with their digests now, so that no first load has to
     for slice in &host_slices {
-        open_slice(slice, Verify::Once).map_err(Failure::misuse)?;
+        let mut checking = Progress::new(format!("checking {}", model_name(slice)));
+        open_slice(slice, Verify::Once, |done, all| checking.update(done, all)).map_err(explain)?;
     }
 
     std::fs::create_dir_all(&args.out)
@@ -142,28 +129,9 @@ pub fn run(args: &Args) -> Result<(), Failure> {
     };
     let quantised = quantise(&arms, args)?;
 
-    let ranges: Vec<String> = middles.iter().map(|s| format!("{}..{}", s.first, s.last)).collect();
-    let scenario = Scenario {
-        model: model_name(&args.model),
-        middle: ranges.join(" "),
-        remote_blocks: middles.iter().map(|s| s.last - s.first + 1).sum(),
-        prompt_tokens: args.prompt_tokens as usize,
-        n_predict: args.n_predict as usize,
-        n_ctx: args.n_ctx.unwrap_or_else(|| (args.prompt_tokens + args.n_predict).next_multiple_of(256)),
-        threads: args.threads.unwrap_or_else(|| {
-            std::thread::available_parallelism().map_or(1, |n| u32::try_from(n.get()).unwrap_or(1))
-        }),
-        wire: args.wire.name().to_owned(),
-        memory_limit_bytes: args.memory_limit,
-        worker_memory_limit_bytes: args.worker_memory_limit,
-        link: args.link,
-        host_cpus: args.host_cpus.clone(),
-        worker_cpus: args.worker_cpus.clone(),
-        local_workers: args.worker.is_empty(),
-    };
     let plan = Plan {
         rounds: args.rounds,
-        scenario,
+        scenario: args.scenario(&middles),
         model: args.model.clone(),
         model_parts,
         split: args.split.clone(),
@@ -186,6 +154,52 @@ pub fn run(args: &Args) -> Result<(), Failure> {
     println!("{}", page.markdown(2, "charts").trim_end());
     eprintln!("\nthe same with its plots: {}", file.display());
     Ok(())
+}
+
+impl Args {
+    /// What is measured, each once, the split first.
+    fn arms(&self) -> Result<Vec<Arm>, Failure> {
+        let mut arms = vec![Arm::Split];
+        for &arm in &self.baseline {
+            if !arms.contains(&arm) {
+                arms.push(arm);
+            }
+        }
+        if arms.contains(&Arm::Rpc) && !cfg!(feature = "rpc") {
+            return Err(Failure::misuse("--baseline rpc: this build has no RPC backend").hint(
+                "GGML_RPC=ON cargo build --release --features rpc --target-dir target/rpc, then run dim-host ab from there",
+            ));
+        }
+        if !CAN_PIN && (!self.host_cpus.is_empty() || !self.worker_cpus.is_empty()) {
+            return Err(Failure::misuse(
+                "--host-cpus, --worker-cpus: processes cannot be pinned to cores on this system",
+            ));
+        }
+        Ok(arms)
+    }
+
+    /// What all arms have in common.
+    fn scenario(&self, middles: &[&SliceEntry]) -> Scenario {
+        let ranges: Vec<String> = middles.iter().map(|s| format!("{}..{}", s.first, s.last)).collect();
+        Scenario {
+            model: model_name(&self.model),
+            middle: ranges.join(" "),
+            remote_blocks: middles.iter().map(|s| s.last - s.first + 1).sum(),
+            prompt_tokens: self.prompt_tokens as usize,
+            n_predict: self.n_predict as usize,
+            n_ctx: self.n_ctx.unwrap_or_else(|| (self.prompt_tokens + self.n_predict).next_multiple_of(256)),
+            threads: self.threads.unwrap_or_else(|| {
+                std::thread::available_parallelism().map_or(1, |n| u32::try_from(n.get()).unwrap_or(1))
+            }),
+            wire: self.wire.name().to_owned(),
+            memory_limit_bytes: self.memory_limit,
+            worker_memory_limit_bytes: self.worker_memory_limit,
+            link: self.link,
+            host_cpus: self.host_cpus.clone(),
+            worker_cpus: self.worker_cpus.clone(),
+            local_workers: self.worker.is_empty(),
+        }
+    }
 }
 
 /// Refuses slices of another model: by what can be seen without reading 15 GB.
@@ -262,7 +276,6 @@ impl Scratch {
         });
         let mut options = std::fs::OpenOptions::new();
         options.write(true).create_new(true);
-        #[cfg(unix)]
         std::os::unix::fs::OpenOptionsExt::mode(&mut options, 0o600);
         let written = options
             .open(&file)

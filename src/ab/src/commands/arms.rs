@@ -7,7 +7,7 @@ use gguf_tools::gguf::{Gguf, check};
 use llama_sys_patch::{Quantised, quantise_model};
 
 use crate::launch::enter;
-use dim::failure::Failure;
+use gguf_tools::failure::Failure;
 
 /// Arguments of `dim-host launch`: enter a group, pin to cores, become a program.
 #[derive(Debug, clap::Args)]
@@ -51,7 +51,7 @@ enum QuantisedType {
 
 /// Quantises a whole model with llama.cpp's own quantiser.
 pub fn quantise(args: &QuantiseArgs) -> Result<(), Failure> {
-    check::model(&Gguf::open(&args.from).map_err(Failure::misuse)?).map_err(Failure::misuse)?;
+    check::model(&Gguf::open(&args.from)?)?;
     llama_sys_patch::set_log(llama_sys_patch::LogLevel::Everything);
     let what = match args.what {
         QuantisedType::Q8_0 => Quantised::Q8_0,

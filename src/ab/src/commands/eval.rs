@@ -7,11 +7,11 @@ use std::time::{Duration, Instant, SystemTime};
 
 use crate::machine::{Machine, rfc3339};
 use crate::quality::{Difference, EngineResult, Evaluation, Perplexity, Window, windows};
-use dim::failure::Failure;
-use dim::host::engine::{Engine, SplitEngine, StockEngine};
-use dim::host::machine::MachineArgs;
-use dim::host::setup::{SplitArgs, WireType, load_model, open_split, set_log, stock_params};
-use llama_sys_patch::{Model, Stock};
+use dim::{Session, WholeModel};
+use dim_cli::args::{MachineArgs, SplitArgs, WireType};
+use dim_cli::{explain, shown};
+use gguf_tools::failure::Failure;
+use llama_sys_patch::Model;
 
 /// Arguments of `dim-host eval`.
 #[derive(Debug, clap::Args)]
@@ -39,36 +39,23 @@ pub struct Args {
 
 /// Runs it.
 pub fn run(args: &Args) -> Result<(), Failure> {
-    args.machine.check()?;
-    set_log(&args.machine);
-    if args.machine.n_ctx != 0 && args.window >= args.machine.n_ctx {
-        let n_ctx = args.machine.n_ctx;
-        return Err(Failure::misuse(format!(
-            "--window {}: must be less than the context, {n_ctx}",
-            args.window
-        ))
-        .hint("raise --ctx, on the workers too, or evaluate shorter windows"));
-    }
-    let bytes = std::fs::read(&args.text)
-        .map_err(|e| Failure::misuse(format!("cannot read {}: {e}", args.text.display())))?;
-    let text = String::from_utf8(bytes)
-        .map_err(|e| Failure::misuse(format!("{} is not UTF-8: {}", args.text.display(), e.utf8_error())))?;
+    let resources = args.machine.resources()?;
+    args.machine.set_log();
+    let text = args.read_text()?;
 
     // one engine after the other: a machine that needs the split has no room for both models
     let mut engines = Vec::new();
     let mut kept = None;
     let mut tokens_of_stock = None;
     if let Some(path) = &args.against {
-        let model = load_model(path, &args.machine, true)?;
-        let tokens = Text::new(&model, &text, args)?;
-        let params = stock_params(&args.machine, args.machine.n_ctx_for(model.n_ctx_train()));
-        let context = Stock::new(&model, &params, None).map_err(Failure::failed)?;
-        let n_batch = context.info().n_batch;
-        let mut engine = StockEngine::new(context, model.n_vocab(), model.n_blocks(), n_batch);
-        let mut rows = KeptRows::create(tokens.scored_rows(), model.n_vocab())?;
-        engines.push(tokens.evaluate(&mut engine, "stock".to_owned(), model.n_vocab(), |row| {
-            rows.write(row).map(|()| None)
-        })?);
+        let shown = shown::events(args.machine.verbose);
+        let mut whole = WholeModel::open(path, &resources, true, shown).map_err(explain)?;
+        let tokens = Text::new(whole.model(), &text, args)?;
+        let n_vocab = whole.model().n_vocab();
+        let mut rows = KeptRows::create(tokens.scored_rows(), n_vocab)?;
+        let mut session = whole.session().map_err(explain)?;
+        let on_row = |row: &[f32]| rows.write(row).map(|()| None);
+        engines.push(tokens.evaluate(&mut session, "stock".to_owned(), n_vocab, on_row)?);
         kept = Some(rows);
         tokens_of_stock = Some(tokens);
     }
@@ -76,26 +63,33 @@ pub fn run(args: &Args) -> Result<(), Failure> {
     let mut name = String::new();
     let mut n_tokens = 0;
     for wire in wires {
-        let split = open_split(&args.split.with_wire(wire), &args.machine)?;
-        let tokens = Text::new(&split.vocabulary, &text, args)?;
+        let host = args.split.host(&args.machine)?.wire(wire.row_type());
+        let mut host = host.connect(shown::events(args.machine.verbose)).map_err(explain)?;
+        let tokens = Text::new(host.vocabulary(), &text, args)?;
         if tokens_of_stock.as_ref().is_some_and(|stock| stock.tokens != tokens.tokens) {
             return Err(Failure::misuse(
                 "the model given with --against reads the text as other tokens than the split",
             )
             .hint("--against takes the model that was cut"));
         }
-        let n_vocab = split.vocabulary.n_vocab();
+        let n_vocab = host.vocabulary().n_vocab();
+        let model_name = host.model_name().to_owned();
         if let Some(rows) = &mut kept {
             rows.rewind(n_vocab)?;
         }
-        let mut engine = SplitEngine::new(split.pipeline, split.n_ubatch);
+        let mut session = host.session().map_err(explain)?;
         let result =
-            tokens.evaluate(&mut engine, format!("split {}", wire.name()), n_vocab, |_| match &mut kept {
-                Some(rows) => rows.read().map(Some),
-                None => Ok(None),
-            })?;
+            tokens.evaluate(
+                &mut session,
+                format!("split {}", wire.name()),
+                n_vocab,
+                |_| match &mut kept {
+                    Some(rows) => rows.read().map(Some),
+                    None => Ok(None),
+                },
+            )?;
         engines.push(result);
-        (name, n_tokens) = (split.model_name, tokens.tokens.len());
+        (name, n_tokens) = (model_name, tokens.tokens.len());
     }
     let evaluation = Evaluation {
         date: rfc3339(SystemTime::now()),
@@ -111,6 +105,24 @@ pub fn run(args: &Args) -> Result<(), Failure> {
         print!("{}", evaluation.table());
     }
     Ok(())
+}
+
+impl Args {
+    /// The text, once it is clear that it can be evaluated in such windows.
+    fn read_text(&self) -> Result<String, Failure> {
+        let (window, n_ctx) = (self.window, self.machine.n_ctx);
+        if n_ctx != 0 && window >= n_ctx {
+            return Err(Failure::misuse(format!(
+                "--window {window}: must be less than the context, {n_ctx}"
+            ))
+            .hint("raise --ctx, on the workers too, or evaluate shorter windows"));
+        }
+        let file = self.text.display();
+        let bytes =
+            std::fs::read(&self.text).map_err(|e| Failure::misuse(format!("cannot read {file}: {e}")))?;
+        String::from_utf8(bytes)
+            .map_err(|e| Failure::misuse(format!("{file} is not UTF-8: {}", e.utf8_error())))
+    }
 }
 
 /// A text as tokens, cut into windows.
@@ -139,7 +151,7 @@ impl Text {
     /// Evaluates the text. `on_row` sees every scored row in order, and may give the reference's same row.
     fn evaluate(
         &self,
-        engine: &mut dyn Engine,
+        session: &mut Session<'_>,
         name: String,
         n_vocab: usize,
         mut on_row: impl FnMut(&[f32]) -> Result<Option<Vec<f32>>, Failure>,
@@ -152,12 +164,11 @@ impl Text {
             let mut tokens: Vec<i32> = self.bos.into_iter().collect();
             let before = tokens.len();
             tokens.extend(&self.tokens[window.tokens.clone()]);
-            engine.rewind(0)?;
             let mut at = 0;
             let mut failed = None;
             let mut scoring = Duration::ZERO;
             let start = Instant::now();
-            engine.evaluate_all(0, &tokens, &mut |logits| {
+            let evaluated_all = session.logits_of(&tokens, &mut |logits| {
                 let chunk_at = Instant::now();
                 for row in logits.chunks_exact(n_vocab) {
                     // the row of the text's token `i` guesses token `i + 1`
@@ -174,7 +185,8 @@ impl Text {
                     }
                 }
                 scoring += chunk_at.elapsed();
-            })?;
+            });
+            evaluated_all.map_err(explain)?;
             spent += start.elapsed().saturating_sub(scoring);
             evaluated += tokens.len();
             if let Some(e) = failed {

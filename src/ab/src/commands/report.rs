@@ -3,7 +3,7 @@
 use std::path::{Path, PathBuf};
 
 use crate::report::{BEGIN, END, Page, insert, read_all};
-use dim::failure::Failure;
+use gguf_tools::failure::Failure;
 
 /// Arguments of `dim-host report`.
 #[derive(Debug, clap::Args)]

@@ -4,23 +4,15 @@
 use std::io::Write as _;
 use std::path::PathBuf;
 use std::process::ExitCode;
-use std::sync::Arc;
 
 use clap::parser::ValueSource;
 use clap::{CommandFactory as _, FromArgMatches as _, Parser};
-use dim::failure::Failure;
-use dim::host::machine::MachineArgs;
-use dim::host::setup::{load_stage, load_stage_within, set_log};
-use dim::stage::verified::{Verify, open_slice};
-use dim::{device, worker};
-use dim_wire::DType;
+use dim::{StopHandle, Worker, device};
+use dim_cli::args::{MachineArgs, Verify};
+use dim_cli::{explain, shown};
 use dim_wire::keys::{Key, KeyStore};
-use dim_wire::message::Farewell;
-use dim_wire::terms::{Reason, SliceRole, Terms};
-use dim_wire::transport::discover::{Announcement, MDNS_PORT};
-use dim_wire::transport::{KeyRing, LinkError, Listener, ListenerConfig, Notice, Readiness, Timing};
-use gguf_tools::plan::Role;
-use gguf_tools::slice::SliceInfo;
+use dim_wire::transport::discover::MDNS_PORT;
+use gguf_tools::failure::Failure;
 
 /// Serve a slice of a split model to one host at a time.
 ///
@@ -70,72 +62,56 @@ fn main() -> ExitCode {
 }
 
 fn run(args: &Args, chooses_rows: bool) -> Result<(), Failure> {
-    args.machine.check()?;
-    set_log(&args.machine);
-    let keys = keys(args)?;
-    let info = open_slice(&args.slice, args.verify).map_err(Failure::misuse)?;
-    if info.role != Role::Middle {
-        return Err(Failure::misuse(format!(
-            "{} is a {} slice; a worker serves a middle",
-            args.slice.display(),
-            info.role
-        ))
-        .hint("the head and the tail stay with dim-host"));
+    let resources = args.machine.resources()?;
+    args.machine.set_log();
+    let mut worker = Worker::open(&args.slice)
+        .listen(&args.listen)
+        .max_sessions(args.max_sessions)
+        .verify(args.verify.when())
+        .mmap(args.mmap)
+        .resources(resources)
+        .exact_rows(!chooses_rows)
+        .software(device::software("dim-worker"));
+    if let Some(path) = &args.key_file {
+        worker = worker.key(Key::from_file(path).map_err(explain)?);
     }
-    let n_ctx = args.machine.n_ctx_for(info.hparams.n_ctx_train);
-    let mut terms = terms(args, &info, n_ctx);
+    // it listens before the slice is loaded: an address that cannot be had is known at once, and a host is told that
+    // this worker is loading
+    let mut worker = worker.bind(shown::events(args.machine.verbose)).map_err(explain)?;
+    end_on_signals(worker.stop_handle());
+    worker.load().map_err(explain)?;
 
-    // the door opens before the slice is loaded: an address that cannot be had is known at once, and a host is
-    // told that this worker is loading
-    let loading = Readiness::NotReady(terms.clone(), Reason::NotReady, "still loading its slice".to_owned());
-    let notice = Box::new(|notice: &Notice| eprintln!("{notice}"));
-    let config = ListenerConfig { keys, readiness: loading, timing: Timing::default(), notice };
-    let listener = Arc::new(Listener::bind(&args.listen, config).map_err(cannot_listen)?);
-    end_on_signals(Arc::clone(&listener));
-
-    let (machine, mmap, sessions) = (&args.machine, args.mmap, args.max_sessions);
-    let mut stage = if chooses_rows {
-        load_stage_within(&args.slice, &info, machine, mmap, n_ctx, sessions, COMPUTE_BYTES)?
-    } else {
-        load_stage(&args.slice, &info, machine, mmap, n_ctx, machine.n_ubatch, sessions)?
-    };
-    terms.max_rows = stage.inner().info().n_ubatch;
-    listener.set_readiness(Readiness::Ready(terms));
+    let (info, n_ctx) = (worker.slice(), worker.n_ctx());
     let count = info.blocks.count();
     eprintln!(
-        "{}: blocks {}..{} of {} ({count} block{}), {:.2} GiB, context {n_ctx}",
+        "{}: blocks {} of {} ({count} block{}), {:.2} GiB, context {n_ctx}",
         info.model_name,
-        info.blocks.first,
-        info.blocks.last,
+        info.blocks,
         info.model_blocks,
         if count == 1 { "" } else { "s" },
         info.file_bytes as f64 / f64::from(1u32 << 30),
     );
-    if args.key_file.is_none()
-        && (args.pair || KeyStore::of_user().and_then(|s| s.list()).is_ok_and(|l| l.is_empty()))
-    {
-        let code = listener.open_pairing().map_err(Failure::failed)?;
+    if args.key_file.is_none() && (args.pair || is_unpaired()) {
+        let code = worker.open_pairing().map_err(Failure::failed)?;
         eprintln!(
             "pairing code, good for 5 minutes and one host:\n\n    {code}\n\non the host: dim-host pair {}",
-            listener.address()
+            worker.address()
         );
     }
-    let announcement = announce(args, &listener);
-    // a script waits for this line; who does not read it should not end the worker
-    let _ = writeln!(std::io::stdout(), "listening on {}", listener.address());
-    let _ = std::io::stdout().flush();
-
-    while let Some(link) = listener.accept(None) {
-        let host = link.peer().to_owned();
-        eprintln!("serving {host}");
-        match worker::serve(&mut stage, link) {
-            LinkError::Goodbye { why: Farewell::Finished, .. } => eprintln!("{host} has finished"),
-            LinkError::Stopped => {}
-            error => eprintln!("{error}"),
-        }
+    if args.announce == Announce::Always
+        || args.announce == Announce::Reachable && !worker.address().ip().is_loopback()
+    {
+        worker.announce(args.mdns_port);
     }
-    drop(announcement);
-    Ok(())
+    // a script waits for this line; who does not read it should not end the worker
+    let _ = writeln!(std::io::stdout(), "listening on {}", worker.address());
+    let _ = std::io::stdout().flush();
+    worker.serve().map_err(explain)
+}
+
+/// Whether this user has no keys yet.
+fn is_unpaired() -> bool {
+    KeyStore::of_user().and_then(|store| store.list()).is_ok_and(|keys| keys.is_empty())
 }
 
 /// When a worker makes itself known.
@@ -149,73 +125,13 @@ enum Announce {
     Never,
 }
 
-/// Makes the worker known; one that cannot be found works all the same.
-fn announce(args: &Args, listener: &Listener) -> Option<Announcement> {
-    match args.announce {
-        Announce::Never => return None,
-        Announce::Reachable if listener.address().ip().is_loopback() => return None,
-        _ => {}
-    }
-    let address = listener.address();
-    // several workers of one machine are told apart by their ports
-    let name = match address.port() {
-        DEFAULT_PORT => device::name(),
-        port => format!("{:.40} ({port})", device::name()),
-    };
-    let by_hand =
-        |why: &str| eprintln!("note: hosts do not find this worker by themselves ({why}); its address works");
-    let told = move |is_out: bool| {
-        if !is_out {
-            by_hand("no announcement leaves this machine: is its UDP port 5353 taken or blocked?");
-        }
-    };
-    Announcement::start(&name, address, args.mdns_port, told).inspect_err(|e| by_hand(&e.to_string())).ok()
-}
-
-fn keys(args: &Args) -> Result<Arc<dyn KeyRing>, Failure> {
-    Ok(match &args.key_file {
-        Some(path) => Arc::new(Key::from_file(path).map_err(Failure::misuse)?),
-        None => Arc::new(KeyStore::of_user().map_err(Failure::misuse)?),
-    })
-}
-
-fn cannot_listen(error: LinkError) -> Failure {
-    let text = match &error {
-        LinkError::Unreachable { address, text } => format!("cannot listen on {address}: {text}"),
-        other => other.to_string(),
-    };
-    Failure::misuse(text).hint("--listen takes an address of this machine and a port, as 0.0.0.0:7878")
-}
-
-/// What this worker holds and can do.
-fn terms(args: &Args, info: &SliceInfo, n_ctx: u32) -> Terms {
-    Terms {
-        dtypes: DType::F16.bit() | DType::F32.bit(),
-        role: SliceRole::Middle,
-        instance: u64::from(std::process::id()),
-        n_embd: info.hparams.n_embd,
-        n_blocks: info.model_blocks,
-        first_block: info.blocks.first,
-        last_block: info.blocks.last,
-        n_ctx,
-        max_rows: args.machine.n_ubatch,
-        max_sessions: args.max_sessions,
-        max_in_flight: MAX_IN_FLIGHT,
-        model: info.model_sha256.0,
-        slice: info.slice_sha256.0,
-        params: info.params_sha256.map_or([0; 32], |sha| sha.0),
-        arch: info.hparams.arch.clone(),
-        ..Terms::blank(0, &device::software("dim-worker"), &device::name())
-    }
-}
-
-/// SIGINT and SIGTERM: the host is told, the door closes, the program ends. The second one ends it at once.
-fn end_on_signals(listener: Arc<Listener>) {
+/// SIGINT and SIGTERM: the host is told, nobody else is let in, the program ends. The second one ends it at once.
+fn end_on_signals(worker: StopHandle) {
     let Ok(runtime) = tokio::runtime::Builder::new_current_thread().enable_io().build() else { return };
     std::thread::spawn(move || {
         runtime.block_on(async {
             signal().await;
-            listener.close(Farewell::ShuttingDown);
+            worker.stop();
             signal().await;
             std::process::exit(1);
         });
@@ -233,12 +149,3 @@ async fn signal() {
     }
     let _ = tokio::signal::ctrl_c().await;
 }
-
-/// Where a worker listens that is not told otherwise.
-const DEFAULT_PORT: u16 = 7878;
-/// What the buffers for computing may take unless `--ubatch` says how many rows they are for: a worker is to hold its
-/// slice, its cache, and 150 MiB at most.
-const COMPUTE_BYTES: u64 = 90 << 20;
-
-/// Steps a host may send ahead.
-const MAX_IN_FLIGHT: u32 = 4;

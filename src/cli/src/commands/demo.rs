@@ -6,8 +6,8 @@ use std::io::{BufRead as _, BufReader, Write as _};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 
-use dim::failure::Failure;
 use dim::host::report::{Report, thousands};
+use gguf_tools::failure::Failure;
 
 /// Arguments of `dim-host demo`.
 #[derive(Debug, clap::Args)]

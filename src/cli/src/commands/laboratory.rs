@@ -3,7 +3,7 @@
 use std::ffi::OsString;
 use std::process::Command;
 
-use dim::failure::Failure;
+use gguf_tools::failure::Failure;
 
 /// Whatever `dim-ab` takes.
 #[derive(Debug, clap::Args)]

@@ -3,10 +3,11 @@
 use std::io::{BufRead as _, IsTerminal as _, Write as _};
 
 use dim::device;
-use dim::failure::Failure;
-use dim::host::setup::refused;
 use dim_wire::keys::{KeyStore, PairingCode, Peer};
 use dim_wire::transport::{LinkError, Timing, pair};
+use gguf_tools::failure::Failure;
+
+use crate::explain;
 
 /// Arguments of `dim-host pair`.
 #[derive(Debug, clap::Args)]
@@ -33,8 +34,8 @@ pub fn run(args: &Args) -> Result<(), Failure> {
         store.add(key, &peer).map_err(LinkError::from)
     };
     let software = device::software("dim-host");
-    let (_, worker) = pair(&args.address, &code, &device::name(), &software, &Timing::default(), keep)
-        .map_err(|e| refused(&e))?;
+    let (_, worker) =
+        pair(&args.address, &code, &device::name(), &software, &Timing::default(), keep).map_err(explain)?;
     eprintln!("paired with {worker}; the key is in {}", store.directory().display());
     Ok(())
 }

@@ -3,13 +3,13 @@
 use std::path::PathBuf;
 use std::time::Instant;
 
-use crate::commands::PromptArgs;
-use crate::commands::generate::Run;
-use dim::failure::Failure;
-use dim::host::engine::StockEngine;
-use dim::host::interrupt::Interrupt;
-use dim::host::machine::MachineArgs;
-use dim::host::setup::{load_model, model_name, set_log, stock_params};
+use dim::WholeModel;
+use gguf_tools::failure::Failure;
+
+use crate::args::{MachineArgs, PromptArgs};
+use crate::commands::generate::reply;
+use crate::interrupt::Interrupt;
+use crate::{explain, shown};
 
 /// Arguments of `dim-host stock`.
 #[derive(Debug, clap::Args)]
@@ -36,39 +36,27 @@ pub struct Args {
 
 /// Runs it.
 pub fn run(args: &Args, process_start: Instant) -> Result<(), Failure> {
-    args.machine.check()?;
-    args.prompt.sampling.check().map_err(Failure::misuse)?;
-    set_log(&args.machine);
+    args.prompt.sampling.sampling()?;
+    args.machine.set_log();
     let interrupt = Interrupt::watch();
-    let model = load(args)?;
-    let n_ctx = args.machine.n_ctx_for(model.n_ctx_train());
-    let params = stock_params(&args.machine, n_ctx);
-    let context = llama_sys_patch::Stock::new(&model, &params, None).map_err(Failure::failed)?;
-    let n_batch = context.info().n_batch;
-    let mut engine = StockEngine::new(context, model.n_vocab(), model.n_blocks(), n_batch);
-    let name = model_name(&args.model);
-    Run { vocabulary: &model, n_ctx, model_name: &name }.run(
-        &mut engine,
-        &args.prompt,
-        &interrupt,
-        process_start,
-    )
+    let mut model = load(args)?;
+    reply(model.session().map_err(explain)?, &args.prompt, &interrupt, process_start)
 }
 
-#[cfg(feature = "rpc")]
-fn load(args: &Args) -> Result<llama_sys_patch::Model, Failure> {
-    use gguf_tools::gguf::{Gguf, check};
+fn load(args: &Args) -> Result<WholeModel, Failure> {
+    let resources = args.machine.resources()?;
+    #[cfg(feature = "rpc")]
+    if let (Some(server), Some(n_blocks)) = (args.rpc, args.rpc_blocks) {
+        use gguf_tools::gguf::{Gguf, check};
 
-    let (Some(server), Some(n_blocks)) = (args.rpc, args.rpc_blocks) else {
-        return load_model(&args.model, &args.machine, !args.no_mmap);
-    };
-    let gguf = Gguf::open(&args.model).map_err(Failure::misuse)?;
-    check::model(&gguf).map_err(Failure::misuse)?;
-    let files: Vec<PathBuf> = gguf.files().map(std::path::Path::to_owned).collect();
-    llama_sys_patch::rpc::load(&files, server, n_blocks, !args.no_mmap).map_err(Failure::failed)
-}
-
-#[cfg(not(feature = "rpc"))]
-fn load(args: &Args) -> Result<llama_sys_patch::Model, Failure> {
-    load_model(&args.model, &args.machine, !args.no_mmap)
+        let gguf = Gguf::open(&args.model).map_err(Failure::misuse)?;
+        check::model(&gguf).map_err(Failure::misuse)?;
+        let files: Vec<PathBuf> = gguf.files().map(std::path::Path::to_owned).collect();
+        let model = llama_sys_patch::rpc::load(&files, server, n_blocks, !args.no_mmap);
+        let name = dim::stage::load::model_name(&args.model);
+        let shown = shown::events(args.machine.verbose);
+        return WholeModel::of_model(model.map_err(explain)?, name, &resources, shown).map_err(explain);
+    }
+    WholeModel::open(&args.model, &resources, !args.no_mmap, shown::events(args.machine.verbose))
+        .map_err(explain)
 }

@@ -43,7 +43,9 @@ fn listen_at(at: SocketAddr) -> io::Result<Socket> {
     #[cfg(unix)]
     socket.set_reuse_address(true)?;
     socket.bind(&at.into())?;
-    socket.listen(64)?;
+    // connections wait in the system's queue while the acceptor is kept busy by a crowd: one that finds no room there
+    // is tried again after a second
+    socket.listen(1024)?;
     Ok(socket)
 }
 
@@ -65,6 +67,8 @@ pub(super) fn configure(stream: &TcpStream, stalled: Duration) -> io::Result<()>
     // long, is heard all the same, and this would cut it off
     #[cfg(any(target_os = "linux", target_os = "android"))]
     socket.set_tcp_user_timeout(Some(stalled))?;
+    #[cfg(not(any(target_os = "linux", target_os = "android")))]
+    let _ = stalled;
     Ok(())
 }
 
@@ -106,28 +110,6 @@ pub(super) fn write_until(stream: &TcpStream, mut bytes: &[u8], deadline: Instan
             Ok(0) => return Err(ErrorKind::WriteZero.into()),
             Ok(n) => bytes = &bytes[n..],
             Err(e) if is_tick(&e) => {}
-            Err(e) => return Err(e),
-        }
-    }
-    Ok(())
-}
-
-/// Writes all of it to a stream that [ticks](tick); fails once the peer has taken nothing for `stalled`. One
-/// system call if the peer keeps up.
-pub(super) fn write_all(stream: &TcpStream, mut bytes: &[u8], stalled: Duration) -> io::Result<()> {
-    let mut waiting_since: Option<Instant> = None;
-    while !bytes.is_empty() {
-        match (&mut { stream }).write(bytes) {
-            Ok(0) => return Err(ErrorKind::WriteZero.into()),
-            Ok(n) => {
-                bytes = &bytes[n..];
-                waiting_since = None;
-            }
-            Err(e) if is_tick(&e) => {
-                if waiting_since.get_or_insert_with(Instant::now).elapsed() >= stalled {
-                    return Err(io::Error::new(ErrorKind::TimedOut, "the peer takes no bytes"));
-                }
-            }
             Err(e) => return Err(e),
         }
     }

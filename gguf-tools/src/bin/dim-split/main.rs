@@ -1,0 +1,175 @@
+//! `dim-split`: cuts a GGUF into a head, one or more middles and a tail, each a GGUF of its own.
+
+mod meter;
+mod options;
+mod show;
+
+use std::{
+    path::{Path, PathBuf},
+    process::ExitCode,
+    time::Instant,
+};
+
+use clap::Parser;
+use gguf_tools::{
+    coreml,
+    failure::Failure,
+    gguf::Gguf,
+    manifest::Manifest,
+    plan::{Plan, Request},
+    split::{self, Progress},
+    text::gib,
+};
+use meter::{Meter, say, say_on_line};
+use options::Options;
+use show::{PackagesView, PlanView, Took, Written, print_json};
+
+fn main() -> ExitCode {
+    let options = Options::parse();
+    match run(&options) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(failure) => failure.report(),
+    }
+}
+
+fn run(options: &Options) -> Result<(), Failure> {
+    let gguf = Gguf::open(&options.model)?;
+    let stem = gguf.stem();
+    let request = Request {
+        middles: options.middle.clone(),
+        embed_type: options.embed_type,
+        output_type: options.output_type,
+        stem: stem.clone(),
+        no_canary: options.no_canary,
+    };
+    let plan = Plan::new(&gguf, &request)?;
+    let n_ctx_train = plan.hparams.n_ctx_train;
+    let n_ctx = match options.ctx {
+        None => n_ctx_train.min(MOST_CTX_SHOWN),
+        Some(0) => n_ctx_train,
+        Some(n_ctx) => n_ctx,
+    };
+    let packages = match options.coreml.options() {
+        Some(o) => coreml::plan_middles(&gguf, &options.middle, o)?,
+        None => Vec::new(),
+    };
+    say_on_line(PlanView { plan: &plan, n_ctx });
+    say_on_line(PackagesView { packages: &packages, stem: &stem });
+
+    if options.dry_run {
+        if options.json {
+            print_json(&plan, n_ctx, None, &[])?;
+        }
+        return Ok(());
+    }
+
+    let out = options.out.clone().unwrap_or_else(|| parent(&options.model));
+    coreml::check_space(&packages, &out, plan.file_bytes())?;
+    let (manifest, took) = write_slices(&plan, &out, &stem, options.verify)?;
+    let reports = write_packages(&packages, &manifest, &out, &stem)?;
+    if options.json {
+        print_json(&plan, n_ctx, Some(&Written { manifest: &manifest, out: &out, took }), &reports)?;
+    }
+    Ok(())
+}
+
+/// Context length that memory figures are shown for where none was asked: what people begin with.
+const MOST_CTX_SHOWN: u32 = 4096;
+
+/// Cuts, and compares where that was asked.
+fn write_slices(plan: &Plan<'_>, out: &Path, stem: &str, verify: bool) -> Result<(Manifest, Took), Failure> {
+    let started = Instant::now();
+    let mut meter = Meter::new();
+    let mut copied = None;
+    let result = split::split(plan, out, stem, |p| {
+        match p {
+            Progress::Flushing => copied = Some(started.elapsed().as_secs_f64()),
+            Progress::NoCanary(file, why) => {
+                meter.clear();
+                say(format_args!(
+                    "{file}: no canary, so a host cannot tell whether a worker computes right: {why}"
+                ));
+            }
+            _ => {}
+        }
+        meter.show(p);
+    });
+    meter.clear();
+    let manifest = result?;
+    let seconds = started.elapsed().as_secs_f64();
+    say(format_args!(
+        "wrote {} in {seconds:.1} s ({:.2} GB/s): {}",
+        gib(plan.file_bytes()),
+        plan.file_bytes() as f64 / 1e9 / seconds.max(1e-9),
+        out.join(split::manifest_name(stem)).display()
+    ));
+
+    if verify {
+        let mut meter = Meter::new();
+        let result = split::verify(plan, out, &manifest, |p| meter.show(p));
+        meter.clear();
+        // whatever it is, it is not what was asked for that is wrong
+        result.map_err(Failure::failed)?;
+        say("verified: every key and tensor of the slices equals the model's");
+    }
+    Ok((manifest, Took { seconds, copy_seconds: copied.unwrap_or(seconds), verified: verify }))
+}
+
+/// Writes what `--coreml` asks for, and says what its user should know.
+fn write_packages(
+    packages: &[coreml::Plan<'_>],
+    manifest: &Manifest,
+    out: &Path,
+    stem: &str,
+) -> Result<Vec<coreml::Report>, Failure> {
+    let total: u64 = packages.iter().map(coreml::Plan::weight_bytes).sum();
+    let mut meter = Meter::new();
+    let (mut done, mut before) = (0, 0);
+    let result = coreml::write_middles(packages, manifest, out, stem, &mut |progress| match progress {
+        coreml::Progress::Calibrating { n_tokens } => {
+            meter.clear();
+            say(format_args!(
+                "evaluating {n_tokens} tokens of text up to the end of the middle, for the self-test"
+            ));
+            before = done;
+        }
+        coreml::Progress::Writing { index, bytes } => {
+            // an evaluation is not writing's time
+            if done == before {
+                meter = Meter::new();
+            }
+            done += bytes;
+            let (done, total) = (done - before, total - before);
+            meter.show(Progress::Writing(done, total, &coreml::package::directory_name(index)));
+        }
+    });
+    meter.clear();
+    let reports = result?;
+    for report in &reports {
+        for notice in &report.notices {
+            say(notice);
+        }
+        if let Some(test) = &report.manifest.selftest {
+            let max_abs: Vec<_> = test.max_abs_hidden.iter().map(|x| format!("{x:.1}")).collect();
+            say(format_args!(
+                "greatest |hidden| before the middle and after each of its blocks: {}",
+                max_abs.join(" ")
+            ));
+        }
+        let seconds = report.write_time.as_secs_f64();
+        let rate = report.bytes as f64 / 1e9 / seconds.max(1e-9);
+        say(format_args!(
+            "wrote {} in {seconds:.1} s ({rate:.2} GB/s): {}",
+            gib(report.bytes),
+            report.directory.display()
+        ));
+    }
+    Ok(reports)
+}
+
+fn parent(path: &Path) -> PathBuf {
+    match path.parent() {
+        Some(folder) if !folder.as_os_str().is_empty() => folder.to_owned(),
+        _ => PathBuf::from("."),
+    }
+}

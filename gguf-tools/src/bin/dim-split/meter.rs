@@ -1,0 +1,74 @@
+//! Progress on standard error.
+
+use std::{
+    fmt,
+    io::{self, IsTerminal, Write},
+    time::{Duration, Instant},
+};
+
+use gguf_tools::{split::Progress, text::Safe};
+
+/// One line on standard error, with nothing in it that a terminal obeys. That nobody reads it is no reason to stop.
+pub(crate) fn say(text: impl fmt::Display) {
+    say_on_line(format_args!("{}\n", Safe(&text.to_string())));
+}
+
+/// The same as it is, without an end of line.
+pub(crate) fn say_on_line(text: impl fmt::Display) {
+    let _ = write!(io::stderr(), "{text}");
+}
+
+/// What a terminal does with the line it stands on: back to its start, and empty.
+const REDRAW: &str = "\r\x1b[K";
+
+/// Shows progress on standard error: a line that is redrawn on a terminal, a line every ten seconds elsewhere.
+pub(crate) struct Meter {
+    started: Instant,
+    shown: Option<Instant>,
+    terminal: bool,
+    drawn: bool,
+}
+
+impl Meter {
+    pub(crate) fn new() -> Meter {
+        Meter { started: Instant::now(), shown: None, terminal: io::stderr().is_terminal(), drawn: false }
+    }
+
+    pub(crate) fn show(&mut self, progress: Progress<'_>) {
+        let every = if self.terminal { Duration::from_millis(200) } else { Duration::from_secs(10) };
+        let last = self.shown.unwrap_or(self.started);
+        let flushing = matches!(progress, Progress::Flushing);
+        if last.elapsed() < every && !flushing || flushing && !self.terminal {
+            return;
+        }
+        self.shown = Some(Instant::now());
+        let text = match progress {
+            Progress::Flushing => "flushing to the disk".to_owned(),
+            Progress::Writing(done, total, file) => self.line("writing", done, total, file),
+            Progress::Verifying(done, total, file) => self.line("verifying", done, total, file),
+            Progress::NoCanary(..) => return,
+        };
+        if self.terminal {
+            say_on_line(format_args!("{REDRAW}{}", Safe(&text)));
+            self.drawn = true;
+        } else {
+            say(text);
+        }
+    }
+
+    fn line(&self, what: &str, done: u64, total: u64, file: &str) -> String {
+        let seconds = self.started.elapsed().as_secs_f64().max(1e-9);
+        let rate = done as f64 / seconds;
+        let left = total.saturating_sub(done) as f64 / rate.max(1.0);
+        let percent = 100 * done / total.max(1);
+        let (minutes, seconds) = (left as u64 / 60, left as u64 % 60);
+        format!("{percent:>3}%  {:.2} GB/s  {minutes}:{seconds:02} left  {what} {file}", rate / 1e9)
+    }
+
+    pub(crate) fn clear(&mut self) {
+        if self.drawn {
+            say_on_line(REDRAW);
+            self.drawn = false;
+        }
+    }
+}

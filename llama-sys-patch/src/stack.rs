@@ -1,0 +1,72 @@
+//! Room on the stack for code that recurses as deep as its input is long.
+//!
+//! llama.cpp splits a text by regular expressions before it makes tokens of it, and libstdc++'s `std::regex` calls
+//! itself once per character of a match: 30,000 times `A` overflow 8 MiB with the pre-tokenizers of Mistral or Phi 4
+//! mini, and nothing can be caught then (ggml-org/llama.cpp #27783). So the tokenizer runs on a stack as large as the
+//! longest match can need.
+
+use crate::Error;
+
+/// Stack that one character of a match takes at most. Seen with libstdc++ 12: 330 bytes; `tests/tokenizer.rs` shows
+/// that this is enough for every pre-tokenizer.
+const BYTES_PER_CHARACTER: usize = 1 << 10;
+/// Beside it, for everything else.
+const BASE: usize = 1 << 20;
+/// Runs this short need no stack of their own: the smallest that a thread of Rust has is 2 MiB.
+const SHORT: usize = 512;
+/// The longest run there may be: 1 GiB of stack, which is only touched as far as a match goes.
+pub(crate) const LONGEST: usize = 1 << 20;
+
+/// Runs `work`, which may recurse once for every character of a match in `text`.
+///
+/// # Errors
+/// [`Error::InvalidArgument`] if the text has a run that is too long, [`Error::OutOfMemory`] if there is no room.
+pub(crate) fn with_room_for<T: Send>(text: &str, work: impl FnOnce() -> T + Send) -> Result<T, Error> {
+    let (at, run) = longest_run(text);
+    if run <= SHORT {
+        return Ok(work());
+    }
+    if run > LONGEST {
+        return Err(Error::InvalidArgument(format!(
+            "the text has a line of {run} characters at byte {at}: the tokenizer takes at most {LONGEST}; break it \
+             into lines"
+        )));
+    }
+    let thread = std::thread::Builder::new().stack_size(BASE + run * BYTES_PER_CHARACTER);
+    std::thread::scope(|scope| match thread.spawn_scoped(scope, work) {
+        Ok(running) => running.join().map_err(|panic| std::panic::resume_unwind(panic)),
+        Err(e) => Err(Error::OutOfMemory(format!("no stack for a line of {run} characters: {e}"))),
+    })
+}
+
+/// Where the longest part of the text begins that a single match can span, and its characters. No pre-tokenizer's
+/// match goes on over a line's end into something that is no white space.
+fn longest_run(text: &str) -> (usize, usize) {
+    let (mut longest, mut begin, mut count, mut after_line) = ((0, 0), 0, 0, false);
+    for (at, character) in text.char_indices() {
+        if after_line && !character.is_whitespace() {
+            (begin, count) = (at, 0);
+        }
+        after_line = character == '\n' || (after_line && character.is_whitespace());
+        count += 1;
+        if count > longest.1 {
+            longest = (begin, count);
+        }
+    }
+    longest
+}
+
+#[cfg(test)]
+mod tests {
+    use super::longest_run;
+
+    #[test]
+    fn a_run_ends_where_a_line_with_something_in_it_begins() {
+        assert_eq!(longest_run(""), (0, 0));
+        assert_eq!(longest_run("abc"), (0, 3));
+        assert_eq!(longest_run("ab\nabcd"), (3, 4));
+        assert_eq!(longest_run("ab\n \n  cdefghij"), (7, 8), "white space over lines is one match");
+        assert_eq!(longest_run("ä\n\n\n"), (0, 4));
+        assert_eq!(longest_run("a b c d"), (0, 7), "some pre-tokenizers match whole lines");
+    }
+}

@@ -1,0 +1,434 @@
+//! Arguments that several commands have in common, and what they are in the library.
+
+use std::fs::File;
+use std::io::{BufWriter, Read as _};
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use dim::{
+    Discovery, Error, Host, HostBuilder, Key, Patience, Resources, RowType, Sampling, Session, device,
+};
+use dim_wire::keys::KeyStore;
+use dim_wire::transport::discover::MDNS_PORT;
+use gguf_tools::failure::Failure;
+use llama_sys_patch::LogLevel;
+
+use crate::explain;
+
+/// What `--worker` says instead of an address.
+const AUTO: &str = "auto";
+
+/// The parts of a split model and where they are.
+#[derive(Clone, Debug, clap::Args)]
+pub struct SplitArgs {
+    /// What dim-split wrote: names the head and the tail, and the middles for stages that are to run here
+    #[arg(long, value_name = "STEM.split.json", conflicts_with_all = ["head", "tail", "middle"], required_unless_present = "head")]
+    split: Option<PathBuf>,
+    /// The head slice
+    #[arg(long, value_name = "FILE", requires = "tail")]
+    head: Option<PathBuf>,
+    /// The tail slice
+    #[arg(long, value_name = "FILE", requires = "head")]
+    tail: Option<PathBuf>,
+    /// A middle slice to run in this process
+    #[arg(long, value_name = "FILE")]
+    middle: Vec<PathBuf>,
+    /// A worker that holds a middle slice (repeat for more; their order does not matter); `auto`: those paired with
+    /// this machine that are found on the local network
+    #[arg(long, value_name = "ADDR:PORT|auto")]
+    worker: Vec<String>,
+    /// Number format of the rows that cross the network (default: f16)
+    #[arg(long, value_enum, value_name = "TYPE")]
+    wire: Option<WireType>,
+    /// The key shared with the workers: one line, 64 hex digits (default: the one from pairing)
+    #[arg(long, value_name = "FILE")]
+    key_file: Option<PathBuf>,
+    /// When to compare the slices' weights with their digests
+    #[arg(long, value_enum, value_name = "WHEN", default_value = "once")]
+    verify: Verify,
+    /// Map the slices instead of reading them: they must not change while this runs
+    #[arg(long)]
+    mmap: bool,
+    /// Longest time a worker may take for one step
+    #[arg(long, value_name = "SECONDS", default_value_t = 120, value_parser = clap::value_parser!(u64).range(1..=86_400))]
+    step_timeout: u64,
+    /// Do not hold the workers' answers to a known input against the right ones
+    #[arg(long)]
+    no_canary: bool,
+    #[command(flatten)]
+    patience: PatienceArgs,
+    /// The port of multicast DNS, for tests
+    #[arg(long, value_name = "PORT", default_value_t = MDNS_PORT, hide = true)]
+    mdns_port: u16,
+}
+
+impl SplitArgs {
+    /// A host with these options; nothing but the manifest and the keys is opened yet.
+    ///
+    /// # Errors
+    /// They do not make a host.
+    pub fn host(&self, machine: &MachineArgs) -> Result<HostBuilder, Failure> {
+        let resources = machine.resources()?;
+        machine.set_log();
+        let files = match (&self.split, &self.head, &self.tail) {
+            (Some(split), ..) => Host::open(split),
+            (None, Some(head), Some(tail)) => Host::of_slices(head, &self.middle, tail),
+            _ => return Err(Failure::misuse("give --split STEM.split.json, or --head FILE and --tail FILE")),
+        };
+        let mut host = files
+            .map_err(explain)?
+            .wire(self.wire.unwrap_or_default().row_type())
+            .resources(resources)
+            .verify(self.verify.when())
+            .mmap(self.mmap)
+            .canary(!self.no_canary)
+            .patience(self.patience.patience())
+            .step_timeout(Duration::from_secs(self.step_timeout))
+            .software(device::software("dim-host"));
+        for address in self.worker.iter().filter(|address| *address != AUTO) {
+            host = host.worker(address, key_for(address, self.key_file.as_deref())?);
+        }
+        if self.worker.iter().any(|address| address == AUTO) {
+            host = host.find_workers(self.discovery()?);
+        }
+        Ok(host)
+    }
+
+    fn discovery(&self) -> Result<Discovery, Failure> {
+        let keys = match &self.key_file {
+            Some(path) => Key::from_file(path).map(Discovery::with_key),
+            None => Discovery::of_user(),
+        };
+        Ok(Discovery { mdns_port: self.mdns_port, ..keys.map_err(explain)? })
+    }
+
+    /// The number format that was asked for, if one was.
+    pub fn wire(&self) -> Option<WireType> {
+        self.wire
+    }
+}
+
+/// How long somebody who is away is looked for.
+#[derive(Clone, Debug, clap::Args)]
+pub struct PatienceArgs {
+    /// How long a lost worker is looked for before this ends
+    #[arg(long, value_name = "SECONDS", default_value_t = 30, value_parser = clap::value_parser!(u64).range(0..=86_400))]
+    give_up_after: u64,
+    /// How long instead, if it has said that it pauses (a locked phone) or is too hot
+    #[arg(long, value_name = "SECONDS", default_value_t = 600, value_parser = clap::value_parser!(u64).range(0..=86_400))]
+    wait_paused: u64,
+}
+
+impl PatienceArgs {
+    /// The same for the library.
+    pub fn patience(&self) -> Patience {
+        Patience {
+            give_up_after: Duration::from_secs(self.give_up_after),
+            paused_for: Duration::from_secs(self.wait_paused),
+            ..Patience::default()
+        }
+    }
+}
+
+/// The key for a worker: from a file, or from pairing.
+///
+/// # Errors
+/// There is none, or it cannot be read.
+pub fn key_for(address: &str, file: Option<&Path>) -> Result<Key, Failure> {
+    let key = match file {
+        Some(path) => Key::from_file(path).map_err(Error::from),
+        None => KeyStore::of_user()
+            .and_then(|store| store.for_address(address))
+            .map_err(|source| Error::NoKey { address: address.to_owned(), source }),
+    };
+    key.map_err(explain)
+}
+
+/// Number format of the rows that cross the network.
+#[derive(Clone, Copy, Debug, Default, clap::ValueEnum)]
+pub enum WireType {
+    /// 2 bytes a value
+    #[default]
+    F16,
+    /// 4 bytes a value: bit-exact
+    F32,
+}
+
+impl WireType {
+    /// The same for the library.
+    pub fn row_type(self) -> RowType {
+        match self {
+            WireType::F16 => RowType::F16,
+            WireType::F32 => RowType::F32,
+        }
+    }
+
+    /// As it is written on the command line.
+    pub fn name(self) -> &'static str {
+        self.row_type().name()
+    }
+}
+
+/// When the weights are compared with their digests.
+#[derive(Clone, Copy, Debug, Default, clap::ValueEnum)]
+pub enum Verify {
+    /// Every time.
+    Always,
+    /// Once; then again only when the file has changed.
+    #[default]
+    Once,
+    /// Never: the header alone is checked.
+    Never,
+}
+
+impl Verify {
+    /// The same for the library.
+    pub fn when(self) -> dim::Verify {
+        match self {
+            Verify::Always => dim::Verify::Always,
+            Verify::Once => dim::Verify::Once,
+            Verify::Never => dim::Verify::Never,
+        }
+    }
+}
+
+/// How much of this machine to use; the same for `generate`, `chat` and `stock`.
+#[derive(Clone, Debug, clap::Args)]
+#[command(next_help_heading = "Machine")]
+pub struct MachineArgs {
+    /// Context: positions of a conversation (0: all the model was trained for)
+    #[arg(short = 'c', long = "ctx", visible_alias = "ctx-size", value_name = "N", default_value_t = 4096)]
+    pub n_ctx: u32,
+    /// Compute threads (default: one per core)
+    #[arg(short = 't', long, value_name = "N")]
+    threads: Option<u32>,
+    /// Most prompt tokens evaluated at once
+    #[arg(long = "ubatch", visible_alias = "ubatch-size", value_name = "N", default_value_t = 512)]
+    n_ubatch: u32,
+    /// Blocks to put on the GPU (default: all, where this build has a GPU backend)
+    #[arg(long = "gpu-layers", visible_alias = "n-gpu-layers", value_name = "N")]
+    gpu_layers: Option<u32>,
+    /// Show llama.cpp's own log
+    #[arg(short = 'v', long)]
+    pub verbose: bool,
+}
+
+impl MachineArgs {
+    /// The same for the library, checked.
+    ///
+    /// # Errors
+    /// A number is out of range.
+    pub fn resources(&self) -> Result<Resources, Failure> {
+        let MachineArgs { n_ctx, threads, n_ubatch, gpu_layers, .. } = *self;
+        let resources = Resources { n_ctx, n_threads: threads, n_ubatch, gpu_layers };
+        resources.check().map_err(explain)?;
+        Ok(resources)
+    }
+
+    /// Sets how much of llama.cpp's log this process shows.
+    pub fn set_log(&self) {
+        llama_sys_patch::set_log(if self.verbose { LogLevel::Everything } else { LogLevel::Silent });
+    }
+}
+
+/// The options of sampling, with llama.cpp's words and defaults.
+#[derive(Clone, Debug, clap::Args)]
+#[command(next_help_heading = "Sampling")]
+pub struct SamplingArgs {
+    /// Temperature; 0 takes the most likely token each time (greedy)
+    #[arg(long = "temp", value_name = "T", default_value_t = 0.8)]
+    temperature: f32,
+    /// Keep only the K most likely tokens (0 = all)
+    #[arg(long, value_name = "K", default_value_t = 40)]
+    top_k: i32,
+    /// Keep the most likely tokens that together have probability P (1 = all)
+    #[arg(long, value_name = "P", default_value_t = 0.95)]
+    top_p: f32,
+    /// Drop tokens less likely than P times the most likely one (0 = none)
+    #[arg(long, value_name = "P", default_value_t = 0.05)]
+    min_p: f32,
+    /// Seed of the random choice (default: a new one each time)
+    #[arg(short = 's', long, value_name = "N")]
+    seed: Option<u32>,
+    /// Penalty on tokens seen lately (1 = none)
+    #[arg(long, value_name = "F", default_value_t = 1.0)]
+    repeat_penalty: f32,
+    /// How many of the last tokens the penalties look at
+    #[arg(long, value_name = "N", default_value_t = 64)]
+    repeat_last_n: i32,
+    /// Penalty on tokens by how often they were seen (0 = none)
+    #[arg(long, value_name = "F", default_value_t = 0.0)]
+    frequency_penalty: f32,
+    /// Penalty on tokens that were seen at all (0 = none)
+    #[arg(long, value_name = "F", default_value_t = 0.0)]
+    presence_penalty: f32,
+}
+
+impl SamplingArgs {
+    /// The same for the library, checked.
+    ///
+    /// # Errors
+    /// A number is out of range.
+    pub fn sampling(&self) -> Result<Sampling, Failure> {
+        let sampling = self.unchecked();
+        sampling.check().map_err(explain)?;
+        Ok(sampling)
+    }
+
+    fn unchecked(&self) -> Sampling {
+        Sampling {
+            temperature: self.temperature,
+            top_k: self.top_k,
+            top_p: self.top_p,
+            min_p: self.min_p,
+            seed: self.seed,
+            repeat_penalty: self.repeat_penalty,
+            repeat_last_n: self.repeat_last_n,
+            frequency_penalty: self.frequency_penalty,
+            presence_penalty: self.presence_penalty,
+        }
+    }
+}
+
+/// What to continue, and how far.
+#[derive(Clone, Debug, clap::Args)]
+pub struct PromptArgs {
+    /// The text to continue
+    #[arg(short = 'p', long, value_name = "TEXT", conflicts_with = "file", required_unless_present = "file")]
+    prompt: Option<String>,
+    /// Read it from a file (- for standard input)
+    #[arg(short = 'f', long, value_name = "FILE")]
+    file: Option<PathBuf>,
+    /// Repeat or cut the prompt to N tokens, for measurements
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
+    prompt_tokens: Option<u32>,
+    /// Tokens to generate; -1: until the model ends or the context is full
+    #[arg(short = 'n', long = "predict", value_name = "N", default_value_t = -1, allow_negative_numbers = true)]
+    n_predict: i64,
+    /// Go on after the model ends its reply, for measurements
+    #[arg(long)]
+    pub ignore_eos: bool,
+    /// Evaluate the prompt once before, unmeasured, for measurements: weights are read and memory is touched
+    #[arg(long)]
+    pub warm_up: bool,
+    /// How to sample.
+    #[command(flatten)]
+    pub sampling: SamplingArgs,
+    /// Print one JSON object on stdout instead of the text
+    #[arg(long)]
+    pub json: bool,
+    /// Write the logits behind every token to FILE: f32, (n_tokens, n_vocab), for comparisons
+    #[arg(long, value_name = "FILE")]
+    logits_out: Option<PathBuf>,
+}
+
+impl PromptArgs {
+    /// The prompt's text, from wherever it was given.
+    fn text(&self) -> Result<String, Failure> {
+        if let Some(text) = &self.prompt {
+            return Ok(text.clone());
+        }
+        let Some(path) = &self.file else {
+            return Err(Failure::misuse("give a prompt with -p TEXT or -f FILE"));
+        };
+        let mut bytes = Vec::new();
+        let read = if path.as_os_str() == "-" {
+            std::io::stdin().lock().take(MAX_PROMPT_BYTES + 1).read_to_end(&mut bytes)
+        } else {
+            File::open(path).and_then(|f| f.take(MAX_PROMPT_BYTES + 1).read_to_end(&mut bytes))
+        };
+        read.map_err(|e| Failure::misuse(format!("cannot read the prompt from {}: {e}", path.display())))?;
+        if bytes.len() as u64 > MAX_PROMPT_BYTES {
+            return Err(Failure::misuse(format!("the prompt in {} is longer than 64 MiB", path.display())));
+        }
+        String::from_utf8(bytes).map_err(|e| {
+            Failure::misuse(format!(
+                "the prompt in {} is not UTF-8 at byte {}",
+                path.display(),
+                e.utf8_error().valid_up_to()
+            ))
+        })
+    }
+
+    /// `-n` as a limit.
+    ///
+    /// # Errors
+    /// It is less than -1.
+    pub fn limit(&self) -> Result<Option<usize>, Failure> {
+        limit(self.n_predict)
+    }
+
+    /// Gives the session the prompt: at least one token, and no more than the context has positions.
+    ///
+    /// # Errors
+    /// It cannot be read, or has none or too many.
+    pub fn push(&self, session: &mut Session<'_>) -> Result<(), Failure> {
+        let mut tokens = session.tokenize(&self.text()?, true).map_err(explain)?;
+        if tokens.is_empty() {
+            return Err(explain(Error::EmptyPrompt));
+        }
+        if let Some(n) = self.prompt_tokens {
+            tokens = tokens.into_iter().cycle().take(n as usize).collect();
+        }
+        session.push_tokens(&tokens).map_err(explain)
+    }
+
+    /// Where the logits are to go, if anywhere.
+    ///
+    /// # Errors
+    /// The file cannot be written.
+    pub fn logits_file(&self) -> Result<Option<BufWriter<File>>, Failure> {
+        let Some(path) = &self.logits_out else { return Ok(None) };
+        let cannot = |e| Failure::misuse(format!("cannot write {}: {e}", path.display()));
+        Ok(Some(BufWriter::new(File::create(path).map_err(cannot)?)))
+    }
+}
+
+/// The number after `-n` as a limit: none for -1.
+///
+/// # Errors
+/// It is less than -1.
+pub fn limit(n_predict: i64) -> Result<Option<usize>, Failure> {
+    match n_predict {
+        -1 => Ok(None),
+        n => usize::try_from(n).map(Some).map_err(|_| Failure::misuse(format!("-n {n}: must be -1 or more"))),
+    }
+}
+
+const MAX_PROMPT_BYTES: u64 = 64 << 20;
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use clap::Parser as _;
+
+    #[derive(clap::Parser)]
+    struct Cli {
+        #[command(flatten)]
+        sampling: SamplingArgs,
+        #[command(flatten)]
+        machine: MachineArgs,
+    }
+
+    /// The defaults stand twice: for who writes nothing on the command line, and for who writes Rust.
+    #[test]
+    fn the_command_line_s_defaults_are_the_library_s() {
+        let cli = Cli::parse_from(["test"]);
+        assert_eq!(cli.sampling.unchecked(), Sampling::default());
+        assert_eq!(cli.machine.resources().unwrap(), Resources::default());
+    }
+
+    #[test]
+    fn an_option_out_of_range_is_named_as_it_was_written() {
+        let cli = |args: &[&str]| Cli::parse_from([&["test"], args].concat());
+        let says = |failure: Failure| failure.message().to_owned();
+        assert_eq!(
+            says(cli(&["--top-p=1.1"]).sampling.sampling().unwrap_err()),
+            "--top-p 1.1: must be between 0 and 1"
+        );
+        assert_eq!(
+            says(cli(&["--ubatch", "0"]).machine.resources().unwrap_err()),
+            "--ubatch 0: must be 1 to 65536"
+        );
+    }
+}

@@ -1,0 +1,316 @@
+//! Why the library could not do what it was asked, with what to do about it.
+
+use std::borrow::Cow;
+use std::path::PathBuf;
+
+use dim_core::blocks::BlockRange;
+use dim_core::digest::Sha;
+use dim_core::pipeline::PipelineError;
+use dim_core::stage::StageError;
+use dim_wire::keys::KeyError;
+use dim_wire::transport::discover::DiscoverError;
+use dim_wire::transport::{LinkError, LinkErrorKind};
+use gguf_tools::failure::Explained as _;
+use gguf_tools::manifest::ManifestError;
+use gguf_tools::plan::Role;
+use gguf_tools::slice::SliceError;
+
+use crate::event::Offered;
+use crate::host::template::TemplateError;
+
+/// An option that is out of range.
+#[derive(Clone, Debug, PartialEq, thiserror::Error)]
+#[error("{option} {value}: must be {rule}")]
+pub struct BadOption {
+    /// The option's name, as the command line has it behind its dashes.
+    pub option: &'static str,
+    /// What was given.
+    pub value: String,
+    /// What it must be.
+    pub rule: &'static str,
+}
+
+impl BadOption {
+    pub(crate) fn new(option: &'static str, value: impl ToString, rule: &'static str) -> BadOption {
+        BadOption { option, value: value.to_string(), rule }
+    }
+}
+
+/// Why something could not be done. [`hint`](Error::hint) says what to do about it, in the words of the programs'
+/// options; [`is_misuse`](Error::is_misuse) whose doing it was.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum Error {
+    /// An option is out of range.
+    #[error(transparent)]
+    Option(#[from] BadOption),
+
+    // ---- files
+    /// A manifest cannot be used.
+    #[error(transparent)]
+    Manifest(#[from] ManifestError),
+    /// A slice cannot be used.
+    #[error(transparent)]
+    Slice(#[from] SliceError),
+    /// A whole model cannot be used.
+    #[error(transparent)]
+    Model(#[from] gguf_tools::gguf::Error),
+    /// A slice is another part of the model than the one it was named as.
+    #[error("{} is a {found} slice, not a {wanted}", path.display())]
+    WrongRole {
+        /// The file.
+        path: PathBuf,
+        /// What it is.
+        found: Role,
+        /// What it had to be.
+        wanted: Role,
+    },
+    /// A worker was given a slice that stays with the host.
+    #[error("{} is a {found} slice; a worker serves a middle", path.display())]
+    NotAMiddle {
+        /// The file.
+        path: PathBuf,
+        /// What it is.
+        found: Role,
+    },
+    /// Two slices have the same weights and other settings.
+    #[error(
+        "{} and {} hold the same weights with other settings (rope, norms, ...)", path.display(), other.display()
+    )]
+    OtherSettings {
+        /// One file.
+        path: PathBuf,
+        /// The other one.
+        other: PathBuf,
+    },
+    /// Two slices are of different models.
+    #[error(transparent)]
+    OtherModel(Box<DifferentModels>),
+
+    // ---- who has which blocks
+    /// No stage has these blocks.
+    #[error("nobody has blocks {blocks}")]
+    NobodyHas {
+        /// The blocks.
+        blocks: BlockRange,
+    },
+    /// No worker has these blocks, and the slice is not at hand.
+    #[error("nobody has blocks {blocks}: no worker holds them, and {} is not here", path.display())]
+    NotHere {
+        /// The blocks.
+        blocks: BlockRange,
+        /// The slice.
+        path: PathBuf,
+    },
+    /// More than one stage has a block.
+    #[error("two stages have block {block}")]
+    TwoHave {
+        /// The block.
+        block: u32,
+    },
+
+    // ---- workers
+    /// There is no key for a worker.
+    #[error("{source}")]
+    NoKey {
+        /// The worker's address.
+        address: String,
+        /// Why not.
+        source: KeyError,
+    },
+    /// A key or the place of the keys cannot be read.
+    #[error(transparent)]
+    Key(#[from] KeyError),
+    /// A worker holds nothing.
+    #[error("the worker at {address} has no slice yet")]
+    NoSliceThere {
+        /// The worker.
+        address: String,
+    },
+    /// A worker holds a slice of another model.
+    #[error("the worker at {address} holds a slice of another model ({offer}); {} is of {model_name}", head.display())]
+    OtherModelThere {
+        /// The worker.
+        address: String,
+        /// What it says that it holds.
+        offer: Offered,
+        /// The host's head.
+        head: PathBuf,
+        /// The host's model.
+        model_name: String,
+    },
+    /// A worker says of its blocks what cannot be.
+    #[error("the worker at {address} says that it holds {offer}, and there are no such blocks")]
+    NoSuchBlocks {
+        /// The worker.
+        address: String,
+        /// What it says that it holds.
+        offer: Offered,
+    },
+    /// The workers of the local network cannot be looked for.
+    #[error(transparent)]
+    Discover(#[from] DiscoverError),
+    /// No worker of the local network could be used.
+    #[error("no usable worker for blocks {} of {model_name} within {within_s} s", ranges(blocks))]
+    NoneFound {
+        /// The blocks that nobody has.
+        blocks: Vec<BlockRange>,
+        /// The model.
+        model_name: String,
+        /// How long they were looked for.
+        within_s: u64,
+        /// Whether any worker was seen at all.
+        any_seen: bool,
+    },
+    /// There is no link to a worker.
+    #[error(transparent)]
+    Link(#[from] LinkError),
+    /// A worker failed its check, before the first step.
+    #[error("{stage}: {source}")]
+    Check {
+        /// The stage's name.
+        stage: String,
+        /// Why.
+        source: StageError,
+    },
+    /// A worker cannot listen where it was told to.
+    #[error("{}", cannot_listen(.0))]
+    Listen(LinkError),
+
+    // ---- running
+    /// A step did not come out of the pipeline.
+    #[error(transparent)]
+    Pipeline(#[from] PipelineError),
+    /// llama.cpp could not load a file or evaluate it.
+    #[error(transparent)]
+    Llama(#[from] llama_sys_patch::Error),
+    /// There is no room for a slice's cache and buffers, or it cannot be evaluated apart.
+    #[error("{}: {source}", path.display())]
+    Load {
+        /// The slice.
+        path: PathBuf,
+        /// What llama.cpp says.
+        source: llama_sys_patch::Error,
+    },
+    /// A text cannot be read as tokens.
+    #[error("{0}")]
+    Text(#[source] llama_sys_patch::Error),
+    /// There is nothing to continue.
+    #[error("the prompt is empty")]
+    EmptyPrompt,
+    /// A text has more tokens than the context positions.
+    #[error("the prompt has {n_tokens} tokens, the context {n_ctx}")]
+    PromptTooLong {
+        /// Tokens of the text.
+        n_tokens: usize,
+        /// Positions of the context.
+        n_ctx: u32,
+    },
+    /// A conversation cannot be rendered with the model's template.
+    #[error(transparent)]
+    Template(#[from] TemplateError),
+}
+
+impl Error {
+    /// What to do about it, where there is more to say than the error itself does.
+    pub fn hint(&self) -> Option<String> {
+        let text = match self {
+            Error::WrongRole { .. } => "--split STEM.split.json names all files at once",
+            Error::NotAMiddle { .. } => "the head and the tail stay with dim-host",
+            Error::OtherSettings { .. } | Error::OtherModel(_) => "take the slices of one dim-split run",
+            Error::NobodyHas { .. } => {
+                "name the worker that holds them with --worker ADDR:PORT, or the file with --middle FILE"
+            }
+            Error::NotHere { .. } => NAME_THE_WORKER,
+            Error::TwoHave { .. } => {
+                "head, middles and tail must follow each other: take the slices of one dim-split run"
+            }
+            Error::NoKey { address, .. } => {
+                return Some(format!("dim-host pair {address}, with the code that the worker shows"));
+            }
+            Error::NoSliceThere { .. } => {
+                "packages reach a phone with `dim-host push STEM.middle-A..B.coreml --worker ADDR:PORT`"
+            }
+            Error::OtherModelThere { .. } | Error::NoSuchBlocks { .. } => {
+                "start it with the middle slice that dim-split wrote beside this head"
+            }
+            Error::Discover(_) => NAME_THE_WORKER,
+            Error::NoneFound { any_seen: false, .. } => {
+                "none was seen: is it running on this network, the phone's app in the foreground? or name the worker \
+                 with --worker ADDR:PORT"
+            }
+            Error::NoneFound { any_seen: true, .. } => {
+                "the lines above say what is wrong with each that was seen; or name the worker with --worker ADDR:PORT"
+            }
+            Error::Link(error) => return error.hint().map(str::to_owned),
+            Error::Check { source, .. } => return source.hint().map(str::to_owned),
+            Error::Listen(_) => "--listen takes an address of this machine and a port, as 0.0.0.0:7878",
+            Error::Pipeline(error) => return error.hint().map(str::to_owned),
+            Error::Load { .. } => "a smaller --ctx needs less memory",
+            Error::EmptyPrompt => "give at least one character with -p or -f",
+            Error::PromptTooLong { n_tokens, .. } => {
+                let enough = n_tokens.next_power_of_two();
+                return Some(format!("start with --ctx {enough} or more, on the workers too"));
+            }
+            Error::Manifest(error) => return error.hint().map(Cow::into_owned),
+            Error::Slice(error) => return error.hint().map(Cow::into_owned),
+            Error::Model(error) => return error.hint().map(Cow::into_owned),
+            Error::Option(_) | Error::Key(_) | Error::Llama(_) | Error::Text(_) | Error::Template(_) => {
+                return None;
+            }
+        };
+        Some(text.to_owned())
+    }
+
+    /// Whether what was asked for, or a file, is wrong; otherwise something failed on the way. The programs end with
+    /// exit code 2 and 1.
+    pub fn is_misuse(&self) -> bool {
+        match self {
+            Error::Discover(_)
+            | Error::NoneFound { .. }
+            | Error::Check { .. }
+            | Error::Pipeline(_)
+            | Error::Llama(_)
+            | Error::Load { .. } => false,
+            Error::Manifest(error) => error.is_misuse(),
+            Error::Slice(error) => error.is_misuse(),
+            Error::Model(error) => error.is_misuse(),
+            Error::Link(error) => error.is_misuse(),
+            _ => true,
+        }
+    }
+}
+
+/// Slices that cannot be of one split.
+#[derive(Debug, thiserror::Error)]
+#[error(
+    "{} and {} are slices of different models ({}, {})",
+    path.display(), other.display(), named(.model), named(.other_model)
+)]
+pub struct DifferentModels {
+    /// One file.
+    pub path: PathBuf,
+    /// Its model's name and identity.
+    pub model: (String, Sha),
+    /// The other one.
+    pub other: PathBuf,
+    /// Its model's name and identity.
+    pub other_model: (String, Sha),
+}
+
+const NAME_THE_WORKER: &str = "name the worker with --worker ADDR:PORT";
+
+fn named((name, sha256): &(String, Sha)) -> String {
+    format!("{name} {:.8}", sha256.to_string())
+}
+
+fn ranges(blocks: &[BlockRange]) -> String {
+    blocks.iter().map(BlockRange::to_string).collect::<Vec<_>>().join(" and ")
+}
+
+fn cannot_listen(error: &LinkError) -> String {
+    match &error.kind {
+        LinkErrorKind::Unreachable { text } => format!("cannot listen on {}: {text}", error.peer),
+        _ => error.to_string(),
+    }
+}

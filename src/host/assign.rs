@@ -1,0 +1,171 @@
+//! Who holds which blocks: every block of the model in exactly one stage.
+
+use std::path::PathBuf;
+
+use dim_core::blocks::BlockRange;
+use dim_wire::keys::Key;
+use dim_wire::terms::SliceRole;
+use dim_wire::transport::{LinkError, Timing, inquire};
+use gguf_tools::slice::SliceInfo;
+
+use crate::error::Error;
+use crate::event::{Event, Events};
+use crate::host::builder::HostOptions;
+use crate::host::discovery;
+use crate::host::split::Split;
+use crate::retry::retry;
+use crate::stage::remote::WorkerStage;
+use crate::terms;
+
+/// A middle, and who holds it.
+pub(crate) struct Assigned {
+    pub blocks: BlockRange,
+    pub holder: Holder,
+}
+
+/// Who holds a middle.
+pub(crate) enum Holder {
+    /// This process, from a file.
+    Here { path: PathBuf, info: Box<SliceInfo> },
+    /// A worker that is to be dialled.
+    Worker {
+        address: String,
+        key: Key,
+        /// how many sessions it can be asked for
+        max_sessions: u32,
+    },
+    /// A worker that is connected already.
+    Connected { address: String, stage: Box<WorkerStage> },
+}
+
+/// The middles of a model, in the order of their blocks: with head and tail they are all its blocks.
+pub(crate) struct Assignment(pub Vec<Assigned>);
+
+impl Split {
+    /// Finds a holder for every block between head and tail: the workers that are named, then those that are found, then
+    /// the files that are at hand.
+    pub(crate) fn assign(&self, options: &HostOptions, events: &Events) -> Result<Assignment, Error> {
+        let mut middles = Vec::new();
+        for (address, key) in &options.workers {
+            middles.push(self.ask(address, key, options, events)?);
+        }
+        if let Some(search) = &options.search {
+            middles.extend(self.find(search, &middles, options, events)?);
+        }
+        for middle in &self.files.middles {
+            // a middle that no worker holds runs here, if its file is at hand
+            if middles.iter().any(|m| m.blocks.first == middle.blocks.first) {
+                continue;
+            }
+            let info = Box::new(self.open_middle(middle, events)?);
+            let holder = Holder::Here { path: middle.path.clone(), info };
+            middles.push(Assigned { blocks: middle.blocks, holder });
+        }
+        middles.sort_by_key(|m| m.blocks.first);
+        let between = middles.iter().map(|m| m.blocks);
+        let all = std::iter::once(self.head.blocks).chain(between).chain([self.tail.blocks]);
+        check_chain(all, self.head.model_blocks)?;
+        Ok(Assignment(middles))
+    }
+
+    /// What the worker at `address` holds.
+    fn ask(
+        &self,
+        address: &str,
+        key: &Key,
+        options: &HostOptions,
+        events: &Events,
+    ) -> Result<Assigned, Error> {
+        let offer = retry(
+            options.patience,
+            |error, give_up_after| events.tell(retrying(error, give_up_after)),
+            || inquire(address, key, &Timing::default()),
+        )?;
+        let address = address.to_owned();
+        if offer.role == SliceRole::None {
+            return Err(Error::NoSliceThere { address });
+        }
+        let described = terms::offered(&offer);
+        if offer.model != Some(self.head.model_sha256) {
+            let (head, model_name) = (self.files.head.clone(), self.head.model_name.clone());
+            return Err(Error::OtherModelThere { address, offer: described, head, model_name });
+        }
+        let Some(blocks) = terms::blocks_of(&offer, self.head.model_blocks) else {
+            return Err(Error::NoSuchBlocks { address, offer: described });
+        };
+        let holder = Holder::Worker { address, key: key.clone(), max_sessions: offer.max_sessions };
+        Ok(Assigned { blocks, holder })
+    }
+
+    /// Workers of the local network for the blocks that nobody has yet.
+    fn find(
+        &self,
+        search: &discovery::Discovery,
+        taken: &[Assigned],
+        options: &HostOptions,
+        events: &Events,
+    ) -> Result<Vec<Assigned>, Error> {
+        let mut blocks: Vec<BlockRange> = taken.iter().map(|m| m.blocks).collect();
+        blocks.extend([self.head.blocks, self.tail.blocks]);
+        let need = discovery::Need {
+            model: self.head.model_sha256,
+            model_name: &self.head.model_name,
+            n_blocks: self.head.model_blocks,
+            gaps: discovery::gaps(&mut blocks),
+            here: self.files.middles.iter().filter(|m| m.path.is_file()).map(|m| m.blocks).collect(),
+            patience: options.patience,
+        };
+        let needs = options.needs();
+        let found = discovery::find(search, &need, events, &mut |address, key, blocks| {
+            let terms = terms::of_host(&needs, &self.head, blocks, self.files.slice_of(blocks), 1);
+            WorkerStage::connect(address, key, terms, Timing::default(), options.step_timeout)
+        })?;
+        let assigned = |discovery::Found { address, blocks, stage }| Assigned {
+            blocks,
+            holder: Holder::Connected { address, stage: Box::new(stage) },
+        };
+        Ok(found.into_iter().map(assigned).collect())
+    }
+}
+
+/// What is told of a worker that is tried again.
+pub(crate) fn retrying(error: &LinkError, give_up_after: std::time::Duration) -> Event {
+    Event::Retrying { reason: error.to_string(), give_up_after }
+}
+
+/// Every block in exactly one stage, in order.
+fn check_chain(stages: impl Iterator<Item = BlockRange>, n_blocks: u32) -> Result<(), Error> {
+    let mut next = 0;
+    for blocks in stages {
+        if blocks.first > next {
+            return Err(Error::NobodyHas { blocks: BlockRange { first: next, last: blocks.first - 1 } });
+        }
+        if blocks.first < next {
+            return Err(Error::TwoHave { block: blocks.first });
+        }
+        next = blocks.last + 1;
+    }
+    match next < n_blocks {
+        true => Err(Error::NobodyHas { blocks: BlockRange { first: next, last: n_blocks - 1 } }),
+        false => Ok(()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn check(blocks: &[(u32, u32)], n_blocks: u32) -> String {
+        let ranges = blocks.iter().map(|&(first, last)| BlockRange { first, last });
+        check_chain(ranges, n_blocks).map_or_else(|e| e.to_string(), |()| "whole".to_owned())
+    }
+
+    #[test]
+    fn every_block_has_to_be_in_exactly_one_stage() {
+        assert_eq!(check(&[(0, 0), (1, 2), (3, 5)], 6), "whole");
+        assert_eq!(check(&[(0, 0), (3, 5)], 6), "nobody has blocks 1..2");
+        assert_eq!(check(&[(0, 0), (1, 3), (3, 5)], 6), "two stages have block 3");
+        assert_eq!(check(&[(0, 0), (1, 2)], 6), "nobody has blocks 3..5");
+        assert_eq!(check(&[(1, 5)], 6), "nobody has blocks 0..0");
+    }
+}

@@ -1,0 +1,155 @@
+//! What a host is to be, before it is one.
+
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use dim_core::pipeline::Patience;
+use dim_core::rows::RowType;
+use dim_wire::keys::Key;
+
+use crate::device;
+use crate::error::Error;
+use crate::event::{Event, Events};
+use crate::host::Host;
+use crate::host::discovery::Discovery;
+use crate::host::split::{Split, SplitFiles};
+use crate::resources::Resources;
+use crate::stage::verified::Verify;
+use crate::terms::Needs;
+
+/// The options of a host: made by [`Host::open`], used up by [`connect`](HostBuilder::connect).
+#[derive(Clone, Debug)]
+#[must_use = "nothing is opened before `connect`"]
+pub struct HostBuilder {
+    files: SplitFiles,
+    options: HostOptions,
+}
+
+#[derive(Clone, Debug)]
+pub(crate) struct HostOptions {
+    pub workers: Vec<(String, Key)>,
+    pub search: Option<Discovery>,
+    pub wire: RowType,
+    pub resources: Resources,
+    pub verify: Verify,
+    pub mmap: bool,
+    pub canary: bool,
+    pub patience: Patience,
+    pub step_timeout: Duration,
+    pub software: String,
+}
+
+impl HostOptions {
+    /// What every worker has to have.
+    pub(crate) fn needs(&self) -> Needs {
+        Needs {
+            software: self.software.clone(),
+            wire: self.wire,
+            n_ctx: self.resources.n_ctx,
+            max_rows: self.resources.n_ubatch,
+        }
+    }
+}
+
+impl HostBuilder {
+    /// Of the files that dim-split wrote.
+    pub(crate) fn of_manifest(path: &Path) -> Result<HostBuilder, Error> {
+        Ok(HostBuilder::new(SplitFiles::of_manifest(path)?))
+    }
+
+    /// Of files that are named one by one.
+    pub(crate) fn of_slices(head: &Path, middles: &[PathBuf], tail: &Path) -> Result<HostBuilder, Error> {
+        Ok(HostBuilder::new(SplitFiles::of_slices(head, middles, tail)?))
+    }
+
+    fn new(files: SplitFiles) -> HostBuilder {
+        let options = HostOptions {
+            workers: Vec::new(),
+            search: None,
+            wire: RowType::F16,
+            resources: Resources::default(),
+            verify: Verify::Once,
+            mmap: false,
+            canary: true,
+            patience: Patience::default(),
+            step_timeout: Duration::from_secs(120),
+            software: device::software("dim"),
+        };
+        HostBuilder { files, options }
+    }
+
+    /// A worker that holds a middle, at `host:port`; their order does not matter. Middles that no worker holds run in
+    /// this process.
+    pub fn worker(mut self, address: impl Into<String>, key: Key) -> HostBuilder {
+        self.options.workers.push((address.into(), key));
+        self
+    }
+
+    /// Looks on the local network for workers that hold what nobody else does.
+    pub fn find_workers(mut self, search: Discovery) -> HostBuilder {
+        self.options.search = Some(search);
+        self
+    }
+
+    /// The number format of the rows that cross the network: F16, unless this says F32 (bit-exact).
+    pub fn wire(mut self, rows: RowType) -> HostBuilder {
+        self.options.wire = rows;
+        self
+    }
+
+    /// How much of this machine to use.
+    pub fn resources(mut self, resources: Resources) -> HostBuilder {
+        self.options.resources = resources;
+        self
+    }
+
+    /// When the slices' weights are compared with their digests: once, unless this says otherwise.
+    pub fn verify(mut self, when: Verify) -> HostBuilder {
+        self.options.verify = when;
+        self
+    }
+
+    /// Whether slices are mapped instead of read: they must not change then.
+    pub fn mmap(mut self, yes: bool) -> HostBuilder {
+        self.options.mmap = yes;
+        self
+    }
+
+    /// Whether the workers' answers to a known input are held against the right ones; they are, unless this says no.
+    pub fn canary(mut self, yes: bool) -> HostBuilder {
+        self.options.canary = yes;
+        self
+    }
+
+    /// How long a lost worker is looked for.
+    pub fn patience(mut self, patience: Patience) -> HostBuilder {
+        self.options.patience = patience;
+        self
+    }
+
+    /// The longest a worker may take for one step: two minutes, unless this says otherwise.
+    pub fn step_timeout(mut self, limit: Duration) -> HostBuilder {
+        self.options.step_timeout = limit;
+        self
+    }
+
+    /// Program and version, as workers are told.
+    pub fn software(mut self, software: impl Into<String>) -> HostBuilder {
+        self.options.software = software.into();
+        self
+    }
+
+    /// Opens the files, dials the workers and loads what runs here. `on_event` hears of it, and of workers that are lost
+    /// and found as long as the host lives.
+    ///
+    /// # Errors
+    /// Whatever is in the way: a file, an option, a worker, memory.
+    pub fn connect(mut self, on_event: impl FnMut(Event) + Send + 'static) -> Result<Host, Error> {
+        let events = Events::new(on_event);
+        self.options.resources.check()?;
+        let split = Split::open(self.files, self.options.verify, &events)?;
+        let resources = &mut self.options.resources;
+        resources.n_ctx = resources.n_ctx_for(split.head.hparams.n_ctx_train, &events);
+        split.assign(&self.options, &events)?.connect(&split, &self.options, &events)
+    }
+}

@@ -1,0 +1,162 @@
+//! From an assignment to stages that are ready: workers dialled and checked, slices loaded.
+
+use dim_core::guard::{Guarded, Room};
+use dim_core::pipeline::{Pipeline, StageSlot};
+use dim_core::stage::RemoteStage;
+use dim_wire::transport::Timing;
+use gguf_tools::plan::Role;
+use gguf_tools::slice::SliceInfo;
+
+use crate::error::Error;
+use crate::event::{Event, Events, NoCanary, Placement};
+use crate::host::Host;
+use crate::host::assign::{Assigned, Assignment, Holder, retrying};
+use crate::host::builder::HostOptions;
+use crate::host::engine::SplitEngine;
+use crate::host::split::Split;
+use crate::retry::{Retry, retry, wait};
+use crate::stage::load::{self, LoadOptions};
+use crate::stage::local::LlamaStage;
+use crate::stage::remote::WorkerStage;
+use crate::terms;
+
+/// A middle whose worker, if it has one, is dialled.
+enum Dialled {
+    Here(std::path::PathBuf, Box<SliceInfo>),
+    Remote(Box<dyn RemoteStage>),
+}
+
+impl Assignment {
+    /// Dials and checks every worker, then loads what runs here: how many rows go at once is known only then.
+    pub(crate) fn connect(
+        self,
+        split: &Split,
+        options: &HostOptions,
+        events: &Events,
+    ) -> Result<Host, Error> {
+        let mut placements = vec![here(&split.head)];
+        let mut n_ubatch = options.resources.n_ubatch;
+        let mut dialled = Vec::new();
+        for Assigned { blocks, holder } in self.0 {
+            let (worker, ready) = match holder {
+                Holder::Here { path, info } => (None, Dialled::Here(path, info)),
+                remote => {
+                    let (stage, address) = dial(split, options, events, blocks, remote, &mut n_ubatch)?;
+                    (Some(address), Dialled::Remote(stage))
+                }
+            };
+            placements.push(Placement { role: Role::Middle, blocks, worker });
+            dialled.push(ready);
+        }
+        placements.push(here(&split.tail));
+
+        let n_ctx = options.resources.n_ctx;
+        let load_options = LoadOptions {
+            resources: crate::Resources { n_ubatch, ..options.resources },
+            mmap: options.mmap,
+            max_sessions: 1,
+            compute_bytes: None,
+        };
+        let local = |path: &std::path::Path, info: &SliceInfo| -> Result<LlamaStage, Error> {
+            load::stage(path, info, &load_options, events)
+        };
+        let head = local(&split.files.head, &split.head)?;
+        let vocabulary = head.inner().model().clone();
+        let mut stages = vec![StageSlot::Local(Box::new(head))];
+        for middle in dialled {
+            stages.push(match middle {
+                Dialled::Here(path, info) => StageSlot::Local(Box::new(local(&path, &info)?)),
+                Dialled::Remote(stage) => StageSlot::Remote(stage),
+            });
+        }
+        stages.push(StageSlot::Local(Box::new(local(&split.files.tail, &split.tail)?)));
+        let pipeline = Pipeline::new(stages, options.wire, options.patience);
+        events.tell(Event::Ready { stages: placements, n_blocks: split.head.model_blocks });
+        let engine = SplitEngine::new(pipeline, n_ubatch, events.clone());
+        Ok(Host { engine, vocabulary, n_ctx, model_name: split.head.model_name.clone() })
+    }
+}
+
+fn here(info: &SliceInfo) -> Placement {
+    Placement { role: info.role, blocks: info.blocks, worker: None }
+}
+
+/// A worker's stage, connected and checked, and the worker's address. `n_ubatch` becomes what it takes, if that is less.
+fn dial(
+    split: &Split,
+    options: &HostOptions,
+    events: &Events,
+    blocks: dim_core::blocks::BlockRange,
+    holder: Holder,
+    n_ubatch: &mut u32,
+) -> Result<(Box<dyn RemoteStage>, String), Error> {
+    let canary = match options.canary {
+        true => split.files.canary_of(blocks),
+        false => Err(NoCanary::Off),
+    };
+    let (stage, address) = match holder {
+        Holder::Connected { address, stage } => (*stage, address),
+        Holder::Worker { address, key, max_sessions } => {
+            // one session more than the conversation's, where the worker has it, is the canary's
+            let max_sessions = if canary.is_ok() { max_sessions.min(2) } else { 1 };
+            let slice = split.files.slice_of(blocks);
+            let terms = terms::of_host(&options.needs(), &split.head, blocks, slice, max_sessions);
+            let stage = retry(
+                options.patience,
+                |error, give_up_after| events.tell(retrying(error, give_up_after)),
+                || {
+                    let terms = terms.clone();
+                    WorkerStage::connect(&address, &key, terms, Timing::default(), options.step_timeout)
+                },
+            )?;
+            (stage, address)
+        }
+        Holder::Here { path, .. } => return Err(Error::NotHere { blocks, path }),
+    };
+    // the last session is nobody else's, if there is more than one
+    let mut session = 0;
+    if let Some(link) = stage.link() {
+        session = link.agreed().max_sessions.saturating_sub(1);
+        *n_ubatch = link.agreed().max_rows.min(*n_ubatch);
+    }
+    match canary {
+        Err(why) => {
+            events.tell(Event::Unchecked { address: address.clone(), why });
+            Ok((Box::new(stage), address))
+        }
+        Ok(canary) => {
+            let n_embd = split.head.hparams.n_embd as usize;
+            let (dtype, n_ctx, max_rows) = (options.wire, options.resources.n_ctx, *n_ubatch);
+            let room = Room { n_embd, dtype, n_ctx, max_rows, session };
+            let stage = Guarded::new(stage, canary.clone(), room);
+            Ok((Box::new(checked(stage, options, events)?), address))
+        }
+    }
+}
+
+/// A worker that passed its canary. One that is lost meanwhile is looked for as at any other time.
+fn checked(
+    mut stage: Guarded<WorkerStage>,
+    options: &HostOptions,
+    events: &Events,
+) -> Result<Guarded<WorkerStage>, Error> {
+    let mut state = Retry::new(options.patience, std::time::Instant::now());
+    let mut result = stage.check();
+    loop {
+        let error = match result {
+            Ok(cosine) => {
+                if let Some(cosine) = cosine {
+                    events.tell(Event::Checked { stage: stage.name(), cosine });
+                }
+                return Ok(stage);
+            }
+            Err(error) => error,
+        };
+        let mut tell = |error: &dim_core::stage::StageError, give_up_after| {
+            events.tell(Event::Retrying { reason: error.to_string(), give_up_after });
+        };
+        wait(&mut state, error, &mut tell).map_err(|source| Error::Check { stage: stage.name(), source })?;
+        // a check is part of every new connection
+        result = stage.reconnect();
+    }
+}

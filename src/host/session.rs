@@ -1,0 +1,407 @@
+//! A conversation: tokens in, tokens out. The core loop: tokens -> logits -> token -> text, and again.
+
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{Duration, Instant};
+
+use dim_core::stage::Traffic;
+use llama_sys_patch::Model;
+
+use crate::error::{BadOption, Error};
+use crate::host::engine::{Engine, StageSnapshot, to_u32};
+use crate::host::report::{Report, StageReport, Stop, WireReport, ms, per_second};
+use crate::host::sampler::{Sampler, Sampling};
+use crate::host::text::TextStream;
+
+/// One sequence of tokens, in the caches of all stages.
+///
+/// What is pushed is evaluated by the next [`generate`](Session::generate); what was generated belongs to the session
+/// too, so that a second `generate` goes on where the first one stopped.
+pub struct Session<'h> {
+    engine: &'h mut dyn Engine,
+    vocabulary: Model,
+    n_ctx: u32,
+    model_name: &'h str,
+    /// all of them, prompt and replies
+    tokens: Vec<i32>,
+    /// how many of them, from the start, the stages' caches hold
+    evaluated: usize,
+    /// a step has failed: what the caches hold beyond `evaluated` is not known
+    torn: bool,
+}
+
+impl<'h> Session<'h> {
+    /// An empty session.
+    pub(crate) fn begin(
+        engine: &'h mut dyn Engine,
+        vocabulary: &Model,
+        n_ctx: u32,
+        model_name: &'h str,
+    ) -> Result<Session<'h>, Error> {
+        engine.rewind(0)?;
+        let vocabulary = vocabulary.clone();
+        Ok(Session { engine, vocabulary, n_ctx, model_name, tokens: Vec::new(), evaluated: 0, torn: false })
+    }
+
+    /// Positions there are.
+    pub fn n_ctx(&self) -> u32 {
+        self.n_ctx
+    }
+
+    /// All tokens so far, of prompt and replies.
+    pub fn tokens(&self) -> &[i32] {
+        &self.tokens
+    }
+
+    /// A text as tokens; special tokens in it are read as such. `begins` says whether it is the beginning of a session:
+    /// models that want a token there get it.
+    ///
+    /// # Errors
+    /// [`Error::Text`]: the model has no vocabulary, or the text is too long.
+    pub fn tokenize(&self, text: &str, begins: bool) -> Result<Vec<i32>, Error> {
+        self.vocabulary.tokenize(text, begins, true).map_err(Error::Text)
+    }
+
+    /// Adds a text.
+    ///
+    /// # Errors
+    /// As [`tokenize`](Self::tokenize) and [`push_tokens`](Self::push_tokens).
+    pub fn push_text(&mut self, text: &str) -> Result<(), Error> {
+        let tokens = self.tokenize(text, self.tokens.is_empty())?;
+        self.push_tokens(&tokens)
+    }
+
+    /// Adds tokens.
+    ///
+    /// # Errors
+    /// [`Error::PromptTooLong`]; nothing was added then.
+    pub fn push_tokens(&mut self, tokens: &[i32]) -> Result<(), Error> {
+        self.has_room(self.tokens.len() + tokens.len())?;
+        self.tokens.extend_from_slice(tokens);
+        Ok(())
+    }
+
+    /// Makes these all of the session's tokens. What they have in common with those before, from the start, stays in the
+    /// caches: a conversation whose every turn is rendered anew is not evaluated anew.
+    ///
+    /// # Errors
+    /// [`Error::PromptTooLong`], or a stage that fails.
+    pub fn set_tokens(&mut self, tokens: &[i32]) -> Result<(), Error> {
+        self.has_room(tokens.len())?;
+        let held = &self.tokens[..self.evaluated];
+        let common = held.iter().zip(tokens).take_while(|(a, b)| a == b).count();
+        // at least one is evaluated, for its logits
+        self.forget_from(common.min(tokens.len().saturating_sub(1)))?;
+        self.tokens = tokens.to_vec();
+        Ok(())
+    }
+
+    /// Evaluates what is pending and takes it back: weights are read and memory is touched, for measurements.
+    ///
+    /// # Errors
+    /// As a generation's first token.
+    pub fn warm_up(&mut self) -> Result<(), Error> {
+        let before = self.evaluated;
+        self.evaluate_pending()?;
+        self.forget_from(before)
+    }
+
+    /// Evaluates `tokens` as a session of their own, which takes this one's place, and gives the logits of every one of
+    /// them to `on_logits`: (n_rows, n_vocab) of a chunk at a time, in order. Nothing is pending afterwards.
+    ///
+    /// # Errors
+    /// As a generation's first token.
+    pub fn logits_of(&mut self, tokens: &[i32], on_logits: &mut dyn FnMut(&[f32])) -> Result<(), Error> {
+        self.has_room(tokens.len())?;
+        self.tokens.clear();
+        self.forget_from(0)?;
+        self.torn = true;
+        self.engine.evaluate_all(0, tokens, on_logits)?;
+        self.torn = false;
+        (self.tokens, self.evaluated) = (tokens.to_vec(), tokens.len());
+        Ok(())
+    }
+
+    /// Goes on from here, a token at a time.
+    pub fn generate<'s>(&'s mut self, sampling: Sampling) -> Generation<'s, 'h> {
+        Generation::new(self, &sampling)
+    }
+
+    fn has_room(&self, n_tokens: usize) -> Result<(), Error> {
+        match n_tokens > self.n_ctx as usize {
+            true => Err(Error::PromptTooLong { n_tokens, n_ctx: self.n_ctx }),
+            false => Ok(()),
+        }
+    }
+
+    /// Forgets what the caches hold from `position` on; the tokens stay.
+    fn forget_from(&mut self, position: usize) -> Result<(), Error> {
+        self.torn = true;
+        self.evaluated = self.evaluated.min(position);
+        self.engine.rewind(to_u32(self.evaluated))?;
+        self.torn = false;
+        Ok(())
+    }
+
+    /// Tokens that are to be evaluated before the next one can be chosen; one at least, where there is any.
+    fn n_pending(&self) -> usize {
+        (self.tokens.len() - self.evaluated).max(1).min(self.tokens.len())
+    }
+
+    /// The logits of the last token, (n_vocab).
+    fn evaluate_pending(&mut self) -> Result<Vec<f32>, Error> {
+        if self.tokens.is_empty() {
+            return Err(Error::EmptyPrompt);
+        }
+        self.has_room(self.tokens.len())?;
+        let first = self.tokens.len() - self.n_pending();
+        if self.torn || first < self.evaluated {
+            self.forget_from(first)?;
+        }
+        self.torn = true;
+        let logits = self.engine.evaluate(to_u32(first), &self.tokens[first..])?;
+        self.torn = false;
+        self.evaluated = self.tokens.len();
+        Ok(logits)
+    }
+}
+
+/// A token that was chosen.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Token {
+    /// Its number in the vocabulary.
+    pub id: i32,
+    /// What can be shown now: a character that is not complete yet comes with a later token, so this may be empty.
+    pub text: String,
+    /// Whether the model ends its reply with it.
+    pub is_end: bool,
+}
+
+/// A reply under way: an iterator over its tokens, that ends where the reply does. After an error it has ended too, and
+/// the session can go on from the tokens that came before.
+#[must_use = "tokens are generated as they are asked for"]
+pub struct Generation<'s, 'h> {
+    session: &'s mut Session<'h>,
+    sampler: Result<Sampler, BadOption>,
+    limit: Option<usize>,
+    ignore_eos: bool,
+    stop_flag: Option<&'s AtomicBool>,
+    stream: TextStream,
+    logits: Vec<f32>,
+    stop: Option<Stop>,
+    so_far: SoFar,
+}
+
+/// What a report is made of.
+struct SoFar {
+    n_prompt: usize,
+    tokens: Vec<i32>,
+    text: String,
+    error: Option<String>,
+    ready: Instant,
+    first_token_at: Option<Instant>,
+    end: Instant,
+    prompt_time: Duration,
+    sampling: Duration,
+    before: Snapshot,
+    after_prompt: Snapshot,
+}
+
+impl<'s, 'h> Generation<'s, 'h> {
+    fn new(session: &'s mut Session<'h>, sampling: &Sampling) -> Generation<'s, 'h> {
+        let mut sampler = Sampler::new(sampling, session.vocabulary.n_vocab());
+        if let Ok(sampler) = &mut sampler {
+            session.tokens.iter().for_each(|&token| sampler.accept(token));
+        }
+        let ready = Instant::now();
+        let before = Snapshot::take(session.engine);
+        let so_far = SoFar {
+            n_prompt: session.n_pending(),
+            tokens: Vec::new(),
+            text: String::new(),
+            error: None,
+            ready,
+            first_token_at: None,
+            end: ready,
+            prompt_time: Duration::ZERO,
+            sampling: Duration::ZERO,
+            after_prompt: before.clone(),
+            before,
+        };
+        Generation {
+            session,
+            sampler,
+            limit: None,
+            ignore_eos: false,
+            stop_flag: None,
+            stream: TextStream::default(),
+            logits: Vec::new(),
+            stop: None,
+            so_far,
+        }
+    }
+
+    /// Ends after `n` tokens; without one, where the model ends or the context is full.
+    pub fn limit(mut self, n: Option<usize>) -> Self {
+        self.limit = n;
+        self
+    }
+
+    /// Goes on after a token with which the model ends its reply.
+    pub fn ignore_eos(mut self, yes: bool) -> Self {
+        self.ignore_eos = yes;
+        self
+    }
+
+    /// Ends after the token that is being computed once another thread has set this.
+    pub fn stop_when(mut self, flag: &'s AtomicBool) -> Self {
+        self.stop_flag = Some(flag);
+        self
+    }
+
+    /// The logits that the last token was chosen from, (n_vocab); empty before the first one.
+    pub fn logits(&self) -> &[f32] {
+        &self.logits
+    }
+
+    /// What was generated, why it ended and where the time went; times from the start of the process count from
+    /// `process_start`.
+    pub fn report(&self, process_start: Instant) -> Report {
+        let so_far = &self.so_far;
+        let first_token_at = so_far.first_token_at.unwrap_or(so_far.end);
+        let gen_time = so_far.end - first_token_at;
+        let after = Snapshot::take(self.session.engine);
+        Report {
+            mode: self.session.engine.mode().to_owned(),
+            model: self.session.model_name.to_owned(),
+            // whoever asks for no more tokens has ended it
+            stop: self.stop.unwrap_or(Stop::Length),
+            error: so_far.error.clone(),
+            seed: self.sampler.as_ref().map_or(0, Sampler::seed),
+            prompt_tokens: so_far.n_prompt,
+            prompt_tok_s: per_second(so_far.n_prompt, so_far.prompt_time),
+            gen_tok_s: per_second(so_far.tokens.len().saturating_sub(1), gen_time),
+            ttft_ms: ms(first_token_at - so_far.ready),
+            start_to_first_token_ms: ms(first_token_at - process_start),
+            load_ms: ms(so_far.ready - process_start),
+            prompt_ms: ms(so_far.prompt_time),
+            gen_ms: ms(gen_time),
+            sample_ms: ms(so_far.sampling),
+            stages: after.stages_since(&so_far.before, &so_far.after_prompt),
+            wire: after.wire_since(&so_far.before, &so_far.after_prompt, self.session.engine.wire_dtype()),
+            tokens: so_far.tokens.clone(),
+            text: so_far.text.clone(),
+        }
+    }
+
+    /// The next token; `None` where there is none to choose.
+    fn step(&mut self) -> Result<Option<Token>, Error> {
+        let so_far = &mut self.so_far;
+        let sampler = self.sampler.as_mut().map_err(|e| e.clone())?;
+
+        // tokens -> logits of the last one
+        self.logits = self.session.evaluate_pending()?;
+        if so_far.first_token_at.is_none() {
+            so_far.prompt_time = so_far.ready.elapsed();
+            so_far.after_prompt = Snapshot::take(self.session.engine);
+        }
+        if self.limit == Some(0) {
+            self.stop = Some(Stop::Length);
+            return Ok(None);
+        }
+
+        // logits -> token
+        let sampled_at = Instant::now();
+        let Some(id) = sampler.sample(&self.logits) else {
+            self.stop = Some(Stop::EndOfGeneration);
+            return Ok(None);
+        };
+        so_far.sampling += sampled_at.elapsed();
+        so_far.first_token_at.get_or_insert_with(Instant::now);
+        so_far.tokens.push(id);
+        self.session.tokens.push(id);
+
+        // token -> text
+        let is_end = self.session.vocabulary.is_eog(id);
+        let mut text = String::new();
+        if !is_end || self.ignore_eos {
+            text = self.stream.push(&self.session.vocabulary.token_bytes(id).unwrap_or_default());
+        }
+
+        // and again?
+        self.stop = if is_end && !self.ignore_eos {
+            Some(Stop::EndOfGeneration)
+        } else if self.limit.is_some_and(|n| so_far.tokens.len() >= n) {
+            Some(Stop::Length)
+        } else if self.session.tokens.len() > self.session.n_ctx as usize {
+            Some(Stop::ContextFull)
+        } else if self.stop_flag.is_some_and(|flag| flag.load(Ordering::Relaxed)) {
+            Some(Stop::Interrupted)
+        } else {
+            None
+        };
+        if self.stop.is_some() {
+            text.push_str(&self.stream.finish());
+        }
+        so_far.text.push_str(&text);
+        Ok(Some(Token { id, text, is_end }))
+    }
+}
+
+impl Iterator for Generation<'_, '_> {
+    type Item = Result<Token, Error>;
+
+    fn next(&mut self) -> Option<Result<Token, Error>> {
+        if self.stop.is_some() {
+            return None;
+        }
+        let result = self.step();
+        if let Err(error) = &result {
+            self.stop = Some(Stop::Error);
+            self.so_far.error = Some(error.to_string());
+            self.so_far.text.push_str(&self.stream.finish());
+        }
+        self.so_far.end = Instant::now();
+        result.transpose()
+    }
+}
+
+/// Counters at one moment.
+#[derive(Clone)]
+struct Snapshot {
+    stages: Vec<StageSnapshot>,
+    traffic: Traffic,
+}
+
+impl Snapshot {
+    fn take(engine: &dyn Engine) -> Snapshot {
+        Snapshot { stages: engine.stages(), traffic: engine.traffic() }
+    }
+
+    fn stages_since(&self, start: &Snapshot, after_prompt: &Snapshot) -> Vec<StageReport> {
+        let stages = self.stages.iter().zip(&start.stages).zip(&after_prompt.stages);
+        stages
+            .map(|((now, start), after_prompt)| StageReport {
+                name: now.name.clone(),
+                blocks: now.blocks.clone(),
+                compute_ms: ms(now.compute - start.compute),
+                wait_ms: ms(now.wait - start.wait),
+                gen_compute_ms: ms(now.compute - after_prompt.compute),
+                gen_wait_ms: ms(now.wait - after_prompt.wait),
+                reconnects: now.reconnects - start.reconnects,
+            })
+            .collect()
+    }
+
+    /// The handshake before the first prompt counts in the totals: it is what the run cost.
+    fn wire_since(&self, start: &Snapshot, after_prompt: &Snapshot, dtype: &str) -> WireReport {
+        let (now, then) = (self.traffic, after_prompt.traffic);
+        WireReport {
+            dtype: dtype.to_owned(),
+            bytes_sent: now.bytes_sent,
+            bytes_received: now.bytes_received,
+            round_trips: now.round_trips - start.traffic.round_trips,
+            gen_bytes_sent: now.bytes_sent - then.bytes_sent,
+            gen_bytes_received: now.bytes_received - then.bytes_received,
+        }
+    }
+}

@@ -1,0 +1,103 @@
+//! What is agreed on with a worker, in the words of the wire.
+
+use dim_core::blocks::BlockRange;
+use dim_core::digest::Sha;
+use dim_core::rows::RowType;
+use dim_wire::rows::RowTypes;
+use dim_wire::terms::{SliceRole, Terms};
+use gguf_tools::slice::SliceInfo;
+
+use crate::device;
+use crate::event::Offered;
+
+/// What this program needs of every worker.
+#[derive(Clone, Debug)]
+pub(crate) struct Needs {
+    pub software: String,
+    pub wire: RowType,
+    pub n_ctx: u32,
+    pub max_rows: u32,
+}
+
+/// The terms of a host that needs a worker with `blocks` of the model that `head` is of.
+pub(crate) fn of_host(
+    needs: &Needs,
+    head: &SliceInfo,
+    blocks: BlockRange,
+    slice: Option<Sha>,
+    max_sessions: u32,
+) -> Terms {
+    Terms {
+        row_types: match needs.wire {
+            RowType::F16 => RowTypes::F16,
+            RowType::F32 => RowTypes::F32,
+        },
+        role: SliceRole::Middle,
+        instance: random_instance(),
+        n_ctx: needs.n_ctx,
+        max_rows: needs.max_rows,
+        max_sessions,
+        max_in_flight: dim_core::pipeline::MAX_IN_FLIGHT,
+        slice,
+        ..of_model(head, blocks, &needs.software)
+    }
+}
+
+/// What a worker with this slice holds and can do.
+pub(crate) fn of_worker(
+    slice: &SliceInfo,
+    software: &str,
+    n_ctx: u32,
+    max_rows: u32,
+    max_sessions: u32,
+) -> Terms {
+    Terms {
+        row_types: RowTypes::ALL,
+        role: SliceRole::Middle,
+        instance: u64::from(std::process::id()),
+        n_ctx,
+        max_rows,
+        max_sessions,
+        max_in_flight: MAX_IN_FLIGHT,
+        slice: Some(slice.slice_sha256),
+        ..of_model(slice, slice.blocks, software)
+    }
+}
+
+fn of_model(slice: &SliceInfo, blocks: BlockRange, software: &str) -> Terms {
+    Terms {
+        n_embd: slice.hparams.n_embd,
+        n_blocks: slice.model_blocks,
+        blocks,
+        model: Some(slice.model_sha256),
+        params: slice.params_sha256,
+        arch: slice.hparams.arch.clone(),
+        ..Terms::blank(0, software, &device::name())
+    }
+}
+
+/// A worker's slice, as it describes it.
+pub(crate) fn offered(offer: &Terms) -> Offered {
+    Offered {
+        arch: offer.arch.clone(),
+        first: offer.blocks.first,
+        last: offer.blocks.last,
+        n_blocks: offer.n_blocks,
+    }
+}
+
+/// The blocks that a worker says it has, if a model of `n_blocks` has such blocks.
+pub(crate) fn blocks_of(offer: &Terms, n_blocks: u32) -> Option<BlockRange> {
+    let BlockRange { first, last } = offer.blocks;
+    (first <= last && last < n_blocks).then_some(offer.blocks)
+}
+
+fn random_instance() -> u64 {
+    let mut bytes = [0; 8];
+    // zero is allowed: it only keeps the worker from recognising a ghost of this process
+    let _ = getrandom::fill(&mut bytes);
+    u64::from_le_bytes(bytes)
+}
+
+/// Steps a host may send ahead.
+const MAX_IN_FLIGHT: u32 = 4;

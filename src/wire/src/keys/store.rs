@@ -1,0 +1,243 @@
+//! The directory where a user's keys are kept, a file for each and one that says whose it is.
+
+use std::fs;
+use std::io::{self, Write};
+use std::path::{Path, PathBuf};
+
+use serde::{Deserialize, Serialize};
+use zeroize::Zeroize;
+
+use super::{BadKey, Key, KeyId};
+
+/// Whom a key is shared with, for people to read and for a host to find the key for an address.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Peer {
+    /// What the peer calls itself.
+    pub name: String,
+    /// Where it was when it was paired or last reached, `host:port`; empty if it dialled us.
+    #[serde(default)]
+    pub address: String,
+    /// When it was paired, seconds since 1970.
+    #[serde(default)]
+    pub paired_at: u64,
+}
+
+/// The directory of this user's keys.
+#[derive(Clone, Debug)]
+pub struct KeyStore {
+    directory: PathBuf,
+}
+
+impl KeyStore {
+    /// The user's own: `$XDG_CONFIG_HOME/dim/keys` or `~/.config/dim/keys`. Nothing is created yet.
+    ///
+    /// # Errors
+    /// [`KeyError::NoHome`] if neither variable is set.
+    pub fn of_user() -> Result<KeyStore, KeyError> {
+        let absolute = |name| std::env::var_os(name).map(PathBuf::from).filter(|p| p.is_absolute());
+        let config =
+            absolute("XDG_CONFIG_HOME").or_else(|| absolute("HOME").map(|home| home.join(".config")));
+        Ok(KeyStore::at(config.ok_or(KeyError::NoHome)?.join("dim").join("keys")))
+    }
+
+    /// The store in this directory, which need not exist.
+    pub fn at(directory: impl Into<PathBuf>) -> KeyStore {
+        KeyStore { directory: directory.into() }
+    }
+
+    /// Where it is.
+    pub fn directory(&self) -> &Path {
+        &self.directory
+    }
+
+    /// Keeps a key, replacing what was known of the same key. When this returns, it is on the disk.
+    ///
+    /// # Errors
+    /// [`KeyError::Io`], naming the file.
+    pub fn add(&self, key: &Key, peer: &Peer) -> Result<(), KeyError> {
+        let io = |source| KeyError::Io { path: self.directory.clone(), source };
+        private_directory(&self.directory).map_err(io)?;
+        let id = key.id();
+        let description = serde_json::to_vec_pretty(peer).unwrap_or_default();
+        self.write(&self.path(id, "json"), &description)?;
+        let mut line = key.to_hex() + "\n";
+        let written = self.write(&self.path(id, "key"), line.as_bytes());
+        line.zeroize();
+        written
+    }
+
+    /// The key with this id.
+    ///
+    /// # Errors
+    /// As of [`Key::from_file`]; [`KeyError::Permissions`] if others can read it. A key that is not there is
+    /// `None`.
+    pub fn find(&self, id: KeyId) -> Result<Option<Key>, KeyError> {
+        let path = self.path(id, "key");
+        match fs::metadata(&path) {
+            Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(None),
+            Err(source) => return Err(KeyError::Io { path, source }),
+            Ok(metadata) if others_can_read(&metadata) => return Err(KeyError::Permissions { path }),
+            Ok(_) => {}
+        }
+        let key = Key::from_file(&path)?;
+        // a file that was renamed by hand holds another key than its name says
+        Ok((key.id() == id).then_some(key))
+    }
+
+    /// Every key's id and peer, sorted by id. Files that are none of ours are passed over.
+    ///
+    /// # Errors
+    /// [`KeyError::Io`] if the directory is there and cannot be read.
+    pub fn list(&self) -> Result<Vec<(KeyId, Peer)>, KeyError> {
+        let io = |source| KeyError::Io { path: self.directory.clone(), source };
+        let entries = match fs::read_dir(&self.directory) {
+            Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
+            other => other.map_err(io)?,
+        };
+        let mut found = Vec::new();
+        for entry in entries {
+            let name = entry.map_err(io)?.file_name();
+            let Some(id) = name.to_str().and_then(|n| n.strip_suffix(".key")).and_then(parse_id) else {
+                continue;
+            };
+            let description = fs::read(self.path(id, "json")).unwrap_or_default();
+            found.push((id, serde_json::from_slice(&description).unwrap_or_default()));
+        }
+        found.sort_by_key(|(id, _)| *id);
+        Ok(found)
+    }
+
+    /// The key for a worker at `address`: the one last used there, or the only one there is.
+    ///
+    /// # Errors
+    /// [`KeyError::NotPaired`] if there is none or it is not clear which; those of [`find`](Self::find).
+    pub fn for_address(&self, address: &str) -> Result<Key, KeyError> {
+        let known = self.list()?;
+        let here: Vec<_> = known.iter().filter(|(_, peer)| peer.address == address).collect();
+        let newest = here.iter().max_by_key(|(_, peer)| peer.paired_at).map(|(id, _)| *id);
+        let only = if known.len() == 1 { Some(known[0].0) } else { None };
+        let not_paired = || KeyError::NotPaired { address: address.to_owned(), keys: known.len() };
+        let id = newest.or(only).ok_or_else(not_paired)?;
+        self.find(id)?.ok_or_else(not_paired)
+    }
+
+    /// Forgets a key: the peer is a stranger from now on. Whether there was one.
+    ///
+    /// # Errors
+    /// [`KeyError::Io`], naming the file.
+    pub fn remove(&self, id: KeyId) -> Result<bool, KeyError> {
+        let mut there = false;
+        for extension in ["key", "json"] {
+            let path = self.path(id, extension);
+            match fs::remove_file(&path) {
+                Ok(()) => there = true,
+                Err(e) if e.kind() == io::ErrorKind::NotFound => {}
+                Err(source) => return Err(KeyError::Io { path, source }),
+            }
+        }
+        Ok(there)
+    }
+
+    pub(super) fn path(&self, id: KeyId, extension: &str) -> PathBuf {
+        self.directory.join(format!("{id}.{extension}"))
+    }
+
+    /// Writes beside, then renames: a crash leaves the old file or the new one.
+    fn write(&self, path: &Path, bytes: &[u8]) -> Result<(), KeyError> {
+        let temporary = path.with_extension(format!("new-{}", std::process::id()));
+        let done = (|| {
+            let _ = fs::remove_file(&temporary);
+            let mut options = fs::OpenOptions::new();
+            options.write(true).create_new(true);
+            #[cfg(unix)]
+            std::os::unix::fs::OpenOptionsExt::mode(&mut options, 0o600);
+            let mut file = options.open(&temporary)?;
+            file.write_all(bytes)?;
+            file.sync_all()?;
+            fs::rename(&temporary, path)
+        })();
+        done.map_err(|source| {
+            let _ = fs::remove_file(&temporary);
+            KeyError::Io { path: path.to_owned(), source }
+        })
+    }
+}
+
+fn parse_id(text: &str) -> Option<KeyId> {
+    let digit = |b: u8| matches!(b, b'0'..=b'9' | b'a'..=b'f');
+    if text.len() != 16 || !text.bytes().all(digit) {
+        return None;
+    }
+    u64::from_str_radix(text, 16).ok().map(|id| KeyId(id.to_be_bytes()))
+}
+
+#[cfg(unix)]
+fn private_directory(path: &Path) -> io::Result<()> {
+    use std::os::unix::fs::{DirBuilderExt, PermissionsExt};
+    fs::DirBuilder::new().recursive(true).mode(0o700).create(path)?;
+    fs::set_permissions(path, fs::Permissions::from_mode(0o700))
+}
+
+#[cfg(not(unix))]
+fn private_directory(path: &Path) -> io::Result<()> {
+    fs::create_dir_all(path)
+}
+
+#[cfg(unix)]
+fn others_can_read(metadata: &fs::Metadata) -> bool {
+    std::os::unix::fs::MetadataExt::mode(metadata) & 0o077 != 0
+}
+
+#[cfg(not(unix))]
+fn others_can_read(_: &fs::Metadata) -> bool {
+    false
+}
+
+/// What can be wrong with keys and the files they are in.
+#[derive(Debug, thiserror::Error)]
+pub enum KeyError {
+    /// A file or the directory cannot be read or written.
+    #[error("{}: {source}", path.display())]
+    Io {
+        /// Which.
+        path: PathBuf,
+        /// Why.
+        source: io::Error,
+    },
+    /// A file holds no key.
+    #[error("{}: {problem}", path.display())]
+    BadFile {
+        /// Which.
+        path: PathBuf,
+        /// What is wrong with it.
+        problem: BadKey,
+    },
+    /// Other users can read a key.
+    #[error("{0}: other users can read this key; if it is still good, run: chmod 600 {0}", path.display())]
+    Permissions {
+        /// Which.
+        path: PathBuf,
+    },
+    /// No key for a worker.
+    #[error(
+        "no key for the worker at {address} ({keys} keys are kept): pair with it first, or name a --key-file"
+    )]
+    NotPaired {
+        /// The worker's address.
+        address: String,
+        /// How many keys there are for others.
+        keys: usize,
+    },
+    /// Neither HOME nor XDG_CONFIG_HOME.
+    #[error("neither HOME nor XDG_CONFIG_HOME is set, so there is no place for keys: name a --key-file")]
+    NoHome,
+    /// No random numbers.
+    #[error("the system gives no random numbers: {0}")]
+    NoRandomness(String),
+}
+
+impl KeyError {
+    pub(super) fn no_randomness(error: getrandom::Error) -> KeyError {
+        KeyError::NoRandomness(error.to_string())
+    }
+}

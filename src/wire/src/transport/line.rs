@@ -1,0 +1,448 @@
+//! An agreed connection's socket and endpoint, shared by the threads that use them.
+//!
+//! ```text
+//!     owner's thread              send ---> seal ---> write            (one call a frame)
+//!     owner's thread              next_message <--- open <--- read     (one call, mostly)
+//!     the line's own thread       heartbeats; reads ahead while the owner is busy elsewhere
+//! ```
+//!
+//! The owner reads in its own thread, so a token wakes no other. While the owner computes a prompt's chunk, though, the
+//! next one should arrive, a peer that is sending must not be kept waiting, and a dead peer should be noticed: so the
+//! line's thread reads ahead as soon as rows of a prompt are under way, and in any case when nobody has read for a
+//! quarter of a second. What it finds waits, opened, for the owner. That is also why a host with one thread may have
+//! several steps under way: its line reads while it sends.
+//!
+//! Two locks, taken in this order: `out`, held while bytes are being written, and `state`, never held while anything is
+//! waited for but its own change. The inbox is lent to whoever reads, so nobody holds a lock while reading either.
+
+use std::io::{Read, Write};
+use std::net::{Shutdown, TcpStream};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+
+use dim_core::bell::Bell;
+
+use super::tcp;
+use crate::endpoint::{Endpoint, Filed, HEARTBEAT_EVERY};
+use crate::error::Misbehaved;
+use crate::frame::Inbox;
+use crate::link_error::{Awaited, LinkError, LinkErrorKind};
+
+/// After how long without its owner reading the line's thread reads.
+const OWNER_AWAY: Duration = Duration::from_millis(250);
+/// How long last words may take to be written.
+const LAST_WORDS: Duration = Duration::from_millis(500);
+
+/// What the threads share.
+pub(super) struct Line {
+    pub stream: TcpStream,
+    /// the peer's name and address
+    pub peer: String,
+    most_ready: usize,
+    out: Mutex<Out>,
+    state: Mutex<State>,
+    /// the state has changed
+    changed: Condvar,
+    stopped: AtomicBool,
+}
+
+/// The way to the socket.
+#[derive(Default)]
+struct Out {
+    /// sealed, and not yet taken by the socket: goes before anything else
+    bytes: Vec<u8>,
+    /// a frame was not written whole: nothing can follow it
+    failure: Option<LinkErrorKind>,
+}
+
+/// The endpoint, and who reads for it: whoever has its inbox.
+pub(super) struct State {
+    pub endpoint: Endpoint,
+    /// the owner waits for what the line's thread reads
+    owner_waits: bool,
+    owner_left: Instant,
+    /// rows of a prompt are under way
+    pub read_ahead: bool,
+    /// rung for every event and at the end; while there is one, the line's thread does all reading
+    bell: Option<Bell>,
+}
+
+impl State {
+    fn ring(&self) {
+        if let Some(bell) = &self.bell {
+            bell.ring();
+        }
+    }
+}
+
+impl Line {
+    /// Shares what an opening leaves, and starts the line's thread.
+    pub fn start(stream: TcpStream, peer: String, endpoint: Endpoint) -> Result<Arc<Line>, LinkError> {
+        let broken = |e: std::io::Error| LinkErrorKind::broken(&e).with(&peer);
+        tcp::tick(&stream).map_err(broken)?;
+        let in_flight = endpoint.agreed().map_or(0, |agreed| agreed.max_in_flight);
+        let line = Arc::new(Line {
+            stream,
+            most_ready: (in_flight as usize).clamp(8, 64),
+            out: Mutex::default(),
+            state: Mutex::new(State {
+                endpoint,
+                owner_waits: false,
+                owner_left: Instant::now(),
+                read_ahead: false,
+                bell: None,
+            }),
+            changed: Condvar::new(),
+            stopped: AtomicBool::new(false),
+            peer: peer.clone(),
+        });
+        let own = line.clone();
+        std::thread::Builder::new().name("dim-link".into()).spawn(move || own.attend()).map_err(broken)?;
+        Ok(line)
+    }
+
+    /// The state, for a moment.
+    pub fn state(&self) -> MutexGuard<'_, State> {
+        lock(&self.state)
+    }
+
+    /// Whoever waits for the state to change looks again.
+    pub fn wake(&self) {
+        self.changed.notify_all();
+    }
+
+    fn error(&self, kind: LinkErrorKind) -> LinkError {
+        kind.with(&self.peer)
+    }
+
+    fn is_stopped(&self) -> bool {
+        self.stopped.load(Ordering::Acquire)
+    }
+
+    // --- sending
+
+    /// Enters a message into the books with `begin`, and writes it with its `payload`.
+    ///
+    /// A failure is not yet the line's end: what the peer said before it closed may still be there to be read.
+    pub fn send<T>(
+        &self,
+        payload: &[u8],
+        begin: impl FnOnce(&mut State) -> Result<T, Misbehaved>,
+    ) -> Result<T, LinkError> {
+        let mut out = lock(&self.out);
+        if let Some(failure) = &out.failure {
+            return Err(self.error(failure.clone()));
+        }
+        let mut state = self.state();
+        let begun = begin(&mut state).map_err(|rule| self.error(LinkErrorKind::Misuse(rule)))?;
+        if state.read_ahead {
+            self.wake();
+        }
+        loop {
+            let more = state.endpoint.poll_transmit(payload, &mut out.bytes, Instant::now());
+            if !more && out.bytes.is_empty() {
+                return match state.endpoint.end().filter(|_| state.endpoint.is_halfway()) {
+                    Some(end) => Err(self.error(out.failure.insert(end.clone()).clone())),
+                    None => Ok(begun),
+                };
+            }
+            drop(state);
+            let unreported = match self.write(&out.bytes) {
+                Ok(n) => n,
+                Err(kind) => return Err(self.error(out.failure.insert(kind).clone())),
+            };
+            out.bytes.clear();
+            state = self.state();
+            state.endpoint.sent(unreported, Instant::now());
+        }
+    }
+
+    /// Writes all of it: one system call if the peer keeps up. How many bytes the last call took, of which the endpoint
+    /// is still to be told.
+    fn write(&self, mut bytes: &[u8]) -> Result<usize, LinkErrorKind> {
+        loop {
+            let n = match (&mut { &self.stream }).write(bytes) {
+                Ok(n) if n == bytes.len() => return Ok(n),
+                Ok(0) => return Err(LinkErrorKind::broken(&std::io::ErrorKind::WriteZero.into())),
+                Ok(n) => n,
+                Err(e) if tcp::is_tick(&e) => 0,
+                Err(_) if self.is_stopped() => return Err(LinkErrorKind::Stopped),
+                Err(e) => return Err(LinkErrorKind::broken(&e)),
+            };
+            bytes = &bytes[n..];
+            let mut state = self.state();
+            state.endpoint.sent(n, Instant::now());
+            if let Some(end) = state.endpoint.end() {
+                return Err(end.clone());
+            }
+        }
+    }
+
+    /// Sends what the endpoint has to say by itself, unless something is being sent or the socket is full: a write may
+    /// be blocked until the peer reads, and the peer until this thread does. Whether nothing is left.
+    fn send_own(&self) -> bool {
+        let Ok(mut out) = self.out.try_lock() else { return false };
+        if out.failure.is_some() {
+            return true;
+        }
+        while self.state().endpoint.poll_transmit(&[], &mut out.bytes, Instant::now()) {}
+        if out.bytes.is_empty() {
+            return true;
+        }
+        // waits for the socket a tick at most
+        if let Ok(n) = (&mut { &self.stream }).write(&out.bytes) {
+            out.bytes.drain(..n);
+            self.state().endpoint.sent(n, Instant::now());
+        }
+        out.bytes.is_empty()
+    }
+
+    /// Says something final, unless another thread is blocked in a write: then the peer takes no bytes anyway.
+    pub fn say_last(&self, say: impl FnOnce(&mut Endpoint)) {
+        let give_up = Instant::now() + LAST_WORDS;
+        let mut say = Some(say);
+        loop {
+            // not while a message is halfway: its frames belong together
+            if let Ok(out) = self.out.try_lock() {
+                if let Some(say) = say.take() {
+                    say(&mut self.state().endpoint);
+                }
+                drop(out);
+                if self.send_own() {
+                    break;
+                }
+            } else {
+                std::thread::sleep(Duration::from_millis(2));
+            }
+            if Instant::now() >= give_up {
+                break;
+            }
+        }
+        self.finish_sending();
+    }
+
+    /// Nothing more is sent; what was sent arrives.
+    fn finish_sending(&self) {
+        let _ = self.stream.shutdown(Shutdown::Write);
+    }
+
+    // --- receiving
+
+    /// Waits until the endpoint has an event, until `deadline` (for ever without one).
+    pub fn wait_for_event(&self, deadline: Option<Instant>) -> Result<MutexGuard<'_, State>, LinkError> {
+        let begun = Instant::now();
+        let mut state = self.state();
+        let inbox = loop {
+            if state.endpoint.has_event() {
+                return Ok(self.owner_takes(state));
+            }
+            if state.bell.is_none()
+                && let Some(inbox) = state.endpoint.lend_inbox(begun)
+            {
+                break inbox;
+            }
+            // the line's thread is reading: what it finds is for us
+            state.owner_waits = true;
+            let left =
+                deadline.map_or(Duration::from_secs(3600), |d| d.saturating_duration_since(Instant::now()));
+            if left.is_zero() {
+                state.owner_waits = false;
+                return Err(self.too_late(begun));
+            }
+            (state, _) = self.changed.wait_timeout(state, left).unwrap_or_else(PoisonError::into_inner);
+            state.owner_waits = false;
+        };
+        state.read_ahead = false;
+        drop(state);
+        let (state, found) = self.read_event(inbox, deadline, false);
+        match found {
+            true => Ok(self.owner_takes(state)),
+            false => Err(self.too_late(begun)),
+        }
+    }
+
+    /// The owner looks for an event that has been read already.
+    pub fn look_for_event(&self) -> MutexGuard<'_, State> {
+        self.owner_takes(self.state())
+    }
+
+    fn owner_takes<'a>(&self, mut state: MutexGuard<'a, State>) -> MutexGuard<'a, State> {
+        state.owner_left = Instant::now();
+        if state.bell.is_some() && state.endpoint.events() >= self.most_ready {
+            // there will be room
+            self.wake();
+        }
+        state
+    }
+
+    fn too_late(&self, begun: Instant) -> LinkError {
+        let ms = u64::try_from(begun.elapsed().as_millis()).unwrap_or(u64::MAX);
+        self.error(LinkErrorKind::Deadline { awaited: Awaited::Answer, ms })
+    }
+
+    /// Reads until there is an event or the end, and gives the inbox back. `false`: `deadline` came first. The line's
+    /// own thread is `attending` meanwhile: it sends heartbeats.
+    fn read_event(
+        &self,
+        mut inbox: Inbox,
+        deadline: Option<Instant>,
+        attending: bool,
+    ) -> (MutexGuard<'_, State>, bool) {
+        let mut came = 0;
+        loop {
+            // opened without a lock; with it, a message is only filed
+            let polled = inbox.poll();
+            let now = Instant::now();
+            let mut state = self.state();
+            state.endpoint.heard(came, now);
+            came = 0;
+            let filed = match polled {
+                Ok(true) => Some(state.endpoint.file(&mut inbox, Ok(()), now)),
+                Ok(false) => None,
+                Err(error) => Some(state.endpoint.file(&mut inbox, Err(error), now)),
+            };
+            // a message that has just become complete comes before the deadline
+            let found = filed == Some(Filed::Event) || state.endpoint.end().is_some();
+            if found || (filed.is_none() && deadline.is_some_and(|d| now >= d)) {
+                state.endpoint.return_inbox(inbox);
+                return self.left_off(state, found);
+            }
+            drop(state);
+            if filed == Some(Filed::Own) {
+                // a PING is answered by whoever reads it
+                self.send_own();
+                continue;
+            }
+            match (&mut { &self.stream }).read(inbox.space()) {
+                Ok(n) if n > 0 => {
+                    inbox.filled(n);
+                    came = n;
+                }
+                Err(e) if tcp::is_tick(&e) && !self.is_stopped() => {
+                    self.state().endpoint.handle_timeout(Instant::now());
+                }
+                other => {
+                    let mut state = self.state();
+                    match other {
+                        _ if self.is_stopped() => state.endpoint.broken(LinkErrorKind::Stopped),
+                        Ok(_) => state.endpoint.closed(),
+                        Err(e) => state.endpoint.broken(LinkErrorKind::broken(&e)),
+                    }
+                }
+            }
+            if attending {
+                self.send_own();
+            }
+        }
+    }
+
+    /// What there is to do once nobody reads: an end is told to everybody.
+    fn left_off<'a>(&'a self, state: MutexGuard<'a, State>, found: bool) -> (MutexGuard<'a, State>, bool) {
+        let Some(end) = state.endpoint.end().cloned() else { return (state, found) };
+        drop(state);
+        match end {
+            // whoever is blocked in a write to this peer comes back too
+            LinkErrorKind::Silent { .. } => {
+                let _ = self.stream.shutdown(Shutdown::Both);
+            }
+            LinkErrorKind::Broke(_) => {
+                self.send_own();
+                self.finish_sending();
+            }
+            _ => {}
+        }
+        let state = self.state();
+        state.ring();
+        self.wake();
+        (state, found)
+    }
+
+    /// The peer broke a rule in what has just been understood: it hears so.
+    pub fn tell_broken_rule(&self) {
+        self.send_own();
+        self.finish_sending();
+    }
+
+    /// From now on the line's thread reads everything and rings; or not any more.
+    pub fn notify(&self, bell: Option<Bell>) {
+        let mut state = self.state();
+        state.bell = bell;
+        if state.endpoint.has_event() {
+            state.ring();
+        }
+        drop(state);
+        self.wake();
+    }
+
+    /// Ends the line at once, from any thread.
+    pub fn stop(&self) {
+        self.stopped.store(true, Ordering::Release);
+        let _ = self.stream.shutdown(Shutdown::Both);
+        let mut state = self.state();
+        state.endpoint.broken(LinkErrorKind::Stopped);
+        state.ring();
+        drop(state);
+        self.wake();
+    }
+
+    /// The owner has left: what this side said last must not be lost with what the peer said meanwhile.
+    pub fn leave(&self) {
+        if self.state().endpoint.has_said_last() && !self.is_stopped() {
+            tcp::close_gently(&self.stream);
+        }
+        self.stop();
+    }
+
+    // --- the line's own thread
+
+    fn attend(&self) {
+        while !self.is_stopped() {
+            self.send_own();
+            let mut state = self.state();
+            if state.endpoint.end().is_some() {
+                return;
+            }
+            let now = Instant::now();
+            let away = !state.owner_waits && now - state.owner_left >= OWNER_AWAY;
+            let room = state.endpoint.events() < self.most_ready;
+            let wanted = room && (state.read_ahead || away || state.bell.is_some());
+            match wanted.then(|| state.endpoint.lend_inbox(now)).flatten() {
+                Some(inbox) => {
+                    drop(state);
+                    self.read_ahead(inbox);
+                }
+                None => {
+                    let due = state.endpoint.poll_timeout().map_or(OWNER_AWAY, |at| at - now.min(at));
+                    let pause = due.clamp(Duration::from_millis(10), HEARTBEAT_EVERY / 2);
+                    drop(self.changed.wait_timeout(state, pause));
+                }
+            }
+        }
+    }
+
+    /// Reads messages until the owner has one to go on with, or enough wait for it.
+    fn read_ahead(&self, mut inbox: Inbox) {
+        loop {
+            let (mut state, _) = self.read_event(inbox, None, true);
+            state.ring();
+            if state.owner_waits || state.bell.is_none() {
+                self.wake();
+            }
+            let room = state.endpoint.events() < self.most_ready && state.endpoint.end().is_none();
+            let wanted = state.bell.is_some() || !state.owner_waits;
+            match (room && wanted).then(|| state.endpoint.lend_inbox(Instant::now())).flatten() {
+                Some(again) => inbox = again,
+                None => {
+                    state.read_ahead = false;
+                    return;
+                }
+            }
+        }
+    }
+}
+
+/// A lock whose data every critical section leaves whole, so a panic elsewhere does not take the link down.
+pub(super) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}

@@ -1,0 +1,289 @@
+//! The library as another program uses it: hosts, sessions and workers in this process, and the two examples as their
+//! reader runs them. What comes out is held against `WholeModel`, stock llama.cpp.
+
+use std::io::{BufRead as _, BufReader, Write as _};
+use std::path::PathBuf;
+use std::process::{Command, Stdio};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex};
+use std::thread::JoinHandle;
+
+use dim::host::report::Stop;
+use dim::{
+    Error, Event, Host, HostBuilder, Key, Resources, RowType, Sampling, Session, StopHandle, WholeModel,
+    Worker,
+};
+use gguf_tools::gguf::Gguf;
+use gguf_tools::plan::{Plan, Request};
+use gguf_tools::split::split;
+use gguf_tools::synth::Spec;
+
+const PROMPT: &str = "The capital of France is";
+
+/// One thread and a short context, as every test here has.
+const SMALL: Resources = Resources { n_ctx: 256, n_threads: Some(1), n_ubatch: 512, gpu_layers: None };
+
+/// A model with random weights, cut in three, and a key.
+struct Cut(tempfile::TempDir);
+
+impl Cut {
+    fn new() -> Cut {
+        let cut = Cut(tempfile::tempdir().unwrap());
+        Spec::tiny("qwen2").unwrap().write(cut.file("m.gguf")).unwrap();
+        let model = Gguf::open(cut.file("m.gguf")).unwrap();
+        let middles = vec!["1..2".parse().unwrap()];
+        let request = Request { middles, stem: "m".into(), ..Request::default() };
+        split(&Plan::new(&model, &request).unwrap(), cut.0.path(), "m", |_| {}).unwrap();
+        std::fs::write(cut.file("key"), "5a".repeat(32)).unwrap();
+        cut
+    }
+
+    fn file(&self, name: &str) -> PathBuf {
+        self.0.path().join(name)
+    }
+
+    fn key(&self) -> Key {
+        Key::from_file(&self.file("key")).unwrap()
+    }
+
+    fn host(&self) -> HostBuilder {
+        Host::open(self.file("m.split.json")).unwrap().resources(SMALL).wire(RowType::F32)
+    }
+
+    /// A worker for the middle in a thread of its own.
+    fn worker(&self, listen: &str) -> Serving {
+        let worker = Worker::open(self.file("m.middle-1..2.gguf")).key(self.key()).resources(SMALL);
+        let mut worker = worker.listen(listen).bind(|_| {}).unwrap();
+        let (address, stop) = (worker.address().to_string(), worker.stop_handle());
+        let thread = std::thread::spawn(move || worker.serve().unwrap());
+        Serving { address, stop, thread: Some(thread) }
+    }
+
+    /// What stock llama.cpp makes of the prompt.
+    fn expected(&self, n: usize) -> Vec<i32> {
+        let mut whole = WholeModel::open(&self.file("m.gguf"), &SMALL, true, |_| {}).unwrap();
+        continued(&mut whole.session().unwrap(), n)
+    }
+}
+
+struct Serving {
+    address: String,
+    stop: StopHandle,
+    thread: Option<JoinHandle<()>>,
+}
+
+impl Drop for Serving {
+    fn drop(&mut self) {
+        self.stop.stop();
+        if let Some(thread) = self.thread.take() {
+            let ended = thread.join();
+            assert!(ended.is_ok() || std::thread::panicking(), "the worker panicked");
+        }
+    }
+}
+
+/// The `n` tokens after the prompt.
+fn continued(session: &mut Session<'_>, n: usize) -> Vec<i32> {
+    session.push_text(PROMPT).unwrap();
+    let tokens = session.generate(Sampling::greedy()).take(n);
+    tokens.map(|token| token.unwrap().id).collect()
+}
+
+#[test]
+fn a_session_gives_what_stock_llama_cpp_gives_and_goes_on_where_it_stopped() {
+    let cut = Cut::new();
+    let expected = cut.expected(24);
+    let mut host = cut.host().connect(|_| {}).unwrap();
+    let mut session = host.session().unwrap();
+    let mut got = continued(&mut session, 10);
+    got.extend(session.generate(Sampling::greedy()).limit(Some(14)).map(|token| token.unwrap().id));
+    assert_eq!(got, expected);
+    assert!(session.tokens().ends_with(&expected));
+    // the next session begins from nothing
+    assert_eq!(continued(&mut host.session().unwrap(), 24), expected);
+}
+
+#[test]
+fn what_two_prompts_have_in_common_is_evaluated_once() {
+    let cut = Cut::new();
+    let mut host = cut.host().connect(|_| {}).unwrap();
+    let mut session = host.session().unwrap();
+    let begun = std::time::Instant::now();
+    let mut tokens = session.tokenize(PROMPT, true).unwrap();
+    let mut turn = |tokens: &[i32]| {
+        session.set_tokens(tokens).unwrap();
+        let mut reply = session.generate(Sampling::greedy()).limit(Some(3));
+        let ids: Vec<i32> = reply.by_ref().map(|token| token.unwrap().id).collect();
+        (reply.report(begun).prompt_tokens, ids)
+    };
+    let (evaluated, first) = turn(&tokens);
+    assert_eq!(evaluated, tokens.len());
+    // the same again: one token, for its logits
+    assert_eq!(turn(&tokens), (1, first.clone()));
+    // the reply's last token was chosen and not evaluated
+    let extended: Vec<i32> = [&tokens[..], &first[..], &tokens[..2]].concat();
+    assert_eq!(turn(&extended).0, 3);
+    // another one from its third token on
+    let other = tokens[2] + 1;
+    tokens[2] = other;
+    assert_eq!(turn(&tokens).0, tokens.len() - 2);
+}
+
+#[test]
+fn a_reply_ends_where_it_is_told_to_and_says_why() {
+    let cut = Cut::new();
+    let mut host = cut.host().connect(|_| {}).unwrap();
+    let begun = std::time::Instant::now();
+    let mut end = |limit: Option<usize>, flag: bool| {
+        let mut session = host.session().unwrap();
+        session.push_text(PROMPT).unwrap();
+        let n_prompt = session.tokens().len();
+        let flag = AtomicBool::new(flag);
+        let reply = session.generate(Sampling::greedy()).ignore_eos(true).limit(limit);
+        let mut reply = reply.stop_when(&flag);
+        let texts: String = reply.by_ref().map(|token| token.unwrap().text).collect();
+        assert!(reply.next().is_none());
+        let report = reply.report(begun);
+        assert_eq!(report.text, texts);
+        (report.stop, report.tokens.len(), n_prompt)
+    };
+    assert!(matches!(end(Some(0), false), (Stop::Length, 0, _)));
+    assert!(matches!(end(Some(5), false), (Stop::Length, 5, _)));
+    assert!(matches!(end(None, true), (Stop::Interrupted, 1, _)));
+    let (stop, n, n_prompt) = end(None, false);
+    // the last one is chosen, and there is no position left to evaluate it at
+    assert_eq!((stop, n_prompt + n), (Stop::ContextFull, 257));
+}
+
+#[test]
+fn errors_say_whose_they_are_and_leave_the_session_as_it_was() {
+    let cut = Cut::new();
+    let mut host = cut.host().connect(|_| {}).unwrap();
+    let mut session = host.session().unwrap();
+
+    let empty = session.generate(Sampling::greedy()).next().unwrap().unwrap_err();
+    assert!(matches!(empty, Error::EmptyPrompt) && empty.is_misuse() && empty.hint().is_some());
+    let long = session.push_tokens(&[1; 300]).unwrap_err();
+    assert!(matches!(long, Error::PromptTooLong { n_tokens: 300, n_ctx: 256 }), "{long}");
+    assert!(long.hint().is_some_and(|hint| hint.contains("--ctx 512")), "{long}");
+    assert!(session.tokens().is_empty());
+    session.push_text(PROMPT).unwrap();
+    let bad = Sampling { top_p: 2.0, ..Sampling::default() };
+    let mut reply = session.generate(bad);
+    assert!(matches!(reply.next(), Some(Err(Error::Option(e))) if e.option == "top-p"));
+    assert!(reply.next().is_none());
+    let reply: Vec<_> = session.generate(Sampling::greedy()).take(8).map(|token| token.unwrap().id).collect();
+    assert_eq!(reply, cut.expected(8));
+
+    let nowhere = cut.host().worker("127.0.0.1:1", cut.key());
+    let patience = dim::Patience { give_up_after: std::time::Duration::ZERO, ..Default::default() };
+    let Err(error) = nowhere.patience(patience).connect(|_| {}) else { panic!("nobody is there") };
+    assert!(matches!(error, Error::Link(_)) && !error.is_misuse() && error.hint().is_some(), "{error}");
+    let Err(error) = Worker::open(cut.file("m.head.gguf")).key(cut.key()).bind(|_| {}) else {
+        panic!("a head is no middle")
+    };
+    assert!(matches!(error, Error::NotAMiddle { .. }) && error.is_misuse(), "{error}");
+}
+
+#[test]
+fn a_worker_that_comes_back_changes_no_token_and_its_absence_is_told() {
+    let cut = Cut::new();
+    let expected = cut.expected(24);
+    let worker = cut.worker("127.0.0.1:0");
+    let address = worker.address.clone();
+    let events = Arc::new(Mutex::new(Vec::new()));
+    let told = Arc::clone(&events);
+    let host = cut.host().worker(&address, cut.key());
+    let mut host = host.connect(move |event| told.lock().unwrap().push(event)).unwrap();
+    let mut session = host.session().unwrap();
+
+    let mut got = continued(&mut session, 10);
+    drop(worker);
+    let _again = cut.worker(&address);
+    got.extend(session.generate(Sampling::greedy()).take(14).map(|token| token.unwrap().id));
+    assert_eq!(got, expected);
+
+    let events = events.lock().unwrap();
+    let is_middle = |stage: &str| stage.contains(&address);
+    let ready = events.iter().find_map(|e| match e {
+        Event::Ready { stages, n_blocks } => Some((stages, *n_blocks)),
+        _ => None,
+    });
+    let (stages, n_blocks) = ready.expect("it was told to be ready");
+    assert_eq!(stages.iter().map(|s| s.blocks.count()).sum::<u32>(), n_blocks);
+    assert_eq!(stages[1].worker.as_ref(), Some(&address));
+    let of_loss: Vec<&str> = events
+        .iter()
+        .filter_map(|event| match event {
+            Event::Lost { stage, .. } if is_middle(stage) => Some("lost"),
+            Event::Replaying { stage, .. } if is_middle(stage) => Some("replaying"),
+            Event::Back { stage, .. } if is_middle(stage) => Some("back"),
+            _ => None,
+        })
+        .collect();
+    assert_eq!(of_loss, ["lost", "replaying", "back"]);
+}
+
+#[test]
+fn a_worker_is_stopped_while_nobody_is_there() {
+    let cut = Cut::new();
+    let events = Arc::new(AtomicBool::new(false));
+    let told = Arc::clone(&events);
+    let worker = Worker::open(cut.file("m.middle-1..2.gguf")).key(cut.key()).resources(SMALL);
+    let mut worker = worker
+        .listen("127.0.0.1:0")
+        .bind(move |event| {
+            if matches!(event, Event::Serving { .. }) {
+                told.store(true, Ordering::SeqCst);
+            }
+        })
+        .unwrap();
+    let stop = worker.stop_handle();
+    let thread = std::thread::spawn(move || worker.serve());
+    stop.stop();
+    assert!(thread.join().unwrap().is_ok());
+    assert!(!events.load(Ordering::SeqCst));
+}
+
+/// An example of this package: `cargo test` builds them beside the tests.
+fn example(name: &str) -> Command {
+    let here = std::env::current_exe().unwrap();
+    let target = here.parent().and_then(|deps| deps.parent()).unwrap();
+    let path: PathBuf = target.join("examples").join(format!("{name}{}", std::env::consts::EXE_SUFFIX));
+    assert!(path.is_file(), "{} is missing: cargo build --release --examples", path.display());
+    Command::new(path)
+}
+
+#[test]
+fn the_examples_continue_a_text_over_a_worker_inside_another_program() {
+    let cut = Cut::new();
+    let mut worker = example("worker");
+    worker.arg(cut.file("m.middle-1..2.gguf")).arg(cut.file("key"));
+    let mut worker = worker.stdin(Stdio::piped()).stdout(Stdio::piped()).spawn().unwrap();
+    let mut said = BufReader::new(worker.stdout.take().unwrap()).lines().map_while(Result::ok);
+    let first = said.next().unwrap_or_default();
+    let address = first.strip_prefix("listening on ").expect("the worker says where it listens").to_owned();
+
+    let generate = |more: &[&str]| {
+        let mut command = example("generate");
+        let output = command.arg(cut.file("m.split.json")).arg(PROMPT).args(more).output().unwrap();
+        let stderr = String::from_utf8_lossy(&output.stderr).into_owned();
+        assert!(output.status.success(), "{stderr}");
+        (String::from_utf8(output.stdout).unwrap(), stderr)
+    };
+    let key = cut.file("key").display().to_string();
+    let (remote, told) = generate(&[&address, &key]);
+    assert!(told.contains(&format!("blocks 1..2 {address}")), "{told}");
+    // the same text as without a worker
+    let (local, told) = generate(&[]);
+    assert!(told.contains("blocks 1..2 here"), "{told}");
+    assert_eq!(remote, local);
+    assert!(remote.trim().chars().count() > 16, "{remote:?}");
+
+    // the program around the worker has gone on with its own work, and ends with its input
+    let mut stdin = worker.stdin.take().unwrap();
+    writeln!(stdin, "hello").unwrap();
+    drop(stdin);
+    assert_eq!(said.collect::<Vec<_>>(), ["you said: hello", "hosts served: 1"]);
+    assert!(worker.wait().unwrap().success());
+}
