@@ -219,10 +219,19 @@ mod tests {
         Rows::F32(vec![job as f32; n as usize * N_EMBD])
     }
 
+    /// The step that wrote a position, the step's shape, and which of its rows this was.
+    type Cell = (u64, Vec<(u32, u32)>, usize);
+
+    /// What a worker was sent and has not answered.
+    enum Unanswered {
+        Step(u64, Vec<Span>),
+        Rewind(u32, u32),
+    }
+
     /// What a stage's cache holds: for each session, per position the step that wrote it, its shape (each span's session
     /// and count), and which row of it this was.
     #[derive(Default, Debug, PartialEq, Clone)]
-    struct Cache(BTreeMap<u32, Vec<(u64, Vec<(u32, u32)>, usize)>>);
+    struct Cache(BTreeMap<u32, Vec<Cell>>);
 
     impl Cache {
         fn step(&mut self, job: u64, spans: &[Span]) {
@@ -331,22 +340,22 @@ mod tests {
             // as the worker will be when it has done everything sent, and what it has not answered
             let mut ahead = Cache::default();
             let mut answered = Cache::default();
-            let mut sent: VecDeque<Result<(u64, Vec<Span>), (u32, u32)>> = VecDeque::new();
+            let mut sent: VecDeque<Unanswered> = VecDeque::new();
             for (job, (session, count, what, to, with_next)) in (0u64..).zip(ops) {
                 match what {
                     0 | 1 => {
                         let to = to.min(ahead.length(session));
                         ahead.rewind(session, to);
                         log.rewind(SessionId(session), to);
-                        sent.push_back(Err((session, to)));
+                        sent.push_back(Unanswered::Rewind(session, to));
                     }
                     2 => {
                         log.take_unanswered().for_each(drop);
                         sent.clear();
                         ahead = answered.clone();
                     }
-                    3 | 4 if sent.iter().any(Result::is_ok) => {
-                        let Some(Ok((job, spans))) = sent.pop_front() else { unreachable!() };
+                    3 | 4 if sent.iter().any(|op| matches!(op, Unanswered::Step(..))) => {
+                        let Some(Unanswered::Step(job, spans)) = sent.pop_front() else { unreachable!() };
                         answered.step(job, &spans);
                         log.answered();
                     }
@@ -358,10 +367,10 @@ mod tests {
                         }
                         ahead.step(job, &spans);
                         log.push(JobId(job), spans.clone(), rows(job, spans.iter().map(|s| s.count).sum()));
-                        sent.push_back(Ok((job, spans)));
+                        sent.push_back(Unanswered::Step(job, spans));
                     }
                 }
-                while let Some(&Err((session, to))) = sent.front() {
+                while let Some(&Unanswered::Rewind(session, to)) = sent.front() {
                     sent.pop_front();
                     answered.rewind(session, to);
                 }

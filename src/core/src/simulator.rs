@@ -73,7 +73,7 @@ struct Worker {
 #[derive(Debug)]
 enum Place {
     Local(Cost),
-    Remote(Worker),
+    Remote(Box<Worker>),
 }
 
 /// A simulated pipeline.
@@ -97,7 +97,7 @@ impl Simulator {
             .into_iter()
             .map(|stage| match stage {
                 StageModel::Local(cost) => Place::Local(cost),
-                StageModel::Remote { cost, one_way, agreed, losses } => Place::Remote(Worker {
+                StageModel::Remote { cost, one_way, agreed, losses } => Place::Remote(Box::new(Worker {
                     cost,
                     one_way,
                     agreed: agreed.max(1),
@@ -108,7 +108,7 @@ impl Simulator {
                     dial_at: None,
                     back_at: None,
                     trips: RoundTrips::default(),
-                }),
+                })),
             })
             .collect();
         let agreed = |place: &Place| match place {

@@ -3,8 +3,9 @@ use super::*;
 use crate::canary::Canary;
 use crate::guard::{EVERY_ROWS, Guarded, Room};
 use crate::rows::RowsRef;
+use crate::schedule::StepKind;
 use crate::simulator::Cost;
-use crate::stage::{Answer, StageError, WrongAnswer};
+use crate::stage::{Answer, RemoteStage, StageError, WrongAnswer};
 use proptest::prelude::*;
 use std::collections::{BTreeMap, VecDeque};
 use std::sync::{Arc, Mutex};
@@ -370,7 +371,7 @@ fn a_deadline_is_kept_and_a_shared_bell_ends_a_wait() {
     assert_eq!(world.elapsed(), Duration::from_millis(90));
     // of threads, without a worker that ever answers
     let mut p = scripted(vec![Scripted::new(&[])], PATIENT);
-    p.clock = Box::new(super::SystemClock);
+    p.clock = Box::new(SystemClock);
     assert!(matches!(p.advance(None), Advance::Idle));
 }
 
