@@ -5,8 +5,14 @@ ENV := . ./.env.sh &&
 # one profile and one selection of packages for everything: llama.cpp compiles once
 CARGO_FLAGS := --release --workspace --locked
 FUZZ_RUNS ?= 200000
+# a second build of llama.cpp (Vulkan, RPC, another clone) takes most of its objects from the first, where ccache is installed
+ifneq ($(shell command -v ccache),)
+export CMAKE_C_COMPILER_LAUNCHER := ccache
+export CMAKE_CXX_COMPILER_LAUNCHER := ccache
+endif
 
-.PHONY: help setup build demo test lint test-rust test-oracles test-coreml test-swift test-vulkan bench fuzz clean
+.PHONY: help setup build programs demo test lint cross floor deny test-rust test-oracles test-coreml test-swift test-vulkan bench \
+	fuzz clean
 
 help:
 	@echo "make demo         build, synthesise a model, cut it in three, run it over two processes, compare with stock llama.cpp"
@@ -21,10 +27,17 @@ setup:
 build: setup
 	$(ENV) cargo build $(CARGO_FLAGS)
 
+# The programs as `cargo test` builds them: with the features that the tests' own dependencies ask for, so that the oracles
+# do not have everything compiled a second time.
+programs: setup
+	$(ENV) cargo build $(CARGO_FLAGS) --bins --examples
+
 demo: build
 	@target/release/dim-host demo
 
-test: lint test-rust test-oracles test-coreml test-swift fuzz
+# in this order, or two beside each other (make -j2 test): what waits for a worker leaves the cores to what compiles.
+# Parts that build in the same folder wait for each other, cargo sees to that.
+test: lint cross test-rust test-swift fuzz deny floor test-oracles test-coreml
 	@sh .ci/summary
 
 lint: setup
@@ -32,33 +45,40 @@ lint: setup
 	$(ENV) cargo clippy $(CARGO_FLAGS) --all-targets -- -D warnings
 	$(ENV) RUSTDOCFLAGS="-D warnings" cargo doc $(CARGO_FLAGS) --no-deps
 	@sh .ci/style
+	@sh .ci/format-cpp
+
+# the systems that this machine is not; the oldest Rust; what this takes from others, and on which terms
+cross: setup
+	$(ENV) sh .ci/cross/check
+floor: setup
+	$(ENV) sh .ci/floor
+deny: setup
+	$(ENV) sh .ci/deny
 
 # dim-split alone, without a C++ compiler in sight, and then everything with it
 test-rust: setup
-	$(ENV) CARGO_TARGET_DIR=target/pure cargo build --release --locked -p gguf-tools --no-default-features --bins
+	$(ENV) CARGO_TARGET_DIR=target/pure cargo build --locked -p gguf-tools --no-default-features --bins
 	$(ENV) cargo test $(CARGO_FLAGS)
 
 # other people's programs on our files, and another implementation on our vectors
-test-oracles: build
+test-oracles: programs
 	@sh .ci/setup python
 	.venv/bin/python docs/vectors/check.py
 	.venv/bin/python gguf-tools/tests/oracle/gguf_files.py target/release
 
-test-coreml: build
+test-coreml: programs
 	@sh .ci/setup venv
-	$(ENV) cargo build $(CARGO_FLAGS) --examples
 	DIM_BIN=$(CURDIR)/target/release sh gguf-tools/tests/coreml/run.sh
 
-test-swift: build
+test-swift: programs
 	@sh .ci/setup venv
-	$(ENV) cargo build --release --locked --example swift-interop
 	@sh ios_worker/tools/test.sh
 
 # One test at a time: ggml sets its Vulkan devices up without a lock. First as people run it, then without ggml's fusing
 # of operations, where not a bit may differ.
 OFFLOAD := VULKAN_SDK=$(CURDIR)/target/vulkan-sdk GGML_VK_VISIBLE_DEVICES=0 CARGO_TARGET_DIR=target/vulkan \
 	cargo test --release --locked -p llama-sys-patch --features vulkan --test offload -- --test-threads 1 --nocapture
-test-vulkan: setup
+test-vulkan: programs
 	@sh tests/vulkan/setup.sh
 	$(ENV) $(OFFLOAD)
 	$(ENV) GGML_VK_DISABLE_FUSION=1 $(OFFLOAD) stock_s_tokens sessions

@@ -14,22 +14,53 @@ use std::env;
 use std::fs;
 use std::path::{Path, PathBuf};
 
-const SOURCES: [&str; 7] = [
+const SOURCES: [&str; 21] = [
+    "cpp/absent.cpp",
     "cpp/boundary.cpp",
     "cpp/context.cpp",
-    "cpp/layer_eval.cpp",
+    "cpp/crossing.cpp",
+    "cpp/cut.cpp",
+    "cpp/devices.cpp",
+    "cpp/graph.cpp",
+    "cpp/loader.cpp",
     "cpp/model.cpp",
+    "cpp/plan.cpp",
     "cpp/quantise.cpp",
     "cpp/rows.cpp",
+    "cpp/session.cpp",
+    "cpp/stage.cpp",
+    "cpp/stage_api.cpp",
+    "cpp/stage_graph.cpp",
+    "cpp/state.cpp",
     "cpp/stock.cpp",
+    "cpp/text.cpp",
+    "cpp/values.cpp",
+    "cpp/whole_graph.cpp",
 ];
 /// Compiled with the `rpc` feature only.
 const RPC_SOURCE: &str = "cpp/rpc.cpp";
-const HEADERS: [&str; 4] = ["cpp/boundary.h", "cpp/context.h", "cpp/layer_eval.h", "cpp/upstream.h"];
+/// Compiled with the `test-support` feature only.
+const TEST_SOURCES: [&str; 2] = ["cpp/tiny_keys.cpp", "cpp/tiny_model.cpp"];
+const HEADERS: [&str; 14] = [
+    "cpp/boundary.h",
+    "cpp/context.h",
+    "cpp/crossing.h",
+    "cpp/cut.h",
+    "cpp/graph.h",
+    "cpp/layer_eval.h",
+    "cpp/model.h",
+    "cpp/session.h",
+    "cpp/stage.h",
+    "cpp/state.h",
+    "cpp/tiny_model.h",
+    "cpp/upstream.h",
+    "cpp/values.h",
+    "cpp/whole_graph.h",
+];
 
 fn main() {
     println!("cargo:rerun-if-changed=build.rs");
-    for file in SOURCES.iter().chain(&HEADERS).chain([&RPC_SOURCE]) {
+    for file in SOURCES.iter().chain(&HEADERS).chain([&RPC_SOURCE]).chain(&TEST_SOURCES) {
         println!("cargo:rerun-if-changed={file}");
     }
 
@@ -62,6 +93,10 @@ fn main() {
         check_rpc(&root.join("build/CMakeCache.txt"));
         build.file(RPC_SOURCE).define("DIM_RPC", None);
     }
+    let test_support = env::var_os("CARGO_FEATURE_TEST_SUPPORT").is_some();
+    if test_support {
+        build.files(TEST_SOURCES).define("DIM_TEST_SUPPORT", None);
+    }
     build.compile("dim_layer_eval");
 
     let out = PathBuf::from(env::var_os("OUT_DIR").expect("cargo sets OUT_DIR"));
@@ -72,6 +107,7 @@ fn main() {
         .prepend_enum_name(false)
         .derive_default(true)
         .clang_args(rpc.then_some("-DDIM_RPC"))
+        .clang_args(test_support.then_some("-DDIM_TEST_SUPPORT"))
         .layout_tests(true)
         .generate()
         .expect("bindgen could not read cpp/layer_eval.h")

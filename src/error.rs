@@ -1,5 +1,6 @@
 //! Why the library could not do what it was asked, with what to do about it.
 
+use std::borrow::Cow;
 use std::path::PathBuf;
 
 use dim_core::blocks::BlockRange;
@@ -9,6 +10,7 @@ use dim_core::stage::StageError;
 use dim_wire::keys::KeyError;
 use dim_wire::transport::discover::DiscoverError;
 use dim_wire::transport::{LinkError, LinkErrorKind};
+use gguf_tools::failure::Explained as _;
 use gguf_tools::manifest::ManifestError;
 use gguf_tools::plan::Role;
 use gguf_tools::slice::SliceError;
@@ -82,20 +84,8 @@ pub enum Error {
         other: PathBuf,
     },
     /// Two slices are of different models.
-    #[error(
-        "{} and {} are slices of different models ({}, {})",
-        path.display(), other.display(), named(.model), named(.other_model)
-    )]
-    OtherModel {
-        /// One file.
-        path: PathBuf,
-        /// Its model's name and identity.
-        model: (String, Sha),
-        /// The other one.
-        other: PathBuf,
-        /// Its model's name and identity.
-        other_model: (String, Sha),
-    },
+    #[error(transparent)]
+    OtherModel(Box<DifferentModels>),
 
     // ---- who has which blocks
     /// No stage has these blocks.
@@ -227,7 +217,7 @@ impl Error {
         let text = match self {
             Error::WrongRole { .. } => "--split STEM.split.json names all files at once",
             Error::NotAMiddle { .. } => "the head and the tail stay with dim-host",
-            Error::OtherSettings { .. } | Error::OtherModel { .. } => "take the slices of one dim-split run",
+            Error::OtherSettings { .. } | Error::OtherModel(_) => "take the slices of one dim-split run",
             Error::NobodyHas { .. } => {
                 "name the worker that holds them with --worker ADDR:PORT, or the file with --middle FILE"
             }
@@ -252,24 +242,22 @@ impl Error {
             Error::NoneFound { any_seen: true, .. } => {
                 "the lines above say what is wrong with each that was seen; or name the worker with --worker ADDR:PORT"
             }
-            Error::Link(error) => return error.hint().map(|h| h.to_string()),
-            Error::Check { source, .. } => return source.hint().map(|h| h.to_string()),
+            Error::Link(error) => return error.hint().map(str::to_owned),
+            Error::Check { source, .. } => return source.hint().map(str::to_owned),
             Error::Listen(_) => "--listen takes an address of this machine and a port, as 0.0.0.0:7878",
-            Error::Pipeline(error) => return error.hint().map(|h| h.to_string()),
+            Error::Pipeline(error) => return error.hint().map(str::to_owned),
             Error::Load { .. } => "a smaller --ctx needs less memory",
             Error::EmptyPrompt => "give at least one character with -p or -f",
             Error::PromptTooLong { n_tokens, .. } => {
                 let enough = n_tokens.next_power_of_two();
                 return Some(format!("start with --ctx {enough} or more, on the workers too"));
             }
-            Error::Option(_)
-            | Error::Manifest(_)
-            | Error::Slice(_)
-            | Error::Model(_)
-            | Error::Key(_)
-            | Error::Llama(_)
-            | Error::Text(_)
-            | Error::Template(_) => return None,
+            Error::Manifest(error) => return error.hint().map(Cow::into_owned),
+            Error::Slice(error) => return error.hint().map(Cow::into_owned),
+            Error::Model(error) => return error.hint().map(Cow::into_owned),
+            Error::Option(_) | Error::Key(_) | Error::Llama(_) | Error::Text(_) | Error::Template(_) => {
+                return None;
+            }
         };
         Some(text.to_owned())
     }
@@ -284,10 +272,30 @@ impl Error {
             | Error::Pipeline(_)
             | Error::Llama(_)
             | Error::Load { .. } => false,
+            Error::Manifest(error) => error.is_misuse(),
+            Error::Slice(error) => error.is_misuse(),
+            Error::Model(error) => error.is_misuse(),
             Error::Link(error) => error.is_misuse(),
             _ => true,
         }
     }
+}
+
+/// Slices that cannot be of one split.
+#[derive(Debug, thiserror::Error)]
+#[error(
+    "{} and {} are slices of different models ({}, {})",
+    path.display(), other.display(), named(.model), named(.other_model)
+)]
+pub struct DifferentModels {
+    /// One file.
+    pub path: PathBuf,
+    /// Its model's name and identity.
+    pub model: (String, Sha),
+    /// The other one.
+    pub other: PathBuf,
+    /// Its model's name and identity.
+    pub other_model: (String, Sha),
 }
 
 const NAME_THE_WORKER: &str = "name the worker with --worker ADDR:PORT";

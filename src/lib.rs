@@ -72,3 +72,11 @@ pub use host::{Generation, Host, HostBuilder, Session, Token, WholeModel};
 pub use resources::Resources;
 pub use stage::verified::Verify;
 pub use worker::{StopHandle, Worker, WorkerBuilder};
+
+/// Hosts and workers move to whichever thread is to drive them.
+const _: () = {
+    const fn is_send<T: Send>() {}
+    is_send::<Host>();
+    is_send::<Worker>();
+    is_send::<Error>();
+};

@@ -5,7 +5,7 @@
 
 use std::time::{Duration, Instant};
 
-use dim_core::pipeline::Patience;
+use dim_core::patience::{Losses, Patience};
 use dim_core::stage::StageError;
 use dim_wire::transport::LinkError;
 use dim_wire::transport::push::PushError;
@@ -40,22 +40,17 @@ pub enum Next {
 #[derive(Clone, Debug)]
 pub struct Retry {
     patience: Patience,
-    since: Instant,
-    limit: Duration,
-    pause: Duration,
+    begun: Instant,
+    /// as the pipeline keeps them, in time since `begun`
+    losses: Losses,
     told: bool,
 }
 
 impl Retry {
     /// The time runs from `now` on.
     pub fn new(patience: Patience, now: Instant) -> Retry {
-        Retry {
-            since: now,
-            limit: patience.give_up_after,
-            pause: patience.first_pause,
-            told: false,
-            patience,
-        }
+        let losses = Losses::first(Duration::ZERO, patience.give_up_after, &patience);
+        Retry { patience, begun: now, losses, told: false }
     }
 
     /// Something moved: the time runs anew.
@@ -65,18 +60,18 @@ impl Retry {
 
     /// How long it is tried in all, as far as is known.
     pub fn limit(&self) -> Duration {
-        self.limit
+        self.losses.give_up_after
     }
 
     /// Whether that time is over.
     pub fn is_over(&self, now: Instant) -> bool {
-        now.saturating_duration_since(self.since) >= self.limit
+        now.saturating_duration_since(self.begun) >= self.limit()
     }
 
     /// One that has said that it pauses is waited for longer.
     pub fn learn(&mut self, absence: Absence) {
-        if absence == Absence::Paused && self.patience.paused_for > self.limit {
-            self.limit = self.patience.paused_for;
+        if absence == Absence::Paused && self.patience.paused_for > self.limit() {
+            self.losses.give_up_after = self.patience.paused_for;
             self.told = false;
         }
     }
@@ -84,15 +79,13 @@ impl Retry {
     /// An attempt has failed.
     pub fn failed(&mut self, absence: Absence, now: Instant) -> Next {
         self.learn(absence);
-        let waited = now.saturating_duration_since(self.since);
-        if waited >= self.limit {
+        let waited = now.saturating_duration_since(self.begun);
+        let Some(due) = self.losses.again(waited, &self.patience) else {
             return Next::GiveUp { after: waited };
-        }
-        let tell = (!self.told).then_some(self.limit);
+        };
+        let tell = (!self.told).then_some(self.limit());
         self.told = true;
-        let pause = self.pause.min(self.limit - waited);
-        self.pause = (self.pause * 2).min(self.patience.longest_pause);
-        Next::Wait { pause, tell }
+        Next::Wait { pause: due - waited, tell }
     }
 }
 

@@ -359,3 +359,31 @@ fn the_record_in_the_documents_is_made_from_its_records() {
 fn the_worker_beside_the_host_is_the_one_that_is_started() {
     assert_eq!(worker_program(), host_program().with_file_name("dim-worker"));
 }
+
+#[test]
+fn what_dim_host_hands_on_is_dim_ab_s_own_with_its_help_and_its_exit_code() {
+    let run = |program: &Path, arguments: &[&str]| Command::new(program).args(arguments).output().unwrap();
+    let laboratory = host_program().with_file_name("dim-ab");
+    for subcommand in ["ab", "eval", "report"] {
+        let (handed_on, own) =
+            (run(host_program(), &[subcommand, "--help"]), run(&laboratory, &[subcommand, "--help"]));
+        assert_eq!((handed_on.status.code(), own.status.code()), (Some(0), Some(0)), "{subcommand}");
+        assert_eq!(text(&handed_on.stdout), text(&own.stdout), "{subcommand}");
+        assert!(text(&own.stdout).contains("Usage: dim-ab"), "{}", text(&own.stdout));
+        // misuse is clap's 2, through the other program
+        assert_eq!(
+            run(host_program(), &[subcommand, "--no-such-option"]).status.code(),
+            Some(2),
+            "{subcommand}"
+        );
+    }
+}
+
+#[test]
+fn without_dim_ab_beside_it_dim_host_says_what_is_missing() {
+    let alone = tempfile::tempdir().unwrap();
+    let host = alone.path().join("dim-host");
+    std::fs::copy(host_program(), &host).unwrap();
+    let stderr = failure(Command::new(&host).args(["report", "x"]), 1);
+    assert!(stderr.contains("dim-ab") && stderr.contains("cargo build -p dim-ab"), "{stderr}");
+}

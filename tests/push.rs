@@ -1,5 +1,5 @@
 //! `dim-host push`: the program against peers over sockets that take files as PROTOCOL.md, section 9, says, break off,
-//! refuse, and lie. What the Swift worker makes of it stands in examples/swift-interop.rs.
+//! refuse, and lie. What the Swift worker makes of it stands in tests/swift-interop.rs.
 
 mod common;
 

@@ -62,7 +62,7 @@ pub fn of_tensor(tensor: &Tensor<'_>, buf: &mut [u8], mut each: impl FnMut(u64))
 /// Reading fails.
 pub fn of_model(gguf: &Gguf, mut each: impl FnMut(u64)) -> Result<Sha, Error> {
     let mut identity = Identity::default();
-    let mut buf = vec![0; 1 << 20];
+    let mut buf = vec![0; BUFFER_BYTES];
     for tensor in gguf.tensors() {
         let data = of_tensor(&tensor, &mut buf, &mut each)?;
         identity.add(tensor.name(), tensor.tensor_type(), tensor.dims(), data);
@@ -92,6 +92,8 @@ pub fn of_params(gguf: &Gguf, arch: &str) -> Sha {
     Sha(hash.finalize().into())
 }
 
+/// Bytes read and digested at a time.
+const BUFFER_BYTES: usize = 1 << 20;
 /// What a parameters digest begins with.
 const PARAMS_DOMAIN: &[u8] = b"dim params v1";
 

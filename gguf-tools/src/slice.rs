@@ -12,6 +12,7 @@ use crate::{
     gguf::{
         Error, Gguf, Place, Rule, Value,
         check::{self, Hparams},
+        limits::MAX_ALIGNMENT,
     },
     text::Shown,
 };
@@ -199,7 +200,7 @@ pub fn verify(path: impl AsRef<Path>, progress: impl FnMut(u64, u64)) -> Result<
 pub fn verify_opened(gguf: &Gguf, mut progress: impl FnMut(u64, u64)) -> Result<SliceInfo, SliceError> {
     let info = SliceInfo::of(gguf)?;
     let file = || gguf.path().display().to_string();
-    let mut buf = vec![0; 1 << 20];
+    let mut buf = vec![0; BUFFER_BYTES];
 
     // the header first: it is what the digests of the tensors stand in
     let found = header_digest(gguf, &mut buf)?;
@@ -270,6 +271,8 @@ fn header_digest(gguf: &Gguf, buf: &mut [u8]) -> Result<Sha, Error> {
     Ok(Sha(hash.finalize().into()))
 }
 
+/// Bytes read and digested at a time: as many as the longest padding has.
+const BUFFER_BYTES: usize = MAX_ALIGNMENT as usize;
 /// Bytes before a text: its length.
 const LENGTH_BYTES: u64 = 8;
 /// Hex digits of a digest.

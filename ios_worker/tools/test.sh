@@ -10,7 +10,7 @@
 #   types       the files that Linux cannot build, against stub modules
 #   project     the Xcode project's structure, its scheme and assets, and rules of the app's sources, with planted faults
 #   memory      what verifying and pushing a large directory takes, and that a second start does not read it again
-#   interop     dim-host and dim-split against the Swift worker, and examples/swift-interop.rs, if they are built; round
+#   interop     dim-host and dim-split against the Swift worker, and tests/swift-interop.rs, if they are built; round
 #               trips against a Rust worker's, both ends on one core: shown, not judged
 set -eu
 cd "$(dirname "$0")/.."

@@ -1,30 +1,30 @@
-// What a stage and a stock context have in common: the llama_context, and which positions its sessions hold.
+// What a stage and a stock context have in common: the llama_context.
 #pragma once
 
 #include "boundary.h"
+#include "state.h"
 #include "upstream.h"
 
 #include "llama-cpp.h"
 
+#include <memory>
 #include <mutex>
-#include <vector>
 
 namespace dim {
 
 // A llama_context made from checked parameters. n_outputs_max: 0 for llama.cpp's default, which is n_batch.
 llama_context_ptr make_context(llama_model * model, const dim_context_params & params, uint32_t n_outputs_max);
 
-// A context for the blocks [first, last): nothing in it is allocated but the logits, and the cache that llama.cpp gave it
-// is empty. `memory` is the one to use: it holds keys and values of these blocks only.
+// A context for a range: nothing in it is allocated but the logits. `memory` is the one to use.
 struct stage_context {
-    llama_context_ptr context;
-    llama_memory_ptr  memory;
+    llama_context_ptr             context;
+    std::unique_ptr<stage_memory> memory;   // freed first
 };
-stage_context make_stage_context(llama_model * model, const dim_context_params & params, uint32_t first, uint32_t last);
+stage_context make_stage_context(llama_model & model, const dim_context_params & params, const block_range & range);
 
-// While one lives, llama.cpp allocates no cache and no room for graphs for contexts of `model`, and does not compare what
-// they have with what it meant to allocate when they go. The switch is the model's: whoever lets llama.cpp look at it
-// holds allocation_lock().
+// While one lives, llama.cpp allocates no cache and no room for graphs for contexts of `model`, and does not compare
+// what they have with what it meant to allocate when they go. The switch is the model's: whoever lets llama.cpp look at
+// it holds allocation_lock().
 class no_allocation {
 public:
     explicit no_allocation(llama_model & model);
@@ -35,38 +35,14 @@ public:
 private:
     std::lock_guard<std::mutex> lock;
     llama_model &               model;
+
+public:
+    const bool before;   // true: the model of a plan, which never allocates anything
 };
 std::mutex & allocation_lock();
 
-// What is allocated, and what `auto` came to. `memory`: the cache in use.
-dim_context_info describe(const llama_context & ctx, const llama_memory_i & memory);
-
-// The sessions of a context. Every session holds the positions 0 .. length(session).
-class sessions {
-public:
-    sessions(uint32_t n_sessions, uint32_t n_ctx) : n_ctx(n_ctx), lengths(n_sessions, 0) {}
-
-    uint32_t count() const { return (uint32_t) lengths.size(); }
-
-    // Checks that `rows` go on where their sessions end; throws the fault of the first that does not.
-    void check(const dim_row * rows, size_t n_rows) const;
-
-    // Checks the session and gives its length.
-    uint32_t length(uint32_t session) const;
-
-    // After the rows were computed.
-    void extend(const dim_row * rows, size_t n_rows);
-
-    // Takes the rows out of the cache again, whether or not they had got into it. Does not throw.
-    void roll_back(llama_memory_i & memory, const dim_row * rows, size_t n_rows) const noexcept;
-
-    // Forgets a session's positions from `position` on.
-    void rewind(llama_memory_i & memory, uint32_t session, uint32_t position);
-
-private:
-    uint32_t              n_ctx;
-    std::vector<uint32_t> lengths;
-};
+// What is allocated, and what `auto` came to. kv_bytes: of the context's own memory.
+dim_context_info describe(const llama_context & ctx);
 
 // Checks the rows' number against the context's n_batch.
 void check_n_rows(const llama_context & ctx, size_t n_rows);

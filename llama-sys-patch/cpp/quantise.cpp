@@ -1,4 +1,5 @@
-// Whole models in another type, by llama.cpp's own quantiser: what the comparison "would a quantised model not do?" runs.
+// Whole models in another type, by llama.cpp's own quantiser: what the comparison "would a quantised model not do?"
+// runs.
 #include "boundary.h"
 
 #include "llama.h"

@@ -43,7 +43,8 @@ static size_t size_of_rows(uint32_t type, size_t n_rows, size_t n_per_row) {
     const size_t block = (size_t) t.blck_size;
     if (n_rows == 0 || n_per_row == 0) fail(DIM_INVALID_ARGUMENT, "%zu rows of %zu values", n_rows, n_per_row);
     if (n_per_row % block != 0) {
-        fail(DIM_INVALID_ARGUMENT, "a row of %zu values is not a whole number of %s blocks (%zu values)", n_per_row, t.type_name, block);
+        fail(DIM_INVALID_ARGUMENT, "a row of %zu values is not a whole number of %s blocks (%zu values)", n_per_row,
+             t.type_name, block);
     }
     const size_t limit = (size_t) std::numeric_limits<int64_t>::max() / sizeof(float);
     if (n_per_row > limit / n_rows || n_per_row / block > limit / t.type_size / n_rows) {
@@ -63,16 +64,19 @@ dim_status dim_type_describe(uint32_t type, dim_type_info * out) {
     return guarded([&] {
         initialize();
         const auto & t = traits(type);
-        *out = { t.type_name, (uint32_t) t.blck_size, (uint32_t) t.type_size, can_dequantize(type), can_quantize(type) };
+        *out = { t.type_name, (uint32_t) t.blck_size, (uint32_t) t.type_size, can_dequantize(type),
+                 can_quantize(type) };
     });
 }
 
-dim_status dim_quantize_rows(uint32_t type, const float * values, size_t n_rows, size_t n_per_row, uint8_t * out, size_t out_len,
+dim_status dim_quantize_rows(uint32_t type, const float * values, size_t n_rows, size_t n_per_row, uint8_t * out,
+                             size_t out_len,
                              dim_fault * fault) {
     return guarded(fault, [&] {
         initialize();
         check_size(out_len, size_of_rows(type, n_rows, n_per_row));
-        if (!can_quantize(type)) fail(DIM_INVALID_ARGUMENT, "%s cannot be made without an importance matrix", traits(type).type_name);
+        if (!can_quantize(type)) fail(DIM_INVALID_ARGUMENT, "%s cannot be made without an importance matrix",
+                                      traits(type).type_name);
         for (size_t row = 0; row < n_rows; row++) {
             size_t bad = 0;
             for (size_t i = 0; i < n_per_row; i++) bad += !std::isfinite(values[row * n_per_row + i]);
@@ -81,12 +85,14 @@ dim_status dim_quantize_rows(uint32_t type, const float * values, size_t n_rows,
             f.row = (int64_t) row, f.got = (int64_t) bad;
             fail_with(DIM_INPUT_NOT_FINITE, f, "row %zu has %zu values that are not finite", row, bad);
         }
-        const size_t written = ggml_quantize_chunk((ggml_type) type, values, out, 0, (int64_t) n_rows, (int64_t) n_per_row, nullptr);
+        const size_t written = ggml_quantize_chunk((ggml_type) type, values, out, 0, (int64_t) n_rows,
+                                                   (int64_t) n_per_row, nullptr);
         if (written != out_len) fail(DIM_INTERNAL, "ggml wrote %zu bytes of %zu", written, out_len);
     });
 }
 
-dim_status dim_dequantize_rows(uint32_t type, const uint8_t * rows, size_t rows_len, size_t n_rows, size_t n_per_row, float * out,
+dim_status dim_dequantize_rows(uint32_t type, const uint8_t * rows, size_t rows_len, size_t n_rows, size_t n_per_row,
+                               float * out,
                                dim_fault * fault) {
     return guarded(fault, [&] {
         initialize();
@@ -99,7 +105,8 @@ dim_status dim_dequantize_rows(uint32_t type, const uint8_t * rows, size_t rows_
         const auto & t = traits(type);
         const size_t row_bytes = rows_len / n_rows;
         // ggml reads blocks as structs: a row that does not stand on their alignment is moved first
-        std::vector<uint64_t> aligned(reinterpret_cast<uintptr_t>(rows) % alignof(uint64_t) || row_bytes % alignof(uint64_t) ? (row_bytes + 7) / 8 : 0);
+        std::vector<uint64_t> aligned(reinterpret_cast<uintptr_t>(rows) % alignof(uint64_t)
+            || row_bytes % alignof(uint64_t) ? (row_bytes + 7) / 8 : 0);
         for (size_t row = 0; row < n_rows; row++) {
             const void * from = rows + row * row_bytes;
             if (!aligned.empty()) from = std::memcpy(aligned.data(), from, row_bytes);

@@ -1,6 +1,7 @@
 // llama.cpp's own RPC backend, the peer in comparisons. Compiled with the `rpc` feature only, and only into a llama.cpp
 // that was built with GGML_RPC=ON. Public API throughout.
 #include "boundary.h"
+#include "model.h"
 
 #include "ggml-backend.h"
 #include "ggml-cpu.h"
@@ -22,8 +23,9 @@ dim_status dim_rpc_serve(const char * endpoint, uint32_t n_threads) {
     });
 }
 
-dim_status dim_rpc_model_load(const char * const * paths, size_t n_paths, const char * endpoint, uint32_t n_blocks, bool use_mmap,
-                              struct llama_model ** out) {
+dim_status dim_rpc_model_load(const char * const * paths, size_t n_paths, const char * endpoint, uint32_t n_blocks,
+                              bool use_mmap,
+                              dim_model ** out) {
     return guarded([&] {
         initialize();
         if (n_paths == 0) fail(DIM_INVALID_ARGUMENT, "no model file given");
@@ -57,6 +59,9 @@ dim_status dim_rpc_model_load(const char * const * paths, size_t n_paths, const 
             const char * why = log_error_line();
             fail(DIM_LOAD_FAILED, "%s: %s", paths[0], *why ? why : "llama.cpp could not load it");
         }
-        *out = model;
+        auto made = std::make_unique<dim_model>();
+        made->llama.reset(model);
+        made->last = model->hparams.n_layer();
+        *out = made.release();
     });
 }

@@ -1,6 +1,8 @@
 // The whole model by llama_decode(): the oracle of every exactness test and the A arm of every comparison. Uses
 // llama.cpp's public API only, with the settings of make_context().
 #include "context.h"
+#include "model.h"
+#include "session.h"
 
 #include "llama.h"
 
@@ -15,21 +17,26 @@ struct dim_stock {
     const size_t        n_vocab;
     sessions            session;
 
-    void decode(const dim_row * rows, size_t n_rows, const int32_t * tokens, size_t tokens_len, float * logits, size_t logits_len, size_t * n_written);
+    void decode(const dim_row * rows, size_t n_rows, const int32_t * tokens, size_t tokens_len, float * logits,
+                size_t logits_len, size_t * n_written);
 };
 
-void dim_stock::decode(const dim_row * rows, size_t n_rows, const int32_t * tokens, size_t tokens_len, float * logits, size_t logits_len,
+void dim_stock::decode(const dim_row * rows, size_t n_rows, const int32_t * tokens, size_t tokens_len, float * logits,
+                       size_t logits_len,
                        size_t * n_written) {
     check_n_rows(*context, n_rows);
     session.check(rows, n_rows);
-    const size_t n_out = (size_t) std::count_if(rows, rows + n_rows, [](const dim_row & row) { return row.want_output; });
+    const size_t n_out = (size_t) std::count_if(rows, rows + n_rows,
+                                                [](const dim_row & row) { return row.want_output; });
     dim_fault size = no_fault;
     size.got = (int64_t) tokens_len, size.expected = (int64_t) n_rows;
     if (size.got != size.expected) fail_with(DIM_WRONG_SIZE, size, "%zu tokens for %zu rows", tokens_len, n_rows);
     size.got = (int64_t) logits_len, size.expected = (int64_t) (n_out * n_vocab);
-    if (size.got < size.expected) fail_with(DIM_WRONG_SIZE, size, "logits: room for %zu values, %zu rows of %zu come", logits_len, n_out, n_vocab);
+    if (size.got < size.expected) fail_with(DIM_WRONG_SIZE, size, "logits: room for %zu values, %zu rows of %zu come",
+                                            logits_len, n_out, n_vocab);
     size.got = (int64_t) n_out, size.expected = context->get_cparams().n_outputs_max;   // llama.cpp asserts this
-    if (size.got > size.expected) fail_with(DIM_TOO_MANY_ROWS, size, "logits of %zu rows at once: at most %lld", n_out, (long long) size.expected);
+    if (size.got > size.expected) fail_with(DIM_TOO_MANY_ROWS, size, "logits of %zu rows at once: at most %lld", n_out,
+                                            (long long) size.expected);
     check_tokens(model, tokens, n_rows);
 
     std::vector<llama_pos>      positions(n_rows);
@@ -69,15 +76,22 @@ void dim_stock::decode(const dim_row * rows, size_t n_rows, const int32_t * toke
     *n_written = n_out;
 }
 
-dim_status dim_stock_create(llama_model * model, const dim_context_params * params, dim_stock ** out) {
+dim_status dim_stock_create(dim_model * owner, const dim_context_params * params, dim_stock ** out) {
     return guarded([&] {
         initialize();
-        if (model->hparams.vocab_only || model->vocab.n_tokens() == 0) fail(DIM_UNSUPPORTED, "the file gives no vocabulary size");
+        auto * model = owner->llama.get();
+        if (owner->planned || !owner->absent.empty()) {
+            fail(DIM_UNSUPPORTED, "llama_decode() wants a whole model, and this is a slice of one");
+        }
+        if (model->hparams.vocab_only || model->vocab.n_tokens() == 0)
+            fail(DIM_UNSUPPORTED, "the file gives no vocabulary size");
         if (llama_model_has_encoder(model)) fail(DIM_UNSUPPORTED, "%s has an encoder", model->arch_name().c_str());
         if (params->f32_products) fail(DIM_INVALID_ARGUMENT, "llama_decode() knows no f32_products: a stage does");
         const uint32_t least = params->max_outputs == 0 ? 0 : std::max(params->max_outputs, params->max_sessions);
         auto ctx = make_context(model, *params, least);
-        *out = new dim_stock { std::move(ctx), *model, (size_t) model->vocab.n_tokens(), sessions(params->max_sessions, params->n_ctx) };
+        const uint32_t n_snapshots = snapshots_of(*ctx);
+        *out = new dim_stock { std::move(ctx), *model, (size_t) model->vocab.n_tokens(),
+                               sessions(params->max_sessions, params->n_ctx, n_snapshots) };
     });
 }
 
@@ -89,10 +103,11 @@ void dim_stock_free(dim_stock * stock) {
 }
 
 dim_status dim_stock_describe(const dim_stock * stock, dim_context_info * out) {
-    return guarded([&] { *out = describe(*stock->context, *stock->context->get_memory()); });
+    return guarded([&] { *out = describe(*stock->context); });
 }
 
-dim_status dim_stock_decode(dim_stock * stock, const dim_row * rows, size_t n_rows, const int32_t * tokens, size_t tokens_len,
+dim_status dim_stock_decode(dim_stock * stock, const dim_row * rows, size_t n_rows, const int32_t * tokens,
+                            size_t tokens_len,
                             float * logits, size_t logits_len, size_t * n_written, dim_fault * fault) {
     return guarded(fault, [&] { stock->decode(rows, n_rows, tokens, tokens_len, logits, logits_len, n_written); });
 }
@@ -103,4 +118,12 @@ dim_status dim_stock_rewind(dim_stock * stock, uint32_t session, uint32_t positi
 
 dim_status dim_stock_length(const dim_stock * stock, uint32_t session, uint32_t * length, dim_fault * fault) {
     return guarded(fault, [&] { *length = stock->session.length(session); });
+}
+
+dim_status dim_stock_lowest(const dim_stock * stock, uint32_t session, uint32_t * position, bool * lost,
+                            dim_fault * fault) {
+    return guarded(fault, [&] {
+        *position = stock->session.lowest(session);
+        *lost     = stock->session.is_lost(session);
+    });
 }

@@ -20,7 +20,17 @@ pub enum Error {
     #[error("{0}")]
     Cancelled(String),
 
-    /// A model whose blocks cannot be evaluated apart.
+    /// A slice whose description of what it lacks (`dim.absent.*`) is wrong.
+    #[error("{text}")]
+    BadSlice {
+        /// Which entry; `None` where it is about all of them.
+        entry: Option<usize>,
+        /// The file, the tensor and what is wrong with it.
+        text: String,
+    },
+
+    /// A model, or a range of its blocks, that cannot be evaluated apart. The text says why, as "they read the keys of block
+    /// 21, which they do not write".
     #[error("{0}")]
     Unsupported(String),
 
@@ -66,7 +76,31 @@ pub enum Error {
         n_ctx: u32,
     },
 
-    /// Tokens for a stage that takes hidden rows, or the other way round.
+    /// A call that failed left the session's recurrent state half-way: nothing but clearing it is possible. Its rows have
+    /// to be evaluated again from the first on.
+    #[error(
+        "session {session} was lost in a call that failed: clear it and evaluate it again from its beginning"
+    )]
+    SessionLost {
+        /// The session.
+        session: u32,
+    },
+
+    /// A recurrent state cannot be taken back so far: clear the session, and evaluate again what should stay.
+    #[error(
+        "session {session} cannot be taken back to position {position}: to {lowest} at the least, or to nothing"
+    )]
+    CannotRewind {
+        /// The session.
+        session: u32,
+        /// The position given.
+        position: u32,
+        /// The lowest position, beside 0, that it can be taken back to.
+        lowest: u32,
+    },
+
+    /// Tokens for a stage that takes hidden rows, or the other way round; or no token ids for one that reads them beside the
+    /// rows.
     #[error("{0}")]
     WrongInput(String),
 
@@ -166,6 +200,9 @@ pub(crate) fn check(status: ffi::dim_status, fault: &ffi::dim_fault) -> Result<(
         ffi::DIM_UNKNOWN_SESSION => Error::UnknownSession { session: got, sessions: expected },
         ffi::DIM_WRONG_POSITION => Error::WrongPosition { session, position: got, expected },
         ffi::DIM_CONTEXT_FULL => Error::ContextFull { session, n_ctx: expected },
+        ffi::DIM_SESSION_LOST => Error::SessionLost { session },
+        ffi::DIM_CANNOT_REWIND => Error::CannotRewind { session, position: got, lowest: expected },
+        ffi::DIM_BAD_SLICE => Error::BadSlice { entry: usize::try_from(fault.row).ok(), text },
         ffi::DIM_WRONG_INPUT => Error::WrongInput(text),
         ffi::DIM_WRONG_OUTPUT => Error::WrongOutput(text),
         ffi::DIM_UNKNOWN_TOKEN => Error::UnknownToken { token: fault.got, n_vocab: fault.expected },

@@ -1,9 +1,12 @@
 //! Per-layer graph evaluation, beside llama.cpp and not inside it.
 //!
-//! What it is: a [`Model`] is a GGUF loaded by the llama.cpp that llama-cpp-sys-2 builds. A [`Stage`] evaluates any
-//! contiguous range of its blocks with a KV cache of its own: tokens or hidden rows in, hidden rows or logits out. The
-//! head, middle and tail of a model are three stages; the numbers are llama.cpp's own, bit for bit. A [`Stock`] context
-//! is plain `llama_decode` on the whole model with the same settings: the oracle, and the A arm of every comparison.
+//! What it is: a [`Model`] is a GGUF loaded by the llama.cpp that llama-cpp-sys-2 builds: a whole one, or a slice that keeps
+//! the whole's keys, names and numbers and lacks the weights of other blocks. A [`Stage`] evaluates any contiguous range of
+//! its blocks with caches and states of its own: tokens or rows in, rows or logits out. The head, middle and tail of a model
+//! are three stages; the numbers are llama.cpp's own, bit for bit, for every architecture that can be cut, and none is known
+//! by name. A [`Plan`] says of a whole file, without reading its weights, where it can be cut, what a range needs and what
+//! crosses ([`Layout`]). A [`Stock`] context is plain `llama_decode` on the whole model with the same settings: the oracle,
+//! and the A arm of every comparison.
 //!
 //! What it is not: a fork or a copy. The C++ in `cpp/` compiles against llama.cpp's internal headers where cargo put
 //! them, and `cpp/upstream.h` fails to compile when they change under it.
@@ -11,7 +14,8 @@
 //! All of the workspace's `unsafe` is here, but for one memory map in gguf-tools. How it is layered:
 //!
 //! ```text
-//! model.rs stage.rs stock.rs rows.rs   the safe API: typed errors, lengths by slices
+//! model.rs plan.rs layout.rs           the safe API: typed errors, lengths by slices
+//! stage.rs stock.rs rows.rs
 //! quantise.rs rpc.rs                   for comparisons: quantised models, llama.cpp's RPC backend
 //! error.rs                             a dim_status and its dim_fault become an Error
 //! ffi.rs                               bindgen's view of cpp/layer_eval.h, and nothing else
@@ -22,7 +26,9 @@
 mod cpu;
 mod error;
 mod ffi;
+mod layout;
 mod model;
+mod plan;
 mod quantise;
 mod rows;
 #[cfg(feature = "rpc")]
@@ -30,10 +36,15 @@ pub mod rpc;
 mod stack;
 mod stage;
 mod stock;
+#[cfg(feature = "test-support")]
+#[doc(hidden)]
+pub mod test_support;
 
 pub use cpu::unused_cpu_features;
 pub use error::Error;
+pub use layout::{Layout, Part, ValueType};
 pub use model::{Device, LogLevel, Model, ModelParams, ModelPart, Offload, devices, set_log};
+pub use plan::{Plan, RangePlan};
 pub use quantise::{Quantised, quantise_model};
 pub use rows::{RowType, dequantize_rows, quantize_rows};
 pub use stage::{

@@ -2,6 +2,7 @@
 
 use std::ffi::{CStr, CString, c_char, c_void};
 use std::mem::ManuallyDrop;
+use std::ops::Range;
 use std::path::{Path, PathBuf};
 use std::ptr::NonNull;
 use std::sync::Arc;
@@ -9,10 +10,12 @@ use std::sync::Arc;
 use llama_cpp_2::model::LlamaModel;
 
 use crate::Error;
-use crate::error::check_status;
+use crate::error::{check, check_status};
 use crate::{ffi, stack};
 
 /// A GGUF loaded by llama.cpp. Cloning is cheap and shares the weights.
+///
+/// A slice is the whole model with weights for [`blocks`](Model::blocks) only; its blocks keep the model's numbers.
 ///
 /// Methods: [`load`](Model::load); what the file says ([`arch`](Model::arch), [`n_blocks`](Model::n_blocks),
 /// [`meta`](Model::meta), ...); text to tokens and back; [`offload`](Model::offload), where the weights are;
@@ -21,9 +24,23 @@ use crate::{ffi, stack};
 pub struct Model(Arc<Loaded>);
 
 struct Loaded {
-    model: LlamaModel,
+    handle: NonNull<ffi::dim_model>,
+    model: ManuallyDrop<LlamaModel>, // `handle`'s own, for llama-cpp-2: never dropped here
     info: ffi::dim_model_info,
     arch: String,
+}
+
+// SAFETY: a dim_model belongs to no thread and is not changed once it is loaded: everything that takes one is "Thread: any"
+// in layer_eval.h. Freeing it waits for the last Arc.
+unsafe impl Send for Loaded {}
+// SAFETY: as above.
+unsafe impl Sync for Loaded {}
+
+impl Drop for Loaded {
+    fn drop(&mut self) {
+        // SAFETY: the handle is ours, stages and contexts made from it hold an Arc of us, and `model` is not used again.
+        unsafe { ffi::dim_model_free(self.handle.as_ptr()) };
+    }
 }
 
 /// What of a file is loaded.
@@ -43,8 +60,9 @@ pub enum ModelPart {
 pub struct ModelParams<'a> {
     /// What of it.
     pub part: ModelPart,
-    /// Blocks put on the GPU, counted from the last one: `None` for all (nothing, where there is no GPU), `Some(0)` for a
-    /// CPU run that touches no GPU. In llama.cpp's own count, which has the output as one more layer, it is one more.
+    /// Blocks of the file put on the GPU, counted from its last one: `None` for all (nothing, where there is no GPU),
+    /// `Some(0)` for a CPU run that touches no GPU. In llama.cpp's own count, which has the output as one more layer, it is
+    /// one more.
     pub gpu_layers: Option<u32>,
     /// Map the file instead of reading it. A file truncated under a map kills the process (SIGBUS): for files that nobody
     /// else writes to.
@@ -80,10 +98,10 @@ impl Model {
     /// The file should have been through gguf-tools' reader before: llama.cpp aborts on some malformed ones.
     ///
     /// # Errors
-    /// [`Error::LoadFailed`] with llama.cpp's own error line; [`Error::Cancelled`];
-    /// [`Error::InvalidArgument`] for no paths, paths with a NUL byte and unknown devices.
+    /// [`Error::LoadFailed`] with llama.cpp's own error line; [`Error::Cancelled`]; [`Error::BadSlice`] for a slice whose
+    /// description of what it lacks is wrong; [`Error::InvalidArgument`] for no paths, paths with a NUL byte and unknown devices.
     pub fn load<P: AsRef<Path>>(paths: &[P], params: ModelParams) -> Result<Model, Error> {
-        let names = paths.iter().map(|p| c_path(p.as_ref())).collect::<Result<Vec<_>, _>>()?;
+        let names = c_paths(paths)?;
         let pointers: Vec<*const c_char> = names.iter().map(|n| n.as_ptr()).collect();
         let device = params.device.map(CString::new).transpose().map_err(|_| nul("the device's name"))?;
         let mut progress = params.progress;
@@ -105,34 +123,44 @@ impl Model {
             progress_user: (&raw mut progress).cast(),
         };
         let mut model = std::ptr::null_mut();
+        let mut fault = ffi::dim_fault::default();
         // SAFETY: `pointers` and `c_params` are valid for the call, which copies what it keeps; on_progress gets the
         // address of `progress`, which outlives the call, on this thread.
         let status = unsafe {
-            ffi::dim_model_load(pointers.as_ptr(), pointers.len(), &raw const c_params, &raw mut model)
+            ffi::dim_model_load(
+                pointers.as_ptr(),
+                pointers.len(),
+                &raw const c_params,
+                &raw mut model,
+                &raw mut fault,
+            )
         };
-        check_status(status)?;
+        check(status, &fault)?;
         // SAFETY: dim_model_load() gave us the model to own.
         unsafe { Model::of(model) }
     }
 
-    /// A model that llama.cpp has just loaded.
+    /// A model that was just loaded.
     ///
     /// # Safety
     /// The caller owns the model, and gives it up.
-    pub(crate) unsafe fn of(model: *mut ffi::llama_model) -> Result<Model, Error> {
-        let model = NonNull::new(model).ok_or_else(|| Error::Internal("a model that is NULL".into()))?;
-        // SAFETY: the caller gives it to us to own.
-        let model = unsafe { adopt(model) };
-
-        let mut info = ffi::dim_model_info::default();
+    pub(crate) unsafe fn of(handle: *mut ffi::dim_model) -> Result<Model, Error> {
+        let handle = NonNull::new(handle).ok_or_else(|| Error::Internal("a model that is NULL".into()))?;
+        // SAFETY: the model is alive; what is in it lives as long, and Loaded never drops this view of it.
+        let model =
+            NonNull::new(unsafe { ffi::dim_model_llama(handle.as_ptr()) }).map(|m| unsafe { view(m) });
+        let Some(model) = model else {
+            // SAFETY: ours, and used by nobody.
+            unsafe { ffi::dim_model_free(handle.as_ptr()) };
+            return Err(Error::Internal("a model that is NULL".into()));
+        };
+        // from here on it is freed whatever happens
+        let mut loaded = Loaded { handle, model, info: ffi::dim_model_info::default(), arch: String::new() };
         // SAFETY: the model is alive; `info` is written.
-        check_status(unsafe { ffi::dim_model_describe(raw(&model), &raw mut info) })?;
-        let arch = text(|buffer, capacity, length| {
-            // SAFETY: as above; `buffer` has room for `capacity` bytes.
-            unsafe { ffi::dim_model_arch(raw(&model), buffer, capacity, length) }
-        })?;
-        let arch = String::from_utf8_lossy(&arch.unwrap_or_default()).into_owned();
-        Ok(Model(Arc::new(Loaded { model, info, arch })))
+        check_status(unsafe { ffi::dim_model_describe(handle.as_ptr(), &raw mut loaded.info) })?;
+        // SAFETY: the model is alive.
+        loaded.arch = unsafe { arch(handle.as_ptr()) }?;
+        Ok(Model(Arc::new(loaded)))
     }
 
     /// llama.cpp's name of the architecture, as `qwen2`.
@@ -145,9 +173,19 @@ impl Model {
         self.0.info.n_embd as usize
     }
 
-    /// Blocks in the file.
+    /// Blocks of the model: of the whole one, also where this is a slice of it.
     pub fn n_blocks(&self) -> u32 {
         self.0.info.n_blocks
+    }
+
+    /// The blocks that have weights here, numbered as in the whole model: all of them, or a slice's.
+    pub fn blocks(&self) -> Range<u32> {
+        self.0.info.first_block..self.0.info.last_block
+    }
+
+    /// Only a part of the model has weights. `false` also for slices cut in the old way, which are models of their own.
+    pub fn is_slice(&self) -> bool {
+        self.0.info.is_slice
     }
 
     /// Width of a row of logits; 1 for a middle slice.
@@ -300,8 +338,8 @@ impl Model {
     }
 
     /// The pointer the C functions take. Alive as long as `self`.
-    pub(crate) fn raw(&self) -> *mut ffi::llama_model {
-        raw(&self.0.model)
+    pub(crate) fn raw(&self) -> *mut ffi::dim_model {
+        self.0.handle.as_ptr()
     }
 }
 
@@ -388,24 +426,33 @@ const _: () = assert!(size_of::<LlamaModel>() == size_of::<*mut ffi::llama_model
 const _: () = assert!(align_of::<LlamaModel>() == align_of::<*mut ffi::llama_model>());
 const _: () = assert!(size_of::<Option<LlamaModel>>() == size_of::<LlamaModel>()); // as a NonNull has it
 
-/// Makes a `LlamaModel` of a model, which it then owns and frees.
+/// llama-cpp-2's view of a model that somebody else owns: it must not be dropped.
 ///
 /// # Safety
-/// The caller owns the model, and gives it up.
-unsafe fn adopt(model: NonNull<ffi::llama_model>) -> LlamaModel {
-    let model = ManuallyDrop::new(model);
-    // SAFETY: LlamaModel is transparent over NonNull<llama_model> (see above), and dropping it calls llama_free_model(),
-    // which is what dim_model_free() does.
-    unsafe { std::mem::transmute_copy::<ManuallyDrop<NonNull<ffi::llama_model>>, LlamaModel>(&model) }
-}
-
-/// The pointer inside a `LlamaModel`.
-fn raw(model: &LlamaModel) -> *mut ffi::llama_model {
-    // SAFETY: LlamaModel is transparent over NonNull<llama_model> (see above).
-    unsafe { std::ptr::from_ref(model).cast::<*mut ffi::llama_model>().read() }
+/// The model is alive as long as the view is used.
+unsafe fn view(model: NonNull<ffi::llama_model>) -> ManuallyDrop<LlamaModel> {
+    // SAFETY: LlamaModel is transparent over NonNull<llama_model> (see above), and is never dropped.
+    unsafe { std::mem::transmute_copy::<NonNull<ffi::llama_model>, ManuallyDrop<LlamaModel>>(&model) }
 }
 
 // ---- helpers
+
+/// llama.cpp's name of a model's architecture.
+///
+/// # Safety
+/// The model is alive.
+pub(crate) unsafe fn arch(model: *const ffi::dim_model) -> Result<String, Error> {
+    let arch = text(|buffer, capacity, length| {
+        // SAFETY: the model is alive; `buffer` has room for `capacity` bytes.
+        unsafe { ffi::dim_model_arch(model, buffer, capacity, length) }
+    })?;
+    Ok(String::from_utf8_lossy(&arch.unwrap_or_default()).into_owned())
+}
+
+/// Paths as C takes them.
+pub(crate) fn c_paths<P: AsRef<Path>>(paths: &[P]) -> Result<Vec<CString>, Error> {
+    paths.iter().map(|p| c_path(p.as_ref())).collect()
+}
 
 /// dim_progress: calls the closure that [`Model::load`] was given.
 unsafe extern "C" fn on_progress(fraction: f32, user: *mut c_void) -> bool {
@@ -420,7 +467,7 @@ unsafe extern "C" fn on_progress(fraction: f32, user: *mut c_void) -> bool {
 }
 
 /// Calls a function of the "length, then again with room" kind until the text fits. `None` where the length is -1.
-fn text(
+pub(crate) fn text(
     mut call: impl FnMut(*mut c_char, usize, *mut i64) -> ffi::dim_status,
 ) -> Result<Option<Vec<u8>>, Error> {
     let mut buffer: Vec<u8> = Vec::with_capacity(64);

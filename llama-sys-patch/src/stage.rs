@@ -1,4 +1,4 @@
-//! A stage: the blocks `[first, last)` of a model, with a KV cache of their own.
+//! A stage: the blocks `[first, last)` of a model, with caches and states of their own.
 
 use std::ops::Range;
 use std::ptr::NonNull;
@@ -6,7 +6,7 @@ use std::ptr::NonNull;
 use half::f16;
 
 use crate::error::{check, check_status};
-use crate::{Error, Model, ffi};
+use crate::{Error, Layout, Model, ffi};
 
 /// Whether attention runs as one fused operation. The two ways differ in their last bits: every stage of a pipeline
 /// must use the same, and [`ContextInfo::flash_attn`] says what `Auto` came to.
@@ -45,6 +45,10 @@ pub struct ContextParams {
     pub n_threads: u32,
     /// Sessions, each with `n_ctx` positions of its own. With 1 the arithmetic is that of llama.cpp for one sequence.
     pub max_sessions: u32,
+    /// Rows of its last call that a recurrent session can be taken back by, where llama.cpp keeps snapshots for the
+    /// architecture (0 elsewhere); each costs as much memory as the state itself. Less than `n_ubatch`. Results depend on it
+    /// in that chunks may be cut elsewhere: every stage of a pipeline must use the same.
+    pub snapshots: u32,
     /// Fused attention.
     pub flash_attn: FlashAttn,
     /// Cached keys and values: every stage of a pipeline must use the same.
@@ -65,6 +69,7 @@ impl Default for ContextParams {
             n_ubatch: 512,
             n_threads,
             max_sessions: 1,
+            snapshots: 0,
             flash_attn: FlashAttn::Auto,
             kv_type: KvType::F16,
             f32_products: false,
@@ -80,6 +85,7 @@ impl ContextParams {
             n_ubatch: self.n_ubatch.min(self.n_batch),
             n_threads: self.n_threads,
             max_sessions: self.max_sessions,
+            n_snapshots: self.snapshots,
             flash_attn: match self.flash_attn {
                 FlashAttn::Auto => ffi::DIM_FLASH_ATTN_AUTO,
                 FlashAttn::Off => ffi::DIM_FLASH_ATTN_OFF,
@@ -98,10 +104,10 @@ impl ContextParams {
 /// Which part of a model a stage is.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct StageParams {
-    /// Blocks of the file, numbered from 0 as in it.
+    /// Blocks, numbered as in the model.
     pub blocks: Range<u32>,
-    /// The range starts the model: tokens come in. Else hidden rows do. A middle or tail slice starts with block 0 of its
-    /// file too, so the file alone does not tell.
+    /// The range starts the model: tokens come in. Else rows do. A middle or tail cut in the old way starts with block 0 of
+    /// its file too, so the file alone does not tell.
     pub takes_tokens: bool,
     /// The range ends the model: logits go out. Else hidden rows do.
     pub has_lm_head: bool,
@@ -110,7 +116,7 @@ pub struct StageParams {
 }
 
 impl StageParams {
-    /// A range of a whole model: what comes in and goes out follows from the range.
+    /// A range of a whole model, or of a slice that keeps its numbers: what comes in and goes out follows from the range.
     pub fn of_whole_model(model: &Model, blocks: Range<u32>, context: ContextParams) -> Self {
         StageParams {
             takes_tokens: blocks.start == 0,
@@ -141,23 +147,23 @@ impl Row {
     }
 }
 
-/// What goes in: one entry per row.
+/// What goes in: one entry per row. A row is what [`Stage::input_layout`] says: for most models `n_embd` values.
 #[derive(Debug, Clone, Copy)]
 pub enum Input<'a> {
     /// (n_rows) token ids.
     Tokens(&'a [i32]),
-    /// (n_rows, n_embd), row-major; converted to F32 on the device.
+    /// (n_rows, [`width_f16`](Layout::width_f16)), row-major; converted to F32 on the device.
     F16(&'a [f16]),
-    /// (n_rows, n_embd), row-major.
+    /// (n_rows, [`width_f32`](Layout::width_f32)), row-major.
     F32(&'a [f32]),
 }
 
 /// Where the output goes. The buffer may be longer than needed.
 #[derive(Debug)]
 pub enum Output<'a> {
-    /// (n_rows, n_embd), row-major; converted from F32 on the device, to the nearest.
+    /// (n_rows, [`width_f16`](Layout::width_f16)), row-major; converted from F32 on the device, to the nearest.
     F16(&'a mut [f16]),
-    /// (n_rows, n_embd), row-major.
+    /// (n_rows, [`width_f32`](Layout::width_f32)), row-major.
     F32(&'a mut [f32]),
     /// (rows that want output, n_vocab), row-major.
     Logits(&'a mut [f32]),
@@ -206,6 +212,8 @@ pub struct Stage {
     stage: NonNull<ffi::dim_stage>,
     params: StageParams,
     info: ContextInfo,
+    input: Layout,
+    output: Layout,
     model: Model, // after `stage`: must outlive it
 }
 
@@ -236,8 +244,16 @@ impl Stage {
         let mut info = ffi::dim_context_info::default();
         // SAFETY: the stage was just made; `info` is written.
         let status = unsafe { ffi::dim_stage_describe(stage.as_ptr(), &raw mut info) };
-        let stage = Stage { stage, params, info: ContextInfo::from_c(&info), model: model.clone() };
+        let (input, output) = (Layout::default(), Layout::default());
+        let mut stage =
+            Stage { stage, params, info: ContextInfo::from_c(&info), input, output, model: model.clone() };
         check_status(status)?;
+        for (end, layout) in [(ffi::DIM_END_IN, &mut stage.input), (ffi::DIM_END_OUT, &mut stage.output)] {
+            *layout = Layout::read(|out, capacity, n| {
+                // SAFETY: the stage is alive; `out` has room for `capacity` entries.
+                unsafe { ffi::dim_stage_crossing(stage.stage.as_ptr(), end, out, capacity, n) }
+            })?;
+        }
         Ok(stage)
     }
 
@@ -245,8 +261,27 @@ impl Stage {
     /// the number of rows written: all of them, or those that want logits.
     ///
     /// # Errors
-    /// See [`Error`]. The sessions then are as they were, and the output buffer may hold anything.
+    /// See [`Error`]. The sessions then are as they were, or lost ([`Error::SessionLost`]), where a recurrent state cannot be
+    /// taken back; the output buffer may hold anything.
     pub fn evaluate(&mut self, rows: &[Row], input: Input, output: Output) -> Result<usize, Error> {
+        self.evaluate_with_tokens(rows, None, input, output)
+    }
+
+    /// The same for a stage that [reads token ids](Self::reads_tokens) beside the rows: (n_rows) of them. Others ignore them.
+    ///
+    /// # Errors
+    /// As [`evaluate`](Self::evaluate); [`Error::WrongInput`] without ids where they are read.
+    pub fn evaluate_with_tokens(
+        &mut self,
+        rows: &[Row],
+        tokens: Option<&[i32]>,
+        input: Input,
+        output: Output,
+    ) -> Result<usize, Error> {
+        if let Some(tokens) = tokens.filter(|tokens| tokens.len() != rows.len()) {
+            let text = format!("{} token ids for {} rows", tokens.len(), rows.len());
+            return Err(Error::WrongSize { got: tokens.len(), expected: rows.len(), text });
+        }
         let (input_type, input, input_len) = match input {
             Input::Tokens(x) => (ffi::DIM_TOKENS, x.as_ptr().cast(), x.len()),
             Input::F16(x) => (ffi::DIM_F16, x.as_ptr().cast(), x.len()),
@@ -268,6 +303,7 @@ impl Stage {
                 self.stage.as_ptr(),
                 rows.as_ptr(),
                 rows.len(),
+                tokens.map_or(std::ptr::null(), <[i32]>::as_ptr),
                 input_type,
                 input,
                 input_len,
@@ -285,7 +321,8 @@ impl Stage {
     /// Forgets a session's positions from `position` on; the next row then has that position.
     ///
     /// # Errors
-    /// [`Error::WrongPosition`] beyond the session's length, [`Error::UnknownSession`].
+    /// [`Error::WrongPosition`] beyond the session's length, [`Error::UnknownSession`]; below what
+    /// [`lowest`](Self::lowest) says [`Error::CannotRewind`], and [`Error::SessionLost`] for a lost one. To 0 it always can.
     pub fn rewind(&mut self, session: u32, position: u32) -> Result<(), Error> {
         let mut fault = ffi::dim_fault::default();
         // SAFETY: the stage is alive and ours alone; `fault` is written.
@@ -315,6 +352,44 @@ impl Stage {
         Ok(length)
     }
 
+    /// The lowest position, beside 0, that a session can be taken back to: 0 for models without recurrent states, for others
+    /// its length, or a few less where there are snapshots ([`ContextParams::snapshots`]). `None`: the session is lost.
+    ///
+    /// # Errors
+    /// [`Error::UnknownSession`].
+    pub fn lowest(&self, session: u32) -> Result<Option<u32>, Error> {
+        let (mut position, mut lost) = (0, false);
+        let mut fault = ffi::dim_fault::default();
+        // SAFETY: the stage is alive; all three are written.
+        let status = unsafe {
+            ffi::dim_stage_lowest(
+                self.stage.as_ptr(),
+                session,
+                &raw mut position,
+                &raw mut lost,
+                &raw mut fault,
+            )
+        };
+        check(status, &fault)?;
+        Ok((!lost).then_some(position))
+    }
+
+    /// What a row that comes in is made of; empty where tokens come in.
+    pub fn input_layout(&self) -> &Layout {
+        &self.input
+    }
+
+    /// What a row that goes out is made of; empty where logits go out.
+    pub fn output_layout(&self) -> &Layout {
+        &self.output
+    }
+
+    /// The range reads token ids beside the rows that come in: [`evaluate_with_tokens`](Self::evaluate_with_tokens).
+    pub fn reads_tokens(&self) -> bool {
+        // SAFETY: the stage is alive.
+        unsafe { ffi::dim_stage_reads_tokens(self.stage.as_ptr()) }
+    }
+
     /// What it was made with.
     pub fn params(&self) -> &StageParams {
         &self.params
@@ -325,8 +400,7 @@ impl Stage {
         &self.info
     }
 
-    /// Bytes of the KV cache: that of the stage's own blocks. (Of all blocks of the file, where these differ in size or some
-    /// attend to a window only.)
+    /// Bytes of caches and recurrent states: those of the stage's own blocks.
     pub fn kv_bytes(&self) -> u64 {
         self.info.kv_bytes
     }

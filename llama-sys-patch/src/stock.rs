@@ -97,6 +97,27 @@ impl Stock {
         Ok(length)
     }
 
+    /// As [`Stage::lowest`](crate::Stage::lowest).
+    ///
+    /// # Errors
+    /// [`Error::UnknownSession`].
+    pub fn lowest(&self, session: u32) -> Result<Option<u32>, Error> {
+        let (mut position, mut lost) = (0, false);
+        let mut fault = ffi::dim_fault::default();
+        // SAFETY: the context is alive; all three are written.
+        let status = unsafe {
+            ffi::dim_stock_lowest(
+                self.stock.as_ptr(),
+                session,
+                &raw mut position,
+                &raw mut lost,
+                &raw mut fault,
+            )
+        };
+        check(status, &fault)?;
+        Ok((!lost).then_some(position))
+    }
+
     /// Sizes, as they came out.
     pub fn info(&self) -> &ContextInfo {
         &self.info

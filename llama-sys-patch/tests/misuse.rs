@@ -181,6 +181,8 @@ fn stages_that_cannot_be_are_refused() {
         ContextParams { max_sessions: 257, ..context() },
         ContextParams { max_sessions: 64, n_ubatch: 32, ..context() },
         ContextParams { n_ctx: 1 << 29, max_sessions: 4, ..context() },
+        ContextParams { snapshots: 32, ..context() },
+        ContextParams { snapshots: u32::MAX, ..context() },
     ];
     for size in sizes {
         let error = make(0..3, true, false, size.clone()).unwrap_err();

@@ -88,10 +88,14 @@ fn a_stage_keeps_keys_and_values_of_its_own_blocks_only() {
         assert_eq!(kv_bytes(blocks.clone(), KvType::F16), expected, "{blocks:?}");
         assert_eq!(kv_bytes(blocks.clone(), KvType::F32), 2 * expected, "{blocks:?}");
     }
-    // blocks that attend to a window only: llama.cpp keeps two caches, and they are of all blocks
+    // blocks that attend to a window only, too: llama.cpp keeps two caches, of which these blocks are given memory
     let model = load(&Spec::tiny("olmo2").unwrap().window(64));
-    let stage = Stage::new(&model, StageParams::of_whole_model(&model, 2..3, context())).unwrap();
-    assert_eq!(stage.kv_bytes(), Stock::new(&model, &context(), None).unwrap().info().kv_bytes);
+    let whole = Stock::new(&model, &context(), None).unwrap().info().kv_bytes;
+    for blocks in [2..3, 0..6] {
+        let n = blocks.len() as u64;
+        let stage = Stage::new(&model, StageParams::of_whole_model(&model, blocks, context())).unwrap();
+        assert_eq!(stage.kv_bytes(), whole / 6 * n);
+    }
 }
 
 #[test]

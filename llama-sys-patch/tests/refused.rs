@@ -3,10 +3,10 @@
 
 mod common;
 
-use common::{Chain, Wire, assert_exact, context, decode, stock, tokens};
+use common::{Chain, Wire, assert_exact, context, decode, pipeline, stock, tiny, tokens};
 use gguf_tools::gguf::write::{GgufWriter, TensorSpec};
 use gguf_tools::gguf::{TensorType, Value};
-use llama_sys_patch::{Error, Model, ModelParams, Row, Stage, StageParams};
+use llama_sys_patch::{Error, Model, ModelParams, Plan, Row, Stage, StageParams};
 
 const N_EMBD: u64 = 64;
 const N_BLOCKS: u64 = 4;
@@ -96,55 +96,54 @@ fn refusal(model: &Model, params: StageParams) -> String {
 }
 
 #[test]
-fn a_model_that_adds_positions_before_block_0_is_exact_in_ranges_and_refused_as_a_later_slice() {
+fn a_model_that_adds_positions_before_block_0_is_exact_in_ranges() {
     let model = gpt2();
-
-    // ranges of the whole model: the positions are added where they belong
     let mut chain = Chain::new(&model, &[1, 3], &context(), Wire::F32);
     let mut oracle = stock(&model, &context());
     let prompt = tokens(&model, 1, 70);
     let rows = Row::chunk(0, 0, 70);
     assert_exact(&chain.evaluate(&rows, &prompt).unwrap(), &decode(&mut oracle, &rows, &prompt), "gpt2");
-
-    // the same file as a middle or tail: block 0 would add them to hidden rows that have them already
-    for has_lm_head in [false, true] {
-        let params = StageParams { blocks: 0..4, takes_tokens: false, has_lm_head, context: context() };
-        let text = refusal(&model, params);
-        assert!(text.contains("gpt2") && text.contains("before block 0"), "{text}");
-    }
 }
 
 #[test]
-fn a_model_that_keeps_a_state_is_refused() {
-    let (e, inner, state, rank) = (N_EMBD, 2 * N_EMBD, 16, 4);
-    let model = write(
-        "mamba",
-        &[
-            ("feed_forward_length", Value::U32(0)),
-            ("attention.head_count", Value::U32(0)),
-            ("attention.layer_norm_rms_epsilon", Value::F32(1e-5)),
-            ("ssm.conv_kernel", Value::U32(4)),
-            ("ssm.inner_size", Value::U32(inner as u32)),
-            ("ssm.state_size", Value::U32(state as u32)),
-            ("ssm.time_step_rank", Value::U32(rank as u32)),
-        ],
-        &[
-            ("token_embd.weight", &[e, N_VOCAB]),
-            ("output_norm.weight", &[e]),
-            ("blk.#.attn_norm.weight", &[e]),
-            ("blk.#.ssm_in.weight", &[e, 2 * inner]),
-            ("blk.#.ssm_conv1d.weight", &[4, inner]),
-            ("blk.#.ssm_conv1d.bias", &[inner]),
-            ("blk.#.ssm_x.weight", &[inner, rank + 2 * state]),
-            ("blk.#.ssm_dt.weight", &[rank, inner]),
-            ("blk.#.ssm_dt.bias", &[inner]),
-            ("blk.#.ssm_a", &[state, inner]),
-            ("blk.#.ssm_d", &[inner]),
-            ("blk.#.ssm_out.weight", &[inner, e]),
-        ],
-    );
-    let text = refusal(&model, StageParams::of_whole_model(&model, 0..2, context()));
-    assert!(text.contains("mamba") && text.contains("state"), "{text}");
+fn a_cut_between_blocks_that_share_keys_is_refused_and_says_whose() {
+    // of 24 blocks the last four use the keys of blocks 18 and 19
+    let folder = tempfile::tempdir().unwrap();
+    let path = tiny::write("gemma3n", &[], folder.path()).unwrap();
+    let mut plan = Plan::open(&[&path]).unwrap();
+    let why = |error: Error| match error {
+        Error::Unsupported(text) => text,
+        other => panic!("{other:?}"),
+    };
+    for block in 1..24 {
+        let cut = plan.cut(block);
+        if block <= 18 {
+            cut.unwrap_or_else(|e| panic!("before {block}: {e}"));
+        } else {
+            let text = why(cut.unwrap_err());
+            let reads = ["the keys of block 18", "the keys of block 19", "the values of block 18"];
+            assert!(text.contains("gemma3n") && reads.iter().any(|r| text.contains(r)), "{block}: {text}");
+        }
+    }
+    assert!(plan.range(18..24).is_ok());
+    assert!(plan.range(20..24).is_err() && plan.range(3..21).is_ok());
+    assert!(matches!(plan.cut(0), Err(Error::InvalidArgument(_))));
+    assert!(matches!(plan.cut(24), Err(Error::InvalidArgument(_))));
+    assert!(matches!(plan.range(20..25), Err(Error::InvalidArgument(_))));
+
+    // a stage of the whole file says the same
+    let model = pipeline::load(&path).unwrap();
+    let text = refusal(&model, StageParams::of_whole_model(&model, 20..24, context()));
+    assert!(text.contains("the keys of block 18"), "{text}");
+}
+
+#[test]
+fn blocks_that_run_in_loops_are_refused() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = tiny::write("hrm_text", &[], folder.path()).unwrap();
+    let model = pipeline::load(&path).unwrap();
+    let text = refusal(&model, StageParams::of_whole_model(&model, 3..8, context()));
+    assert!(text.contains("hrm_text") && text.contains("a weight of block"), "{text}");
 }
 
 #[test]

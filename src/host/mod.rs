@@ -34,7 +34,7 @@ use crate::error::Error;
 use engine::SplitEngine;
 use template::{ChatTemplate, TemplateError};
 
-/// A split model, ready: every block in one stage, here or on a worker.
+/// A split model, ready: every block in one stage, here or on a worker. It may move from thread to thread.
 pub struct Host {
     engine: SplitEngine,
     vocabulary: Model,

@@ -13,7 +13,7 @@ use gguf_tools::manifest::Manifest;
 use gguf_tools::plan::Role;
 use gguf_tools::slice::SliceInfo;
 
-use crate::error::Error;
+use crate::error::{DifferentModels, Error};
 use crate::event::{Events, NoCanary};
 use crate::stage::load;
 use crate::stage::verified::{Verify, open_slice};
@@ -124,5 +124,6 @@ fn same_model(path: &Path, a: &SliceInfo, other: &Path, b: &SliceInfo) -> Result
         };
     }
     let named = |info: &SliceInfo| (info.model_name.clone(), info.model_sha256);
-    Err(Error::OtherModel { path, model: named(a), other, other_model: named(b) })
+    let (model, other_model) = (named(a), named(b));
+    Err(Error::OtherModel(Box::new(DifferentModels { path, model, other, other_model })))
 }

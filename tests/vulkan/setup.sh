@@ -33,7 +33,7 @@ if [ -n "$missing" ]; then
     echo "vulkan: installing$missing" >&2
     $root apt-get update -qq
     # shellcheck disable=SC2086  # a list of names
-    DEBIAN_FRONTEND=noninteractive $root apt-get install -y -qq --no-install-recommends $missing >/dev/null
+    DEBIAN_FRONTEND=noninteractive $root apt-get -o DPkg::Lock::Timeout=600 install -y -qq --no-install-recommends $missing >/dev/null
 fi
 
 # ---- Debian 13's headers, beside the system

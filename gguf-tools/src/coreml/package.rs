@@ -59,6 +59,9 @@ const PACKAGE_MANIFEST_TEXT: &str = r#"{
 }
 "#;
 
+/// Bytes read and digested at a time.
+const BUFFER_BYTES: usize = 1 << 16;
+
 /// Name of the directory of package `index`.
 pub fn directory_name(index: usize) -> String {
     format!("middle-{index:02}.mlpackage")
@@ -131,7 +134,7 @@ impl Staging {
         let path = self.path.join(name);
         file.sync_all().at(&path)?;
         file.rewind().at(&path)?;
-        let (mut sha, mut bytes, mut piece) = (Sha256::new(), 0, vec![0; 1 << 16]);
+        let (mut sha, mut bytes, mut piece) = (Sha256::new(), 0, vec![0; BUFFER_BYTES]);
         loop {
             match file.read(&mut piece).at(&path)? {
                 0 => break,

@@ -327,6 +327,11 @@ impl<'a> Array<'a> {
         Self::of_fixed(ValueType::U32, items.into_iter().map(u32::to_le_bytes))
     }
 
+    /// An array of unsigned 64-bit integers.
+    pub fn of_u64(items: impl IntoIterator<Item = u64>) -> Array<'static> {
+        Self::of_fixed(ValueType::U64, items.into_iter().map(u64::to_le_bytes))
+    }
+
     /// An array of flags.
     pub fn of_bool(items: impl IntoIterator<Item = bool>) -> Array<'static> {
         Self::of_fixed(ValueType::Bool, items.into_iter().map(|v| [u8::from(v)]))

@@ -213,7 +213,7 @@ impl GgufWriter {
             let end = file.stream_position()?;
             file.seek(SeekFrom::Start(0))?;
             let mut left = data_offset;
-            let mut buf = vec![0; 64 << 10];
+            let mut buf = vec![0; HEADER_PIECE_BYTES];
             while left > 0 {
                 let n = left.min(buf.len() as u64) as usize;
                 file.read_exact(&mut buf[..n])?;
@@ -512,6 +512,9 @@ impl Explained for WriteError {
 
 /// A piece of this size or more is copied by the system.
 const SYSTEM_COPY_BYTES: u64 = 1 << 18;
+
+/// Bytes of the header that are read back at a time.
+const HEADER_PIECE_BYTES: usize = 64 << 10;
 
 /// Small pieces are gathered; a piece of this size or more goes straight to the file.
 const BUFFER_BYTES: usize = 1 << 20;

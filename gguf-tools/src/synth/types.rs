@@ -63,7 +63,7 @@ const WEIGHT_TYPES: &[WeightType] = &[
     plain("iq4_nl", 25, TensorType::IQ4_NL),
 ];
 
-/// Names [`Spec::with_type`] knows.
+/// Names [`Spec::with_type`](super::Spec::with_type) knows.
 pub fn type_names() -> impl Iterator<Item = &'static str> {
     WEIGHT_TYPES.iter().map(|t| t.name)
 }

@@ -20,7 +20,11 @@ private final class Loader {
 
     /// Lets the load that is running end.
     func finish() async {
-        while waiting.isEmpty { await Task.yield() }
+        for _ in 0..<100_000 where waiting.isEmpty { await Task.yield() }
+        guard !waiting.isEmpty else {
+            Issue.record("no load is running")
+            return
+        }
         waiting.removeFirst().resume()
         for _ in 0..<100 { await Task.yield() }
     }

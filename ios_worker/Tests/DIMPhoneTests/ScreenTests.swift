@@ -52,7 +52,7 @@ import Testing
         let command = try #require(screen.pairing?.command(screen.addresses.first))
         // dim-host pair ADDR:PORT CODE
         let words = command.split(separator: " ").map(String.init)
-        #expect(words == ["dim-host", "pair", "192.168.1.7:7878", code])
+        try #require(words == ["dim-host", "pair", "192.168.1.7:7878", code])
         #expect(try PairingCode(typed: words[3]).shown == code)
         #expect(screen.pairing?.command(nil) == nil)
         // whoever was paired is named, and stays named when the code closes

@@ -35,6 +35,13 @@ import Testing
         try host.step(
             [Span(session: 0, position: 0, count: 128)],
             Rows(format: RowFormat(.f16), count: 128, hidden: bytes[...]))
+        // more than heartbeats: the reply has begun to arrive, and most of it has nowhere to go
+        var there: Int32 = 0
+        for _ in 0..<3000 where there < 1000 {
+            usleep(10_000)
+            _ = ioctl(host.socket.descriptor, UInt(FIONREAD), &there)
+        }
+        #expect(there >= 1000)
         usleep(300_000)
         return (worker, host)
     }

@@ -2,6 +2,10 @@
 
 #![allow(dead_code)] // every test file uses its part
 
+pub mod pipeline;
+pub mod slices;
+pub mod tiny;
+
 use std::ops::Range;
 use std::path::PathBuf;
 

@@ -17,9 +17,12 @@
 //! A worker that is lost is found again, and brought to where it was, between the steps of the others
 //! ([`remote`]); the caller notices only through the [observer](Pipeline::observe).
 
+mod recover;
 mod remote;
+mod table;
+mod types;
 
-use std::collections::{HashMap, VecDeque};
+use std::collections::VecDeque;
 use std::time::{Duration, Instant};
 
 use crate::bell::Bell;
@@ -27,140 +30,14 @@ use crate::blocks::BlockRange;
 pub use crate::error::PipelineError;
 pub use crate::patience::Patience;
 use crate::rows::{RowType, Rows};
-use crate::schedule::{JobId, Next, Placement, Progress, Schedule, SessionId, StageId, StepKind};
-use crate::stage::{LocalStage, RemoteStage, Span, StageInput, StageOutput, Traffic};
+use crate::schedule::{JobId, Next, Placement, Progress, Schedule, SessionId, StageId};
+use crate::stage::{LocalStage, Span, StageInput, StageOutput, Traffic};
 use crate::trace::{Happened, Traced};
 use crate::window::LEAST_WINDOW;
 use remote::{Connection, Remote};
-
-/// Rows of one session to evaluate together.
-#[derive(Clone, Debug, PartialEq)]
-pub struct Step {
-    /// Whose they are.
-    pub session: SessionId,
-    /// The position of the first: the length the session has then.
-    pub position: u32,
-    /// The tokens, at least one.
-    pub tokens: Vec<i32>,
-    /// For each, whether its logits are wanted.
-    pub want_logits: Vec<bool>,
-    /// Whether a reply waits for it.
-    pub kind: StepKind,
-}
-
-impl Step {
-    /// One token of a reply, with its logits.
-    pub fn decode(session: SessionId, position: u32, token: i32) -> Step {
-        Step { session, position, tokens: vec![token], want_logits: vec![true], kind: StepKind::Decode }
-    }
-
-    fn span(&self) -> Span {
-        // no step has more rows than a context has positions
-        let count = u32::try_from(self.tokens.len()).unwrap_or(u32::MAX);
-        Span { session: self.session.0, position: self.position, count }
-    }
-}
-
-/// A step that has left the pipeline.
-#[derive(Debug)]
-pub struct Finished {
-    /// Which one.
-    pub job: JobId,
-    /// Whose.
-    pub session: SessionId,
-    /// Logits of the rows that were wanted, (n_wanted, n_vocab); or why there are none. After an error none of the
-    /// session's steps is under way any more, and it has to be rewound to where its caller knows it, at most the end of
-    /// the last step that came out.
-    pub outcome: Result<Vec<f32>, PipelineError>,
-}
-
-/// What [`Pipeline::advance`] has come to.
-#[derive(Debug)]
-pub enum Advance {
-    /// A step is through, or a session has failed.
-    Finished(Finished),
-    /// There is nothing under way.
-    Idle,
-    /// The deadline has come, or somebody else has rung the [bell](Pipeline::bell).
-    Later,
-}
-
-/// One stage of a pipeline, wherever it runs.
-pub enum StageSlot {
-    /// In this process.
-    Local(Box<dyn LocalStage>),
-    /// In another one.
-    Remote(Box<dyn RemoteStage>),
-}
-
-/// What a stage did.
-#[derive(Clone, Copy, Debug, Default)]
-pub struct StageStats {
-    /// Time it computed.
-    pub compute: Duration,
-    /// Time this host stood still for it beyond that.
-    pub wait: Duration,
-    /// How often its worker was lost and found again.
-    pub reconnects: u32,
-}
-
-/// What the observer is told.
-#[derive(Debug)]
-pub enum Event<'a> {
-    /// A worker was lost; the pipeline dials it again.
-    Lost {
-        /// The stage's name.
-        stage: &'a str,
-        /// Why.
-        reason: &'a str,
-        /// How long it will be looked for.
-        give_up_after: Duration,
-    },
-    /// A worker has said that it pauses or is too hot; the pipeline waits for it.
-    Paused {
-        /// The stage's name.
-        stage: &'a str,
-        /// What it said, and what to do.
-        reason: &'a str,
-        /// How long it will be waited for.
-        give_up_after: Duration,
-    },
-    /// A worker is back, and its cache is being filled again.
-    Replaying {
-        /// The stage's name.
-        stage: &'a str,
-        /// How many steps.
-        steps: usize,
-    },
-    /// A worker is back where it was.
-    Back {
-        /// The stage's name.
-        stage: &'a str,
-        /// How long it was away.
-        after: Duration,
-    },
-}
-
-/// The time, and how it is waited for. Tests have one that goes as they say.
-pub trait Clock: Send {
-    /// Now.
-    fn now(&self) -> Instant;
-    /// Waits until the bell was rung, or until then. Whether it was rung.
-    fn wait(&self, bell: &Bell, until: Option<Instant>) -> bool;
-}
-
-/// The time of day.
-struct SystemClock;
-
-impl Clock for SystemClock {
-    fn now(&self) -> Instant {
-        Instant::now()
-    }
-
-    fn wait(&self, bell: &Bell, until: Option<Instant>) -> bool {
-        bell.wait(until)
-    }
-}
+use table::Table;
+use types::SystemClock;
+pub use types::{Advance, Clock, Event, Finished, StageSlot, StageStats, Step};
 
 /// What goes with a job's number.
 enum Work {
@@ -197,14 +74,14 @@ struct Slot {
 
 enum Kind {
     Local(Box<dyn LocalStage>),
-    Remote(Remote),
+    Remote(Box<Remote>),
 }
 
 /// An ordered list of stages and what is under way in them.
 pub struct Pipeline {
     slots: Vec<Slot>,
     schedule: Schedule,
-    work: HashMap<JobId, Work>,
+    work: Table<Work>,
     finished: VecDeque<Finished>,
     /// buffers of hidden rows that are free
     spare: Vec<Rows>,
@@ -221,6 +98,8 @@ pub struct Pipeline {
     is_bell_shared: bool,
     /// how much has been heard of remote stages
     n_heard: u64,
+    /// the time as it was read last, while nothing has happened since that takes any
+    moment: Option<Instant>,
     /// how long the last wait was, if nothing has been answered since
     waited: Option<Duration>,
 }
@@ -244,7 +123,7 @@ impl Pipeline {
             .map(|stage| {
                 let (name, kind) = match stage {
                     StageSlot::Local(stage) => (stage.name(), Kind::Local(stage)),
-                    StageSlot::Remote(stage) => (stage.name(), Kind::Remote(Remote::new(stage))),
+                    StageSlot::Remote(stage) => (stage.name(), Kind::Remote(Box::new(Remote::new(stage)))),
                 };
                 Slot { name, stats: StageStats::default(), kind }
             })
@@ -259,7 +138,7 @@ impl Pipeline {
         Pipeline {
             schedule: Schedule::new(&placements, steps_under_way(&slots)),
             slots,
-            work: HashMap::new(),
+            work: Table::default(),
             finished: VecDeque::new(),
             spare: Vec::new(),
             spare_logits: Vec::new(),
@@ -272,6 +151,7 @@ impl Pipeline {
             bell: Bell::new(),
             is_bell_shared: false,
             n_heard: 0,
+            moment: None,
             waited: None,
         }
     }
@@ -341,6 +221,11 @@ impl Pipeline {
         let Step { tokens, want_logits, .. } = step;
         let work = StepWork { spans: vec![span], tokens, want_logits, parts: Vec::new(), hidden: None };
         self.work.insert(job, Work::Step(work));
+        // its caller has yet to hear that the session has failed
+        if self.finished.iter().any(|f| f.session == step.session && f.outcome.is_err()) {
+            self.schedule.cancel(step.session, job);
+            self.work.remove(job);
+        }
         job
     }
 
@@ -373,6 +258,7 @@ impl Pipeline {
     /// Runs until a step has left the last stage or a session has failed; not beyond `deadline`, except for a local
     /// stage's step that has begun.
     pub fn advance(&mut self, deadline: Option<Instant>) -> Advance {
+        self.moment = None;
         self.hear();
         loop {
             if let Some(finished) = self.finished.pop_front() {
@@ -381,6 +267,7 @@ impl Pipeline {
             match self.schedule.next() {
                 Some(Next::Run(job, stage)) => {
                     self.note(Happened::Run(job, stage));
+                    self.moment = None;
                     self.run(job, stage);
                     self.hear();
                     if self.finished.is_empty() && deadline.is_some_and(|d| self.clock.now() >= d) {
@@ -413,10 +300,11 @@ impl Pipeline {
         if at.0 == 0 {
             self.form_batch(id, at);
         }
+        self.shed_void(id, at);
         let is_last = at.0 + 1 == self.slots.len();
         let slot = &mut self.slots[at.0];
         let Kind::Local(stage) = &mut slot.kind else { unreachable!("the schedule runs local stages only") };
-        let step = match self.work.get_mut(&id) {
+        let step = match self.work.get_mut(id) {
             Some(Work::Step(step)) => step,
             Some(&mut Work::Rewind(session, position)) => {
                 if let Err(source) = stage.rewind(session, position) {
@@ -474,8 +362,8 @@ impl Pipeline {
     fn form_batch(&mut self, id: JobId, at: StageId) {
         let others: Vec<JobId> = self.schedule.members(at, id).skip(1).map(|member| member.job).collect();
         for other in others {
-            let Some(Work::Step(more)) = self.work.remove(&other) else { continue };
-            let Some(Work::Step(step)) = self.work.get_mut(&id) else { continue };
+            let Some(Work::Step(more)) = self.work.remove(other) else { continue };
+            let Some(Work::Step(step)) = self.work.get_mut(id) else { continue };
             if step.parts.is_empty() {
                 step.parts.push(step.part(id));
             }
@@ -486,33 +374,60 @@ impl Pipeline {
         }
     }
 
+    /// Takes the rows of jobs that nobody wants any more out of a batch, before its next stage: what they stand on may
+    /// have been given up before it came here.
+    fn shed_void(&mut self, id: JobId, at: StageId) {
+        let Some(Work::Step(step)) = self.work.get_mut(id) else { return };
+        if step.parts.is_empty() {
+            return;
+        }
+        let void: Vec<JobId> = self.schedule.members(at, id).filter(|m| m.is_void).map(|m| m.job).collect();
+        let keep: Vec<bool> = step.parts.iter().map(|part| !void.contains(&part.0)).collect();
+        if keep.iter().all(|keep| *keep) {
+            return;
+        }
+        // each part is one span
+        let counts = step.spans.iter().map(|span| span.count as usize);
+        let rows: Vec<bool> =
+            keep.iter().zip(counts).flat_map(|(&keep, n)| std::iter::repeat_n(keep, n)).collect();
+        fn retain<T>(of: &mut Vec<T>, keep: &[bool]) {
+            let mut keep = keep.iter();
+            of.retain(|_| keep.next().is_some_and(|keep| *keep));
+        }
+        retain(&mut step.tokens, &rows);
+        retain(&mut step.want_logits, &rows);
+        retain(&mut step.spans, &keep);
+        retain(&mut step.parts, &keep);
+        if let Some(hidden) = &mut step.hidden {
+            hidden.retain_rows(&rows);
+        }
+    }
+
     /// A step's logits are there: they go to its session, or, of a batch, to each of its sessions.
     fn came_out(&mut self, id: JobId, at: StageId, logits: Vec<f32>) {
         self.note(Happened::Done(id, at));
-        let parts = match self.work.remove(&id) {
-            Some(Work::Step(step)) if step.parts.is_empty() => vec![step.part(id)],
-            Some(Work::Step(step)) => step.parts,
-            _ => Vec::new(),
-        };
-        let n_wanted: usize = parts.iter().map(|part| part.2).sum();
-        let n_vocab = logits.len() / n_wanted.max(1);
-        let is_void: Vec<bool> = self.schedule.members(at, id).map(|member| member.is_void).collect();
+        let Some(Work::Step(step)) = self.work.remove(id) else { return };
+        let void: Vec<JobId> = self.schedule.members(at, id).filter(|m| m.is_void).map(|m| m.job).collect();
         if let Err(error) = self.schedule.finished(at, id) {
             unreachable!("a local stage runs one job: {error}");
         }
-        if let [(job, session, _)] = parts[..] {
-            if is_void == [false] {
-                self.note(Happened::Out(job));
-                self.finished.push_back(Finished { job, session, outcome: Ok(logits) });
+        if step.parts.is_empty() {
+            if void.is_empty() {
+                let session = step.spans[0].session();
+                self.note(Happened::Out(id));
+                self.finished.push_back(Finished { job: id, session, outcome: Ok(logits) });
             } else {
                 self.reuse(logits);
             }
             return;
         }
+        let parts = step.parts;
+        let n_wanted: usize = parts.iter().map(|part| part.2).sum();
+        let n_vocab = logits.len() / n_wanted.max(1);
         let mut begin = 0;
-        for ((job, session, n_wanted), is_void) in parts.into_iter().zip(is_void) {
+        for (job, session, n_wanted) in parts {
             let end = begin + n_wanted * n_vocab;
-            if !is_void {
+            if !void.contains(&job) {
                 let mut own = self.spare_logits.pop().unwrap_or_default();
                 own.clear();
                 own.extend_from_slice(&logits[begin..end]);
@@ -526,7 +441,7 @@ impl Pipeline {
 
     /// Forgets what goes with a job that has left.
     fn forget(&mut self, id: JobId) {
-        if let Some(Work::Step(StepWork { hidden: Some(rows), .. })) = self.work.remove(&id) {
+        if let Some(Work::Step(StepWork { hidden: Some(rows), .. })) = self.work.remove(id) {
             self.spare.push(rows);
         }
     }
@@ -534,7 +449,7 @@ impl Pipeline {
     /// A session ends in an error, at this job at the latest.
     fn fail(&mut self, session: SessionId, job: JobId, error: &PipelineError) {
         let gone = self.schedule.fail(session);
-        let job = gone.first().unwrap_or(job);
+        let job = gone.first.unwrap_or(job);
         gone.vanished.into_iter().for_each(|job| self.forget(job));
         self.finished.push_back(Finished { job, session, outcome: Err(error.clone()) });
     }

@@ -35,8 +35,31 @@ pub struct LoggedStep {
     pub spans: Vec<Span>,
     /// The rows, in the order of the spans: (n_rows, n_embd).
     pub rows: Rows,
-    /// How many rows of each span still count after rewinds.
+    /// How many rows of each span still count after rewinds; empty: all of them.
     live: Vec<u32>,
+}
+
+impl LoggedStep {
+    fn live(&self) -> impl Iterator<Item = u32> {
+        let all = self.spans.iter().map(|span| span.count).filter(|_| self.live.is_empty());
+        all.chain(self.live.iter().copied())
+    }
+
+    /// The rows of `session` from `position` on no longer count.
+    fn cut(&mut self, session: SessionId, position: u32) {
+        let is_cut = |span: &Span| span.session() == session && span.end() > position;
+        if !self.spans.iter().any(is_cut) {
+            return;
+        }
+        if self.live.is_empty() {
+            self.live = self.spans.iter().map(|span| span.count).collect();
+        }
+        for (span, live) in self.spans.iter().zip(&mut self.live) {
+            if span.session() == session {
+                *live = (*live).min(position.saturating_sub(span.position));
+            }
+        }
+    }
 }
 
 /// What was sent.
@@ -84,8 +107,7 @@ pub struct ReplayLog {
 impl ReplayLog {
     /// Remembers a step that is about to be sent; its rows move into the log, and [`last`](Self::last) lends them.
     pub fn push(&mut self, job: JobId, spans: Vec<Span>, rows: Rows) {
-        let live = spans.iter().map(|s| s.count).collect();
-        self.sent.push_back(LoggedOp::Step(LoggedStep { job, spans, rows, live }));
+        self.sent.push_back(LoggedOp::Step(LoggedStep { job, spans, rows, live: Vec::new() }));
     }
 
     /// The step remembered last, if it has no answer and nothing was sent behind it.
@@ -125,14 +147,8 @@ impl ReplayLog {
     fn settle(&mut self) {
         while let Some(&LoggedOp::Rewind { session, position }) = self.sent.front() {
             self.sent.pop_front();
-            for step in &mut self.done {
-                for (span, live) in step.spans.iter().zip(&mut step.live) {
-                    if span.session() == session {
-                        *live = (*live).min(position.saturating_sub(span.position));
-                    }
-                }
-            }
-            self.done.retain(|step| step.live.iter().any(|&live| live > 0));
+            self.done.iter_mut().for_each(|step| step.cut(session, position));
+            self.done.retain(|step| step.live().any(|live| live > 0));
         }
     }
 
@@ -152,7 +168,7 @@ impl ReplayLog {
         let step = self.done.get(step)?;
         let mut spans = step.spans.clone();
         let mut cuts = Vec::new();
-        for (span, &live) in spans.iter_mut().zip(&step.live) {
+        for (span, live) in spans.iter_mut().zip(step.live()) {
             let length = standing.0.entry(span.session).or_default();
             // Rows that count are where their session stands: the ones before them count too, and were written earlier.
             // Rows that don't go on wherever that is, at most where they were.
@@ -203,10 +219,19 @@ mod tests {
         Rows::F32(vec![job as f32; n as usize * N_EMBD])
     }
 
+    /// The step that wrote a position, the step's shape, and which of its rows this was.
+    type Cell = (u64, Vec<(u32, u32)>, usize);
+
+    /// What a worker was sent and has not answered.
+    enum Unanswered {
+        Step(u64, Vec<Span>),
+        Rewind(u32, u32),
+    }
+
     /// What a stage's cache holds: for each session, per position the step that wrote it, its shape (each span's session
     /// and count), and which row of it this was.
     #[derive(Default, Debug, PartialEq, Clone)]
-    struct Cache(BTreeMap<u32, Vec<(u64, Vec<(u32, u32)>, usize)>>);
+    struct Cache(BTreeMap<u32, Vec<Cell>>);
 
     impl Cache {
         fn step(&mut self, job: u64, spans: &[Span]) {
@@ -315,22 +340,22 @@ mod tests {
             // as the worker will be when it has done everything sent, and what it has not answered
             let mut ahead = Cache::default();
             let mut answered = Cache::default();
-            let mut sent: VecDeque<Result<(u64, Vec<Span>), (u32, u32)>> = VecDeque::new();
+            let mut sent: VecDeque<Unanswered> = VecDeque::new();
             for (job, (session, count, what, to, with_next)) in (0u64..).zip(ops) {
                 match what {
                     0 | 1 => {
                         let to = to.min(ahead.length(session));
                         ahead.rewind(session, to);
                         log.rewind(SessionId(session), to);
-                        sent.push_back(Err((session, to)));
+                        sent.push_back(Unanswered::Rewind(session, to));
                     }
                     2 => {
                         log.take_unanswered().for_each(drop);
                         sent.clear();
                         ahead = answered.clone();
                     }
-                    3 | 4 if sent.iter().any(Result::is_ok) => {
-                        let Some(Ok((job, spans))) = sent.pop_front() else { unreachable!() };
+                    3 | 4 if sent.iter().any(|op| matches!(op, Unanswered::Step(..))) => {
+                        let Some(Unanswered::Step(job, spans)) = sent.pop_front() else { unreachable!() };
                         answered.step(job, &spans);
                         log.answered();
                     }
@@ -342,10 +367,10 @@ mod tests {
                         }
                         ahead.step(job, &spans);
                         log.push(JobId(job), spans.clone(), rows(job, spans.iter().map(|s| s.count).sum()));
-                        sent.push_back(Ok((job, spans)));
+                        sent.push_back(Unanswered::Step(job, spans));
                     }
                 }
-                while let Some(&Err((session, to))) = sent.front() {
+                while let Some(&Unanswered::Rewind(session, to)) = sent.front() {
                     sent.pop_front();
                     answered.rewind(session, to);
                 }

@@ -22,9 +22,14 @@
 //!    already on the wire. A rewind takes no place in the window.
 //! 6. A remote stage that loses its jobs (a dead worker) gets them again, in the same order, when it is found.
 //! 7. A job that is cancelled, or whose session failed, vanishes where it waits; where it runs it becomes void: it keeps
-//!    its place in the order and its result is dropped. A batch is void when all its jobs are.
+//!    its place in the order and its result is dropped. A batch is void when all its jobs are; until then it goes on
+//!    without the rows of those that are, from the next stage on.
+
+mod lanes;
 
 use std::collections::VecDeque;
+
+use lanes::{Lane, LaneItem};
 
 pub use crate::ids::{JobId, SessionId, StageId};
 
@@ -71,20 +76,15 @@ pub enum Progress {
     Void,
 }
 
-/// What became of steps that were given up.
+/// What became of a session's steps that were given up.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Dropped {
-    /// Those that waited: they are gone.
-    pub vanished: Vec<JobId>,
-    /// Those that run or are part of a batch: they go on in their place, and their results are dropped.
-    pub voided: Vec<JobId>,
-}
-
-impl Dropped {
     /// The oldest of them.
-    pub fn first(&self) -> Option<JobId> {
-        self.vanished.iter().chain(&self.voided).copied().min()
-    }
+    pub first: Option<JobId>,
+    /// What waited and is gone; a batch by the number of its first job.
+    pub vanished: Vec<JobId>,
+    /// Those that run, or are part of a batch with others: their results are dropped.
+    pub voided: Vec<JobId>,
 }
 
 /// A stage reported a job out of turn: a bug of the caller or a lie of a worker.
@@ -178,36 +178,6 @@ impl StageQueue {
     }
 }
 
-/// What a session has waiting for stage 0.
-#[derive(Debug)]
-struct Lane {
-    session: SessionId,
-    items: VecDeque<LaneItem>,
-    /// steps of its reply that are between the start of stage 0 and the end of the last stage
-    decodes_under_way: usize,
-    /// a step of its reply has left since the last chunk of any prompt started: its next one is likely to come soon
-    has_replied: bool,
-}
-
-impl Lane {
-    fn front(&self) -> Option<What> {
-        self.items.front().map(|item| item.what)
-    }
-
-    fn is_in_reply(&self) -> bool {
-        self.has_replied
-            || self.decodes_under_way > 0
-            || self.items.iter().any(|item| item.what == What::Step(StepKind::Decode))
-    }
-}
-
-#[derive(Clone, Copy, Debug)]
-struct LaneItem {
-    job: JobId,
-    what: What,
-    rows: u32,
-}
-
 /// The queues of one pipeline. Kinds of methods:
 ///
 /// * what callers want: [`push`](Self::push), [`push_rewind`](Self::push_rewind), [`cancel`](Self::cancel),
@@ -219,6 +189,8 @@ struct LaneItem {
 pub struct Schedule {
     stages: Vec<StageQueue>,
     lanes: Vec<Lane>,
+    /// how much waits in all of them
+    n_in_lanes: usize,
     /// the lane whose turn it is
     turn: usize,
     next_id: u64,
@@ -247,6 +219,7 @@ impl Schedule {
         Schedule {
             stages: placements.iter().map(stage).collect(),
             lanes: Vec::new(),
+            n_in_lanes: 0,
             turn: 0,
             next_id: 0,
             under_way: 0,
@@ -275,6 +248,7 @@ impl Schedule {
     fn push_item(&mut self, session: SessionId, what: What, rows: u32) -> JobId {
         let job = self.new_id();
         let at = self.lane_of(session);
+        self.n_in_lanes += 1;
         self.lanes[at].items.push_back(LaneItem { job, what, rows });
         job
     }
@@ -433,18 +407,18 @@ impl Schedule {
             for member in steps.flat_map(Entry::members_mut) {
                 if member.session == Some(session) && is_meant(member.job) && !member.is_void {
                     member.is_void = true;
+                    gone.first = gone.first.into_iter().chain([member.job]).min();
                     gone.voided.push(member.job);
                 }
             }
-            // a batch that waits stays in its place: its payload goes by one of its jobs
-            let vanishes = |e: &Entry| e.what != What::Rewind && e.others.is_empty() && e.is_void();
+            let vanishes = |e: &Entry| e.what != What::Rewind && e.is_void();
             let mut at = 0;
             while at < self.stages[stage].waiting.len() {
                 if !vanishes(&self.stages[stage].waiting[at]) {
                     at += 1;
                 } else if let Some(entry) = self.stages[stage].waiting.remove(at) {
                     self.leave(&entry, false);
-                    gone.voided.retain(|&job| job != entry.first.job);
+                    gone.voided.retain(|job| entry.members().all(|member| member.job != *job));
                     gone.vanished.push(entry.first.job);
                 }
             }
@@ -453,6 +427,8 @@ impl Schedule {
             lane.items.retain(|item| {
                 let stays = item.what == What::Rewind || !is_meant(item.job);
                 if !stays {
+                    self.n_in_lanes -= 1;
+                    gone.first = gone.first.into_iter().chain([item.job]).min();
                     gone.vanished.push(item.job);
                 }
                 stays
@@ -496,8 +472,7 @@ impl Schedule {
 
     /// No job anywhere.
     pub fn is_idle(&self) -> bool {
-        self.stages.iter().all(|s| s.waiting.is_empty() && s.running.is_empty())
-            && self.lanes.iter().all(|lane| lane.items.is_empty())
+        self.n_in_lanes == 0 && self.stages.iter().all(|s| s.running.is_empty() && s.waiting.is_empty())
     }
 
     /// Takes what may start on `stage` now out of its queue.
@@ -505,87 +480,9 @@ impl Schedule {
         let queue = &mut self.stages[stage];
         match queue.waiting.front() {
             Some(front) if queue.takes(front.what) => queue.waiting.pop_front(),
-            None if stage == 0 => self.enter(),
+            None if stage == 0 && self.n_in_lanes > 0 => self.enter(),
             _ => None,
         }
-    }
-
-    /// What a lane has for stage 0: its own turn, or a batch.
-    fn enter(&mut self) -> Option<Entry> {
-        // a rewind costs nothing
-        if self.stages[0].takes(What::Rewind)
-            && let Some(at) = self.lanes.iter().position(|lane| lane.front() == Some(What::Rewind))
-        {
-            return self.entry_of(at);
-        }
-        if self.under_way >= self.limit || !self.stages[0].takes(What::Step(StepKind::Decode)) {
-            return None;
-        }
-        let decode = self.next_lane(StepKind::Decode);
-        let prefill = self.next_lane(StepKind::Prefill).filter(|&at| self.may_prefill(at));
-        let at = match (decode, prefill) {
-            (Some(decode), Some(prefill)) => {
-                let replies = self.lanes.iter().filter(|lane| lane.is_in_reply()).count();
-                if self.decodes_in_a_row >= replies { prefill } else { decode }
-            }
-            (decode, prefill) => decode.or(prefill)?,
-        };
-        let mut rows = self.lanes[at].items.front().map_or(0, |item| item.rows);
-        let mut entry = self.entry_of(at)?;
-        if entry.what == What::Step(StepKind::Prefill) {
-            self.decodes_in_a_row = 0;
-            self.prefills_under_way += 1;
-            self.lanes.iter_mut().for_each(|lane| lane.has_replied = false);
-        } else {
-            // one step of each session that has one ready, as far as there is room
-            let n_lanes = self.lanes.len();
-            for at in (1..n_lanes).map(|i| (at + i) % n_lanes) {
-                let Some(item) = self.lanes[at].items.front().copied() else { continue };
-                if item.what != What::Step(StepKind::Decode) || rows + item.rows > self.batch_rows {
-                    continue;
-                }
-                rows += item.rows;
-                entry.others.extend(self.entry_of(at).map(|entry| entry.first));
-            }
-            self.decodes_in_a_row += entry.members().count();
-        }
-        self.under_way += 1;
-        Some(entry)
-    }
-
-    /// Pops a lane's first item; the turn goes to the lane behind it.
-    fn entry_of(&mut self, at: usize) -> Option<Entry> {
-        let n_lanes = self.lanes.len();
-        let lane = &mut self.lanes[at];
-        let item = lane.items.pop_front()?;
-        if item.what != What::Rewind {
-            lane.decodes_under_way += usize::from(item.what == What::Step(StepKind::Decode));
-            self.turn = (at + 1) % n_lanes;
-        }
-        let first = Member { job: item.job, session: Some(lane.session), is_void: false };
-        Some(Entry { first, others: Vec::new(), what: item.what, last: self.stages.len() - 1 })
-    }
-
-    /// The next lane in turn whose first item is a step of this kind.
-    fn next_lane(&self, kind: StepKind) -> Option<usize> {
-        let n = self.lanes.len();
-        (0..n).map(|i| (self.turn + i) % n).find(|&at| self.lanes[at].front() == Some(What::Step(kind)))
-    }
-
-    /// Whether a chunk of this lane's prompt may start: not if another session's next token would find more than one
-    /// in a window.
-    fn may_prefill(&self, lane: usize) -> bool {
-        if self.prefills_under_way == 0 {
-            return true;
-        }
-        let mut others = self.lanes.iter().enumerate().filter(|&(at, _)| at != lane);
-        if !others.any(|(_, lane)| lane.is_in_reply()) {
-            return true;
-        }
-        let n_remotes = self.stages.iter().filter(|s| s.is_remote()).count();
-        let first_remote = self.stages.iter().position(StageQueue::is_remote).unwrap_or(0);
-        let ahead = self.stages[..=first_remote].iter().any(StageQueue::holds_prefill);
-        !ahead && self.prefills_under_way < n_remotes
     }
 
     /// An entry that `stage` is done with.

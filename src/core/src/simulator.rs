@@ -63,7 +63,9 @@ struct Worker {
     /// a step's number, when it was sent, when its answer is here, how long it computes
     answers: VecDeque<(JobId, Duration, Duration, Duration)>,
     since_answer: Option<Losses>,
-    /// when it is back, while it is away; and how long it is then
+    /// while it is lost and a pause goes by: when it is dialled, and for how long in vain
+    dial_at: Option<(Duration, Duration)>,
+    /// while it is dialled: when it is back
     back_at: Option<Duration>,
     trips: RoundTrips,
 }
@@ -71,7 +73,7 @@ struct Worker {
 #[derive(Debug)]
 enum Place {
     Local(Cost),
-    Remote(Worker),
+    Remote(Box<Worker>),
 }
 
 /// A simulated pipeline.
@@ -95,7 +97,7 @@ impl Simulator {
             .into_iter()
             .map(|stage| match stage {
                 StageModel::Local(cost) => Place::Local(cost),
-                StageModel::Remote { cost, one_way, agreed, losses } => Place::Remote(Worker {
+                StageModel::Remote { cost, one_way, agreed, losses } => Place::Remote(Box::new(Worker {
                     cost,
                     one_way,
                     agreed: agreed.max(1),
@@ -103,9 +105,10 @@ impl Simulator {
                     free_at: Duration::ZERO,
                     answers: VecDeque::new(),
                     since_answer: None,
+                    dial_at: None,
                     back_at: None,
                     trips: RoundTrips::default(),
-                }),
+                })),
             })
             .collect();
         let agreed = |place: &Place| match place {
@@ -183,8 +186,11 @@ impl Simulator {
                 }
                 Next::Wait => {
                     self.note(Happened::Waits);
-                    self.now = self.next_event()?.max(self.now);
-                    self.hear();
+                    let heard = self.trace.len();
+                    while self.trace.len() == heard {
+                        self.now = self.next_event()?.max(self.now);
+                        self.hear();
+                    }
                 }
             }
         }
@@ -194,8 +200,10 @@ impl Simulator {
         self.trace.push(Traced { at: self.now, what });
     }
 
+    /// Rows of what was just started: of a batch, those that somebody wants.
     fn rows_of(&self, at: StageId, job: JobId) -> u32 {
-        self.schedule.members(at, job).map(|member| self.rows[member.job.0 as usize]).sum()
+        let wanted = self.schedule.members(at, job).filter(|member| !member.is_void);
+        wanted.map(|member| self.rows[member.job.0 as usize]).sum()
     }
 
     fn run(&mut self, job: JobId, at: StageId) {
@@ -233,6 +241,11 @@ impl Simulator {
     fn hear_one(&mut self, i: usize) -> bool {
         let (at, now) = (StageId(i), self.now);
         let Place::Remote(worker) = &mut self.places[i] else { return false };
+        if let Some((dial, away)) = worker.dial_at {
+            worker.dial_at.take_if(|_| dial <= now);
+            worker.back_at = (dial <= now).then_some(now + away);
+            return dial <= now;
+        }
         if let Some(back) = worker.back_at {
             if back > now {
                 return false;
@@ -278,7 +291,7 @@ impl Simulator {
                         now
                     }
                 };
-                worker.back_at = Some(again + away);
+                worker.dial_at = Some((again, away));
                 self.note(Happened::Lost(at));
                 self.schedule.lost(at);
                 true
@@ -294,10 +307,11 @@ impl Simulator {
             Place::Local(_) => None,
         });
         let events = workers.flat_map(|(i, worker)| {
-            let busy = worker.back_at.is_none() && self.schedule.n_running(StageId(i)) > 0;
+            let is_away = worker.dial_at.is_some() || worker.back_at.is_some();
+            let busy = !is_away && self.schedule.n_running(StageId(i)) > 0;
             let answer = worker.answers.front().filter(|_| busy).map(|answer| answer.2);
             let loss = worker.losses.front().filter(|_| busy).map(|loss| loss.0);
-            [worker.back_at, answer, loss]
+            [worker.dial_at.map(|dial| dial.0), worker.back_at, answer, loss]
         });
         events.flatten().min()
     }

@@ -10,8 +10,8 @@ use std::time::Duration;
 /// What the last steps of one worker took.
 #[derive(Clone, Debug, Default)]
 pub struct RoundTrips {
-    /// (time on the way, time computed) of the last steps, in no order
-    samples: [(Duration, Duration); SAMPLES],
+    /// (time on the way, time computed) of the last steps in ns, in no order
+    samples: [(u64, u64); SAMPLES],
     /// how many there have been
     count: usize,
 }
@@ -20,8 +20,8 @@ impl RoundTrips {
     /// A step's answer was seen `elapsed` after the step was sent; the worker computed for `compute` of it, and the
     /// step waited there for `wait` before.
     pub fn measured(&mut self, elapsed: Duration, compute: Duration, wait: Duration) {
-        let on_the_way = elapsed.saturating_sub(compute + wait);
-        self.samples[self.count % SAMPLES] = (on_the_way, compute);
+        let ns = |time: Duration| u64::try_from(time.as_nanos()).unwrap_or(u64::MAX / SAMPLES as u64);
+        self.samples[self.count % SAMPLES] = (ns(elapsed.saturating_sub(compute + wait)), ns(compute));
         self.count += 1;
     }
 
@@ -31,8 +31,8 @@ impl RoundTrips {
         let samples = &self.samples[..self.count.min(SAMPLES)];
         // an answer that lay here while this host computed looks late, so the least of them is the network's
         let round_trip = samples.iter().map(|s| s.0).min().unwrap_or_default();
-        let compute: Duration = samples.iter().map(|s| s.1).sum::<Duration>() / samples.len().max(1) as u32;
-        let ahead = round_trip.as_nanos().div_ceil(compute.as_nanos().max(1));
+        let compute = samples.iter().map(|s| s.1).sum::<u64>() / samples.len().max(1) as u64;
+        let ahead = round_trip.div_ceil(compute.max(1));
         let window = usize::try_from(ahead).unwrap_or(usize::MAX).saturating_add(1);
         window.max(LEAST_WINDOW).min(agreed.max(1))
     }

@@ -8,7 +8,7 @@ use super::*;
 use crate::ids::JobId;
 use crate::rows::RowsRef;
 use crate::simulator::{Cost, StageModel};
-use crate::stage::{Answer, StageError};
+use crate::stage::{Answer, RemoteStage, StageError};
 
 /// A simulated clock, and when each remote stage has something to tell.
 #[derive(Clone)]

@@ -1,1 +1,581 @@
+use super::fakes::*;
+use super::*;
+use crate::canary::Canary;
+use crate::guard::{EVERY_ROWS, Guarded, Room};
+use crate::rows::RowsRef;
+use crate::schedule::StepKind;
+use crate::simulator::Cost;
+use crate::stage::{Answer, RemoteStage, StageError, WrongAnswer};
+use proptest::prelude::*;
+use std::collections::{BTreeMap, VecDeque};
+use std::sync::{Arc, Mutex};
 
+const FREE: Cost = Cost { step: Duration::ZERO, row: Duration::ZERO };
+const ALICE: SessionId = SessionId(0);
+const BOB: SessionId = SessionId(1);
+
+/// A worker behind a connection that breaks when its script says so: each call takes one entry.
+struct Scripted {
+    sums: Sums,
+    answers: VecDeque<(JobId, Vec<f32>)>,
+    breaks: Arc<Mutex<VecDeque<bool>>>,
+    is_connected: bool,
+    remembers: bool,
+    /// breaks each time it is given this value
+    breaks_at: Option<f32>,
+    /// reports a fault of the step that has this value
+    fails_at: Option<f32>,
+    /// what it was sent
+    log: Arc<Mutex<Vec<String>>>,
+    /// adds one to each row, so that none stays as it was: what a canary is about
+    adds_one: bool,
+    /// answers wrongly from its nth step on, those of all connections counted
+    wrong_from: Option<usize>,
+    n_steps: usize,
+    bell: Option<Bell>,
+}
+
+impl Scripted {
+    fn new(breaks: &[bool]) -> Scripted {
+        Scripted {
+            sums: Sums::default(),
+            answers: VecDeque::new(),
+            breaks: Arc::new(Mutex::new(breaks.iter().copied().collect())),
+            is_connected: true,
+            remembers: false,
+            breaks_at: None,
+            fails_at: None,
+            log: Arc::default(),
+            adds_one: false,
+            wrong_from: None,
+            n_steps: 0,
+            bell: None,
+        }
+    }
+    fn call(&mut self) -> Result<(), StageError> {
+        if self.breaks.lock().unwrap().pop_front() == Some(true) {
+            self.is_connected = false;
+        }
+        if self.is_connected { Ok(()) } else { Err(StageError::lost("the script says so")) }
+    }
+    fn note(&self, what: String) {
+        self.log.lock().unwrap().push(what);
+    }
+}
+
+impl RemoteStage for Scripted {
+    fn name(&self) -> String {
+        "remote".into()
+    }
+    fn blocks(&self) -> Option<BlockRange> {
+        Some(BlockRange { first: 11, last: 16 })
+    }
+    fn max_in_flight(&self) -> usize {
+        4
+    }
+    fn submit(&mut self, job: JobId, spans: &[Span], rows: &Rows) -> Result<(), StageError> {
+        self.call()?;
+        let says = spans.iter().map(|s| format!("{}:{}+{}", s.session, s.position, s.count));
+        self.note(says.collect::<Vec<_>>().join(" "));
+        let mut results = self.sums.step(spans, &floats(rows.as_ref()));
+        results.iter_mut().for_each(|x| *x += f32::from(u8::from(self.adds_one)));
+        if self.wrong_from.is_some_and(|from| self.n_steps >= from) {
+            results.iter_mut().enumerate().for_each(|(i, x)| *x = -*x * (i as f32 + 2.0));
+        }
+        self.n_steps += 1;
+        self.answers.push_back((job, results));
+        if let Some(bell) = &self.bell {
+            bell.ring();
+        }
+        Ok(())
+    }
+    fn poll(&mut self, rows: &mut Rows) -> Result<Option<Answer>, StageError> {
+        self.call()?;
+        let Some((job, results)) = self.answers.pop_front() else { return Ok(None) };
+        if self.breaks_at.is_some_and(|value| results.contains(&value)) {
+            self.is_connected = false;
+            return Err(StageError::lost("it falls over this step"));
+        }
+        if self.fails_at.is_some_and(|value| results.contains(&value)) {
+            self.is_connected = false;
+            return Err(StageError::NotFinite { block: Some(12), count: 1, said: None });
+        }
+        *rows = Rows::F32(results);
+        Ok(Some(Answer { job, compute: Duration::ZERO, wait: Duration::ZERO }))
+    }
+    fn collect_until(&mut self, rows: &mut Rows, _: Option<Instant>) -> Result<Option<Answer>, StageError> {
+        let answer = self.poll(rows)?;
+        assert!(answer.is_some(), "asked for an answer to nothing");
+        Ok(answer)
+    }
+    fn notify(&mut self, bell: Option<Bell>) {
+        self.bell = bell;
+        if let Some(bell) = &self.bell {
+            bell.ring();
+        }
+    }
+    fn rewind(&mut self, session: SessionId, position: u32) -> Result<(), StageError> {
+        self.call()?;
+        self.note(format!("{}<{position}", session.0));
+        self.sums.rewind(session.0, position);
+        Ok(())
+    }
+    fn begin_reconnect(&mut self, bell: &Bell) {
+        self.note("dial".into());
+        self.is_connected = self.breaks.lock().unwrap().pop_front() != Some(true);
+        self.answers.clear();
+        if !self.remembers {
+            self.sums = Sums::default();
+        }
+        bell.ring();
+    }
+    fn poll_connected(&mut self) -> Result<bool, StageError> {
+        if self.is_connected { Ok(true) } else { Err(StageError::lost("still away")) }
+    }
+    fn traffic(&self) -> Traffic {
+        let n = self.n_steps as u64;
+        Traffic { bytes_sent: n * 100, bytes_received: n * 90, round_trips: n }
+    }
+}
+
+/// Time that nobody has to wait for: it goes on by itself when somebody would.
+#[derive(Clone)]
+struct Quick {
+    world: World,
+}
+
+impl Clock for Quick {
+    fn now(&self) -> Instant {
+        self.world.now()
+    }
+    fn wait(&self, bell: &Bell, until: Option<Instant>) -> bool {
+        if bell.wait(Some(Instant::now())) {
+            return true;
+        }
+        assert!(until.is_some(), "nothing to wait for, for ever");
+        self.world.wait(bell, until)
+    }
+}
+
+fn scripted(remotes: Vec<impl RemoteStage + 'static>, patience: Patience) -> Pipeline {
+    let world = World::new(0);
+    let local = || Local { sums: Sums::default(), cost: FREE, world: world.clone() };
+    let mut stages = vec![StageSlot::Local(Box::new(local()))];
+    stages.extend(remotes.into_iter().map(|remote| StageSlot::Remote(Box::new(remote))));
+    stages.push(StageSlot::Local(Box::new(local())));
+    let clock = Quick { world: world.clone() };
+    Pipeline::with_clock(stages, RowType::F32, patience, Box::new(clock))
+}
+
+/// What a run does: feed a session some tokens in chunks, or rewind it.
+#[derive(Clone, Debug)]
+enum Op {
+    Feed(u32, Vec<u32>),
+    Rewind(u32, u32),
+}
+
+fn run(pipeline: &mut Pipeline, ops: &[Op]) -> Result<Vec<f32>, PipelineError> {
+    let mut lengths: BTreeMap<u32, u32> = BTreeMap::new();
+    let mut out = Vec::new();
+    for (round, op) in ops.iter().enumerate() {
+        match op {
+            Op::Feed(session, counts) => {
+                for &count in counts {
+                    let at = lengths.entry(*session).or_default();
+                    let token = |i| (round as i32 * 7 + *at as i32 + i as i32) % 13 + 1;
+                    pipeline.submit(Step {
+                        session: SessionId(*session),
+                        position: *at,
+                        tokens: (0..count).map(token).collect(),
+                        want_logits: vec![true; count as usize],
+                        kind: StepKind::Prefill,
+                    });
+                    *at += count;
+                }
+                for finished in drain(pipeline) {
+                    out.extend(finished.outcome?);
+                }
+            }
+            Op::Rewind(session, to) => {
+                let at = lengths.entry(*session).or_default();
+                *at = (*at).min(*to);
+                pipeline.rewind(SessionId(*session), *at);
+            }
+        }
+    }
+    Ok(out)
+}
+
+fn ops() -> impl Strategy<Value = Vec<Op>> {
+    let feed = (0u32..3, proptest::collection::vec(1u32..5, 1..6)).prop_map(|(s, c)| Op::Feed(s, c));
+    let rewind = (0u32..3, 0u32..20).prop_map(|(s, p)| Op::Rewind(s, p));
+    proptest::collection::vec(prop_oneof![3 => feed, 1 => rewind], 1..12)
+}
+
+/// One that outlasts every script.
+const PATIENT: Patience = Patience {
+    give_up_after: Duration::from_secs(1_000_000),
+    paused_for: Duration::from_secs(1_000_000),
+    first_pause: Duration::from_millis(200),
+    longest_pause: Duration::from_secs(5),
+};
+
+proptest! {
+    #[test]
+    fn a_worker_lost_at_any_call_changes_nothing(
+        ops in ops(),
+        n_remotes in 1usize..3,
+        breaks in proptest::collection::vec(proptest::bool::weighted(0.15), 0..200),
+    ) {
+        let make = |breaks: &[bool]| {
+            let script = Arc::new(Mutex::new(breaks.iter().copied().collect::<VecDeque<bool>>()));
+            let remote = || Scripted { breaks: Arc::clone(&script), ..Scripted::new(&[]) };
+            scripted((0..n_remotes).map(|_| remote()).collect(), PATIENT)
+        };
+        let expected = run(&mut make(&[]), &ops).unwrap();
+        let got = run(&mut make(&breaks), &ops).unwrap();
+        prop_assert_eq!(got, expected);
+    }
+}
+
+#[test]
+#[should_panic(expected = "row out of place")]
+fn a_worker_that_kept_its_memory_over_a_reconnect_would_be_noticed() {
+    let ops = [Op::Feed(0, vec![3]), Op::Feed(0, vec![1, 1])];
+    let remote = Scripted { remembers: true, ..Scripted::new(&[false, false, true]) };
+    let _ = run(&mut scripted(vec![remote], PATIENT), &ops);
+}
+
+#[test]
+fn a_worker_that_stays_away_is_one_clear_error_per_session() {
+    let mut p = scripted(vec![Scripted::new(&[true; 100_000])], Patience::default());
+    for session in [ALICE, BOB] {
+        p.submit(Step::decode(session, 0, 1));
+        p.submit(Step::decode(session, 1, 1));
+    }
+    let finished = drain(&mut p);
+    assert_eq!(finished.iter().map(|f| f.session).collect::<Vec<_>>(), [ALICE, BOB]);
+    for f in finished {
+        let e = f.outcome.unwrap_err();
+        assert!(matches!(e, PipelineError::WorkerGone { .. }), "{e}");
+        assert!(e.to_string().contains("remote is gone: no connection for 30 s"), "{e}");
+    }
+    assert!(matches!(p.advance(None), Advance::Idle), "nothing is under way after an error");
+}
+
+/// A step at which a worker falls over each time is not retried for ever, and not as fast as it can: losses count until a
+/// new answer has come. Whoever else is there goes on.
+#[test]
+fn a_step_that_fails_the_same_way_each_time_ends_its_session_and_no_other() {
+    let remote = Scripted { breaks_at: Some(100.0), ..Scripted::new(&[]) };
+    let log = Arc::clone(&remote.log);
+    let mut p = scripted(vec![remote], Patience::default());
+    p.submit(Step::decode(ALICE, 0, 100));
+    for position in 0..4 {
+        p.submit(Step::decode(BOB, position, 1));
+    }
+    let finished = drain(&mut p);
+    let (alice, bob): (Vec<_>, Vec<_>) = finished.into_iter().partition(|f| f.session == ALICE);
+    assert_eq!(bob.len(), 4);
+    assert!(bob.iter().all(|f| f.outcome.is_ok()));
+    let [Finished { outcome: Err(error), .. }] = &alice[..] else { panic!("{alice:?}") };
+    let PipelineError::WorkerKeepsFailing { losses, after, .. } = error else { panic!("{error}") };
+    // 30 s with pauses of 0.2, 0.4, ... 5 s
+    assert!(*after >= Duration::from_secs(30) && (8..14).contains(losses), "{losses} losses in {after:?}");
+    let dialled = log.lock().unwrap().iter().filter(|what| *what == "dial").count();
+    assert!(dialled <= 14, "{dialled}");
+}
+
+/// A fault that a worker reports of a step ends that step's session; the others' steps go to its next connection.
+#[test]
+fn a_fault_of_one_session_s_step_leaves_the_others_alone() {
+    let remote = Scripted { fails_at: Some(100.0), ..Scripted::new(&[]) };
+    let mut p = scripted(vec![remote], PATIENT);
+    let bobs = [p.submit(Step::decode(BOB, 0, 1)), p.submit(Step::decode(BOB, 1, 2))];
+    let bad = p.submit(Step::decode(ALICE, 0, 100));
+    p.submit(Step::decode(ALICE, 1, 1));
+    let last = p.submit(Step::decode(BOB, 2, 3));
+    let finished = drain(&mut p);
+    let failed: Vec<_> = finished.iter().filter(|f| f.outcome.is_err()).map(|f| (f.session, f.job)).collect();
+    assert_eq!(failed, [(ALICE, bad)]);
+    let fine: Vec<_> = finished.iter().filter_map(|f| Some((f.job, f.outcome.as_ref().ok()?[0]))).collect();
+    // head, worker and tail each sum up
+    assert_eq!(fine, [(bobs[0], 1.0), (bobs[1], 5.0), (last, 15.0)]);
+    // a session that failed goes on from where it is rewound to
+    p.rewind(ALICE, 0);
+    p.submit(Step::decode(ALICE, 0, 7));
+    assert_eq!(drain(&mut p)[0].outcome.as_ref().unwrap(), &[7.0]);
+}
+
+#[test]
+fn an_error_of_a_local_stage_ends_the_sessions_of_its_batch_only() {
+    let mut p = scripted(vec![Scripted::new(&[])], PATIENT);
+    p.set_batch_rows(2);
+    let carol = SessionId(2);
+    let busy = p.submit(Step { kind: StepKind::Prefill, ..Step::decode(carol, 0, 3) });
+    assert!(matches!(p.advance(None), Advance::Finished(f) if f.job == busy));
+    let (a, b) = (p.submit(Step::decode(ALICE, 0, BAD_TOKEN)), p.submit(Step::decode(BOB, 0, 1)));
+    let c = p.submit(Step::decode(carol, 1, 1));
+    let outcomes: Vec<_> = drain(&mut p).into_iter().map(|f| (f.job, f.outcome.is_ok())).collect();
+    // Alice and Bob went together
+    assert_eq!(outcomes, [(a, false), (b, false), (c, true)]);
+}
+
+#[test]
+fn a_batch_is_split_by_session_again() {
+    let mut p = scripted(vec![Scripted::new(&[])], PATIENT);
+    p.set_batch_rows(8);
+    let two = Step {
+        session: BOB,
+        position: 0,
+        tokens: vec![1, 2, 3],
+        want_logits: vec![true, false, true],
+        kind: StepKind::Decode,
+    };
+    let (a, b) = (p.submit(Step::decode(ALICE, 0, 5)), p.submit(two));
+    let finished = drain(&mut p);
+    let got: Vec<_> =
+        finished.iter().map(|f| (f.job, f.session, f.outcome.as_ref().unwrap().clone())).collect();
+    // 1, 3, 6 -> 1, 4, 10 -> 1, 5, 15
+    assert_eq!(got, [(a, ALICE, vec![5.0]), (b, BOB, vec![1.0, 15.0])]);
+}
+
+#[test]
+fn the_observer_hears_of_a_loss_and_of_the_return() {
+    let heard = Arc::new(Mutex::new(Vec::new()));
+    let mut p = scripted(vec![Scripted::new(&[false, true])], PATIENT);
+    let log = Arc::clone(&heard);
+    p.observe(move |event| {
+        log.lock().unwrap().push(match event {
+            Event::Lost { .. } => "lost",
+            Event::Paused { .. } => "paused",
+            Event::Replaying { .. } => "replaying",
+            Event::Back { .. } => "back",
+        });
+    });
+    run(&mut p, &[Op::Feed(0, vec![2, 2])]).unwrap();
+    assert_eq!(*heard.lock().unwrap(), ["lost", "replaying", "back"]);
+    assert_eq!(p.stages().nth(1).unwrap().2.reconnects, 1);
+}
+
+#[test]
+fn a_deadline_is_kept_and_a_shared_bell_ends_a_wait() {
+    let (mut p, world) = timed(&models(&[10, 60, 10], 5, 2), PATIENT);
+    p.submit(Step::decode(ALICE, 0, 1));
+    let bell = p.bell();
+    let in_30_ms = p.clock.now() + Duration::from_millis(30);
+    assert!(matches!(p.advance(Some(in_30_ms)), Advance::Later));
+    assert_eq!(world.elapsed(), Duration::from_millis(30));
+    bell.ring();
+    assert!(matches!(p.advance(None), Advance::Finished(_)));
+    assert_eq!(world.elapsed(), Duration::from_millis(90));
+    // of threads, without a worker that ever answers
+    let mut p = scripted(vec![Scripted::new(&[])], PATIENT);
+    p.clock = Box::new(SystemClock);
+    assert!(matches!(p.advance(None), Advance::Idle));
+}
+
+#[test]
+fn logits_that_are_given_back_are_used_again() {
+    let mut p = scripted(vec![Scripted::new(&[])], PATIENT);
+    p.submit(Step::decode(ALICE, 0, 1));
+    let Advance::Finished(Finished { outcome: Ok(mut logits), .. }) = p.advance(None) else {
+        panic!("no logits")
+    };
+    logits.reserve(1000);
+    let (at, room) = (logits.as_ptr(), logits.capacity());
+    p.reuse(logits);
+    p.submit(Step::decode(ALICE, 1, 1));
+    let Advance::Finished(Finished { outcome: Ok(logits), .. }) = p.advance(None) else {
+        panic!("no logits")
+    };
+    assert_eq!((logits.as_ptr(), logits.capacity(), logits.len()), (at, room, 1));
+}
+
+/// A worker that is held against what it answers when it computes right.
+fn guarded(worker: Scripted, session: u32) -> Guarded<Scripted> {
+    let blank = Canary { seed: 7, exponent: -5, steps: vec![3, 1], max_abs: 100, updates: vec![] };
+    let input = blank.input(1);
+    let spans = [Span { session: 0, position: 0, count: input.len() as u32 }];
+    let answer: Vec<f32> = Sums::default().step(&spans, &input).iter().map(|x| x + 1.0).collect();
+    let room = Room { n_embd: 1, dtype: RowType::F32, n_ctx: 100_000, max_rows: 512, session };
+    Guarded::new(Scripted { adds_one: true, ..worker }, blank.with_answer(1, &answer), room)
+}
+
+/// Chunks of a prompt up to the row at which a check is due.
+fn fill(p: &mut Pipeline, session: SessionId) {
+    for position in (0..EVERY_ROWS).step_by(512) {
+        let (tokens, want_logits) = (vec![0; 512], vec![false; 512]);
+        p.submit(Step { session, position, tokens, want_logits, kind: StepKind::Prefill });
+    }
+    assert!(drain(p).iter().all(|f| f.outcome.is_ok()));
+}
+
+fn asked(log: &Arc<Mutex<Vec<String>>>, what: &str) -> usize {
+    log.lock().unwrap().iter().filter(|said| *said == what).count()
+}
+
+/// Several sessions, always as many steps under way as the window holds: the canary is asked all the same, after every
+/// 4,096 rows, in the session that is its own; and what it is asked is in no traffic.
+#[test]
+fn the_canary_is_asked_under_full_load() {
+    let worker = Scripted::new(&[]);
+    let log = Arc::clone(&worker.log);
+    let mut p = scripted(vec![guarded(worker, 3)], PATIENT);
+    let (mut at, mut n) = ([0u32; 3], 0u64);
+    let mut feed = |p: &mut Pipeline, session: usize| {
+        p.submit(Step::decode(SessionId(session as u32), at[session], 0));
+        at[session] += 1;
+        n += 1;
+    };
+    for session in [0, 1, 2, 0, 1, 2] {
+        feed(&mut p, session);
+    }
+    for _ in 0..3 * EVERY_ROWS {
+        let Advance::Finished(f) = p.advance(None) else { panic!("nothing came out") };
+        f.outcome.unwrap();
+        feed(&mut p, f.session.0 as usize);
+    }
+    drain(&mut p);
+    assert_eq!(asked(&log, "3:0+3"), 3);
+    assert_eq!((asked(&log, "3:3+1"), asked(&log, "3<0")), (3, 3));
+    assert_eq!(p.traffic().round_trips, n);
+}
+
+/// A worker that begins to lie under load is caught, and everybody hears of it; it is asked again before it is used
+/// again, and used again when it answers right.
+#[test]
+fn a_worker_that_begins_to_lie_under_load_is_caught() {
+    let worker = Scripted { wrong_from: Some(6000), ..Scripted::new(&[]) };
+    let mut p = scripted(vec![guarded(worker, 2)], PATIENT);
+    let mut at = [0u32; 2];
+    let mut answered = 0;
+    let mut failed = Vec::new();
+    for session in [0, 1, 0, 1] {
+        p.submit(Step::decode(SessionId(session), at[session as usize], 0));
+        at[session as usize] += 1;
+    }
+    while let Advance::Finished(f) = p.advance(None) {
+        match f.outcome {
+            Ok(_) => {
+                answered += 1;
+                p.submit(Step::decode(f.session, at[f.session.0 as usize], 0));
+                at[f.session.0 as usize] += 1;
+            }
+            Err(error) => failed.push((f.session, error)),
+        }
+    }
+    assert_eq!(failed.iter().map(|f| f.0).collect::<std::collections::BTreeSet<_>>().len(), 2, "{failed:?}");
+    for (_, error) in &failed {
+        let says = error.to_string();
+        let wrong = matches!(error, PipelineError::Stage { source: StageError::Wrong { .. }, .. });
+        assert!(wrong && says.contains("blocks 11..16 come out wrong there"), "{says}");
+    }
+    assert!((6000..2 * EVERY_ROWS + 8).contains(&answered), "{answered}");
+    // it still lies
+    p.rewind(ALICE, 0);
+    p.submit(Step::decode(ALICE, 0, 1));
+    assert!(drain(&mut p)[0].outcome.is_err());
+}
+
+#[test]
+fn every_connection_is_checked_before_its_replay() {
+    let worker = Scripted::new(&[]);
+    let (log, breaks) = (Arc::clone(&worker.log), Arc::clone(&worker.breaks));
+    let mut p = scripted(vec![guarded(worker, 0)], PATIENT);
+    run(&mut p, &[Op::Feed(0, vec![2])]).unwrap();
+    breaks.lock().unwrap().push_back(true);
+    p.submit(Step::decode(ALICE, 2, 1));
+    assert!(drain(&mut p)[0].outcome.is_ok());
+    assert_eq!(*log.lock().unwrap(), ["0:0+2", "dial", "0:0+3", "0:3+1", "0<0", "0:0+2", "0:2+1"]);
+    assert_eq!(p.traffic().round_trips, 3, "two steps and a replay; the check is nobody's");
+}
+
+#[test]
+fn a_worker_that_comes_back_wrong_is_an_error_and_not_dialled_again() {
+    let worker = Scripted { wrong_from: Some(1), ..Scripted::new(&[]) };
+    let (log, breaks) = (Arc::clone(&worker.log), Arc::clone(&worker.breaks));
+    let mut p = scripted(vec![guarded(worker, 0)], PATIENT);
+    run(&mut p, &[Op::Feed(0, vec![2])]).unwrap();
+    breaks.lock().unwrap().push_back(true);
+    p.submit(Step::decode(ALICE, 2, 1));
+    let error = drain(&mut p).remove(0).outcome.unwrap_err();
+    assert!(matches!(error, PipelineError::Stage { source: StageError::Wrong { .. }, .. }), "{error}");
+    assert_eq!(asked(&log, "dial"), 1);
+}
+
+/// One session, nothing to spare: where it begins anew the canary is asked first, and not again soon.
+#[test]
+fn a_session_that_begins_anew_after_many_rows_is_checked_first() {
+    let worker = Scripted::new(&[]);
+    let log = Arc::clone(&worker.log);
+    let mut p = scripted(vec![guarded(worker, 0)], PATIENT);
+    fill(&mut p, ALICE);
+    let before = log.lock().unwrap().len();
+    for _ in 0..2 {
+        p.rewind(ALICE, 0);
+        p.submit(Step::decode(ALICE, 0, 2));
+        assert!(drain(&mut p)[0].outcome.is_ok());
+    }
+    assert_eq!(log.lock().unwrap()[before..], ["0<0", "0:0+3", "0:3+1", "0<0", "0:0+1", "0<0", "0:0+1"]);
+}
+
+/// One session that goes on: a row is asked twice, and everything is as if not.
+#[test]
+fn a_long_reply_has_a_row_asked_again_and_goes_on_as_if_not() {
+    let worker = Scripted::new(&[]);
+    let log = Arc::clone(&worker.log);
+    let mut p = scripted(vec![guarded(worker, 0)], PATIENT);
+    fill(&mut p, ALICE);
+    let before = log.lock().unwrap().len();
+    let mut out = Vec::new();
+    for position in EVERY_ROWS..EVERY_ROWS + 3 {
+        p.submit(Step::decode(ALICE, position, 1));
+        out.extend(drain(&mut p).remove(0).outcome.unwrap());
+    }
+    assert_eq!(log.lock().unwrap()[before..], ["0:4096+1", "0<4096", "0:4096+1", "0:4097+1", "0:4098+1"]);
+    assert_eq!(p.traffic().round_trips, 8 + 3);
+    // head, worker (and one) and tail sum up, behind 4,096 rows of which each is one at the tail
+    assert_eq!(out, [2.0, 6.0, 13.0]);
+}
+
+#[test]
+fn an_unsteady_worker_is_found_before_its_answer_is_handed_on() {
+    // eight chunks, the row, and its repetition
+    let worker = Scripted { wrong_from: Some(9), ..Scripted::new(&[]) };
+    let mut p = scripted(vec![guarded(worker, 0)], PATIENT);
+    fill(&mut p, ALICE);
+    p.submit(Step::decode(ALICE, EVERY_ROWS, 1));
+    let error = drain(&mut p).remove(0).outcome.unwrap_err();
+    let PipelineError::Stage { source: StageError::Wrong { answer, .. }, .. } = &error else {
+        panic!("{error}")
+    };
+    assert!(matches!(answer, WrongAnswer::Unsteady { .. }), "{error}");
+}
+
+/// A row that has another behind it cannot be taken back; a later one that stands alone can.
+#[test]
+fn a_row_that_has_another_behind_it_is_not_taken_back() {
+    let worker = Scripted::new(&[]);
+    let log = Arc::clone(&worker.log);
+    let mut p = scripted(vec![guarded(worker, 0)], PATIENT);
+    fill(&mut p, ALICE);
+    let before = log.lock().unwrap().len();
+    p.submit(Step::decode(ALICE, EVERY_ROWS, 1));
+    p.submit(Step::decode(ALICE, EVERY_ROWS + 1, 1));
+    // the second is sent before the first is heard: a worker that answers at once is heard after the head's next step
+    drain(&mut p);
+    p.submit(Step::decode(ALICE, EVERY_ROWS + 2, 1));
+    drain(&mut p);
+    let said = log.lock().unwrap()[before..].to_vec();
+    assert_eq!(said.iter().filter(|what| what.contains('<')).count(), 1, "{said:?}");
+    let rows = said.iter().filter(|what| !what.contains('<')).count();
+    assert_eq!(rows, 4, "{said:?}");
+}
+
+/// Rows are what a stage gives, whatever their number format.
+#[test]
+fn fakes_read_both_formats() {
+    let half = [half::f16::from_f32(1.5)];
+    assert_eq!((floats(RowsRef::F16(&half)), floats(RowsRef::F32(&[2.0]))), (vec![1.5], vec![2.0]));
+}

@@ -1,0 +1,177 @@
+// How a range is cut:
+//
+//   1. The block of a node is the highest N of the "blk.N." weights that it depends on (graph.h). By dependency and
+//      not by position: recurrent blocks write their states before the block before them has ended.
+//   2. Between block b - 1 and block b there is what nodes of b and later ones read of nodes before b. For most
+//      models that is one tensor, the hidden rows; for some a few more.
+//   3. Kept is what the outputs need, and what writes to the states of the range's own blocks needs.
+//   4. Checked is what is kept: it must read no weight of another block and no state that it does not write.
+#include "cut.h"
+
+#include "boundary.h"
+
+#include <algorithm>
+#include <cstdio>
+#include <cstring>
+#include <typeinfo>
+
+namespace dim {
+
+[[noreturn]] static void cannot(const llama_model & model, const block_range & range, const char * why) {
+    fail(DIM_UNSUPPORTED, "blocks %u..%u of a %s model cannot be evaluated apart: %s", range.first, range.last - 1,
+         model.arch_name().c_str(), why);
+}
+
+std::string state_for_people(const ggml_tensor * state) {
+    static const struct { const char * prefix, * what; } kinds[] = {
+        { "cache_k_l", "the keys" }, { "cache_v_l", "the values" },
+        { "cache_r_l", "the recurrent state" }, { "cache_s_l", "the recurrent state" },
+    };
+    for (const auto & kind : kinds) {
+        const size_t n = std::strlen(kind.prefix);
+        if (std::strncmp(state->name, kind.prefix, n)) continue;
+        return std::string(kind.what) + " of block " + (state->name + n);
+    }
+    return std::string("the state ") + state->name;
+}
+
+namespace {
+
+// Marks what the marked nodes need. Backwards once, because nodes stand in the order they are computed in.
+void close_over(const dependencies & nodes, const std::unordered_set<const ggml_tensor *> & inputs,
+                std::vector<char> & kept) {
+    const auto mark = [&](const ggml_tensor * tensor) {
+        const int at = tensor && !inputs.count(tensor) ? nodes.place(tensor) : -1;
+        if (at >= 0) kept[(size_t) at] = 1;
+    };
+    for (int i = nodes.n_nodes() - 1; i >= 0; i--) {
+        if (!kept[(size_t) i]) continue;
+        for (const auto * src : nodes.node(i)->src) mark(src);
+        mark(nodes.node(i)->view_src);
+    }
+}
+
+bool is_computed(const ggml_tensor * node) { return node->flags & GGML_TENSOR_FLAG_COMPUTE; }
+
+// llama.cpp's own inputs that do not look at token ids. Of any other kind it is not known.
+bool ignores_tokens(const llm_graph_input_i & input) {
+    const std::type_info * known[] = {
+        &typeid(llm_graph_input_embd), &typeid(llm_graph_input_pos), &typeid(llm_graph_input_attn_temp),
+        &typeid(llm_graph_input_pos_bucket), &typeid(llm_graph_input_pos_bucket_kv), &typeid(llm_graph_input_out_ids),
+        &typeid(llm_graph_input_rs), &typeid(llm_graph_input_attn_kv), &typeid(llm_graph_input_attn_k),
+        &typeid(llm_graph_input_attn_k_dsa), &typeid(llm_graph_input_attn_k_dsa_iswa),
+            &typeid(llm_graph_input_attn_kv_msa),
+        &typeid(llm_graph_input_attn_kv_iswa), &typeid(llm_graph_input_attn_k_iswa), &typeid(llm_graph_input_dsv4),
+        &typeid(llm_graph_input_mem_hybrid), &typeid(llm_graph_input_mem_hybrid_k),
+            &typeid(llm_graph_input_mem_hybrid_iswa),
+    };
+    const auto & kind = typeid(input);
+    return std::any_of(std::begin(known), std::end(known), [&](const std::type_info * k) { return *k == kind; });
+}
+
+void check_crossing(const llama_model & model, const block_range & range, const std::vector<ggml_tensor *> & crossing) {
+    for (const auto * tensor : crossing) {
+        const char * why = tensor->view_src || !ggml_is_contiguous(tensor)             ? "is a view of another"
+                         : tensor->type != GGML_TYPE_F32 && tensor->type != GGML_TYPE_I32 ? "is neither F32 nor I32"
+                                                                                       : nullptr;
+        if (!why) continue;
+        cannot(model, range, (std::string(tensor->name) + ", which goes from block to block, " + why).c_str());
+    }
+}
+
+// Fills in what the kept nodes read and write.
+void collect(const llm_graph_result & whole, const dependencies & nodes, range_cut & cut) {
+    std::unordered_set<const ggml_tensor *> inputs(cut.inputs.begin(), cut.inputs.end()), weights, read, written;
+    const auto look = [&](const ggml_tensor * tensor, bool is_written) {
+        const auto * base = base_of(tensor);
+        if (nodes.weights.has(base)) {
+            if (weights.insert(base).second) cut.weights.push_back(base);
+        } else if (base->buffer && base->op == GGML_OP_NONE && !(base->flags & GGML_TENSOR_FLAG_INPUT)
+            && !inputs.count(base)) {
+            auto & seen = is_written ? written : read;
+            if (seen.insert(base).second) (is_written ? cut.states_written : cut.states_read).push_back(base);
+        } else if (base == whole.t_inp_tokens) {
+            cut.reads_tokens = true;
+        }
+    };
+    for (const int i : cut.nodes) {
+        const auto * node = nodes.node(i);
+        if (writes(node)) look(node->view_src, true);
+        for (int s = 0; s < GGML_MAX_SRC; s++) {
+            if (!node->src[s]) continue;
+            // the destination of a copy is not read
+            if (node->op == GGML_OP_CPY && s == 1) continue;
+            if (node->op == GGML_OP_SET_ROWS && s == 2) continue;
+            look(node->src[s], false);
+        }
+    }
+    for (const auto & input : whole.inputs) cut.reads_tokens |= !ignores_tokens(*input);
+}
+
+void check(const llama_model & model, const block_range & range, const dependencies & nodes, const range_cut & cut,
+           const std::unordered_set<const ggml_tensor *> & absent) {
+    const auto refuse = [&](const std::string & what, const std::string & why) {
+        cannot(model, range, ("they read " + what + ", " + why).c_str());
+    };
+    for (const auto * weight : cut.weights) {
+        const int block = nodes.weights.block(weight);
+        if (block >= 0 && !range.own(block)) refuse(weight->name, "a weight of block " + std::to_string(block));
+        if (absent.count(weight)) refuse(weight->name, "which this slice lacks");
+    }
+    for (const auto * state : cut.states_read) {
+        if (std::find(cut.states_written.begin(), cut.states_written.end(), state) != cut.states_written.end())
+            continue;
+        refuse(state_for_people(state), "which they do not write");
+    }
+}
+
+} // namespace
+
+range_cut cut_range(const llama_model & model, const llm_graph_result & whole, const dependencies & nodes,
+                    const block_range & range, const std::unordered_set<const ggml_tensor *> & absent) {
+    range_cut cut;
+    if (!range.takes_tokens) cut.inputs = nodes.boundary((int) range.first);
+    if (!range.has_lm_head)  cut.outputs = nodes.boundary((int) range.last);
+    else if (whole.t_logits) cut.outputs = { whole.t_logits };
+    if (cut.outputs.empty()) {
+        cannot(model, range, range.has_lm_head ? "there are no logits" : "nothing goes on from them");
+    }
+    if (cut.inputs.empty() && !range.takes_tokens) cannot(model, range, "nothing goes into them");
+    check_crossing(model, range, cut.inputs);
+    check_crossing(model, range, cut.outputs);
+
+    const std::unordered_set<const ggml_tensor *> inputs(cut.inputs.begin(), cut.inputs.end());
+    std::vector<char> kept((size_t) nodes.n_nodes(), 0);
+    for (const auto * output : cut.outputs) {
+        if (!inputs.count(output)) kept[(size_t) nodes.place(output)] = 1;
+    }
+    for (int i = 0; i < nodes.n_nodes(); i++) {
+        const auto * node = nodes.node(i);
+        if (!writes(node) || !is_computed(node)) continue;
+        if (range.own(nodes.latest(i) >= 0 ? nodes.latest(i) : nodes.owner(base_of(node)))) kept[(size_t) i] = 1;
+    }
+    close_over(nodes, inputs, kept);
+
+    // a state of no block, made of inputs alone, is kept by every range that reads it
+    std::unordered_set<const ggml_tensor *> read;
+    for (int i = 0; i < nodes.n_nodes(); i++) {
+        if (!kept[(size_t) i]) continue;
+        for (const auto * src : nodes.node(i)->src) if (src) read.insert(base_of(src));
+    }
+    for (int i = 0; i < nodes.n_nodes(); i++) {
+        const auto * node = nodes.node(i);
+        if (!writes(node) || !is_computed(node) || nodes.weighted(node)) continue;
+        const auto * state = base_of(node);
+        if (nodes.owner(state) >= 0 || !read.count(state)) continue;
+        kept[(size_t) i] = 1;
+        cut.common.insert(state);
+    }
+    close_over(nodes, inputs, kept);
+
+    for (int i = 0; i < nodes.n_nodes(); i++) if (kept[(size_t) i]) cut.nodes.push_back(i);
+    collect(whole, nodes, cut);
+    check(model, range, nodes, cut, absent);
+    return cut;
+}
+
+} // namespace dim

@@ -1,0 +1,84 @@
+// What depends on what in one of llama.cpp's graphs, told in blocks. Nothing here knows an architecture: the only names
+// read are those of the weights, "blk.N.", which the file format gives.
+#pragma once
+
+#include "upstream.h"
+
+#include <unordered_map>
+#include <unordered_set>
+#include <vector>
+
+namespace dim {
+
+// N of "blk.N.attn_q.weight"; -1 for a tensor of no block.
+int block_of(const char * name);
+
+// The tensor whose bytes a view shows.
+const ggml_tensor * base_of(const ggml_tensor * tensor);
+
+// The node writes to a state: into the destination of a copy or of rows set, or in place. ggml has both as a view that
+// is computed.
+bool writes(const ggml_tensor * node);
+
+// The node computes nothing.
+bool is_view(const ggml_tensor * node);
+
+// The tensors of a model that come from its file. One per stage or plan, for all graphs of its life.
+class weight_map {
+public:
+    explicit weight_map(const llama_model & model);
+
+    bool has(const ggml_tensor * tensor) const { return block_by_tensor.count(tensor) > 0; }
+
+    // The block a weight belongs to; -1: none.
+    int block(const ggml_tensor * weight) const { return block_by_tensor.at(weight); }
+
+    // A weight of no block that blocks before the last one read is not the output's. Learned from the first graph.
+    std::unordered_set<const ggml_tensor *> read_midway;
+    bool learned = false;
+
+private:
+    std::unordered_map<const ggml_tensor *, int> block_by_tensor;
+};
+
+// The dependencies among the nodes of `graph`, by a node's place in it. Valid as long as the graph is not changed.
+class dependencies {
+public:
+    dependencies(const ggml_cgraph & graph, weight_map & weights, int n_blocks);
+
+    int           n_nodes()     const { return graph.n_nodes; }
+    ggml_tensor * node(int i)   const { return graph.nodes[i]; }
+
+    // The highest block whose weights node i depends on; -1: none; n_blocks: the output after the last block, too.
+    int latest(int i) const { return latest_block[(size_t) i]; }
+
+    // A node's place; -1: a leaf.
+    int place(const ggml_tensor * tensor) const;
+
+    // Depends on a weight.
+    bool weighted(const ggml_tensor * tensor) const;
+
+    // The highest block that a write to a state comes from; -1: none.
+    int owner(const ggml_tensor * state) const;
+
+    // What goes from the blocks before `block` to it and those after it, in the graph's order. `block` may be n_blocks:
+    // what the output reads of the last block.
+    std::vector<ggml_tensor *> boundary(int block) const;
+
+    const weight_map & weights;
+
+private:
+    void trace(bool with_output);
+    ggml_tensor * parent(const ggml_tensor * node) const;
+    std::vector<ggml_tensor *> chain(ggml_tensor * node) const;
+    void merge(std::vector<ggml_tensor *> & found) const;
+
+    const ggml_cgraph & graph;
+    const int           n_blocks;
+    std::unordered_map<const ggml_tensor *, int> place_of;
+    std::vector<int>    latest_block;
+    std::vector<char>   is_weighted;
+    std::unordered_map<const ggml_tensor *, int> owner_of;
+};
+
+} // namespace dim
