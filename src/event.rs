@@ -30,6 +30,11 @@ pub enum Event {
         /// Bytes in all.
         total: u64,
     },
+    /// llama.cpp was compiled without instructions that this machine's CPU has: everything takes several times as long.
+    SlowBuild {
+        /// The instructions.
+        unused: Vec<&'static str>,
+    },
     /// More positions were asked for than the model was trained for.
     BeyondTraining {
         /// Positions of the context.
@@ -207,8 +212,14 @@ pub enum NoCanary {
 pub(crate) struct Events(Arc<Mutex<dyn FnMut(Event) + Send>>);
 
 impl Events {
+    /// Tells at once what holds for all that follows.
     pub(crate) fn new(on_event: impl FnMut(Event) + Send + 'static) -> Events {
-        Events(Arc::new(Mutex::new(on_event)))
+        let events = Events(Arc::new(Mutex::new(on_event)));
+        let unused = llama_sys_patch::unused_cpu_features();
+        if !unused.is_empty() {
+            events.tell(Event::SlowBuild { unused });
+        }
+        events
     }
 
     pub(crate) fn tell(&self, event: Event) {

@@ -40,6 +40,11 @@ pub fn events(verbose: bool) -> impl FnMut(Event) + Send + 'static {
 /// An event as a line; `None` where there is nothing to say.
 fn line(event: &Event, verbose: bool) -> Option<String> {
     Some(match event {
+        Event::SlowBuild { unused } => format!(
+            "warning: this program was built without {}, which this machine has, and is several times slower for it; \
+             build it with RUSTFLAGS=\"-C target-cpu=native\"",
+            unused.join(", ")
+        ),
         Event::BeyondTraining { n_ctx, n_ctx_train } => {
             format!("note: this model was trained for {n_ctx_train} positions; --ctx {n_ctx} goes beyond it")
         }
