@@ -159,8 +159,7 @@ impl WorkerStage {
             Ok(Some(_)) => Err(StageError::NoAnswer),
             Err(error) => {
                 // a broken link says less than what broke it
-                let says_less =
-                    matches!(error.kind, LinkErrorKind::Broken { .. } | LinkErrorKind::Closed { .. });
+                let says_less = matches!(error.kind, LinkErrorKind::Broken { .. } | LinkErrorKind::Closed);
                 let error = match self.send_failed.take_if(|_| says_less) {
                     Some((first, _)) => first,
                     None => error,
