@@ -252,6 +252,21 @@ fn last_words_count_more_than_the_close_behind_them() {
     );
 }
 
+/// Both in one read, before anybody looks: what was said first is understood later.
+#[test]
+fn a_goodbye_is_not_hidden_by_the_end_of_the_connection_behind_it() {
+    let mut world = World::serving();
+    world.worker.endpoint.goodbye(Farewell::Pausing);
+    let mut bytes = Vec::new();
+    assert!(world.worker.endpoint.poll_transmit(&[], &mut bytes, world.now));
+    world.host.receive(&bytes, world.now);
+    world.host.endpoint.closed();
+    let goodbye = LinkErrorKind::Goodbye(Farewell::Pausing);
+    let host = &mut world.host.endpoint;
+    assert_eq!(host.poll_event(&mut Store::default(), world.now).unwrap_err(), goodbye);
+    assert_eq!(host.end(), Some(&goodbye));
+}
+
 #[test]
 fn answers_that_arrived_before_the_end_are_still_given() {
     let mut world = World::serving();

@@ -893,6 +893,7 @@ fn bad_messages(step: &[u8], done: &[u8]) -> Vec<(&'static str, Vec<u8>, &'stati
         ("STEP with 2^32 - 1 rows", (12..16).fold(step.to_vec(), |b, at| change(&b, at, 0xFF)), "truncated"),
         ("STEP with no rows and rows behind", change(step, 12, 0), "trailing-bytes"),
         ("STEP with a reserved byte in a span", change(step, 16 + 12, 1), "reserved-not-zero"),
+        ("STEP_DONE in the retired row format 3", change(done, 1, 3), "bad-value"),
         ("STEP_DONE with b", change(done, 2, 1), "reserved-not-zero"),
         ("STEP_DONE one row short", resize(done, -8), "truncated"),
         ("PUSH_OFFER of nothing", change(&push, 2, 0), "bad-value"),

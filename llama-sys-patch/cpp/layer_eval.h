@@ -1,4 +1,4 @@
-// The C contract between llama.cpp's internals (layer_eval.cpp) and Rust (src/).
+// The C contract between llama.cpp's internals (the other files here) and Rust (src/).
 //
 // What it offers: a model loaded by llama.cpp; a *stage*, which evaluates a contiguous range of the model's blocks
 // with a KV cache of its own; a *stock* context, which is llama_decode() and nothing else, to compare with; the

@@ -61,7 +61,8 @@ pub(super) struct State {
     pub endpoint: Endpoint,
     /// the owner waits for what the line's thread reads
     owner_waits: bool,
-    owner_left: Instant,
+    /// when the owner was here last
+    pub owner_left: Instant,
     /// rows of a prompt are under way
     pub read_ahead: bool,
     /// rung for every event and at the end; while there is one, the line's thread does all reading
@@ -134,13 +135,14 @@ impl Line {
         if let Some(failure) = &out.failure {
             return Err(self.error(failure.clone()));
         }
+        let mut now = Instant::now();
         let mut state = self.state();
         let begun = begin(&mut state).map_err(|rule| self.error(LinkErrorKind::Misuse(rule)))?;
         if state.read_ahead {
             self.wake();
         }
         loop {
-            let more = state.endpoint.poll_transmit(payload, &mut out.bytes, Instant::now());
+            let more = state.endpoint.poll_transmit(payload, &mut out.bytes, now);
             if !more && out.bytes.is_empty() {
                 return match state.endpoint.end().filter(|_| state.endpoint.is_halfway()) {
                     Some(end) => Err(self.error(out.failure.insert(end.clone()).clone())),
@@ -153,8 +155,9 @@ impl Line {
                 Err(kind) => return Err(self.error(out.failure.insert(kind).clone())),
             };
             out.bytes.clear();
+            now = Instant::now();
             state = self.state();
-            state.endpoint.sent(unreported, Instant::now());
+            state.endpoint.sent(unreported, now);
         }
     }
 
@@ -267,6 +270,7 @@ impl Line {
         self.owner_takes(self.state())
     }
 
+    /// The owner has the state, and with it the time.
     fn owner_takes<'a>(&self, mut state: MutexGuard<'a, State>) -> MutexGuard<'a, State> {
         state.owner_left = Instant::now();
         if state.bell.is_some() && state.endpoint.events() >= self.most_ready {
@@ -289,40 +293,44 @@ impl Line {
         deadline: Option<Instant>,
         attending: bool,
     ) -> (MutexGuard<'_, State>, bool) {
-        let mut came = 0;
+        let mut came = None;
         loop {
             // opened without a lock; with it, a message is only filed
             let polled = inbox.poll();
-            let now = Instant::now();
-            let mut state = self.state();
-            state.endpoint.heard(came, now);
-            came = 0;
-            let filed = match polled {
-                Ok(true) => Some(state.endpoint.file(&mut inbox, Ok(()), now)),
-                Ok(false) => None,
-                Err(error) => Some(state.endpoint.file(&mut inbox, Err(error), now)),
-            };
-            // a message that has just become complete comes before the deadline
-            let found = filed == Some(Filed::Event) || state.endpoint.end().is_some();
-            if found || (filed.is_none() && deadline.is_some_and(|d| now >= d)) {
-                state.endpoint.return_inbox(inbox);
-                return self.left_off(state, found);
-            }
-            drop(state);
-            if filed == Some(Filed::Own) {
-                // a PING is answered by whoever reads it
-                self.send_own();
-                continue;
+            // nothing can have changed before the first read
+            if came.is_some() || polled != Ok(false) {
+                let now = Instant::now();
+                let mut state = self.state();
+                state.endpoint.heard(came.take().unwrap_or(0), now);
+                let filed = match polled {
+                    Ok(true) => Some(state.endpoint.file(&mut inbox, Ok(()), now)),
+                    Ok(false) => None,
+                    Err(error) => Some(state.endpoint.file(&mut inbox, Err(error), now)),
+                };
+                // a message that has just become complete comes before the deadline
+                let found = filed == Some(Filed::Event) || state.endpoint.end().is_some();
+                if found || (filed.is_none() && deadline.is_some_and(|d| now >= d)) {
+                    state.endpoint.return_inbox(inbox);
+                    return self.left_off(state, found);
+                }
+                drop(state);
+                if filed == Some(Filed::Own) {
+                    // a PING is answered by whoever reads it
+                    self.send_own();
+                    continue;
+                }
             }
             match (&mut { &self.stream }).read(inbox.space()) {
                 Ok(n) if n > 0 => {
                     inbox.filled(n);
-                    came = n;
+                    came = Some(n);
                 }
                 Err(e) if tcp::is_tick(&e) && !self.is_stopped() => {
+                    came = Some(0);
                     self.state().endpoint.handle_timeout(Instant::now());
                 }
                 other => {
+                    came = Some(0);
                     let mut state = self.state();
                     match other {
                         _ if self.is_stopped() => state.endpoint.broken(LinkErrorKind::Stopped),

@@ -365,7 +365,8 @@ fn next<'a>(
         }
         Err(kind.with(&line.peer))
     };
-    let Received { message, arrived } = match state.endpoint.poll_event(current, Instant::now()) {
+    let now = state.owner_left;
+    let Received { message, arrived } = match state.endpoint.poll_event(current, now) {
         Ok(Some(received)) => received,
         Ok(None) => return Ok(None),
         Err(kind) => return failed(state, kind),
