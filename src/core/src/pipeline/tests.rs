@@ -32,6 +32,8 @@ struct Scripted {
     /// answers wrongly from its nth step on, those of all connections counted
     wrong_from: Option<usize>,
     n_steps: usize,
+    /// has an answer ready only when there are more than so many steps it could answer, or when it is waited for
+    lag: usize,
     bell: Option<Bell>,
 }
 
@@ -49,6 +51,7 @@ impl Scripted {
             adds_one: false,
             wrong_from: None,
             n_steps: 0,
+            lag: 0,
             bell: None,
         }
     }
@@ -57,6 +60,19 @@ impl Scripted {
             self.is_connected = false;
         }
         if self.is_connected { Ok(()) } else { Err(StageError::lost("the script says so")) }
+    }
+    fn next_answer(&mut self, rows: &mut Rows) -> Result<Option<Answer>, StageError> {
+        let Some((job, results)) = self.answers.pop_front() else { return Ok(None) };
+        if self.breaks_at.is_some_and(|value| results.contains(&value)) {
+            self.is_connected = false;
+            return Err(StageError::lost("it falls over this step"));
+        }
+        if self.fails_at.is_some_and(|value| results.contains(&value)) {
+            self.is_connected = false;
+            return Err(StageError::NotFinite { block: Some(12), count: 1, said: None });
+        }
+        *rows = Rows::F32(results);
+        Ok(Some(Answer { job, compute: Duration::ZERO, wait: Duration::ZERO }))
     }
     fn note(&self, what: String) {
         self.log.lock().unwrap().push(what);
@@ -91,20 +107,14 @@ impl RemoteStage for Scripted {
     }
     fn poll(&mut self, rows: &mut Rows) -> Result<Option<Answer>, StageError> {
         self.call()?;
-        let Some((job, results)) = self.answers.pop_front() else { return Ok(None) };
-        if self.breaks_at.is_some_and(|value| results.contains(&value)) {
-            self.is_connected = false;
-            return Err(StageError::lost("it falls over this step"));
+        if self.bell.is_none() && self.answers.len() <= self.lag {
+            return Ok(None);
         }
-        if self.fails_at.is_some_and(|value| results.contains(&value)) {
-            self.is_connected = false;
-            return Err(StageError::NotFinite { block: Some(12), count: 1, said: None });
-        }
-        *rows = Rows::F32(results);
-        Ok(Some(Answer { job, compute: Duration::ZERO, wait: Duration::ZERO }))
+        self.next_answer(rows)
     }
     fn collect_until(&mut self, rows: &mut Rows, _: Option<Instant>) -> Result<Option<Answer>, StageError> {
-        let answer = self.poll(rows)?;
+        self.call()?;
+        let answer = self.next_answer(rows)?;
         assert!(answer.is_some(), "asked for an answer to nothing");
         Ok(answer)
     }
@@ -419,7 +429,7 @@ fn asked(log: &Arc<Mutex<Vec<String>>>, what: &str) -> usize {
 /// 4,096 rows, in the session that is its own; and what it is asked is in no traffic.
 #[test]
 fn the_canary_is_asked_under_full_load() {
-    let worker = Scripted::new(&[]);
+    let worker = Scripted { lag: 1, ..Scripted::new(&[]) };
     let log = Arc::clone(&worker.log);
     let mut p = scripted(vec![guarded(worker, 3)], PATIENT);
     let (mut at, mut n) = ([0u32; 3], 0u64);
@@ -434,6 +444,7 @@ fn the_canary_is_asked_under_full_load() {
     for _ in 0..3 * EVERY_ROWS {
         let Advance::Finished(f) = p.advance(None) else { panic!("nothing came out") };
         f.outcome.unwrap();
+        assert!(p.schedule.n_running(StageId(1)) > 0, "the worker is never without a step");
         feed(&mut p, f.session.0 as usize);
     }
     drain(&mut p);
@@ -446,7 +457,7 @@ fn the_canary_is_asked_under_full_load() {
 /// again, and used again when it answers right.
 #[test]
 fn a_worker_that_begins_to_lie_under_load_is_caught() {
-    let worker = Scripted { wrong_from: Some(6000), ..Scripted::new(&[]) };
+    let worker = Scripted { wrong_from: Some(6000), lag: 1, ..Scripted::new(&[]) };
     let mut p = scripted(vec![guarded(worker, 2)], PATIENT);
     let mut at = [0u32; 2];
     let mut answered = 0;
