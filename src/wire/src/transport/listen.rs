@@ -12,6 +12,7 @@
 use std::net::{IpAddr, Shutdown, SocketAddr, TcpStream};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, Mutex, PoisonError};
+use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use super::line::lock;
@@ -101,6 +102,7 @@ pub struct ListenerConfig {
 pub struct Listener {
     shared: Arc<Shared>,
     address: SocketAddr,
+    acceptor: Mutex<Option<JoinHandle<()>>>,
 }
 
 impl Listener {
@@ -136,8 +138,9 @@ impl Listener {
         });
         let acceptor = shared.clone();
         let run = move || acceptor.run(&socket);
-        std::thread::Builder::new().name("dim-accept".into()).spawn(run).map_err(unreachable)?;
-        Ok(Listener { shared, address: local })
+        let acceptor =
+            std::thread::Builder::new().name("dim-accept".into()).spawn(run).map_err(unreachable)?;
+        Ok(Listener { shared, address: local, acceptor: Mutex::new(Some(acceptor)) })
     }
 
     /// Where it listens, with the real port.
@@ -190,7 +193,14 @@ impl Listener {
                 SocketAddr::V6(_) => std::net::Ipv6Addr::LOCALHOST.into(),
             });
         }
-        let _ = TcpStream::connect_timeout(&own, Duration::from_millis(200));
+        let woken = TcpStream::connect_timeout(&own, Duration::from_millis(200)).is_ok();
+        // the address is free again when this returns: whoever listens next may ask for the same one. A thread that
+        // could not be woken is left to itself, and who is told something by it may close from there.
+        if let Some(acceptor) =
+            lock(&self.acceptor).take().filter(|a| woken && a.thread().id() != std::thread::current().id())
+        {
+            let _ = acceptor.join();
+        }
     }
 }
 
