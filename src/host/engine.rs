@@ -15,9 +15,9 @@ use crate::event::{Event, Events};
 pub(crate) trait Engine {
     /// `split` or `stock`.
     fn mode(&self) -> &'static str;
-    /// Evaluates `tokens` from `position` on, in chunks of the micro-batch, and gives the last one's logits
-    /// (n_vocab).
-    fn evaluate(&mut self, position: u32, tokens: &[i32]) -> Result<Vec<f32>, Error>;
+    /// Evaluates `tokens` from `position` on, in chunks of the micro-batch, and puts the last one's logits (n_vocab)
+    /// in the place of what `logits` held, which is used for the next.
+    fn evaluate(&mut self, position: u32, tokens: &[i32], logits: &mut Vec<f32>) -> Result<(), Error>;
     /// Evaluates `tokens` from `position` on and gives every one's logits, a chunk at a time in order.
     fn evaluate_all(
         &mut self,
@@ -99,12 +99,10 @@ impl Engine for SplitEngine {
         "split"
     }
 
-    fn evaluate(&mut self, position: u32, tokens: &[i32]) -> Result<Vec<f32>, Error> {
+    fn evaluate(&mut self, position: u32, tokens: &[i32], logits: &mut Vec<f32>) -> Result<(), Error> {
         let last = tokens.len().wrapping_sub(1);
-        let mut logits = Vec::new();
         // the last chunk's are the only ones that were asked for
-        self.run(position, tokens, |i| i == last, |l| Some(std::mem::replace(&mut logits, l)))?;
-        Ok(logits)
+        self.run(position, tokens, |i| i == last, |new| Some(std::mem::replace(logits, new)))
     }
 
     fn evaluate_all(
@@ -202,11 +200,13 @@ impl Engine for StockEngine {
         "stock"
     }
 
-    fn evaluate(&mut self, position: u32, tokens: &[i32]) -> Result<Vec<f32>, Error> {
+    fn evaluate(&mut self, position: u32, tokens: &[i32], logits: &mut Vec<f32>) -> Result<(), Error> {
         let last = tokens.len().wrapping_sub(1);
-        let mut result = Vec::new();
-        self.decode(position, tokens, |i| i == last, &mut |logits| result = logits.to_vec())?;
-        Ok(result)
+        let mut keep = |new: &[f32]| {
+            logits.clear();
+            logits.extend_from_slice(new);
+        };
+        self.decode(position, tokens, |i| i == last, &mut keep)
     }
 
     fn evaluate_all(

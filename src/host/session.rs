@@ -101,7 +101,7 @@ impl<'h> Session<'h> {
     /// As a generation's first token.
     pub fn warm_up(&mut self) -> Result<(), Error> {
         let before = self.evaluated;
-        self.evaluate_pending()?;
+        self.evaluate_pending(&mut Vec::new())?;
         self.forget_from(before)
     }
 
@@ -147,8 +147,8 @@ impl<'h> Session<'h> {
         (self.tokens.len() - self.evaluated).max(1).min(self.tokens.len())
     }
 
-    /// The logits of the last token, (n_vocab).
-    fn evaluate_pending(&mut self) -> Result<Vec<f32>, Error> {
+    /// The logits of the last token, (n_vocab), in the place of those before.
+    fn evaluate_pending(&mut self, logits: &mut Vec<f32>) -> Result<(), Error> {
         if self.tokens.is_empty() {
             return Err(Error::EmptyPrompt);
         }
@@ -158,10 +158,10 @@ impl<'h> Session<'h> {
             self.forget_from(first)?;
         }
         self.torn = true;
-        let logits = self.engine.evaluate(to_u32(first), &self.tokens[first..])?;
+        self.engine.evaluate(to_u32(first), &self.tokens[first..], logits)?;
         self.torn = false;
         self.evaluated = self.tokens.len();
-        Ok(logits)
+        Ok(())
     }
 }
 
@@ -299,7 +299,7 @@ impl<'s, 'h> Generation<'s, 'h> {
         let sampler = self.sampler.as_mut().map_err(|e| e.clone())?;
 
         // tokens -> logits of the last one
-        self.logits = self.session.evaluate_pending()?;
+        self.session.evaluate_pending(&mut self.logits)?;
         if so_far.first_token_at.is_none() {
             so_far.prompt_time = so_far.ready.elapsed();
             so_far.after_prompt = Snapshot::take(self.session.engine);

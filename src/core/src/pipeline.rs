@@ -504,9 +504,10 @@ impl Pipeline {
         }
     }
 
-    /// When a remote stage has to be looked at even if nothing rings.
+    /// When a remote stage that something is expected of has to be looked at even if nothing rings.
     fn poll_at(&self) -> Option<Instant> {
-        let remotes = self.slots.iter().filter_map(|slot| match &slot.kind {
+        let remotes = self.slots.iter().enumerate().filter_map(|(i, slot)| match &slot.kind {
+            Kind::Remote(remote) if remote.is_up() && self.schedule.n_running(StageId(i)) == 0 => None,
             Kind::Remote(remote) => remote.poll_at(),
             Kind::Local(_) => None,
         });
