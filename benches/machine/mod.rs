@@ -5,7 +5,7 @@ use std::ffi::OsStr;
 use std::process::Command;
 
 /// Prints the machine, its load and the date: a figure without them cannot be compared with anything.
-pub fn describe(bench: &str) {
+pub(crate) fn describe(bench: &str) {
     let read = |path: &str| std::fs::read_to_string(path).unwrap_or_default();
     let cpu = read("/proc/cpuinfo")
         .lines()
@@ -28,7 +28,7 @@ pub fn describe(bench: &str) {
 }
 
 /// A program on one core; where there is no taskset (macOS), wherever the system puts it.
-pub fn pinned(core: usize, program: impl AsRef<OsStr>) -> Command {
+pub(crate) fn pinned(core: usize, program: impl AsRef<OsStr>) -> Command {
     let has_taskset = Command::new("taskset").arg("-V").output().is_ok_and(|o| o.status.success());
     let cores = std::thread::available_parallelism().map_or(1, usize::from);
     if !has_taskset {
@@ -40,12 +40,12 @@ pub fn pinned(core: usize, program: impl AsRef<OsStr>) -> Command {
 }
 
 /// An environment variable, or what stands for it.
-pub fn env(name: &str, default: &str) -> String {
+pub(crate) fn env(name: &str, default: &str) -> String {
     std::env::var(name).ok().filter(|v| !v.is_empty()).unwrap_or_else(|| default.to_owned())
 }
 
 /// The middle one; of an even number the mean of the two.
-pub fn median(mut values: Vec<f64>) -> f64 {
+pub(crate) fn median(mut values: Vec<f64>) -> f64 {
     values.sort_by(f64::total_cmp);
     match values.len() {
         0 => f64::NAN,

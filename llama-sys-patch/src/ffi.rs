@@ -5,6 +5,7 @@
     non_upper_case_globals,
     dead_code,
     missing_docs,
+    unreachable_pub,
     clippy::all,
     clippy::undocumented_unsafe_blocks
 )]

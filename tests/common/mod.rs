@@ -18,14 +18,14 @@ use gguf_tools::split::split;
 use gguf_tools::synth::Spec;
 
 /// `dim-host`.
-pub fn host_program() -> &'static Path {
+pub(crate) fn host_program() -> &'static Path {
     static FILE: LazyLock<PathBuf> =
         LazyLock::new(|| program("dim-host", option_env!("CARGO_BIN_EXE_dim-host")));
     &FILE
 }
 
 /// `dim-worker`.
-pub fn worker_program() -> &'static Path {
+pub(crate) fn worker_program() -> &'static Path {
     static FILE: LazyLock<PathBuf> =
         LazyLock::new(|| program("dim-worker", option_env!("CARGO_BIN_EXE_dim-worker")));
     &FILE
@@ -43,12 +43,12 @@ fn program(name: &str, own: Option<&str>) -> PathBuf {
 }
 
 /// At least 128 tokens for a byte-level tokenizer, whatever it merges.
-pub const PROMPT: &str = "The quick brown fox jumps over the lazy dog, and then the dog, who is not as lazy as people say, \
+pub(crate) const PROMPT: &str = "The quick brown fox jumps over the lazy dog, and then the dog, who is not as lazy as people say, \
 gets up, walks around the fence twice, and lies down again in the shade of the old pear tree, where nobody jumps over anybody. \
 In the evening both of them sit at the river and count the boats: seven, eight, nine. Tomorrow there will be more of them!";
 
 /// A synthetic model and its slices in a folder of their own, with a key.
-pub struct Cut {
+pub(crate) struct Cut {
     pub folder: tempfile::TempDir,
     pub model: PathBuf,
     pub split: PathBuf,
@@ -57,12 +57,12 @@ pub struct Cut {
 }
 
 impl Cut {
-    pub fn new(spec: &Spec, middles: &[&str]) -> Cut {
+    pub(crate) fn new(spec: &Spec, middles: &[&str]) -> Cut {
         Cut::of(|path| spec.write(path).unwrap(), middles)
     }
 
     /// The same model with one number of its metadata changed.
-    pub fn with_f32(&self, key: &str, number: f32, middles: &[&str]) -> Cut {
+    pub(crate) fn with_f32(&self, key: &str, number: f32, middles: &[&str]) -> Cut {
         let write = |path: &Path| {
             let gguf = Gguf::open(&self.model).unwrap();
             assert!(matches!(gguf.get(key), Some(Value::F32(old)) if old != number), "{key}");
@@ -97,21 +97,21 @@ impl Cut {
     }
 
     /// A cut tiny model: four or more blocks of `arch`, blocks 1 and 2 in the middle.
-    pub fn tiny(arch: &str) -> Cut {
+    pub(crate) fn tiny(arch: &str) -> Cut {
         Cut::new(&Spec::tiny(arch).unwrap(), &["1..2"])
     }
 
     /// The file of slice `i`: 0 is the head, the last one the tail.
-    pub fn slice(&self, i: usize) -> PathBuf {
+    pub(crate) fn slice(&self, i: usize) -> PathBuf {
         Manifest::slice_path(&self.split, &self.manifest.slices[i])
     }
 
-    pub fn worker(&self, i: usize) -> Worker {
+    pub(crate) fn worker(&self, i: usize) -> Worker {
         Worker::start(&self.slice(i), &self.key, &[])
     }
 
     /// `dim-host generate` for this model, with the options every run here has in common.
-    pub fn generate(&self, workers: &[&str], more: &[&str]) -> Command {
+    pub(crate) fn generate(&self, workers: &[&str], more: &[&str]) -> Command {
         let mut command = Command::new(host_program());
         command.arg("generate").arg("--split").arg(&self.split).arg("--key-file").arg(&self.key);
         for worker in workers {
@@ -122,7 +122,7 @@ impl Cut {
     }
 
     /// `dim-host stock`, the same.
-    pub fn stock(&self, more: &[&str]) -> Command {
+    pub(crate) fn stock(&self, more: &[&str]) -> Command {
         let mut command = Command::new(host_program());
         command.arg("stock").arg("--model").arg(&self.model).args(COMMON).args(more);
         command
@@ -132,14 +132,14 @@ impl Cut {
 const COMMON: [&str; 7] = ["--threads", "1", "--ctx", "512", "--json", "-p", PROMPT];
 
 /// Runs a host that has to succeed.
-pub fn report(command: &mut Command) -> Report {
+pub(crate) fn report(command: &mut Command) -> Report {
     let output = run(command);
     assert!(output.status.success(), "{command:?} ended with {}\n{}", output.status, text(&output.stderr));
     serde_json::from_slice(&output.stdout).unwrap_or_else(|e| panic!("{e}: {}", text(&output.stdout)))
 }
 
 /// Runs a host that has to fail with `code`, and gives its stderr.
-pub fn failure(command: &mut Command, code: i32) -> String {
+pub(crate) fn failure(command: &mut Command, code: i32) -> String {
     let output = run(command);
     let stderr = text(&output.stderr);
     assert_eq!(output.status.code(), Some(code), "{command:?}\n{stderr}");
@@ -148,17 +148,17 @@ pub fn failure(command: &mut Command, code: i32) -> String {
     stderr
 }
 
-pub fn run(command: &mut Command) -> Output {
+pub(crate) fn run(command: &mut Command) -> Output {
     command.stdin(Stdio::null()).output().unwrap()
 }
 
-pub fn text(bytes: &[u8]) -> String {
+pub(crate) fn text(bytes: &[u8]) -> String {
     String::from_utf8_lossy(bytes).into_owned()
 }
 
 /// The slice at `from` again at `to`, with the same keys and the contents that `contents` gives for each tensor: what
 /// only a worker that does not look at the digests loads.
-pub fn tampered(from: &Path, to: &Path, contents: impl Fn(&Tensor<'_>) -> (TensorType, Vec<u8>)) {
+pub(crate) fn tampered(from: &Path, to: &Path, contents: impl Fn(&Tensor<'_>) -> (TensorType, Vec<u8>)) {
     let gguf = Gguf::open(from).unwrap();
     let metadata: Vec<_> = gguf.metadata().map(|e| (e.key.to_owned(), e.value)).collect();
     let contents: Vec<_> = gguf.tensors().map(|t| contents(&t)).collect();
@@ -170,7 +170,7 @@ pub fn tampered(from: &Path, to: &Path, contents: impl Fn(&Tensor<'_>) -> (Tenso
 }
 
 /// A dim-worker process.
-pub struct Worker {
+pub(crate) struct Worker {
     pub child: Child,
     pub address: String,
     pub stderr: Arc<Mutex<String>>,
@@ -178,11 +178,11 @@ pub struct Worker {
 }
 
 impl Worker {
-    pub fn start(slice: &Path, key: &Path, more: &[&str]) -> Worker {
+    pub(crate) fn start(slice: &Path, key: &Path, more: &[&str]) -> Worker {
         Worker::start_at("127.0.0.1:0", slice, key, more)
     }
 
-    pub fn start_at(listen: &str, slice: &Path, key: &Path, more: &[&str]) -> Worker {
+    pub(crate) fn start_at(listen: &str, slice: &Path, key: &Path, more: &[&str]) -> Worker {
         let mut command = Command::new(worker_program());
         command.arg(slice).arg("--key-file").arg(key).args(["--listen", listen, "--threads", "1"]);
         if !more.contains(&"--ctx") {
@@ -192,7 +192,7 @@ impl Worker {
     }
 
     /// Starts what `command` says and waits until it listens.
-    pub fn spawn(command: &mut Command) -> Worker {
+    pub(crate) fn spawn(command: &mut Command) -> Worker {
         let mut child =
             command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
         let stderr = Arc::new(Mutex::new(String::new()));
@@ -216,22 +216,22 @@ impl Worker {
         Worker { child, address, stderr, reader: Some(reader) }
     }
 
-    pub fn pid(&self) -> u32 {
+    pub(crate) fn pid(&self) -> u32 {
         self.child.id()
     }
 
     /// Sends a signal by name, as `kill -NAME`.
-    pub fn signal(&self, name: &str) {
+    pub(crate) fn signal(&self, name: &str) {
         signal(self.pid(), name);
     }
 
     /// kill -9.
-    pub fn kill(&mut self) {
+    pub(crate) fn kill(&mut self) {
         let _ = self.child.kill();
         let _ = self.child.wait();
     }
 
-    pub fn stderr(&self) -> String {
+    pub(crate) fn stderr(&self) -> String {
         self.stderr.lock().unwrap().clone()
     }
 }
@@ -245,13 +245,13 @@ impl Drop for Worker {
     }
 }
 
-pub fn signal(pid: u32, name: &str) {
+pub(crate) fn signal(pid: u32, name: &str) {
     let status = Command::new("kill").args([&format!("-{name}"), &pid.to_string()]).status().unwrap();
     assert!(status.success(), "kill -{name} {pid}");
 }
 
 /// A relay on loopback that hands bytes on until it is told to break, and counts what comes back from the worker.
-pub struct Relay {
+pub(crate) struct Relay {
     pub address: SocketAddr,
     state: Arc<RelayState>,
 }
@@ -271,7 +271,7 @@ struct RelayState {
 }
 
 impl Relay {
-    pub fn to(target: &str) -> Relay {
+    pub(crate) fn to(target: &str) -> Relay {
         let listener = TcpListener::bind("127.0.0.1:0").unwrap();
         let address = listener.local_addr().unwrap();
         let state = Arc::new(RelayState {
@@ -326,45 +326,45 @@ impl Relay {
         Relay { address, state }
     }
 
-    pub fn address(&self) -> String {
+    pub(crate) fn address(&self) -> String {
         self.address.to_string()
     }
 
     /// Bytes that have come from the worker so far.
-    pub fn received(&self) -> u64 {
+    pub(crate) fn received(&self) -> u64 {
         self.state.from_worker.load(Ordering::SeqCst)
     }
 
     /// Breaks all connections when `bytes` more bytes have come from the worker: in the middle of a frame, mostly.
-    pub fn break_after(&self, bytes: u64) {
+    pub(crate) fn break_after(&self, bytes: u64) {
         self.state.broken.store(false, Ordering::SeqCst);
         let now = self.state.from_worker.load(Ordering::SeqCst);
         self.state.break_at.store(now.saturating_add(bytes), Ordering::SeqCst);
     }
 
     /// Waits until it has broken, at most a minute; false if it did not.
-    pub fn wait_until_broken(&self) -> bool {
+    pub(crate) fn wait_until_broken(&self) -> bool {
         comes_true(&self.state.broken)
     }
 
     /// Stands still in both directions, without closing anything, when `bytes` more bytes have come from the worker.
-    pub fn stall_after(&self, bytes: u64) {
+    pub(crate) fn stall_after(&self, bytes: u64) {
         self.state.stalled.store(false, Ordering::SeqCst);
         self.state.stall_at.store(self.received().saturating_add(bytes), Ordering::SeqCst);
     }
 
     /// Waits until it stands still, at most a minute; false if it does not.
-    pub fn wait_until_stalled(&self) -> bool {
+    pub(crate) fn wait_until_stalled(&self) -> bool {
         comes_true(&self.state.stalled)
     }
 
     /// Hands on this many bytes a second each way from now on; u64::MAX: as fast as it goes.
-    pub fn pace(&self, bytes_per_s: u64) {
+    pub(crate) fn pace(&self, bytes_per_s: u64) {
         self.state.pace.store(bytes_per_s, Ordering::SeqCst);
     }
 
     /// Lets everything through again.
-    pub fn mend(&self) {
+    pub(crate) fn mend(&self) {
         self.state.break_at.store(u64::MAX, Ordering::SeqCst);
     }
 }
@@ -418,10 +418,10 @@ fn copy(mut from: TcpStream, mut to: TcpStream, let_through: impl Fn(usize) -> u
 }
 
 /// A small generator of numbers that are the same in every run: splitmix64.
-pub struct Numbers(pub u64);
+pub(crate) struct Numbers(pub u64);
 
 impl Numbers {
-    pub fn below(&mut self, n: u64) -> u64 {
+    pub(crate) fn below(&mut self, n: u64) -> u64 {
         self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
         let mut z = self.0;
         z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);

@@ -20,17 +20,17 @@ use dim_wire::rows::{self, RowTypes, RowsRef};
 use dim_wire::terms::{SliceRole, Terms, agree};
 use half::f16;
 
-pub const N_EMBD: u32 = 64;
+pub(crate) const N_EMBD: u32 = 64;
 
-pub fn ms(ms: u64) -> Duration {
+pub(crate) fn ms(ms: u64) -> Duration {
     Duration::from_millis(ms)
 }
 
-pub fn key() -> Key {
+pub(crate) fn key() -> Key {
     Key::from_bytes([7; 32])
 }
 
-pub fn terms(name: &str) -> Terms {
+pub(crate) fn terms(name: &str) -> Terms {
     Terms {
         row_types: RowTypes::F16,
         role: SliceRole::Middle,
@@ -48,7 +48,7 @@ pub fn terms(name: &str) -> Terms {
 }
 
 /// One direction of the network, with the buffers at both of its ends.
-pub struct Pipe {
+pub(crate) struct Pipe {
     pub latency: Duration,
     pub bytes_per_s: Option<u64>,
     /// how many bytes may lie in it unread
@@ -109,7 +109,7 @@ impl Pipe {
 }
 
 /// One end: an endpoint and who uses it.
-pub struct Side {
+pub(crate) struct Side {
     pub endpoint: Endpoint,
     pub current: Store,
     inbox: Option<Inbox>,
@@ -157,7 +157,7 @@ impl Side {
     }
 
     /// How many of the bytes it takes.
-    pub fn receive(&mut self, bytes: &[u8], now: Instant) -> usize {
+    pub(crate) fn receive(&mut self, bytes: &[u8], now: Instant) -> usize {
         let Some(inbox) = &mut self.inbox else { return self.endpoint.receive(bytes, now) };
         let mut taken = 0;
         loop {
@@ -180,7 +180,7 @@ impl Side {
     }
 
     /// Sends rows of `value`, going on where session 0 stands, as soon as what is before them has gone.
-    pub fn send_rows(&mut self, count: u32, value: f32) {
+    pub(crate) fn send_rows(&mut self, count: u32, value: f32) {
         self.outgoing.push_back((count, vec![f16::from_f32(value); (count * N_EMBD) as usize]));
     }
 
@@ -220,14 +220,14 @@ impl Side {
     }
 
     /// What it still has to give to the network.
-    pub fn unsent(&self) -> usize {
+    pub(crate) fn unsent(&self) -> usize {
         self.pending.len() + self.outgoing.iter().map(|(_, v)| v.len() * 2).sum::<usize>()
     }
 }
 
 /// What happened, and when: milliseconds since the world began.
 #[derive(Clone, Debug, PartialEq)]
-pub enum Seen {
+pub(crate) enum Seen {
     Accepted,
     /// step, first value
     Answer(u32, f32),
@@ -238,7 +238,7 @@ pub enum Seen {
 }
 
 /// A host, a worker that adds one to every value, and the network between them.
-pub struct World {
+pub(crate) struct World {
     pub begun: Instant,
     pub now: Instant,
     pub host: Side,
@@ -257,7 +257,7 @@ pub struct World {
 }
 
 impl World {
-    pub fn new(timing: &Timing, ask: Ask) -> World {
+    pub(crate) fn new(timing: &Timing, ask: Ask) -> World {
         let now = Instant::now();
         let host_key = match &ask {
             Ask::Pair { .. } => panic!("pairing has a code"),
@@ -285,11 +285,11 @@ impl World {
     }
 
     /// A host that is served already.
-    pub fn serving() -> World {
+    pub(crate) fn serving() -> World {
         World::serving_with(&Timing::default())
     }
 
-    pub fn serving_with(timing: &Timing) -> World {
+    pub(crate) fn serving_with(timing: &Timing) -> World {
         let mut world = World::new(timing, Ask::Serve(terms("host")));
         world.run_for(Duration::ZERO);
         assert_eq!(world.trace, [(0, Seen::Accepted)]);
@@ -297,27 +297,27 @@ impl World {
         world
     }
 
-    pub fn with_latency(mut self, latency: Duration) -> World {
+    pub(crate) fn with_latency(mut self, latency: Duration) -> World {
         (self.to_worker.latency, self.to_host.latency) = (latency, latency);
         self
     }
 
     /// The cable is pulled, or back.
-    pub fn freeze(&mut self, frozen: bool) {
+    pub(crate) fn freeze(&mut self, frozen: bool) {
         (self.to_worker.frozen, self.to_host.frozen) = (frozen, frozen);
     }
 
-    pub fn elapsed_ms(&self) -> u64 {
+    pub(crate) fn elapsed_ms(&self) -> u64 {
         (self.now - self.begun).as_millis() as u64
     }
 
     /// What was seen since the last time this was asked, without the times.
-    pub fn seen(&mut self) -> Vec<Seen> {
+    pub(crate) fn seen(&mut self) -> Vec<Seen> {
         self.trace.drain(..).map(|(_, seen)| seen).collect()
     }
 
     /// Lets time pass.
-    pub fn run_for(&mut self, time: Duration) {
+    pub(crate) fn run_for(&mut self, time: Duration) {
         let until = self.now + time;
         loop {
             self.settle();

@@ -78,13 +78,13 @@ mod dequantise {
 
     /// Whether rows of this type can be turned into F32 here.
     #[cfg(feature = "engine")]
-    pub fn can(tensor_type: TensorType) -> bool {
+    pub(super) fn can(tensor_type: TensorType) -> bool {
         llama_sys_patch::RowType::of(tensor_type.id()).is_ok_and(|t| t.to_f32)
     }
 
     /// One row of a quantised type as F32.
     #[cfg(feature = "engine")]
-    pub fn row(tensor_type: TensorType, raw: &[u8], values: &mut [f32]) -> Result<(), String> {
+    pub(super) fn row(tensor_type: TensorType, raw: &[u8], values: &mut [f32]) -> Result<(), String> {
         llama_sys_patch::dequantize_rows(tensor_type.id(), raw, values.len(), values)
             .map_err(|e| e.to_string())
     }

@@ -7,7 +7,7 @@ use std::collections::HashSet;
 use crate::gguf::{Array, Value};
 
 /// The tokenizer of one model.
-pub struct Tokenizer {
+pub(super) struct Tokenizer {
     /// Every token's text in GPT-2's byte alphabet, ids in order.
     pub tokens: Vec<String>,
     /// `left right`, in the order of their ranks.
@@ -32,7 +32,7 @@ const CHAT_TEMPLATE: &str = "{% for message in messages %}{{ '<|im_start|>' + me
 impl Tokenizer {
     /// A vocabulary of `n_vocab` tokens, the special ones from `first_special` on (where the family has them) or
     /// the last four.
-    pub fn new(n_vocab: u32, first_special: Option<u32>) -> Self {
+    pub(super) fn new(n_vocab: u32, first_special: Option<u32>) -> Self {
         let first_special = first_special.unwrap_or(n_vocab - SPECIAL.len() as u32);
         let mut tokens: Vec<String> = byte_letters().map(String::from).collect();
         let mut known: HashSet<String> = tokens.iter().cloned().collect();
@@ -62,12 +62,12 @@ impl Tokenizer {
     }
 
     /// The end-of-turn token's id.
-    pub fn eos(&self) -> u32 {
+    pub(super) fn eos(&self) -> u32 {
         self.special.start + 2
     }
 
     /// The `tokenizer.*` keys. `pre` names llama.cpp's pre-tokenizer; `add_bos` is for families that begin with one.
-    pub fn metadata(&self, pre: &str, add_bos: bool) -> Vec<(String, Value<'static>)> {
+    pub(super) fn metadata(&self, pre: &str, add_bos: bool) -> Vec<(String, Value<'static>)> {
         let key = |name: &str| format!("tokenizer.ggml.{name}");
         let end_of_text = self.special.start;
         vec![

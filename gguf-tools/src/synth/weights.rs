@@ -15,7 +15,7 @@ use crate::gguf::TensorType;
 
 /// What stands in for a type in a matrix whose rows are not whole blocks of it, as llama.cpp's own quantiser
 /// chooses it.
-pub fn type_for_row(wanted: TensorType, n_values: u64) -> TensorType {
+pub(super) fn type_for_row(wanted: TensorType, n_values: u64) -> TensorType {
     if n_values.is_multiple_of(wanted.block_len()) {
         return wanted;
     }
@@ -30,7 +30,7 @@ pub fn type_for_row(wanted: TensorType, n_values: u64) -> TensorType {
 }
 
 /// Fills one tensor (or the rows of one that share mean and deviation).
-pub struct Filler {
+pub(super) struct Filler {
     encoding: TensorType,
     key: u64,
     quants: Quants,
@@ -53,7 +53,7 @@ enum Quants {
 
 impl Filler {
     /// `key` from [`tensor_key`]. `mean` is kept by the float types; block types are symmetric around 0.
-    pub fn new(encoding: TensorType, key: u64, mean: f32, deviation: f32) -> Self {
+    pub(super) fn new(encoding: TensorType, key: u64, mean: f32, deviation: f32) -> Self {
         let quants = match encoding {
             TensorType::F32 => {
                 // between the edges of the 4,096 intervals, those at the ends cut short
@@ -82,7 +82,7 @@ impl Filler {
     }
 
     /// Fills `out` with the values from position `first` on, which must be a multiple of 4 and begin a block.
-    pub fn fill(&self, first: u64, out: &mut [u8]) {
+    pub(super) fn fill(&self, first: u64, out: &mut [u8]) {
         match &self.quants {
             Quants::F32 { table } => {
                 for (i, pair) in out.chunks_mut(8).enumerate() {
@@ -119,7 +119,7 @@ impl Filler {
 }
 
 /// The stream of one tensor: its seed and its name, so that adding a tensor changes no other.
-pub fn tensor_key(seed: u64, name: &str) -> u64 {
+pub(super) fn tensor_key(seed: u64, name: &str) -> u64 {
     let hash = name
         .bytes()
         .fold(0xcbf2_9ce4_8422_2325, |h: u64, b| (h ^ u64::from(b)).wrapping_mul(0x100_0000_01b3));
@@ -419,7 +419,7 @@ fn natural_log(mut x: f64) -> f64 {
 }
 
 /// base^exponent for base > 1 and 0 <= exponent <= 1 from exact operations alone.
-pub fn power(base: f64, exponent: f64) -> f64 {
+pub(super) fn power(base: f64, exponent: f64) -> f64 {
     // e^x for x = exponent * ln(base): the series for x / 1024, squared ten times
     let x = -natural_log(1.0 / base) * exponent / 1024.0;
     let mut value = (1..12).rev().fold(1.0, |sum, i| 1.0 + sum * x / f64::from(i));

@@ -7,7 +7,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 /// What a program gives, and the most anonymous memory it had, in bytes.
-pub fn peak_of(command: &mut Command) -> std::io::Result<(Output, Option<u64>)> {
+pub(crate) fn peak_of(command: &mut Command) -> std::io::Result<(Output, Option<u64>)> {
     command.stdin(std::process::Stdio::null());
     command.stdout(std::process::Stdio::piped()).stderr(std::process::Stdio::piped());
     let child = command.spawn()?;
@@ -17,7 +17,7 @@ pub fn peak_of(command: &mut Command) -> std::io::Result<(Output, Option<u64>)> 
 }
 
 /// What `work` gives, and the most anonymous memory this process had meanwhile, in bytes more than before.
-pub fn growth<T>(work: impl FnOnce() -> T) -> (T, Option<u64>) {
+pub(crate) fn growth<T>(work: impl FnOnce() -> T) -> (T, Option<u64>) {
     let status = Path::new("/proc/self/status");
     let before = anonymous_bytes(status);
     let (result, peak) = watch(status, work);

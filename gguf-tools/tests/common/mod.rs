@@ -1,7 +1,7 @@
 //! What the tests share: a writer of GGUF bytes that is free to be wrong, and a random number generator.
 #![allow(dead_code, missing_docs)]
 
-pub mod memory;
+pub(crate) mod memory;
 
 use std::path::Path;
 
@@ -9,7 +9,7 @@ use gguf_tools::synth::Spec;
 
 /// Bytes of a GGUF, put together by hand: nothing is checked, every field can be a lie.
 #[derive(Clone)]
-pub struct Raw {
+pub(crate) struct Raw {
     pub magic: [u8; 4],
     pub version: u32,
     pub n_tensors: Option<u64>,
@@ -21,7 +21,7 @@ pub struct Raw {
 }
 
 #[derive(Clone)]
-pub struct RawTensor {
+pub(crate) struct RawTensor {
     pub name: Vec<u8>,
     pub n_dims: Option<u32>,
     pub dims: Vec<u64>,
@@ -29,26 +29,26 @@ pub struct RawTensor {
     pub offset: u64,
 }
 
-pub const U8: u32 = 0;
-pub const U32: u32 = 4;
-pub const I32: u32 = 5;
-pub const F32: u32 = 6;
-pub const BOOL: u32 = 7;
-pub const STRING: u32 = 8;
-pub const ARRAY: u32 = 9;
-pub const U64: u32 = 10;
+pub(crate) const U8: u32 = 0;
+pub(crate) const U32: u32 = 4;
+pub(crate) const I32: u32 = 5;
+pub(crate) const F32: u32 = 6;
+pub(crate) const BOOL: u32 = 7;
+pub(crate) const STRING: u32 = 8;
+pub(crate) const ARRAY: u32 = 9;
+pub(crate) const U64: u32 = 10;
 
-pub fn string(text: impl AsRef<[u8]>) -> Vec<u8> {
+pub(crate) fn string(text: impl AsRef<[u8]>) -> Vec<u8> {
     let text = text.as_ref();
     [&(text.len() as u64).to_le_bytes()[..], text].concat()
 }
 
-pub fn array(element: u32, count: u64, bytes: &[u8]) -> Vec<u8> {
+pub(crate) fn array(element: u32, count: u64, bytes: &[u8]) -> Vec<u8> {
     [&element.to_le_bytes()[..], &count.to_le_bytes(), bytes].concat()
 }
 
 impl Raw {
-    pub fn empty() -> Raw {
+    pub(crate) fn empty() -> Raw {
         Raw {
             magic: *b"GGUF",
             version: 3,
@@ -62,7 +62,7 @@ impl Raw {
     }
 
     /// The smallest model that passes every check: llama, 3 blocks, width 32, 300 tokens.
-    pub fn model() -> Raw {
+    pub(crate) fn model() -> Raw {
         let mut raw = Raw::empty();
         raw.key("general.architecture", STRING, string("llama"));
         raw.key("general.name", STRING, string("raw"));
@@ -107,7 +107,7 @@ impl Raw {
         raw
     }
 
-    pub fn key(&mut self, key: impl AsRef<[u8]>, ty: u32, value: Vec<u8>) -> &mut Raw {
+    pub(crate) fn key(&mut self, key: impl AsRef<[u8]>, ty: u32, value: Vec<u8>) -> &mut Raw {
         let key = key.as_ref().to_vec();
         match self.keys.iter_mut().find(|(k, ..)| *k == key) {
             Some(entry) => *entry = (key, ty, value),
@@ -116,13 +116,13 @@ impl Raw {
         self
     }
 
-    pub fn without(&mut self, key: &str) -> &mut Raw {
+    pub(crate) fn without(&mut self, key: &str) -> &mut Raw {
         self.keys.retain(|(k, ..)| k != key.as_bytes());
         self
     }
 
     /// Adds a tensor of F32 (0) or F16 (1) after the ones there are, with data.
-    pub fn tensor(&mut self, name: &str, ty: u32, dims: &[u64]) -> &mut Raw {
+    pub(crate) fn tensor(&mut self, name: &str, ty: u32, dims: &[u64]) -> &mut Raw {
         let offset = self.data.len() as u64;
         let bytes = dims.iter().product::<u64>() * if ty == 0 { 4 } else { 2 };
         self.data.extend((0..bytes).map(|i| (i % 7) as u8 + 1));
@@ -132,11 +132,11 @@ impl Raw {
         self
     }
 
-    pub fn tensor_mut(&mut self, name: &str) -> &mut RawTensor {
+    pub(crate) fn tensor_mut(&mut self, name: &str) -> &mut RawTensor {
         self.tensors.iter_mut().find(|t| t.name == name.as_bytes()).expect("a tensor of the model")
     }
 
-    pub fn header(&self) -> Vec<u8> {
+    pub(crate) fn header(&self) -> Vec<u8> {
         let mut out = self.magic.to_vec();
         out.extend(self.version.to_le_bytes());
         out.extend(self.n_tensors.unwrap_or(self.tensors.len() as u64).to_le_bytes());
@@ -156,7 +156,7 @@ impl Raw {
         out
     }
 
-    pub fn bytes(&self) -> Vec<u8> {
+    pub(crate) fn bytes(&self) -> Vec<u8> {
         let mut out = self.header();
         out.resize(out.len().next_multiple_of(self.alignment), 0);
         out.extend(&self.data);
@@ -167,7 +167,7 @@ impl Raw {
 /// Runs this test program's test `name` on a disk of its own, of `size` as mount(8) takes it, where the system lets a test
 /// mount one. The test is told the disk by [`small_disk`], and must print "20 of 20 runs".
 #[cfg(target_os = "linux")]
-pub fn on_a_small_disk(size: &str, name: &str) {
+pub(crate) fn on_a_small_disk(size: &str, name: &str) {
     use std::process::{Command, Output};
     let dir = tempfile::tempdir().unwrap();
     let script = format!(
@@ -194,43 +194,43 @@ pub fn on_a_small_disk(size: &str, name: &str) {
 }
 
 /// The small disk this process was started for.
-pub fn small_disk() -> Option<std::path::PathBuf> {
+pub(crate) fn small_disk() -> Option<std::path::PathBuf> {
     std::env::var_os(SMALL_DISK).map(Into::into)
 }
 
 const SMALL_DISK: &str = "DIM_TEST_SMALL_DISK";
 
 /// Somebody else takes all the room that is left on the disk of `filler`.
-pub fn fill(filler: &Path) {
+pub(crate) fn fill(filler: &Path) {
     use std::io::Write;
     let mut file = std::fs::File::create(filler).unwrap();
     while file.write(&[1; 4096]).is_ok_and(|n| n > 0) {}
 }
 
-pub const N_TOKENS: u64 = 300;
+pub(crate) const N_TOKENS: u64 = 300;
 
 /// Writes a tiny model of this architecture.
-pub fn tiny(arch: &str, path: &Path) {
+pub(crate) fn tiny(arch: &str, path: &Path) {
     Spec::tiny(arch).unwrap().write(path).unwrap();
 }
 
 /// Small, fast, repeatable: xorshift64*.
-pub struct Rng(pub u64);
+pub(crate) struct Rng(pub u64);
 
 impl Rng {
-    pub fn next(&mut self) -> u64 {
+    pub(crate) fn next(&mut self) -> u64 {
         self.0 ^= self.0 >> 12;
         self.0 ^= self.0 << 25;
         self.0 ^= self.0 >> 27;
         self.0.wrapping_mul(0x2545_f491_4f6c_dd1d)
     }
 
-    pub fn below(&mut self, n: u64) -> u64 {
+    pub(crate) fn below(&mut self, n: u64) -> u64 {
         self.next() % n.max(1)
     }
 
     /// Changes bytes of a file as a bad download or an attacker might.
-    pub fn mutate(&mut self, bytes: &mut Vec<u8>, header: usize) {
+    pub(crate) fn mutate(&mut self, bytes: &mut Vec<u8>, header: usize) {
         for _ in 0..1 + self.below(4) {
             if bytes.len() < 32 {
                 return;

@@ -2,9 +2,9 @@
 
 #![allow(dead_code)] // every test file uses its part
 
-pub mod pipeline;
-pub mod slices;
-pub mod tiny;
+pub(crate) mod pipeline;
+pub(crate) mod slices;
+pub(crate) mod tiny;
 
 use std::ops::Range;
 use std::path::PathBuf;
@@ -16,12 +16,12 @@ use llama_sys_patch::{
 };
 
 /// A model file in a directory that goes away with it.
-pub struct Synthetic {
+pub(crate) struct Synthetic {
     _directory: tempfile::TempDir,
     pub path: PathBuf,
 }
 
-pub fn write(spec: &Spec) -> Synthetic {
+pub(crate) fn write(spec: &Spec) -> Synthetic {
     let directory = tempfile::tempdir().expect("a temporary directory");
     let path = directory.path().join("model.gguf");
     spec.write(&path).expect("the model is written");
@@ -29,14 +29,14 @@ pub fn write(spec: &Spec) -> Synthetic {
 }
 
 /// Writes the model and loads it, on the CPU.
-pub fn load(spec: &Spec) -> Model {
+pub(crate) fn load(spec: &Spec) -> Model {
     let file = write(spec);
     Model::load(&[&file.path], ModelParams { gpu_layers: Some(0), ..Default::default() })
         .expect("the model loads")
 }
 
 /// One thread and small chunks, so that a short prompt has several.
-pub fn context() -> ContextParams {
+pub(crate) fn context() -> ContextParams {
     ContextParams {
         n_ctx: 256,
         n_batch: 128,
@@ -48,19 +48,19 @@ pub fn context() -> ContextParams {
 }
 
 #[derive(Debug, Clone, Copy, PartialEq)]
-pub enum Wire {
+pub(crate) enum Wire {
     F16,
     F32,
 }
 
 /// The stages of a whole model, cut at `cuts`, one after another.
-pub struct Chain {
+pub(crate) struct Chain {
     pub stages: Vec<Stage>,
     wire: Wire,
 }
 
 impl Chain {
-    pub fn new(model: &Model, cuts: &[u32], context: &ContextParams, wire: Wire) -> Chain {
+    pub(crate) fn new(model: &Model, cuts: &[u32], context: &ContextParams, wire: Wire) -> Chain {
         let mut ends: Vec<u32> = cuts.to_vec();
         ends.push(model.n_blocks());
         let mut first = 0;
@@ -74,7 +74,7 @@ impl Chain {
     }
 
     /// Rows through all stages: (rows that want output, n_vocab).
-    pub fn evaluate(&mut self, rows: &[Row], tokens: &[i32]) -> Result<Vec<f32>, Error> {
+    pub(crate) fn evaluate(&mut self, rows: &[Row], tokens: &[i32]) -> Result<Vec<f32>, Error> {
         let n_embd = self.stages[0].model().n_embd();
         let n_vocab = self.stages[0].model().n_vocab();
         let wanted = rows.iter().filter(|row| row.want_output).count();
@@ -100,18 +100,18 @@ impl Chain {
         Ok(logits)
     }
 
-    pub fn rewind(&mut self, session: u32, position: u32) {
+    pub(crate) fn rewind(&mut self, session: u32, position: u32) {
         for stage in &mut self.stages {
             stage.rewind(session, position).expect("the position is in the session");
         }
     }
 }
 
-pub fn stock(model: &Model, context: &ContextParams) -> Stock {
+pub(crate) fn stock(model: &Model, context: &ContextParams) -> Stock {
     Stock::new(model, context, None).expect("a stock context")
 }
 
-pub fn decode(stock: &mut Stock, rows: &[Row], tokens: &[i32]) -> Vec<f32> {
+pub(crate) fn decode(stock: &mut Stock, rows: &[Row], tokens: &[i32]) -> Vec<f32> {
     let wanted = rows.iter().filter(|row| row.want_output).count();
     let mut logits = vec![0f32; wanted * stock.model().n_vocab()];
     assert_eq!(stock.decode(rows, tokens, &mut logits).expect("llama_decode"), wanted);
@@ -119,7 +119,7 @@ pub fn decode(stock: &mut Stock, rows: &[Row], tokens: &[i32]) -> Vec<f32> {
 }
 
 /// Tokens that look like nothing in particular, the same every time.
-pub fn tokens(model: &Model, seed: u64, n: usize) -> Vec<i32> {
+pub(crate) fn tokens(model: &Model, seed: u64, n: usize) -> Vec<i32> {
     let mut state = seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1;
     (0..n)
         .map(|_| {
@@ -129,7 +129,7 @@ pub fn tokens(model: &Model, seed: u64, n: usize) -> Vec<i32> {
         .collect()
 }
 
-pub fn argmax(logits: &[f32]) -> i32 {
+pub(crate) fn argmax(logits: &[f32]) -> i32 {
     logits
         .iter()
         .enumerate()
@@ -138,20 +138,20 @@ pub fn argmax(logits: &[f32]) -> i32 {
         .expect("there are logits")
 }
 
-pub fn max_difference(a: &[f32], b: &[f32]) -> f32 {
+pub(crate) fn max_difference(a: &[f32], b: &[f32]) -> f32 {
     assert_eq!(a.len(), b.len());
     a.iter().zip(b).map(|(a, b)| (a - b).abs()).fold(0.0, f32::max)
 }
 
 /// Bit for bit, and not all zero (an empty comparison would pass too).
-pub fn assert_exact(ours: &[f32], stock: &[f32], what: &str) {
+pub(crate) fn assert_exact(ours: &[f32], stock: &[f32], what: &str) {
     assert!(stock.iter().any(|&x| x != 0.0), "{what}: stock gives nothing but zeros");
     let same = ours.len() == stock.len() && ours.iter().zip(stock).all(|(a, b)| a.to_bits() == b.to_bits());
     assert!(same, "{what}: max |difference| = {}", max_difference(ours, stock));
 }
 
 /// Ranges as `cuts` makes them.
-pub fn ranges(cuts: &[u32], n_blocks: u32) -> Vec<Range<u32>> {
+pub(crate) fn ranges(cuts: &[u32], n_blocks: u32) -> Vec<Range<u32>> {
     let starts = std::iter::once(0).chain(cuts.iter().copied());
     starts.zip(cuts.iter().copied().chain([n_blocks])).map(|(a, b)| a..b).collect()
 }

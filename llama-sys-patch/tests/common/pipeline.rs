@@ -10,12 +10,12 @@ use llama_sys_patch::{
 
 use super::slices;
 
-pub fn load(path: &Path) -> Result<Model, Error> {
+pub(crate) fn load(path: &Path) -> Result<Model, Error> {
     Model::load(&[path], ModelParams { gpu_layers: Some(0), ..Default::default() })
 }
 
 /// The ranges that `cuts` make, and what each needs.
-pub fn plan(model: &Path, cuts: &[u32]) -> Result<Vec<RangePlan>, Error> {
+pub(crate) fn plan(model: &Path, cuts: &[u32]) -> Result<Vec<RangePlan>, Error> {
     let mut plan = Plan::open(&[model])?;
     let mut ranges = Vec::new();
     for range in super::ranges(cuts, plan.n_blocks()) {
@@ -28,7 +28,7 @@ pub fn plan(model: &Path, cuts: &[u32]) -> Result<Vec<RangePlan>, Error> {
 }
 
 /// The slices as files beside the model, each with the tensors of its range and no others.
-pub fn cut(model: &Path, ranges: &[RangePlan]) -> Vec<PathBuf> {
+pub(crate) fn cut(model: &Path, ranges: &[RangePlan]) -> Vec<PathBuf> {
     ranges
         .iter()
         .map(|range| {
@@ -41,19 +41,19 @@ pub fn cut(model: &Path, ranges: &[RangePlan]) -> Vec<PathBuf> {
 }
 
 /// Stages of slices in a row.
-pub struct Pipeline {
+pub(crate) struct Pipeline {
     pub stages: Vec<Stage>,
     f16: bool,
 }
 
 /// Rows between two stages.
-pub enum Rows {
+pub(crate) enum Rows {
     F32(Vec<f32>),
     F16(Vec<f16>),
 }
 
 impl Pipeline {
-    pub fn new(files: &[PathBuf], context: &ContextParams) -> Result<Pipeline, Error> {
+    pub(crate) fn new(files: &[PathBuf], context: &ContextParams) -> Result<Pipeline, Error> {
         let stages = files
             .iter()
             .map(|file| {
@@ -72,13 +72,19 @@ impl Pipeline {
     }
 
     /// Rounded to F16 between the stages.
-    pub fn in_f16(mut self) -> Pipeline {
+    pub(crate) fn in_f16(mut self) -> Pipeline {
         self.f16 = true;
         self
     }
 
     /// One stage: rows in, rows out.
-    pub fn step(&mut self, i: usize, rows: &[Row], tokens: &[i32], from: &Rows) -> Result<Rows, Error> {
+    pub(crate) fn step(
+        &mut self,
+        i: usize,
+        rows: &[Row],
+        tokens: &[i32],
+        from: &Rows,
+    ) -> Result<Rows, Error> {
         let narrow = self.f16;
         let stage = &mut self.stages[i];
         let input = match from {
@@ -106,7 +112,7 @@ impl Pipeline {
     }
 
     /// Rows through all stages: (rows that want output, n_vocab).
-    pub fn evaluate(&mut self, rows: &[Row], tokens: &[i32]) -> Result<Vec<f32>, Error> {
+    pub(crate) fn evaluate(&mut self, rows: &[Row], tokens: &[i32]) -> Result<Vec<f32>, Error> {
         let mut between = Rows::F32(Vec::new());
         for i in 0..self.stages.len() {
             between = self.step(i, rows, tokens, &between)?;
@@ -115,7 +121,7 @@ impl Pipeline {
         Ok(logits)
     }
 
-    pub fn rewind(&mut self, session: u32, position: u32) -> Result<(), Error> {
+    pub(crate) fn rewind(&mut self, session: u32, position: u32) -> Result<(), Error> {
         self.stages.iter_mut().try_for_each(|stage| stage.rewind(session, position))
     }
 }

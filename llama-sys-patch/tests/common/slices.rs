@@ -7,7 +7,7 @@ use gguf_tools::gguf::{Array, Gguf, Value};
 
 /// What a slice says of the tensors that it lacks.
 #[derive(Clone, Default)]
-pub struct Absent {
+pub(crate) struct Absent {
     pub names: Vec<String>,
     pub types: Vec<u32>,
     pub shapes: Vec<u64>,
@@ -20,7 +20,7 @@ impl Absent {
         self.shapes.extend((0..4).map(|d| dims.get(d).copied().unwrap_or(1)));
     }
 
-    pub fn keys(&self) -> Vec<(String, Value<'static>)> {
+    pub(crate) fn keys(&self) -> Vec<(String, Value<'static>)> {
         let key = |name: &str, array| (format!("dim.absent.{name}"), Value::Array(array));
         vec![
             key("names", Array::of_strings(&self.names)),
@@ -31,12 +31,12 @@ impl Absent {
 }
 
 /// Writes the slice of `model` that holds the tensors `keep`.
-pub fn write(model: &Path, keep: &[String], to: &Path) {
+pub(crate) fn write(model: &Path, keep: &[String], to: &Path) {
     write_with(model, keep, to, |absent| absent.keys());
 }
 
 /// The same, with the keys that `describe` makes of what is absent.
-pub fn write_with(
+pub(crate) fn write_with(
     model: &Path,
     keep: &[String],
     to: &Path,

@@ -5,10 +5,10 @@ use std::path::{Path, PathBuf};
 use llama_sys_patch::{Error, test_support};
 
 /// Blocks of a tiny model; gemma3n has more.
-pub const N_BLOCKS: u32 = 8;
+pub(crate) const N_BLOCKS: u32 = 8;
 
 /// The options for an architecture.
-pub fn options(arch: &str) -> &'static [&'static str] {
+pub(crate) fn options(arch: &str) -> &'static [&'static str] {
     match arch {
         "olmoe" | "dots1" | "deepseek2-ocr" => &[".attention.head_count_kv=4"],
         "plm" => &[".attention.key_length=96", ".rope.dimension_count=32", ".attention.head_count_kv=4"],
@@ -45,7 +45,7 @@ pub fn options(arch: &str) -> &'static [&'static str] {
 }
 
 /// Writes a tiny model of an architecture into a folder.
-pub fn write(arch: &str, more: &[&str], folder: &Path) -> Result<PathBuf, Error> {
+pub(crate) fn write(arch: &str, more: &[&str], folder: &Path) -> Result<PathBuf, Error> {
     let path = folder.join("model.gguf");
     let options: Vec<&str> = options(arch).iter().chain(more).copied().collect();
     test_support::write_model(arch, N_BLOCKS, &options, &path)?;

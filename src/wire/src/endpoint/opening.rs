@@ -57,19 +57,22 @@ const _: () = assert!(FIRST_FLIGHT <= SECOND_FLIGHT, "one buffer is for either")
 
 impl Handshake {
     /// The host's side, and what it says first.
-    pub fn host(key: &Key, purpose: Purpose) -> Result<(Handshake, [u8; FIRST_FLIGHT]), HandshakeError> {
+    pub(super) fn host(
+        key: &Key,
+        purpose: Purpose,
+    ) -> Result<(Handshake, [u8; FIRST_FLIGHT]), HandshakeError> {
         let handshake = HostHandshake::new(key, purpose, VERSIONS)?;
         let first_flight = *handshake.first_flight();
         Ok((Handshake { side: Side::Host(Box::new(handshake)), buffer: [0; SECOND_FLIGHT] }, first_flight))
     }
 
-    pub fn worker(look_up: LookUp) -> Handshake {
+    pub(super) fn worker(look_up: LookUp) -> Handshake {
         let handshake = Box::new(WorkerHandshake::new(VERSIONS));
         Handshake { side: Side::Worker(handshake, look_up), buffer: [0; SECOND_FLIGHT] }
     }
 
     /// Never more than the handshake's own bytes: what follows belongs to the inbox.
-    pub fn space(&mut self) -> &mut [u8] {
+    pub(super) fn space(&mut self) -> &mut [u8] {
         let wants = match &self.side {
             Side::Host(handshake) => handshake.wants(),
             Side::Worker(handshake, _) => handshake.wants(),

@@ -23,17 +23,17 @@ pub(super) struct Outbox {
 
 impl Outbox {
     /// From here on messages can be sealed.
-    pub fn open(&mut self, sealer: Sealer) {
+    pub(super) fn open(&mut self, sealer: Sealer) {
         self.sealer = Some(sealer);
     }
 
     /// Bytes that go as they are: the handshake's.
-    pub fn push_bytes(&mut self, bytes: &[u8]) {
+    pub(super) fn push_bytes(&mut self, bytes: &[u8]) {
         self.ready.extend_from_slice(bytes);
     }
 
     /// A message without rows, behind everything else.
-    pub fn push(&mut self, message: &Message<'_>) {
+    pub(super) fn push(&mut self, message: &Message<'_>) {
         let mut plain = Vec::new();
         message.encode(&mut plain);
         self.queue.push_back(plain);
@@ -43,7 +43,11 @@ impl Outbox {
     ///
     /// # Panics
     /// If the message before it has not been taken whole.
-    pub fn begin(&mut self, payload: usize, write_head: impl FnOnce(&mut Vec<u8>)) -> Result<(), FrameError> {
+    pub(super) fn begin(
+        &mut self,
+        payload: usize,
+        write_head: impl FnOnce(&mut Vec<u8>),
+    ) -> Result<(), FrameError> {
         assert!(!self.is_halfway(), "a message is still on its way: poll_transmit it to its end first");
         self.seal_queue()?;
         self.head.clear();
@@ -53,18 +57,18 @@ impl Outbox {
     }
 
     /// A message with rows has begun and has not been taken whole.
-    pub fn is_halfway(&self) -> bool {
+    pub(super) fn is_halfway(&self) -> bool {
         self.sealed < self.length
     }
 
     /// Nothing is left to send.
-    pub fn is_empty(&self) -> bool {
+    pub(super) fn is_empty(&self) -> bool {
         self.ready.is_empty() && !self.is_halfway() && self.queue.is_empty()
     }
 
     /// Appends what goes next to `out`: one frame of the message with rows, or everything else there is. `payload` are
     /// the rows of that message. `false`: nothing.
-    pub fn take(&mut self, payload: &[u8], out: &mut Vec<u8>) -> Result<bool, FrameError> {
+    pub(super) fn take(&mut self, payload: &[u8], out: &mut Vec<u8>) -> Result<bool, FrameError> {
         if self.ready.is_empty() && self.is_halfway() {
             let Some(sealer) = &mut self.sealer else { return Ok(false) };
             let mut message = Outgoing::new(&self.head, payload);

@@ -51,23 +51,23 @@ pub(super) enum Timer {
 pub(super) struct Timers([Option<Instant>; 4]);
 
 impl Timers {
-    pub fn set(&mut self, timer: Timer, at: Instant) {
+    pub(super) fn set(&mut self, timer: Timer, at: Instant) {
         self.0[timer as usize] = Some(at);
     }
 
-    pub fn clear(&mut self, timer: Timer) {
+    pub(super) fn clear(&mut self, timer: Timer) {
         self.0[timer as usize] = None;
     }
 
-    pub fn clear_all(&mut self) {
+    pub(super) fn clear_all(&mut self) {
         self.0 = [None; 4];
     }
 
-    pub fn at(&self, timer: Timer) -> Option<Instant> {
+    pub(super) fn at(&self, timer: Timer) -> Option<Instant> {
         self.0[timer as usize]
     }
 
-    pub fn is_due(&self, timer: Timer, now: Instant) -> bool {
+    pub(super) fn is_due(&self, timer: Timer, now: Instant) -> bool {
         self.at(timer).is_some_and(|at| at <= now)
     }
 }

@@ -79,7 +79,7 @@ impl State {
 
 impl Line {
     /// Shares what an opening leaves, and starts the line's thread.
-    pub fn start(stream: TcpStream, peer: String, endpoint: Endpoint) -> Result<Arc<Line>, LinkError> {
+    pub(super) fn start(stream: TcpStream, peer: String, endpoint: Endpoint) -> Result<Arc<Line>, LinkError> {
         let broken = |e: std::io::Error| LinkErrorKind::broken(&e).with(&peer);
         tcp::tick(&stream).map_err(broken)?;
         let in_flight = endpoint.agreed().map_or(0, |agreed| agreed.max_in_flight);
@@ -104,12 +104,12 @@ impl Line {
     }
 
     /// The state, for a moment.
-    pub fn state(&self) -> MutexGuard<'_, State> {
+    pub(super) fn state(&self) -> MutexGuard<'_, State> {
         lock(&self.state)
     }
 
     /// Whoever waits for the state to change looks again.
-    pub fn wake(&self) {
+    pub(super) fn wake(&self) {
         self.changed.notify_all();
     }
 
@@ -126,7 +126,7 @@ impl Line {
     /// Enters a message into the books with `begin`, and writes it with its `payload`.
     ///
     /// A failure is not yet the line's end: what the peer said before it closed may still be there to be read.
-    pub fn send<T>(
+    pub(super) fn send<T>(
         &self,
         payload: &[u8],
         begin: impl FnOnce(&mut State) -> Result<T, Misbehaved>,
@@ -202,7 +202,7 @@ impl Line {
     }
 
     /// Says something final, unless another thread is blocked in a write: then the peer takes no bytes anyway.
-    pub fn say_last(&self, say: impl FnOnce(&mut Endpoint)) {
+    pub(super) fn say_last(&self, say: impl FnOnce(&mut Endpoint)) {
         let give_up = Instant::now() + LAST_WORDS;
         let mut say = Some(say);
         loop {
@@ -233,7 +233,10 @@ impl Line {
     // --- receiving
 
     /// Waits until the endpoint has an event, until `deadline` (for ever without one).
-    pub fn wait_for_event(&self, deadline: Option<Instant>) -> Result<MutexGuard<'_, State>, LinkError> {
+    pub(super) fn wait_for_event(
+        &self,
+        deadline: Option<Instant>,
+    ) -> Result<MutexGuard<'_, State>, LinkError> {
         let begun = Instant::now();
         let mut state = self.state();
         let inbox = loop {
@@ -266,7 +269,7 @@ impl Line {
     }
 
     /// The owner looks for an event that has been read already.
-    pub fn look_for_event(&self) -> MutexGuard<'_, State> {
+    pub(super) fn look_for_event(&self) -> MutexGuard<'_, State> {
         self.owner_takes(self.state())
     }
 
@@ -367,13 +370,13 @@ impl Line {
     }
 
     /// The peer broke a rule in what has just been understood: it hears so.
-    pub fn tell_broken_rule(&self) {
+    pub(super) fn tell_broken_rule(&self) {
         self.send_own();
         self.finish_sending();
     }
 
     /// From now on the line's thread reads everything and rings; or not any more.
-    pub fn notify(&self, bell: Option<Bell>) {
+    pub(super) fn notify(&self, bell: Option<Bell>) {
         let mut state = self.state();
         state.bell = bell;
         if state.endpoint.has_event() {
@@ -384,7 +387,7 @@ impl Line {
     }
 
     /// Ends the line at once, from any thread.
-    pub fn stop(&self) {
+    pub(super) fn stop(&self) {
         self.stopped.store(true, Ordering::Release);
         let _ = self.stream.shutdown(Shutdown::Both);
         let mut state = self.state();
@@ -395,7 +398,7 @@ impl Line {
     }
 
     /// The owner has left: what this side said last must not be lost with what the peer said meanwhile.
-    pub fn leave(&self) {
+    pub(super) fn leave(&self) {
         if self.state().endpoint.has_said_last() && !self.is_stopped() {
             tcp::close_gently(&self.stream);
         }

@@ -73,7 +73,7 @@ pub(super) struct Limiter {
 impl Limiter {
     /// How many notices about `what` (an address, or the system) went unmentioned since the last, if one may be given
     /// now.
-    pub fn pass(&self, what: Option<IpAddr>, now: Instant) -> Option<u32> {
+    pub(super) fn pass(&self, what: Option<IpAddr>, now: Instant) -> Option<u32> {
         let mut seen = lock(&self.seen);
         match seen.get_mut(&what) {
             Some((last, suppressed)) if now.duration_since(*last) < NOTICE_EVERY => {

@@ -23,12 +23,12 @@ pub(super) struct Opening {
 }
 
 impl Opening {
-    pub fn new(stream: TcpStream, address: String, endpoint: Endpoint) -> Opening {
+    pub(super) fn new(stream: TcpStream, address: String, endpoint: Endpoint) -> Opening {
         Opening { stream, endpoint, address, current: Store::default() }
     }
 
     /// The peer's name, as far as it is known, and its address.
-    pub fn peer(&self) -> String {
+    pub(super) fn peer(&self) -> String {
         described(self.endpoint.peer_terms(), &self.address)
     }
 
@@ -36,7 +36,7 @@ impl Opening {
     ///
     /// # Errors
     /// Why the connection is over. The peer has been told, if it is to be.
-    pub fn next(&mut self) -> Result<Message<'_>, LinkError> {
+    pub(super) fn next(&mut self) -> Result<Message<'_>, LinkError> {
         self.flush()?;
         while !self.endpoint.has_event() {
             self.read();
@@ -57,12 +57,12 @@ impl Opening {
     }
 
     /// Sends what there is to be sent.
-    pub fn flush(&mut self) -> Result<(), LinkError> {
+    pub(super) fn flush(&mut self) -> Result<(), LinkError> {
         flush(&self.stream, &mut self.endpoint).map_err(|kind| kind.with(&self.peer()))
     }
 
     /// Sends what there is to be sent, and closes so that it arrives.
-    pub fn close(mut self) {
+    pub(super) fn close(mut self) {
         let _ = self.flush();
         tcp::close_gently(&self.stream);
     }

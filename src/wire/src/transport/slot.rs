@@ -69,7 +69,7 @@ impl Drop for Occupied {
 impl Slot {
     /// Takes the slot under a `number` of its own, or says who has it and for how long. An older connection of the same
     /// host gives way.
-    pub fn take(self: &Arc<Slot>, number: u64, host: Host) -> Result<Occupied, (String, Duration)> {
+    pub(super) fn take(self: &Arc<Slot>, number: u64, host: Host) -> Result<Occupied, (String, Duration)> {
         let mut state = lock(&self.state);
         if state.serving.as_ref().is_some_and(|s| s.host.is(&host)) {
             state = self.replace(state);
@@ -105,7 +105,7 @@ impl Slot {
     }
 
     /// Puts the link of the host that has the slot where [`fetch`](Self::fetch) finds it.
-    pub fn fill(&self, number: u64, link: Link) {
+    pub(super) fn fill(&self, number: u64, link: Link) {
         let mut state = lock(&self.state);
         if let Some(serving) = state.serving.as_mut().filter(|s| s.number == number) {
             serving.link = Some(link.sender().clone());
@@ -121,7 +121,7 @@ impl Slot {
     }
 
     /// The next link; `None` after `timeout` or when the slot is closed.
-    pub fn fetch(&self, timeout: Option<Duration>) -> Option<Link> {
+    pub(super) fn fetch(&self, timeout: Option<Duration>) -> Option<Link> {
         let deadline = timeout.map(|t| Instant::now() + t);
         let mut state = lock(&self.state);
         loop {
@@ -140,7 +140,7 @@ impl Slot {
     }
 
     /// Ends the connection being served, and takes no other.
-    pub fn close(&self, why: Farewell) {
+    pub(super) fn close(&self, why: Farewell) {
         let (unclaimed, served) = {
             let mut state = lock(&self.state);
             state.closed = true;
