@@ -15,7 +15,7 @@
 //! than it was told to; a local stage's step is the longest thing that is not interrupted.
 //!
 //! A worker that is lost is found again, and brought to where it was, between the steps of the others
-//! ([`remote`]); the caller notices only through the [observer](Pipeline::observe).
+//! (`pipeline/remote.rs`); the caller notices only through the [observer](Pipeline::observe).
 
 mod recover;
 mod remote;
