@@ -109,7 +109,8 @@ impl std::fmt::Display for Layout {
 
 impl Part {
     fn from_c(part: &ffi::dim_crossing) -> Part {
-        let name: Vec<u8> = part.name.iter().map(|&c| u8::from_ne_bytes(c.to_ne_bytes())).take_while(|&c| c != 0).collect();
+        let name: Vec<u8> =
+            part.name.iter().map(|&c| u8::from_ne_bytes(c.to_ne_bytes())).take_while(|&c| c != 0).collect();
         Part {
             name: String::from_utf8_lossy(&name).into_owned(),
             value_type: if part.type_ == ffi::DIM_VALUE_I32 { ValueType::I32 } else { ValueType::F32 },
