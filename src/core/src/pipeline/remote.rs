@@ -111,8 +111,10 @@ impl Pipeline {
 
     /// Sends a job to a remote stage.
     pub(super) fn send(&mut self, id: JobId, at: StageId) {
+        // a rewind comes through whatever is wrong: who hears of it is the step behind
+        let is_step = matches!(self.work.get(id), Some(Work::Step(_)));
         let remote = self.remote(at.0);
-        if let (Some(error), false) = (remote.untold.take(), remote.is_up()) {
+        if is_step && let (Some(error), false) = (remote.untold.take(), remote.is_up()) {
             self.fail_members(id, at, &error);
             self.schedule.withdraw(at, id);
             return self.forget(id);

@@ -590,3 +590,16 @@ fn fakes_read_both_formats() {
     let half = [half::f16::from_f32(1.5)];
     assert_eq!((floats(RowsRef::F16(&half)), floats(RowsRef::F32(&[2.0]))), (vec![1.5], vec![2.0]));
 }
+
+/// A check that fails when nobody has a step there is told to whoever comes next, and a rewind comes to its end.
+#[test]
+fn what_nobody_was_there_to_hear_does_not_take_a_rewind_with_it() {
+    let worker = Scripted { wrong_from: Some(9), ..Scripted::new(&[]) };
+    let mut p = scripted(vec![guarded(worker, 2)], PATIENT);
+    fill(&mut p, ALICE);
+    p.rewind(ALICE, 0);
+    p.submit(Step::decode(ALICE, 0, 1));
+    let all = drain(&mut p);
+    let says = all[0].outcome.as_ref().unwrap_err().to_string();
+    assert!(says.contains("blocks 11..16 come out wrong there"), "{says}");
+}
