@@ -336,13 +336,13 @@ impl Pipeline {
     /// A row that is to be asked twice has an answer: after the first it is asked again, after the second its first
     /// answer is returned. Every other answer is as it was.
     fn asked_again(&mut self, i: usize, answer: Answer, rows: Rows, now: Instant) -> Option<Rows> {
-        let is_alone = self.schedule.n_running(StageId(i)) == 1;
+        let is_alone = self.schedule.runs_one(StageId(i));
         let Kind::Remote(remote) = &mut self.slots[i].kind else { return Some(rows) };
         let Some(mut again) = remote.again.take_if(|again| again.job == answer.job) else {
             return Some(rows);
         };
         let Some((first, before, asked_at)) = again.first.take() else {
-            // with another step behind it the row cannot be taken back; a later one can
+            // with another step or a rewind behind it the row cannot be taken back; a later one can
             if !is_alone {
                 return Some(rows);
             }

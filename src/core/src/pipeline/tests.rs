@@ -603,3 +603,18 @@ fn what_nobody_was_there_to_hear_does_not_take_a_rewind_with_it() {
     let says = all[0].outcome.as_ref().unwrap_err().to_string();
     assert!(says.contains("blocks 11..16 come out wrong there"), "{says}");
 }
+
+/// A row that was taken back while it was computed is not asked again: the worker stands before it by then.
+#[test]
+fn a_row_that_has_a_rewind_behind_it_is_not_asked_again() {
+    let worker = Scripted { lag: 1, ..Scripted::new(&[]) };
+    let log = Arc::clone(&worker.log);
+    let mut p = scripted(vec![guarded(worker, 0)], PATIENT);
+    fill(&mut p, ALICE);
+    p.submit(Step::decode(ALICE, EVERY_ROWS, 1));
+    p.rewind(ALICE, EVERY_ROWS - 1);
+    assert!(drain(&mut p).iter().all(|f| f.outcome.is_ok()));
+    p.submit(Step::decode(ALICE, EVERY_ROWS - 1, 1));
+    assert!(drain(&mut p)[0].outcome.is_ok());
+    assert_eq!(asked(&log, "0:4096+1"), 1);
+}
