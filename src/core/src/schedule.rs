@@ -447,6 +447,11 @@ impl Schedule {
         self.stages[stage.0].n_steps
     }
 
+    /// Whether `stage` runs one thing and nothing else was sent behind it, no rewind either.
+    pub fn runs_one(&self, stage: StageId) -> bool {
+        self.stages[stage.0].running.len() == 1
+    }
+
     /// The jobs of what `stage` runs under this number: one, or those of a batch.
     pub fn members(&self, stage: StageId, job: JobId) -> impl Iterator<Item = Member> {
         let entry = self.stages[stage.0].running.iter().rev().find(|entry| entry.first.job == job);

@@ -111,8 +111,10 @@ impl Pipeline {
 
     /// Sends a job to a remote stage.
     pub(super) fn send(&mut self, id: JobId, at: StageId) {
+        // a rewind comes through whatever is wrong: who hears of it is the step behind
+        let is_step = matches!(self.work.get(id), Some(Work::Step(_)));
         let remote = self.remote(at.0);
-        if let (Some(error), false) = (remote.untold.take(), remote.is_up()) {
+        if is_step && let (Some(error), false) = (remote.untold.take(), remote.is_up()) {
             self.fail_members(id, at, &error);
             self.schedule.withdraw(at, id);
             return self.forget(id);
@@ -334,13 +336,13 @@ impl Pipeline {
     /// A row that is to be asked twice has an answer: after the first it is asked again, after the second its first
     /// answer is returned. Every other answer is as it was.
     fn asked_again(&mut self, i: usize, answer: Answer, rows: Rows, now: Instant) -> Option<Rows> {
-        let is_alone = self.schedule.n_running(StageId(i)) == 1;
+        let is_alone = self.schedule.runs_one(StageId(i));
         let Kind::Remote(remote) = &mut self.slots[i].kind else { return Some(rows) };
         let Some(mut again) = remote.again.take_if(|again| again.job == answer.job) else {
             return Some(rows);
         };
         let Some((first, before, asked_at)) = again.first.take() else {
-            // with another step behind it the row cannot be taken back; a later one can
+            // with another step or a rewind behind it the row cannot be taken back; a later one can
             if !is_alone {
                 return Some(rows);
             }

@@ -590,3 +590,31 @@ fn fakes_read_both_formats() {
     let half = [half::f16::from_f32(1.5)];
     assert_eq!((floats(RowsRef::F16(&half)), floats(RowsRef::F32(&[2.0]))), (vec![1.5], vec![2.0]));
 }
+
+/// A check that fails when nobody has a step there is told to whoever comes next, and a rewind comes to its end.
+#[test]
+fn what_nobody_was_there_to_hear_does_not_take_a_rewind_with_it() {
+    let worker = Scripted { wrong_from: Some(9), ..Scripted::new(&[]) };
+    let mut p = scripted(vec![guarded(worker, 2)], PATIENT);
+    fill(&mut p, ALICE);
+    p.rewind(ALICE, 0);
+    p.submit(Step::decode(ALICE, 0, 1));
+    let all = drain(&mut p);
+    let says = all[0].outcome.as_ref().unwrap_err().to_string();
+    assert!(says.contains("blocks 11..16 come out wrong there"), "{says}");
+}
+
+/// A row that was taken back while it was computed is not asked again: the worker stands before it by then.
+#[test]
+fn a_row_that_has_a_rewind_behind_it_is_not_asked_again() {
+    let worker = Scripted { lag: 1, ..Scripted::new(&[]) };
+    let log = Arc::clone(&worker.log);
+    let mut p = scripted(vec![guarded(worker, 0)], PATIENT);
+    fill(&mut p, ALICE);
+    p.submit(Step::decode(ALICE, EVERY_ROWS, 1));
+    p.rewind(ALICE, EVERY_ROWS - 1);
+    assert!(drain(&mut p).iter().all(|f| f.outcome.is_ok()));
+    p.submit(Step::decode(ALICE, EVERY_ROWS - 1, 1));
+    assert!(drain(&mut p)[0].outcome.is_ok());
+    assert_eq!(asked(&log, "0:4096+1"), 1);
+}
