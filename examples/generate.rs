@@ -9,13 +9,23 @@
 use std::error::Error;
 use std::io::Write as _;
 use std::path::Path;
+use std::process::ExitCode;
 
 use dim::{Event, Host, Key, Resources, Sampling};
 
 /// What a small model needs; without it, 4096 positions and a thread per core.
 const SMALL: Resources = Resources { n_ctx: 512, n_threads: Some(1), n_ubatch: 512, gpu_layers: None };
 
-fn main() -> Result<(), Box<dyn Error>> {
+fn main() -> ExitCode {
+    let Err(error) = run() else { return ExitCode::SUCCESS };
+    eprintln!("error: {error}");
+    if let Some(hint) = error.downcast_ref::<dim::Error>().and_then(dim::Error::hint) {
+        eprintln!("hint: {hint}");
+    }
+    ExitCode::FAILURE
+}
+
+fn run() -> Result<(), Box<dyn Error>> {
     let args: Vec<String> = std::env::args().skip(1).collect();
     let (split, prompt, worker) = match args.as_slice() {
         [split, prompt] => (split, prompt, None),

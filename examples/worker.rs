@@ -9,6 +9,7 @@
 use std::error::Error;
 use std::io::BufRead as _;
 use std::path::Path;
+use std::process::ExitCode;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
 
@@ -17,7 +18,16 @@ use dim::{Event, Key, Resources, Worker};
 /// What a small model needs; without it, 4096 positions and a thread per core.
 const SMALL: Resources = Resources { n_ctx: 512, n_threads: Some(1), n_ubatch: 512, gpu_layers: None };
 
-fn main() -> Result<(), Box<dyn Error>> {
+fn main() -> ExitCode {
+    let Err(error) = run() else { return ExitCode::SUCCESS };
+    eprintln!("error: {error}");
+    if let Some(hint) = error.downcast_ref::<dim::Error>().and_then(dim::Error::hint) {
+        eprintln!("hint: {hint}");
+    }
+    ExitCode::FAILURE
+}
+
+fn run() -> Result<(), Box<dyn Error>> {
     let args: Vec<String> = std::env::args().skip(1).collect();
     let (slice, key_file, listen) = match args.as_slice() {
         [slice, key_file] => (slice, key_file, "127.0.0.1:0"),

@@ -87,7 +87,10 @@ impl SplitEngine {
                     let spare = on_logits(finished.outcome?);
                     spare.into_iter().for_each(|logits| self.pipeline.reuse(logits));
                 }
-                Advance::Idle => return Ok(()),
+                // a check behind the last answer may have failed: then that one does not count either
+                Advance::Idle => {
+                    return self.pipeline.take_untold().map_or(Ok(()), |error| Err(error.into()));
+                }
                 Advance::Later => {}
             }
         }

@@ -289,6 +289,15 @@ impl Pipeline {
         }
     }
 
+    /// What went wrong with a stage when no session had a step there: a check that failed behind the last answer, which is
+    /// then not to be believed. Told once; whoever has the next step hears it otherwise.
+    pub fn take_untold(&mut self) -> Option<PipelineError> {
+        self.slots.iter_mut().find_map(|slot| match &mut slot.kind {
+            Kind::Remote(remote) if !remote.is_up() => remote.untold.take(),
+            _ => None,
+        })
+    }
+
     fn note(&mut self, what: Happened) {
         if let Some(tracer) = &mut self.tracer {
             tracer(Traced { at: self.clock.now().saturating_duration_since(self.start), what });

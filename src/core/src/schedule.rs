@@ -261,6 +261,7 @@ impl Schedule {
 
     fn lane_of(&mut self, session: SessionId) -> usize {
         self.lanes.iter().position(|lane| lane.session == session).unwrap_or_else(|| {
+            self.forget_idle_lanes();
             let items = VecDeque::new();
             self.lanes.push(Lane { session, items, decodes_under_way: 0, has_replied: false });
             self.lanes.len() - 1

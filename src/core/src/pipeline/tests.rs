@@ -604,6 +604,21 @@ fn what_nobody_was_there_to_hear_does_not_take_a_rewind_with_it() {
     assert!(says.contains("blocks 11..16 come out wrong there"), "{says}");
 }
 
+/// Whoever has no further step asks: what was answered before a check that failed is not to be believed.
+#[test]
+fn what_nobody_was_there_to_hear_can_be_asked_for() {
+    let mut right = scripted(vec![guarded(Scripted::new(&[]), 2)], PATIENT);
+    fill(&mut right, ALICE);
+    assert!(right.take_untold().is_none());
+
+    let worker = Scripted { wrong_from: Some(9), ..Scripted::new(&[]) };
+    let mut p = scripted(vec![guarded(worker, 2)], PATIENT);
+    fill(&mut p, ALICE);
+    let says = p.take_untold().expect("the check has failed").to_string();
+    assert!(says.contains("blocks 11..16 come out wrong there"), "{says}");
+    assert!(p.take_untold().is_none(), "it is told once");
+}
+
 /// A row that was taken back while it was computed is not asked again: the worker stands before it by then.
 #[test]
 fn a_row_that_has_a_rewind_behind_it_is_not_asked_again() {

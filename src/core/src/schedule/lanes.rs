@@ -82,6 +82,17 @@ impl Schedule {
         Some(entry)
     }
 
+    /// Sessions end without a word to the schedule: once there are many lanes, those with nothing in them go.
+    pub(super) fn forget_idle_lanes(&mut self) {
+        if self.lanes.len() < MANY_LANES {
+            return;
+        }
+        let in_turn = self.lanes.get(self.turn % self.lanes.len()).map(|lane| lane.session);
+        self.lanes.retain(|lane| !lane.items.is_empty() || lane.decodes_under_way > 0);
+        let turn = self.lanes.iter().position(|lane| Some(lane.session) == in_turn);
+        self.turn = turn.unwrap_or(0);
+    }
+
     /// Pops a lane's first item.
     fn entry_of(&mut self, at: usize) -> Option<Entry> {
         let lane = &mut self.lanes[at];
@@ -114,3 +125,6 @@ impl Schedule {
         !ahead && self.prefills_under_way < n_remotes
     }
 }
+
+/// Lanes that are kept whether or not anything is in them.
+pub(super) const MANY_LANES: usize = 64;

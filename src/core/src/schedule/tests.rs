@@ -381,3 +381,18 @@ impl Schedule {
         self.sessions_up_to(last).iter().filter(|session| !but.contains(session)).count()
     }
 }
+
+#[test]
+fn sessions_that_came_and_went_leave_no_lanes() {
+    let mut s = Schedule::new(&HEAD_REMOTE_TAIL, 9);
+    for session in 0..1_000 {
+        decode(&mut s, SessionId(session));
+        while let Some(next) = s.next() {
+            let (Next::Run(job, stage) | Next::Send(job, stage)) = next else {
+                panic!("nobody is waited for")
+            };
+            s.finished(stage, job).unwrap();
+        }
+    }
+    assert!(s.lanes.len() <= lanes::MANY_LANES, "{} lanes", s.lanes.len());
+}

@@ -15,7 +15,7 @@
 //! Two locks, taken in this order: `out`, held while bytes are being written, and `state`, never held while anything is
 //! waited for but its own change. The inbox is lent to whoever reads, so nobody holds a lock while reading either.
 
-use std::io::{Read, Write};
+use std::io::{self, Read, Write};
 use std::net::{Shutdown, TcpStream};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
@@ -283,6 +283,19 @@ impl Line {
         state
     }
 
+    /// Reads what there is, waiting a tick at most, and not beyond `deadline`.
+    fn read_before(&self, deadline: Option<Instant>, space: &mut [u8]) -> io::Result<usize> {
+        let left = deadline.map(|deadline| deadline.saturating_duration_since(Instant::now()));
+        let Some(left) = left.filter(|left| *left < tcp::TICK) else {
+            return (&mut { &self.stream }).read(space);
+        };
+        // no time at all would mean for ever
+        self.stream.set_read_timeout(Some(left.max(Duration::from_millis(1))))?;
+        let read = (&mut { &self.stream }).read(space);
+        self.stream.set_read_timeout(Some(tcp::TICK))?;
+        read
+    }
+
     fn too_late(&self, begun: Instant) -> LinkError {
         let ms = u64::try_from(begun.elapsed().as_millis()).unwrap_or(u64::MAX);
         self.error(LinkErrorKind::Deadline { awaited: Awaited::Answer, ms })
@@ -323,7 +336,7 @@ impl Line {
                     continue;
                 }
             }
-            match (&mut { &self.stream }).read(inbox.space()) {
+            match self.read_before(deadline, inbox.space()) {
                 Ok(n) if n > 0 => {
                     inbox.filled(n);
                     came = Some(n);
