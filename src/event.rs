@@ -124,12 +124,12 @@ pub enum Event {
     },
     /// Of a worker: a host is being served.
     Serving {
-        /// Who.
+        /// What the host calls itself, and where it is.
         host: String,
     },
     /// Of a worker: the host that was served has left in order.
     Finished {
-        /// Who.
+        /// What the host calls itself, and where it is.
         host: String,
     },
     /// Of a worker: the host that was served is gone otherwise.

@@ -79,7 +79,7 @@ public final class ReferencePackage: Package {
         }
     }
 
-    /// One block over all rows, in place.
+    /// One block over all rows, in place. Whole in one function: it is held against the emitted program line by line.
     private func evaluate(_ index: Int, _ rows: inout [[Float]], _ inputs: PackageInputs, _ state: State) {
         let block = weights[index]
         let dims = manifest.dims

@@ -37,7 +37,8 @@ extension Message {
         return kind
     }
 
-    /// Reads one whole message. Only its layout is checked, not whether it fits what was agreed.
+    /// Reads one whole message. Only its layout is checked, not whether it fits what was agreed. As long as the table of
+    /// kinds: a case for each.
     /// - Parameter nEmbd: values of a row, from which the length of STEP and STEP_DONE follows
     public init(decoding message: [UInt8], nEmbd: Int) throws(RuleBroken) {
         let header = try Header(message)
@@ -131,7 +132,7 @@ extension Message {
         try reader.end()
     }
 
-    /// The message as bytes. Strings that are too long are cut.
+    /// The message as bytes. Strings that are too long are cut. As long as the table of kinds: a case for each.
     public func encoded() -> [UInt8] {
         var writer = Writer(reserving: 256)
         switch self {
