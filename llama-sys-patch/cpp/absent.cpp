@@ -9,18 +9,18 @@
 
 namespace dim {
 
-constexpr const char * key_names  = "dim.absent.names";
-constexpr const char * key_types  = "dim.absent.types";    // ggml's numbers
+constexpr const char * key_names = "dim.absent.names";
+constexpr const char * key_types = "dim.absent.types";     // ggml's numbers
 constexpr const char * key_shapes = "dim.absent.shapes";   // four per tensor
-constexpr size_t       max_absent = 1u << 20;
+constexpr size_t max_absent = 1u << 20;
 
 bool is_slice(const gguf_context & file) {
-    return gguf_find_key(&file, key_names) >= 0 || gguf_find_key(&file, key_types) >= 0
-        || gguf_find_key(&file, key_shapes) >= 0;
+    return gguf_find_key(&file, key_names) >= 0 || gguf_find_key(&file, key_types) >= 0 ||
+           gguf_find_key(&file, key_shapes) >= 0;
 }
 
 gguf_file open_header(const char * path) {
-    return gguf_file(gguf_init_from_file(path, { /*no_alloc =*/ true, nullptr }), gguf_free);
+    return gguf_file(gguf_init_from_file(path, { /*no_alloc =*/true, nullptr }), gguf_free);
 }
 
 uint32_t block_count(const gguf_context & file) {
@@ -55,7 +55,8 @@ const char * why_bad_type(uint32_t type) {
     if (type >= GGML_TYPE_COUNT) return "has a type that ggml does not know";
     const auto * traits = ggml_get_type_traits((ggml_type) type);
     return !traits->type_name || traits->blck_size <= 0 || traits->type_size == 0
-        ? "has a type that ggml no longer knows" : nullptr;
+               ? "has a type that ggml no longer knows"
+               : nullptr;
 }
 
 const char * why_bad_shape(ggml_type type, const uint64_t * shape) {
@@ -84,11 +85,11 @@ bool parse_block(const std::string & name, uint64_t & block) {
     return true;
 }
 
-} // namespace
+}   // namespace
 
 std::vector<absent_tensor> read_absent(const gguf_context & file, const char * path) {
-    const int64_t at_names  = find_array(file, path, key_names,  GGUF_TYPE_STRING);
-    const int64_t at_types  = find_array(file, path, key_types,  GGUF_TYPE_UINT32);
+    const int64_t at_names = find_array(file, path, key_names, GGUF_TYPE_STRING);
+    const int64_t at_types = find_array(file, path, key_types, GGUF_TYPE_UINT32);
     const int64_t at_shapes = find_array(file, path, key_shapes, GGUF_TYPE_UINT64);
     const size_t n = gguf_get_arr_n(&file, at_names);
     if (n > max_absent) fail(DIM_BAD_SLICE, "%s: %s has %zu entries: split the model again", path, key_names, n);
@@ -98,10 +99,9 @@ std::vector<absent_tensor> read_absent(const gguf_context & file, const char * p
     }
     if (gguf_get_arr_n(&file, at_shapes) != 4 * n) {
         fail(DIM_BAD_SLICE, "%s: %zu names of absent tensors, but %zu dimensions (four each): split the model again",
-             path, n,
-             gguf_get_arr_n(&file, at_shapes));
+             path, n, gguf_get_arr_n(&file, at_shapes));
     }
-    const auto * types  = n ? static_cast<const uint32_t *>(gguf_get_arr_data(&file, at_types))  : nullptr;
+    const auto * types = n ? static_cast<const uint32_t *>(gguf_get_arr_data(&file, at_types)) : nullptr;
     const auto * shapes = n ? static_cast<const uint64_t *>(gguf_get_arr_data(&file, at_shapes)) : nullptr;
     const uint32_t n_blocks = block_count(file);
     std::vector<absent_tensor> absent;
@@ -110,20 +110,26 @@ std::vector<absent_tensor> read_absent(const gguf_context & file, const char * p
         const std::string name = gguf_get_arr_str(&file, at_names, i);
         const char * why = nullptr;
         uint64_t block = 0;
-        if      (name.empty())                                       why = "has no name";
-        else if (name.size() >= GGML_MAX_NAME)                       why = "has a name that is too long";
-        else if (!seen.insert(name).second)                          why = "is named twice";
-        else if (gguf_find_tensor(&file, name.c_str()) >= 0)         why = "is in the file as well";
-        else if (!name.compare(0, 4, "blk.") && !parse_block(name, block)) why = "has a name without a block's number";
-        else if (parse_block(name, block) && block >= n_blocks)      why = "is of a block that the model does not have";
+        if (name.empty())
+            why = "has no name";
+        else if (name.size() >= GGML_MAX_NAME)
+            why = "has a name that is too long";
+        else if (!seen.insert(name).second)
+            why = "is named twice";
+        else if (gguf_find_tensor(&file, name.c_str()) >= 0)
+            why = "is in the file as well";
+        else if (!name.compare(0, 4, "blk.") && !parse_block(name, block))
+            why = "has a name without a block's number";
+        else if (parse_block(name, block) && block >= n_blocks)
+            why = "is of a block that the model does not have";
         if (!why) why = why_bad_type(types[i]);
         if (!why) why = why_bad_shape((ggml_type) types[i], shapes + 4 * i);
         if (why) bad(path, i, name, why);
-        absent_tensor tensor { name, (ggml_type) types[i], {} };
+        absent_tensor tensor{ name, (ggml_type) types[i], {} };
         for (size_t d = 0; d < 4; d++) tensor.ne[d] = (int64_t) shapes[4 * i + d];
         absent.push_back(std::move(tensor));
     }
     return absent;
 }
 
-} // namespace dim
+}   // namespace dim

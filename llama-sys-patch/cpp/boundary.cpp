@@ -15,10 +15,10 @@
 
 namespace dim {
 
-static thread_local char message[1024]   = "";
+static thread_local char message[1024] = "";
 static thread_local char log_error[1024] = "";
 
-static std::atomic<int> log_shown { DIM_LOG_SILENT };
+static std::atomic<int> log_shown{ DIM_LOG_SILENT };
 
 static void format_message(const char * format, va_list args) noexcept {
     std::vsnprintf(message, sizeof message, format, args);
@@ -36,7 +36,7 @@ void fail(dim_status status, const char * format, ...) {
     va_start(args, format);
     format_message(format, args);
     va_end(args);
-    throw failure { status, no_fault };
+    throw failure{ status, no_fault };
 }
 
 void fail_with(dim_status status, const dim_fault & fault, const char * format, ...) {
@@ -44,11 +44,11 @@ void fail_with(dim_status status, const dim_fault & fault, const char * format, 
     va_start(args, format);
     format_message(format, args);
     va_end(args);
-    throw failure { status, fault };
+    throw failure{ status, fault };
 }
 
 const char * log_error_line() noexcept { return log_error; }
-void         forget_log()     noexcept { log_error[0] = '\0'; }
+void forget_log() noexcept { log_error[0] = '\0'; }
 
 // Called by llama.cpp and ggml on whatever thread they are on. Must not throw: it is called from C.
 static void on_log(ggml_log_level level, const char * text, void *) {
@@ -62,7 +62,7 @@ static void on_log(ggml_log_level level, const char * text, void *) {
         while (n > 0 && (log_error[n - 1] == '\n' || log_error[n - 1] == ' ')) log_error[--n] = '\0';
     }
 
-    const int  shown = log_shown.load(std::memory_order_relaxed);
+    const int shown = log_shown.load(std::memory_order_relaxed);
     const bool grave = continued == GGML_LOG_LEVEL_WARN || continued == GGML_LOG_LEVEL_ERROR;
     if (shown == DIM_LOG_EVERYTHING || (shown == DIM_LOG_WARNINGS && grave)) std::fputs(text, stderr);
 }
@@ -81,10 +81,8 @@ void give_memory_back() noexcept {
 #endif
 }
 
-} // namespace dim
+}   // namespace dim
 
 extern "C" const char * dim_last_error(void) { return dim::message; }
 
-extern "C" void dim_log_set(dim_log_level level) {
-    dim::log_shown.store(level, std::memory_order_relaxed);
-}
+extern "C" void dim_log_set(dim_log_level level) { dim::log_shown.store(level, std::memory_order_relaxed); }

@@ -21,7 +21,7 @@ constexpr dim_fault no_fault = { -1, -1, -1, 0, 0, 0.0f };
 // beyond the exception object itself.
 struct failure {
     dim_status status;
-    dim_fault  fault;
+    dim_fault fault;
 };
 
 // Formats the sentence and throws.
@@ -41,8 +41,7 @@ void initialize();
 // Gives back to the system what was freed and malloc() would keep. After what frees much, and is done rarely.
 void give_memory_back() noexcept;
 
-template <class Body>
-dim_status guarded(dim_fault * fault, Body && body) noexcept {
+template <class Body> dim_status guarded(dim_fault * fault, Body && body) noexcept {
     // The catch clauses below are all there are in this crate.
     try {
         body();
@@ -65,7 +64,6 @@ dim_status guarded(dim_fault * fault, Body && body) noexcept {
     }
 }
 
-template <class Body>
-dim_status guarded(Body && body) noexcept { return guarded(nullptr, static_cast<Body &&>(body)); }
+template <class Body> dim_status guarded(Body && body) noexcept { return guarded(nullptr, static_cast<Body &&>(body)); }
 
-} // namespace dim
+}   // namespace dim

@@ -22,7 +22,7 @@ static void check_fits(uint64_t bytes, const dim_context_params & params, const 
     if (total > 0 && bytes > total) {
         fail(DIM_OUT_OF_MEMORY, "a context of %llu positions needs %.1f GiB for %s; this machine has %.1f GiB",
              (unsigned long long) params.n_ctx * params.max_sessions, (double) bytes / (1 << 30), what,
-                 (double) total / (1 << 30));
+             (double) total / (1 << 30));
     }
 }
 
@@ -59,30 +59,30 @@ static llama_context_ptr new_context(llama_model * model, const dim_context_para
         }
     };
     range("max_sessions", params.max_sessions, 1, LLAMA_MAX_SEQ);
-    range("n_ctx",        params.n_ctx,        1, max_positions / params.max_sessions);
-    range("n_batch",      params.n_batch,      1, 1u << 20);
-    range("n_ubatch",     params.n_ubatch,     1, params.n_batch);
+    range("n_ctx", params.n_ctx, 1, max_positions / params.max_sessions);
+    range("n_batch", params.n_batch, 1, 1u << 20);
+    range("n_ubatch", params.n_ubatch, 1, params.n_batch);
     // a chunk has a row of each session
-    range("n_ubatch",     params.n_ubatch,     params.max_sessions, params.n_batch);
-    range("n_threads",    params.n_threads,    1, GGML_MAX_N_THREADS);
-    range("n_snapshots",  params.n_snapshots,  0, params.n_ubatch - 1);   // the rows they are of stand in one chunk
+    range("n_ubatch", params.n_ubatch, params.max_sessions, params.n_batch);
+    range("n_threads", params.n_threads, 1, GGML_MAX_N_THREADS);
+    range("n_snapshots", params.n_snapshots, 0, params.n_ubatch - 1);   // the rows they are of stand in one chunk
 
     auto p = llama_context_default_params();
     // Without one session more than asked for, and each with its own cells: the arithmetic of one session then is
     // llama.cpp's for one session. llama.cpp divides n_ctx among the sessions.
-    p.n_ctx           = params.n_ctx * params.max_sessions;
-    p.n_seq_max       = params.max_sessions;
-    p.kv_unified      = false;
-    p.n_batch         = params.n_batch;
-    p.n_ubatch        = params.n_ubatch;
-    p.n_threads       = (int32_t) params.n_threads;
+    p.n_ctx = params.n_ctx * params.max_sessions;
+    p.n_seq_max = params.max_sessions;
+    p.kv_unified = false;
+    p.n_batch = params.n_batch;
+    p.n_ubatch = params.n_ubatch;
+    p.n_threads = (int32_t) params.n_threads;
     p.n_threads_batch = (int32_t) params.n_threads;
-    p.n_outputs_max   = n_outputs_max;
-    p.n_rs_seq        = params.n_snapshots;
-    p.swa_full        = true;   // with a window-sized cache a session could not be rewound
-    p.no_perf         = true;
+    p.n_outputs_max = n_outputs_max;
+    p.n_rs_seq = params.n_snapshots;
+    p.swa_full = true;   // with a window-sized cache a session could not be rewound
+    p.no_perf = true;
     p.flash_attn_type = params.flash_attn == DIM_FLASH_ATTN_AUTO ? LLAMA_FLASH_ATTN_TYPE_AUTO
-                      : params.flash_attn == DIM_FLASH_ATTN_ON   ? LLAMA_FLASH_ATTN_TYPE_ENABLED
+                        : params.flash_attn == DIM_FLASH_ATTN_ON ? LLAMA_FLASH_ATTN_TYPE_ENABLED
                                                                  : LLAMA_FLASH_ATTN_TYPE_DISABLED;
     p.type_k = p.type_v = kv_type(params);
     forget_log();
@@ -92,8 +92,9 @@ static llama_context_ptr new_context(llama_model * model, const dim_context_para
         fail(DIM_OUT_OF_MEMORY, "no context of %u positions x %u sessions: %s", params.n_ctx, params.max_sessions,
              *why ? why : "llama.cpp does not say why");
     }
-    if (!ctx->get_memory()) fail(DIM_UNSUPPORTED, "a %s model keeps no memory: it does not generate token by token",
-                                 model->arch_name().c_str());
+    if (!ctx->get_memory())
+        fail(DIM_UNSUPPORTED, "a %s model keeps no memory: it does not generate token by token",
+             model->arch_name().c_str());
     return ctx;
 }
 
@@ -113,8 +114,8 @@ stage_context make_stage_context(llama_model & model, const dim_context_params &
     made.context = new_context(&model, params, params.max_sessions);
     // llama.cpp throws what is no bad_alloc where a device has no room
     const auto status = guarded([&] {
-        const llama_memory_params memory { type, type, /*swa_full =*/ true, made.context->get_cparams().ctx_type,
-                                           nullptr };
+        const llama_memory_params memory{ type, type, /*swa_full =*/true, made.context->get_cparams().ctx_type,
+                                          nullptr };
         made.memory = std::make_unique<stage_memory>(model, *made.context, range, memory, nothing.before);
     });
     if (status != DIM_OK) {
@@ -130,23 +131,21 @@ std::mutex & allocation_lock() {
     return lock;
 }
 
-no_allocation::no_allocation(llama_model & model) : lock(allocation_lock()), model(model),
-    before(model.hparams.no_alloc) {
+no_allocation::no_allocation(llama_model & model)
+    : lock(allocation_lock()), model(model), before(model.hparams.no_alloc) {
     model.hparams.no_alloc = true;
 }
 
-no_allocation::~no_allocation() {
-    model.hparams.no_alloc = before;
-}
+no_allocation::~no_allocation() { model.hparams.no_alloc = before; }
 
 dim_context_info describe(const llama_context & ctx) {
     const std::lock_guard<std::mutex> lock(allocation_lock());
-    dim_context_info info {};
-    info.n_batch    = ctx.n_batch();
-    info.n_ubatch   = ctx.n_ubatch();
+    dim_context_info info{};
+    info.n_batch = ctx.n_batch();
+    info.n_ubatch = ctx.n_ubatch();
     info.flash_attn = ctx.get_cparams().flash_attn;
     for (const auto & [type, bytes] : ctx.memory_breakdown()) {
-        info.output_bytes  += bytes.context;
+        info.output_bytes += bytes.context;
         info.compute_bytes += bytes.compute;
     }
     // llama.cpp counts the context's own cache among `context`
@@ -157,11 +156,11 @@ dim_context_info describe(const llama_context & ctx) {
 
 void check_n_rows(const llama_context & ctx, size_t n_rows) {
     dim_fault fault = no_fault;
-    fault.got      = (int64_t) n_rows;
+    fault.got = (int64_t) n_rows;
     fault.expected = ctx.n_batch();
-    if (n_rows == 0)            fail_with(DIM_INVALID_ARGUMENT, fault, "no rows given");
-    if (n_rows > ctx.n_batch()) fail_with(DIM_TOO_MANY_ROWS, fault, "%zu rows at once: at most %u", n_rows,
-                                          ctx.n_batch());
+    if (n_rows == 0) fail_with(DIM_INVALID_ARGUMENT, fault, "no rows given");
+    if (n_rows > ctx.n_batch())
+        fail_with(DIM_TOO_MANY_ROWS, fault, "%zu rows at once: at most %u", n_rows, ctx.n_batch());
 }
 
 void check_tokens(const llama_model & model, const int32_t * tokens, size_t n_tokens) {
@@ -169,12 +168,12 @@ void check_tokens(const llama_model & model, const int32_t * tokens, size_t n_to
     for (size_t i = 0; i < n_tokens; i++) {
         if (tokens[i] >= 0 && tokens[i] < n_vocab) continue;
         dim_fault fault = no_fault;
-        fault.row      = (int64_t) i;
-        fault.got      = tokens[i];
+        fault.row = (int64_t) i;
+        fault.got = tokens[i];
         fault.expected = n_vocab;
         fail_with(DIM_UNKNOWN_TOKEN, fault, "row %zu: token %d is not in the vocabulary of %lld", i, tokens[i],
                   (long long) n_vocab);
     }
 }
 
-} // namespace dim
+}   // namespace dim

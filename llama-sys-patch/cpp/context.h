@@ -17,7 +17,7 @@ llama_context_ptr make_context(llama_model * model, const dim_context_params & p
 
 // A context for a range: nothing in it is allocated but the logits. `memory` is the one to use.
 struct stage_context {
-    llama_context_ptr             context;
+    llama_context_ptr context;
     std::unique_ptr<stage_memory> memory;   // freed first
 };
 stage_context make_stage_context(llama_model & model, const dim_context_params & params, const block_range & range);
@@ -34,7 +34,7 @@ public:
 
 private:
     std::lock_guard<std::mutex> lock;
-    llama_model &               model;
+    llama_model & model;
 
 public:
     const bool before;   // true: the model of a plan, which never allocates anything
@@ -50,4 +50,4 @@ void check_n_rows(const llama_context & ctx, size_t n_rows);
 // Checks that every token is in the vocabulary.
 void check_tokens(const llama_model & model, const int32_t * tokens, size_t n_tokens);
 
-} // namespace dim
+}   // namespace dim

@@ -25,8 +25,8 @@ static std::string name_for_people(const ggml_tensor * tensor) {
 
 crossing layout_of(const std::vector<ggml_tensor *> & tensors, int64_t n_tokens, const tensor_shapes & shapes,
                    int64_t n_others) {
-    if (tensors.size() != shapes.size()) fail(DIM_UNSUPPORTED,
-                                              "what goes from block to block depends on the number of tokens");
+    if (tensors.size() != shapes.size())
+        fail(DIM_UNSUPPORTED, "what goes from block to block depends on the number of tokens");
     crossing layout;
     for (size_t t = 0; t < tensors.size(); t++) {
         const auto * tensor = tensors[t];
@@ -38,10 +38,12 @@ crossing layout_of(const std::vector<ggml_tensor *> & tensors, int64_t n_tokens,
             }
             token_dim = d;
         }
-        if (token_dim < 0) fail(DIM_UNSUPPORTED, "%s, which goes from block to block, does not depend on the tokens",
-                                tensor->name);
-        crossing_part part { tensor->type, token_dim, { tensor->ne[0], tensor->ne[1], tensor->ne[2], tensor->ne[3] },
-                             name_for_people(tensor) };
+        if (token_dim < 0)
+            fail(DIM_UNSUPPORTED, "%s, which goes from block to block, does not depend on the tokens", tensor->name);
+        crossing_part part{ tensor->type,
+                            token_dim,
+                            { tensor->ne[0], tensor->ne[1], tensor->ne[2], tensor->ne[3] },
+                            name_for_people(tensor) };
         part.ne[(size_t) token_dim] = 1;
         layout.parts.push_back(std::move(part));
     }
@@ -83,13 +85,13 @@ struct runs {
 };
 
 static bool in_order(const std::vector<int32_t> & rows) {
-    for (size_t i = 1; i < rows.size(); i++) if (rows[i] != rows[0] + (int32_t) i) return false;
+    for (size_t i = 1; i < rows.size(); i++)
+        if (rows[i] != rows[0] + (int32_t) i) return false;
     return true;
 }
 
 void rows_in(ggml_tensor * tensor, const crossing_part & part, const std::vector<int32_t> & call_row,
-             const uint8_t * rows,
-             size_t row_bytes, size_t offset) {
+             const uint8_t * rows, size_t row_bytes, size_t offset) {
     const runs run(tensor, part);
     const size_t n = call_row.size();
     if (run.n_outer == 1 && run.bytes == row_bytes && in_order(call_row)) {
@@ -107,8 +109,7 @@ void rows_in(ggml_tensor * tensor, const crossing_part & part, const std::vector
 }
 
 void rows_out(const ggml_tensor * tensor, const crossing_part & part, const std::vector<int32_t> & call_row,
-              uint8_t * rows,
-              size_t row_bytes, size_t offset) {
+              uint8_t * rows, size_t row_bytes, size_t offset) {
     const runs run(tensor, part);
     const size_t n = call_row.size();
     if (run.n_outer == 1 && run.bytes == row_bytes && in_order(call_row)) {
@@ -126,4 +127,4 @@ void rows_out(const ggml_tensor * tensor, const crossing_part & part, const std:
     }
 }
 
-} // namespace dim
+}   // namespace dim

@@ -16,10 +16,10 @@ namespace dim {
 
 // One of the tensors that cross.
 struct crossing_part {
-    ggml_type              type;      // F32 or I32
-    int                    token_dim; // which dimension counts the tokens
-    std::array<int64_t, 4> ne;        // with 1 in place of the tokens
-    std::string            name;      // for people
+    ggml_type type;              // F32 or I32
+    int token_dim;               // which dimension counts the tokens
+    std::array<int64_t, 4> ne;   // with 1 in place of the tokens
+    std::string name;            // for people
 
     size_t n_values() const { return (size_t) (ne[0] * ne[1] * ne[2] * ne[3]); }
     size_t value_bytes(dim_dtype as) const { return as == DIM_F16 && type == GGML_TYPE_F32 ? 2 : 4; }
@@ -46,9 +46,9 @@ void check_layout(const crossing & layout, const std::vector<ggml_tensor *> & te
 // Moves a chunk's rows of one part between `tensor` (of the part's own type, or F16) and the rows of a call.
 //   rows:      (rows of the call, row_bytes); this part stands at `offset` of each
 //   call_row:  which of them each token of the chunk is
-void rows_in (ggml_tensor * tensor, const crossing_part & part, const std::vector<int32_t> & call_row,
-              const uint8_t * rows, size_t row_bytes, size_t offset);
+void rows_in(ggml_tensor * tensor, const crossing_part & part, const std::vector<int32_t> & call_row,
+             const uint8_t * rows, size_t row_bytes, size_t offset);
 void rows_out(const ggml_tensor * tensor, const crossing_part & part, const std::vector<int32_t> & call_row,
               uint8_t * rows, size_t row_bytes, size_t offset);
 
-} // namespace dim
+}   // namespace dim

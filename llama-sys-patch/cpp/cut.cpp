@@ -23,9 +23,13 @@ namespace dim {
 }
 
 std::string state_for_people(const ggml_tensor * state) {
-    static const struct { const char * prefix, * what; } kinds[] = {
-        { "cache_k_l", "the keys" }, { "cache_v_l", "the values" },
-        { "cache_r_l", "the recurrent state" }, { "cache_s_l", "the recurrent state" },
+    static const struct {
+        const char *prefix, *what;
+    } kinds[] = {
+        { "cache_k_l", "the keys" },
+        { "cache_v_l", "the values" },
+        { "cache_r_l", "the recurrent state" },
+        { "cache_s_l", "the recurrent state" },
     };
     for (const auto & kind : kinds) {
         const size_t n = std::strlen(kind.prefix);
@@ -56,14 +60,24 @@ bool is_computed(const ggml_tensor * node) { return node->flags & GGML_TENSOR_FL
 // llama.cpp's own inputs that do not look at token ids. Of any other kind it is not known.
 bool ignores_tokens(const llm_graph_input_i & input) {
     const std::type_info * known[] = {
-        &typeid(llm_graph_input_embd), &typeid(llm_graph_input_pos), &typeid(llm_graph_input_attn_temp),
-        &typeid(llm_graph_input_pos_bucket), &typeid(llm_graph_input_pos_bucket_kv), &typeid(llm_graph_input_out_ids),
-        &typeid(llm_graph_input_rs), &typeid(llm_graph_input_attn_kv), &typeid(llm_graph_input_attn_k),
-        &typeid(llm_graph_input_attn_k_dsa), &typeid(llm_graph_input_attn_k_dsa_iswa),
-            &typeid(llm_graph_input_attn_kv_msa),
-        &typeid(llm_graph_input_attn_kv_iswa), &typeid(llm_graph_input_attn_k_iswa), &typeid(llm_graph_input_dsv4),
-        &typeid(llm_graph_input_mem_hybrid), &typeid(llm_graph_input_mem_hybrid_k),
-            &typeid(llm_graph_input_mem_hybrid_iswa),
+        &typeid(llm_graph_input_embd),
+        &typeid(llm_graph_input_pos),
+        &typeid(llm_graph_input_attn_temp),
+        &typeid(llm_graph_input_pos_bucket),
+        &typeid(llm_graph_input_pos_bucket_kv),
+        &typeid(llm_graph_input_out_ids),
+        &typeid(llm_graph_input_rs),
+        &typeid(llm_graph_input_attn_kv),
+        &typeid(llm_graph_input_attn_k),
+        &typeid(llm_graph_input_attn_k_dsa),
+        &typeid(llm_graph_input_attn_k_dsa_iswa),
+        &typeid(llm_graph_input_attn_kv_msa),
+        &typeid(llm_graph_input_attn_kv_iswa),
+        &typeid(llm_graph_input_attn_k_iswa),
+        &typeid(llm_graph_input_dsv4),
+        &typeid(llm_graph_input_mem_hybrid),
+        &typeid(llm_graph_input_mem_hybrid_k),
+        &typeid(llm_graph_input_mem_hybrid_iswa),
     };
     const auto & kind = typeid(input);
     return std::any_of(std::begin(known), std::end(known), [&](const std::type_info * k) { return *k == kind; });
@@ -71,9 +85,9 @@ bool ignores_tokens(const llm_graph_input_i & input) {
 
 void check_crossing(const llama_model & model, const block_range & range, const std::vector<ggml_tensor *> & crossing) {
     for (const auto * tensor : crossing) {
-        const char * why = tensor->view_src || !ggml_is_contiguous(tensor)             ? "is a view of another"
-                         : tensor->type != GGML_TYPE_F32 && tensor->type != GGML_TYPE_I32 ? "is neither F32 nor I32"
-                                                                                       : nullptr;
+        const char * why = tensor->view_src || !ggml_is_contiguous(tensor)                  ? "is a view of another"
+                           : tensor->type != GGML_TYPE_F32 && tensor->type != GGML_TYPE_I32 ? "is neither F32 nor I32"
+                                                                                            : nullptr;
         if (!why) continue;
         cannot(model, range, (std::string(tensor->name) + ", which goes from block to block, " + why).c_str());
     }
@@ -86,8 +100,8 @@ void collect(const llm_graph_result & whole, const dependencies & nodes, range_c
         const auto * base = base_of(tensor);
         if (nodes.weights.has(base)) {
             if (weights.insert(base).second) cut.weights.push_back(base);
-        } else if (base->buffer && base->op == GGML_OP_NONE && !(base->flags & GGML_TENSOR_FLAG_INPUT)
-            && !inputs.count(base)) {
+        } else if (base->buffer && base->op == GGML_OP_NONE && !(base->flags & GGML_TENSOR_FLAG_INPUT) &&
+                   !inputs.count(base)) {
             auto & seen = is_written ? written : read;
             if (seen.insert(base).second) (is_written ? cut.states_written : cut.states_read).push_back(base);
         } else if (base == whole.t_inp_tokens) {
@@ -125,14 +139,16 @@ void check(const llama_model & model, const block_range & range, const dependenc
     }
 }
 
-} // namespace
+}   // namespace
 
 range_cut cut_range(const llama_model & model, const llm_graph_result & whole, const dependencies & nodes,
                     const block_range & range, const std::unordered_set<const ggml_tensor *> & absent) {
     range_cut cut;
     if (!range.takes_tokens) cut.inputs = nodes.boundary((int) range.first);
-    if (!range.has_lm_head)  cut.outputs = nodes.boundary((int) range.last);
-    else if (whole.t_logits) cut.outputs = { whole.t_logits };
+    if (!range.has_lm_head)
+        cut.outputs = nodes.boundary((int) range.last);
+    else if (whole.t_logits)
+        cut.outputs = { whole.t_logits };
     if (cut.outputs.empty()) {
         cannot(model, range, range.has_lm_head ? "there are no logits" : "nothing goes on from them");
     }
@@ -156,7 +172,8 @@ range_cut cut_range(const llama_model & model, const llm_graph_result & whole, c
     std::unordered_set<const ggml_tensor *> read;
     for (int i = 0; i < nodes.n_nodes(); i++) {
         if (!kept[(size_t) i]) continue;
-        for (const auto * src : nodes.node(i)->src) if (src) read.insert(base_of(src));
+        for (const auto * src : nodes.node(i)->src)
+            if (src) read.insert(base_of(src));
     }
     for (int i = 0; i < nodes.n_nodes(); i++) {
         const auto * node = nodes.node(i);
@@ -168,10 +185,11 @@ range_cut cut_range(const llama_model & model, const llm_graph_result & whole, c
     }
     close_over(nodes, inputs, kept);
 
-    for (int i = 0; i < nodes.n_nodes(); i++) if (kept[(size_t) i]) cut.nodes.push_back(i);
+    for (int i = 0; i < nodes.n_nodes(); i++)
+        if (kept[(size_t) i]) cut.nodes.push_back(i);
     collect(whole, nodes, cut);
     check(model, range, nodes, cut, absent);
     return cut;
 }
 
-} // namespace dim
+}   // namespace dim

@@ -12,21 +12,21 @@ namespace dim {
 // Blocks [first, last). takes_tokens: it starts the model; has_lm_head: it ends it.
 struct block_range {
     uint32_t first, last;
-    bool     takes_tokens, has_lm_head;
+    bool takes_tokens, has_lm_head;
 
     bool own(int block) const { return block >= (int) first && block < (int) last; }
 };
 
 struct range_cut {
-    std::vector<ggml_tensor *> inputs;    // what comes from the blocks before; empty if tokens do
-    std::vector<ggml_tensor *> outputs;   // what goes to the blocks after; or the logits, alone
-    std::vector<int>           nodes;     // of the whole graph: what is computed, in order; without the inputs
-    std::vector<const ggml_tensor *> weights;          // that these nodes read
-    std::vector<const ggml_tensor *> states_read;      // caches and recurrent states
+    std::vector<ggml_tensor *> inputs;          // what comes from the blocks before; empty if tokens do
+    std::vector<ggml_tensor *> outputs;         // what goes to the blocks after; or the logits, alone
+    std::vector<int> nodes;                     // of the whole graph: what is computed, in order; without the inputs
+    std::vector<const ggml_tensor *> weights;   // that these nodes read
+    std::vector<const ggml_tensor *> states_read;   // caches and recurrent states
     std::vector<const ggml_tensor *> states_written;
     // states that no block owns: every range that reads them keeps them
     std::unordered_set<const ggml_tensor *> common;
-    bool                       reads_tokens = false;   // ids of tokens, beside the rows or instead of them
+    bool reads_tokens = false;   // ids of tokens, beside the rows or instead of them
 };
 
 // Finds the range in the graph, which stays as it is. Fails (DIM_UNSUPPORTED) with the sentence why the range cannot be
@@ -37,4 +37,4 @@ range_cut cut_range(const llama_model & model, const llm_graph_result & whole, c
 // "the keys of block 21" for cache_k_l21.
 std::string state_for_people(const ggml_tensor * state);
 
-} // namespace dim
+}   // namespace dim

@@ -43,6 +43,6 @@ ggml_backend_dev_t dim::find_gpu(const char * name) {
         known += known.empty() ? "" : ", ";
         known += ggml_backend_dev_name(device);
     }
-    fail(DIM_INVALID_ARGUMENT, "there is no GPU called \"%s\"; there is: %s", name, known.empty() ? "none"
-        : known.c_str());
+    fail(DIM_INVALID_ARGUMENT, "there is no GPU called \"%s\"; there is: %s", name,
+         known.empty() ? "none" : known.c_str());
 }

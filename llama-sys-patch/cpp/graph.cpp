@@ -17,8 +17,8 @@ const ggml_tensor * base_of(const ggml_tensor * tensor) {
 }
 
 bool is_view(const ggml_tensor * node) {
-    return node->op == GGML_OP_VIEW || node->op == GGML_OP_RESHAPE || node->op == GGML_OP_PERMUTE
-        || node->op == GGML_OP_TRANSPOSE;
+    return node->op == GGML_OP_VIEW || node->op == GGML_OP_RESHAPE || node->op == GGML_OP_PERMUTE ||
+           node->op == GGML_OP_TRANSPOSE;
 }
 
 bool writes(const ggml_tensor * node) {
@@ -51,7 +51,7 @@ dependencies::dependencies(const ggml_cgraph & graph, weight_map & weights, int 
 void dependencies::trace(bool with_output) {
     for (int i = 0; i < graph.n_nodes; i++) {
         const auto * node = graph.nodes[i];
-        int  highest = -1;
+        int highest = -1;
         bool depends = false, reads_common = false;
         for (const auto * src : node->src) {
             if (!src) continue;
@@ -59,8 +59,8 @@ void dependencies::trace(bool with_output) {
                 highest = std::max(highest, weights.block(src));
                 depends = true;
                 // "rope_": factors of the rotation, which belong to the blocks however few of them read them
-                reads_common |= weights.block(src) < 0 && !weights.read_midway.count(src)
-                             && std::strncmp(src->name, "rope_", 5) != 0;
+                reads_common |= weights.block(src) < 0 && !weights.read_midway.count(src) &&
+                                std::strncmp(src->name, "rope_", 5) != 0;
             } else if (const auto at = place_of.find(src); at != place_of.end()) {
                 highest = std::max(highest, latest_block[(size_t) at->second]);
                 depends |= is_weighted[(size_t) at->second] != 0;
@@ -69,7 +69,7 @@ void dependencies::trace(bool with_output) {
         // what stands behind the last block and reads a weight of no block is the output
         if (with_output && reads_common && highest >= n_blocks - 1) highest = n_blocks;
         latest_block[(size_t) i] = highest;
-        is_weighted[(size_t) i]  = depends;
+        is_weighted[(size_t) i] = depends;
         if (writes(node)) {
             auto & of = owner_of.emplace(base_of(node), -1).first->second;
             of = std::max(of, highest);
@@ -113,7 +113,7 @@ std::vector<ggml_tensor *> dependencies::chain(ggml_tensor * node) const {
 
 // Two that follow from one tensor without weights become that one: it is computed from again on the other side.
 void dependencies::merge(std::vector<ggml_tensor *> & found) const {
-    for (bool again = true; again; ) {
+    for (bool again = true; again;) {
         again = false;
         for (size_t a = 0; a < found.size() && !again; a++) {
             const auto of_a = chain(found[a]);
@@ -145,7 +145,8 @@ std::vector<ggml_tensor *> dependencies::boundary(int block) const {
     merge(found);
     for (auto *& tensor : found) {
         // the output reads a norm of the last block's rows: what crosses is the rows
-        if (block == n_blocks) while (auto * before = parent(tensor)) tensor = before;
+        if (block == n_blocks)
+            while (auto * before = parent(tensor)) tensor = before;
         while (is_view(tensor) && parent(tensor)) tensor = parent(tensor);
     }
     std::sort(found.begin(), found.end(),
@@ -154,4 +155,4 @@ std::vector<ggml_tensor *> dependencies::boundary(int block) const {
     return found;
 }
 
-} // namespace dim
+}   // namespace dim

@@ -46,8 +46,8 @@ class dependencies {
 public:
     dependencies(const ggml_cgraph & graph, weight_map & weights, int n_blocks);
 
-    int           n_nodes()     const { return graph.n_nodes; }
-    ggml_tensor * node(int i)   const { return graph.nodes[i]; }
+    int n_nodes() const { return graph.n_nodes; }
+    ggml_tensor * node(int i) const { return graph.nodes[i]; }
 
     // The highest block whose weights node i depends on; -1: none; n_blocks: the output after the last block, too.
     int latest(int i) const { return latest_block[(size_t) i]; }
@@ -74,11 +74,11 @@ private:
     void merge(std::vector<ggml_tensor *> & found) const;
 
     const ggml_cgraph & graph;
-    const int           n_blocks;
+    const int n_blocks;
     std::unordered_map<const ggml_tensor *, int> place_of;
-    std::vector<int>    latest_block;
-    std::vector<char>   is_weighted;
+    std::vector<int> latest_block;
+    std::vector<char> is_weighted;
     std::unordered_map<const ggml_tensor *, int> owner_of;
 };
 
-} // namespace dim
+}   // namespace dim

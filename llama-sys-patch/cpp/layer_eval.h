@@ -28,39 +28,39 @@ extern "C" {
 // ---- status, errors, log --------------------------------------------------------------------------------------------
 
 typedef enum dim_status {
-    DIM_OK                  = 0,
-    DIM_INVALID_ARGUMENT    = 1,   // a parameter that no model would accept
-    DIM_LOAD_FAILED         = 2,   // llama.cpp refused the file
-    DIM_CANCELLED           = 3,   // the progress callback said stop
-    DIM_UNSUPPORTED         = 4,   // a model whose blocks cannot be evaluated apart (the message says why)
-    DIM_OUT_OF_MEMORY       = 5,   // the KV cache or the compute buffers could not be allocated
-    DIM_TOO_MANY_ROWS       = 6,   // got rows, expected at most
-    DIM_UNKNOWN_SESSION     = 7,   // row, session; expected: number of sessions
-    DIM_WRONG_POSITION      = 8,   // row, session; got position, expected position
-    DIM_CONTEXT_FULL        = 9,   // row, session; got position, expected: positions there are
-    DIM_WRONG_INPUT         = 10,  // tokens for a stage that takes hidden rows, or the other way round
-    DIM_WRONG_OUTPUT        = 11,  // logits from a stage without lm_head, or hidden rows from one with it
-    DIM_UNKNOWN_TOKEN       = 12,  // row; got token, expected: vocabulary size
-    DIM_WRONG_SIZE          = 13,  // a buffer: got elements, expected elements
-    DIM_INPUT_NOT_FINITE    = 14,  // row; got: how many values, in all rows
-    DIM_OUTPUT_NOT_FINITE   = 15,  // row, block; got: how many values, in all rows; max_abs
-    DIM_OUTPUT_OVERFLOWS    = 16,  // row, block; got: how many values beyond F16; max_abs
-    DIM_COMPUTE_FAILED      = 17,  // the backend reported a failure
-    DIM_NO_TOKENIZER        = 18,  // the model carries no vocabulary
-    DIM_INTERNAL            = 19,  // an exception that no other status names
+    DIM_OK = 0,
+    DIM_INVALID_ARGUMENT = 1,     // a parameter that no model would accept
+    DIM_LOAD_FAILED = 2,          // llama.cpp refused the file
+    DIM_CANCELLED = 3,            // the progress callback said stop
+    DIM_UNSUPPORTED = 4,          // a model whose blocks cannot be evaluated apart (the message says why)
+    DIM_OUT_OF_MEMORY = 5,        // the KV cache or the compute buffers could not be allocated
+    DIM_TOO_MANY_ROWS = 6,        // got rows, expected at most
+    DIM_UNKNOWN_SESSION = 7,      // row, session; expected: number of sessions
+    DIM_WRONG_POSITION = 8,       // row, session; got position, expected position
+    DIM_CONTEXT_FULL = 9,         // row, session; got position, expected: positions there are
+    DIM_WRONG_INPUT = 10,         // tokens for a stage that takes hidden rows, or the other way round
+    DIM_WRONG_OUTPUT = 11,        // logits from a stage without lm_head, or hidden rows from one with it
+    DIM_UNKNOWN_TOKEN = 12,       // row; got token, expected: vocabulary size
+    DIM_WRONG_SIZE = 13,          // a buffer: got elements, expected elements
+    DIM_INPUT_NOT_FINITE = 14,    // row; got: how many values, in all rows
+    DIM_OUTPUT_NOT_FINITE = 15,   // row, block; got: how many values, in all rows; max_abs
+    DIM_OUTPUT_OVERFLOWS = 16,    // row, block; got: how many values beyond F16; max_abs
+    DIM_COMPUTE_FAILED = 17,      // the backend reported a failure
+    DIM_NO_TOKENIZER = 18,        // the model carries no vocabulary
+    DIM_INTERNAL = 19,            // an exception that no other status names
     // row, session: a call that failed left a recurrent state half-way; clear the session
-    DIM_SESSION_LOST        = 20,
-    DIM_CANNOT_REWIND       = 21,  // session; got position; expected: the lowest position, beside 0, it can go back to
-    DIM_BAD_SLICE           = 22,  // a slice's description of what it lacks; row: which entry, -1: all of them
+    DIM_SESSION_LOST = 20,
+    DIM_CANNOT_REWIND = 21,   // session; got position; expected: the lowest position, beside 0, it can go back to
+    DIM_BAD_SLICE = 22,       // a slice's description of what it lacks; row: which entry, -1: all of them
 } dim_status;
 
 typedef struct dim_fault {
-    int64_t row;        // index in the call's rows, -1 where none applies
-    int64_t session;    // -1 where none applies
-    int64_t block;      // as numbered in the file, -1 where none applies (the logits' block is the last one)
+    int64_t row;       // index in the call's rows, -1 where none applies
+    int64_t session;   // -1 where none applies
+    int64_t block;     // as numbered in the file, -1 where none applies (the logits' block is the last one)
     int64_t got;
     int64_t expected;
-    float   max_abs;    // largest finite |x| seen
+    float max_abs;   // largest finite |x| seen
 } dim_fault;
 
 // The sentence for the last failure of this thread; never NULL. Valid until this thread's next call into this header.
@@ -78,9 +78,9 @@ void dim_log_set(dim_log_level level);
 typedef struct dim_device {
     const char * name;          // static for the life of the process, as "Vulkan0"; what dim_model_params.device takes
     const char * description;   // static for the life of the process, as "llvmpipe (LLVM 15.0.6, 256 bits)"
-    bool         is_gpu;        // can hold offloaded blocks
-    uint64_t     memory_free_bytes;
-    uint64_t     memory_total_bytes;
+    bool is_gpu;                // can hold offloaded blocks
+    uint64_t memory_free_bytes;
+    uint64_t memory_total_bytes;
 } dim_device;
 
 // Number of devices llama.cpp was built with and found on this machine; the CPU is one of them. Thread: any.
@@ -99,32 +99,32 @@ typedef bool (*dim_progress)(float fraction, void * user);
 
 // What of a file is loaded.
 typedef enum dim_model_part {
-    DIM_MODEL_WHOLE     = 0,
-    DIM_MODEL_TOKENIZER = 1,    // no weights, and no dimensions: dim_model_describe() has zeros for all but the tokens
-    DIM_MODEL_WEIGHTS   = 2,    // no tokenizer, whose texts take some 50 MB; n_vocab as in the whole
+    DIM_MODEL_WHOLE = 0,
+    DIM_MODEL_TOKENIZER = 1,   // no weights, and no dimensions: dim_model_describe() has zeros for all but the tokens
+    DIM_MODEL_WEIGHTS = 2,     // no tokenizer, whose texts take some 50 MB; n_vocab as in the whole
 } dim_model_part;
 
 typedef struct dim_model_params {
     dim_model_part part;
     // blocks of the file put on the GPU, counted from its last; -1: all; 0: no GPU is touched
-    int32_t      gpu_blocks;
-    bool         use_mmap;      // map the file instead of reading it: a file truncated under the map is SIGBUS
-    bool         lm_head;       // the file's output matrix will be used; false (head, middle): it stays in host memory,
-                                // as the same bytes as the token embedding, and on no device
-    bool         repack;        // the CPU may keep quantised matrices in an order of its own, which is faster and a
-                                // second copy of them; false: all weights stay where the file has them, mapped if
-                                // use_mmap
-    const char * device;        // one GPU by name, or NULL: all that there are
-    dim_progress progress;      // may be NULL
-    void *       progress_user; // passed on
+    int32_t gpu_blocks;
+    bool use_mmap;           // map the file instead of reading it: a file truncated under the map is SIGBUS
+    bool lm_head;            // the file's output matrix will be used; false (head, middle): it stays in host memory,
+                             // as the same bytes as the token embedding, and on no device
+    bool repack;             // the CPU may keep quantised matrices in an order of its own, which is faster and a
+                             // second copy of them; false: all weights stay where the file has them, mapped if
+                             // use_mmap
+    const char * device;     // one GPU by name, or NULL: all that there are
+    dim_progress progress;   // may be NULL
+    void * progress_user;    // passed on
 } dim_model_params;
 
 // Loads one GGUF, or all parts of a split one in order. A slice that says what it lacks (dim.absent.*) is loaded as the
 // whole model with bytes for what it holds: blocks keep the model's numbers. On DIM_OK *out is a model that the caller
 // owns and frees with dim_model_free(); it must outlive its stages and stock contexts. `paths`: n_paths NUL-terminated
 // strings, copied. Thread: any.
-dim_status dim_model_load(const char * const * paths, size_t n_paths, const dim_model_params * params,
-                          dim_model ** out, dim_fault * fault);
+dim_status dim_model_load(const char * const * paths, size_t n_paths, const dim_model_params * params, dim_model ** out,
+                          dim_fault * fault);
 
 // Frees a model. NULL is allowed. Thread: one, after everything made from it is gone.
 void dim_model_free(dim_model * model);
@@ -133,16 +133,16 @@ void dim_model_free(dim_model * model);
 struct llama_model * dim_model_llama(const dim_model * model);
 
 typedef struct dim_model_info {
-    uint32_t n_blocks;          // of the whole model; of the file, where the file is a model of its own
+    uint32_t n_blocks;                  // of the whole model; of the file, where the file is a model of its own
     uint32_t first_block, last_block;   // blocks [first, last) have weights here
-    bool     is_slice;          // the rest of them have none
+    bool is_slice;                      // the rest of them have none
     uint32_t n_embd;
     uint32_t n_vocab;
     uint32_t n_ctx_train;
-    uint64_t weights_bytes;     // of all tensors as stored in the file
-    bool     has_tokenizer;
-    int32_t  bos, eos;          // -1: none
-    bool     add_bos;           // what tokenize's add_special would do
+    uint64_t weights_bytes;   // of all tensors as stored in the file
+    bool has_tokenizer;
+    int32_t bos, eos;   // -1: none
+    bool add_bos;       // what tokenize's add_special would do
 } dim_model_info;
 
 // Thread: any.
@@ -150,8 +150,8 @@ dim_status dim_model_describe(const dim_model * model, dim_model_info * out);
 
 // Where the weights are, seen from the tensors themselves and not from what was asked for.
 typedef struct dim_offload {
-    uint32_t blocks_on_device;  // blocks with every one of their tensors on a GPU
-    bool     lm_head_on_device;
+    uint32_t blocks_on_device;   // blocks with every one of their tensors on a GPU
+    bool lm_head_on_device;
     uint64_t device_bytes;
     uint64_t host_bytes;
 } dim_offload;
@@ -189,26 +189,26 @@ typedef enum dim_flash_attn { DIM_FLASH_ATTN_AUTO = -1, DIM_FLASH_ATTN_OFF = 0, 
 typedef enum dim_kv_type { DIM_KV_F16 = 0, DIM_KV_F32 = 1 } dim_kv_type;
 
 typedef struct dim_context_params {
-    uint32_t       n_ctx;        // positions of one session
-    uint32_t       n_batch;      // most rows of one call
-    uint32_t       n_ubatch;     // most rows computed at once; a call is cut into chunks of it
-    uint32_t       n_threads;
-    uint32_t       max_sessions; // each with n_ctx positions of its own
-    uint32_t       n_snapshots;  // rows of the last call that a recurrent session can be taken back by, where llama.cpp
-                                 // keeps snapshots for the architecture; each costs as much as the state. < n_ubatch
+    uint32_t n_ctx;      // positions of one session
+    uint32_t n_batch;    // most rows of one call
+    uint32_t n_ubatch;   // most rows computed at once; a call is cut into chunks of it
+    uint32_t n_threads;
+    uint32_t max_sessions;   // each with n_ctx positions of its own
+    uint32_t n_snapshots;    // rows of the last call that a recurrent session can be taken back by, where llama.cpp
+                             // keeps snapshots for the architecture; each costs as much as the state. < n_ubatch
     dim_flash_attn flash_attn;
-    dim_kv_type    kv_type;
-    bool           f32_products; // stages only: products with matrices of other types are computed with their rows
-                                 // turned to F32, a few at a time, where llama.cpp rounds what it multiplies them with
-                                 // to their type
-    uint32_t       max_outputs;  // stock only: most rows of logits of one call; 0: n_batch, llama.cpp's default
+    dim_kv_type kv_type;
+    bool f32_products;      // stages only: products with matrices of other types are computed with their rows
+                            // turned to F32, a few at a time, where llama.cpp rounds what it multiplies them with
+                            // to their type
+    uint32_t max_outputs;   // stock only: most rows of logits of one call; 0: n_batch, llama.cpp's default
 } dim_context_params;
 
 typedef struct dim_stage_params {
     dim_context_params context;
-    uint32_t first, last;        // blocks [first, last) of the model
-    bool     takes_tokens;       // the range starts the model: tokens in; else rows in. Needs first == 0
-    bool     has_lm_head;        // the range ends the model: logits out; else rows out. Needs last == n_blocks
+    uint32_t first, last;   // blocks [first, last) of the model
+    bool takes_tokens;      // the range starts the model: tokens in; else rows in. Needs first == 0
+    bool has_lm_head;       // the range ends the model: logits out; else rows out. Needs last == n_blocks
 } dim_stage_params;
 
 typedef struct dim_stage dim_stage;
@@ -223,12 +223,12 @@ dim_status dim_stage_create(dim_model * model, const dim_stage_params * params, 
 void dim_stage_free(dim_stage * stage);
 
 typedef struct dim_context_info {
-    uint32_t n_batch;           // as asked for, or less where the context is smaller
+    uint32_t n_batch;   // as asked for, or less where the context is smaller
     uint32_t n_ubatch;
-    bool     flash_attn;        // what `auto` came to
+    bool flash_attn;   // what `auto` came to
     uint64_t kv_bytes;
-    uint64_t compute_bytes;     // graph buffers of all backends
-    uint64_t output_bytes;      // host buffer for logits (stock), 1 row per session in a stage
+    uint64_t compute_bytes;   // graph buffers of all backends
+    uint64_t output_bytes;    // host buffer for logits (stock), 1 row per session in a stage
 } dim_context_info;
 
 // Thread: one.
@@ -243,8 +243,8 @@ typedef enum dim_value_type { DIM_VALUE_F32 = 0, DIM_VALUE_I32 = 1 } dim_value_t
 // and I32 values still four.
 typedef struct dim_crossing {
     dim_value_type type;
-    uint32_t       n_values;    // per token
-    char           name[64];    // for people: llama.cpp's, as "l_out-11"; NUL-terminated
+    uint32_t n_values;   // per token
+    char name[64];       // for people: llama.cpp's, as "l_out-11"; NUL-terminated
 } dim_crossing;
 
 typedef enum dim_end { DIM_END_IN = 0, DIM_END_OUT = 1 } dim_end;
@@ -260,8 +260,8 @@ bool dim_stage_reads_tokens(const dim_stage * stage);
 
 typedef struct dim_row {
     uint32_t session;
-    uint32_t position;          // must be the session's length: rows of a session follow each other
-    bool     want_output;       // logits wanted for this row; hidden stages give every row
+    uint32_t position;   // must be the session's length: rows of a session follow each other
+    bool want_output;    // logits wanted for this row; hidden stages give every row
 } dim_row;
 
 typedef enum dim_dtype { DIM_TOKENS = 0, DIM_F16 = 1, DIM_F32 = 2, DIM_LOGITS = 3 } dim_dtype;
@@ -277,9 +277,8 @@ typedef enum dim_dtype { DIM_TOKENS = 0, DIM_F16 = 1, DIM_F32 = 2, DIM_LOGITS = 
 // Sets *n_written to the rows written. Input and output must not overlap. On failure the sessions are as before, or
 // lost (DIM_SESSION_LOST: recurrent states cannot be taken back); the output buffer may hold anything. Thread: one.
 dim_status dim_stage_evaluate(dim_stage * stage, const dim_row * rows, size_t n_rows, const int32_t * tokens,
-                              dim_dtype input_type, const void * input, size_t input_len,
-                              dim_dtype output_type, void * output, size_t output_len,
-                              size_t * n_written, dim_fault * fault);
+                              dim_dtype input_type, const void * input, size_t input_len, dim_dtype output_type,
+                              void * output, size_t output_len, size_t * n_written, dim_fault * fault);
 
 // Forgets a session's positions from `position` on; at most its length, else DIM_WRONG_POSITION. 0 clears it, always.
 // Below dim_stage_lowest(): DIM_CANNOT_REWIND. Thread: one.
@@ -297,11 +296,11 @@ dim_status dim_stage_length(const dim_stage * stage, uint32_t session, uint32_t 
 void dim_stage_graphs(const dim_stage * stage, uint64_t * reused, uint64_t * built);
 
 typedef struct dim_block_stats {
-    uint64_t calls;             // evaluations of up to n_ubatch rows
+    uint64_t calls;   // evaluations of up to n_ubatch rows
     uint64_t rows;
-    uint64_t nanoseconds;       // sum; blocks before it excluded. The first block's has the embedding in it
-    float    max_abs;           // largest finite |x| of the block's output
-    uint64_t not_finite;        // values of the block's output that are not finite
+    uint64_t nanoseconds;   // sum; blocks before it excluded. The first block's has the embedding in it
+    float max_abs;          // largest finite |x| of the block's output
+    uint64_t not_finite;    // values of the block's output that are not finite
 } dim_block_stats;
 
 // Starts (clearing the counts) or stops watching every block's output. Watching costs time: every block is waited for.
@@ -329,12 +328,12 @@ void dim_plan_free(dim_plan * plan);
 const dim_model * dim_plan_model(const dim_plan * plan);
 
 typedef struct dim_range_plan {
-    bool     reads_tokens;
-    size_t   n_tensors;
-    size_t   n_in, n_out;               // tensors that cross its two ends
-    uint64_t weights_bytes;             // of these tensors, as stored
-    uint64_t cache_bytes_per_position;  // of one session, as F16
-    uint64_t state_bytes_per_session;   // that does not grow with positions
+    bool reads_tokens;
+    size_t n_tensors;
+    size_t n_in, n_out;                  // tensors that cross its two ends
+    uint64_t weights_bytes;              // of these tensors, as stored
+    uint64_t cache_bytes_per_position;   // of one session, as F16
+    uint64_t state_bytes_per_session;    // that does not grow with positions
 } dim_range_plan;
 
 // Looks at the range [first, last), which dim_plan_tensor() and dim_plan_crossing() then speak of. DIM_UNSUPPORTED: it
@@ -368,8 +367,8 @@ dim_status dim_stock_describe(const dim_stock * stock, dim_context_info * out);
 
 // As dim_stage_evaluate() with tokens in and logits out. Thread: one.
 dim_status dim_stock_decode(dim_stock * stock, const dim_row * rows, size_t n_rows, const int32_t * tokens,
-                            size_t tokens_len,
-                            float * logits, size_t logits_len, size_t * n_written, dim_fault * fault);
+                            size_t tokens_len, float * logits, size_t logits_len, size_t * n_written,
+                            dim_fault * fault);
 
 // As their namesakes. Thread: one.
 dim_status dim_stock_rewind(dim_stock * stock, uint32_t session, uint32_t position, dim_fault * fault);
@@ -380,11 +379,11 @@ dim_status dim_stock_lowest(const dim_stock * stock, uint32_t session, uint32_t 
 // ---- rows of ggml types ---------------------------------------------------------------------------------------------
 
 typedef struct dim_type_info {
-    const char * name;          // static, as "q8_0"
-    uint32_t     block_values;  // values of one block; a row is a whole number of blocks
-    uint32_t     block_bytes;
-    bool         to_f32;        // dim_dequantize_rows() knows it
-    bool         from_f32;      // dim_quantize_rows() knows it
+    const char * name;       // static, as "q8_0"
+    uint32_t block_values;   // values of one block; a row is a whole number of blocks
+    uint32_t block_bytes;
+    bool to_f32;     // dim_dequantize_rows() knows it
+    bool from_f32;   // dim_quantize_rows() knows it
 } dim_type_info;
 
 // Describes ggml type number `type`; DIM_INVALID_ARGUMENT for one that is not, or no longer, a type. Thread: any.
@@ -393,13 +392,11 @@ dim_status dim_type_describe(uint32_t type, dim_type_info * out);
 // n_rows * n_per_row values to rows of `type`; out_len must be exactly the bytes they take. Values must be finite
 // (DIM_INPUT_NOT_FINITE, with the row). Types that need an importance matrix are DIM_INVALID_ARGUMENT. Thread: any.
 dim_status dim_quantize_rows(uint32_t type, const float * values, size_t n_rows, size_t n_per_row, uint8_t * out,
-                             size_t out_len,
-                             dim_fault * fault);
+                             size_t out_len, dim_fault * fault);
 
 // The other way; rows_len must be exactly the bytes n_rows rows take. `rows` needs no alignment. Thread: any.
 dim_status dim_dequantize_rows(uint32_t type, const uint8_t * rows, size_t rows_len, size_t n_rows, size_t n_per_row,
-                               float * out,
-                               dim_fault * fault);
+                               float * out, dim_fault * fault);
 
 // ---- for comparisons ------------------------------------------------------------------------------------------------
 
@@ -430,8 +427,7 @@ dim_status dim_rpc_serve(const char * endpoint, uint32_t n_threads);
 // As dim_model_load(), with the last n_blocks blocks and their KV cache on the RPC server at `endpoint`, and embedding,
 // output norm and lm_head here. A server that cannot be reached makes llama.cpp abort(): dial it first. Thread: any.
 dim_status dim_rpc_model_load(const char * const * paths, size_t n_paths, const char * endpoint, uint32_t n_blocks,
-                              bool use_mmap,
-                              dim_model ** out);
+                              bool use_mmap, dim_model ** out);
 #endif
 
 #ifdef __cplusplus

@@ -23,7 +23,7 @@ namespace {
 ggml_context_ptr index_absent(llama_model_loader & loader, const std::vector<absent_tensor> & absent,
                               const char * path) {
     if (loader.weights_map.empty()) fail(DIM_BAD_SLICE, "%s: it holds no tensor at all: split the model again", path);
-    ggml_context_ptr shapes(ggml_init({ (absent.size() + 1) * ggml_tensor_overhead(), nullptr, /*no_alloc =*/ true }));
+    ggml_context_ptr shapes(ggml_init({ (absent.size() + 1) * ggml_tensor_overhead(), nullptr, /*no_alloc =*/true }));
     if (!shapes) throw std::bad_alloc();
     for (const auto & entry : absent) {
         auto * tensor = ggml_new_tensor(shapes.get(), entry.type, 4, entry.ne);
@@ -43,7 +43,7 @@ void present_blocks(const llama_model_loader & loader, dim_model & made) {
         const int block = block_of(name.c_str());
         if (block < 0) continue;
         made.first = std::min(made.first, (uint32_t) block);
-        made.last  = std::max(made.last, (uint32_t) block + 1);
+        made.last = std::max(made.last, (uint32_t) block + 1);
     }
     if (made.last == 0) made.first = 0;
 }
@@ -60,7 +60,7 @@ std::vector<llama_device> choose_devices(const llama_model_params & params, cons
     if (!any) return devices;
     auto look = params;
     look.vocab_only = true;
-    look.no_alloc   = false;
+    look.no_alloc = false;
     const llama_model_ptr other(llama_model_load_from_file(path, look));
     return other ? other->devices : devices;
 }
@@ -88,14 +88,13 @@ std::vector<float> split_of_present(const std::vector<llama_device> & devices, i
 
 struct fill_watch {
     llama_progress_callback progress;
-    void *                  user;
+    void * user;
 };
 
 // Fills the tensors of one buffer type, and copies where they are to the model's.
 void fill(llama_model_loader & loader, dim_model & made, ggml_backend_buffer_type_t type,
-          const std::vector<ggml_tensor *> & tensors,
-          const fill_watch & watch) {
-    const ggml_context_ptr copies(ggml_init({ tensors.size() * ggml_tensor_overhead(), nullptr, /*no_alloc =*/ true }));
+          const std::vector<ggml_tensor *> & tensors, const fill_watch & watch) {
+    const ggml_context_ptr copies(ggml_init({ tensors.size() * ggml_tensor_overhead(), nullptr, /*no_alloc =*/true }));
     if (!copies) throw std::bad_alloc();
     for (const auto * tensor : tensors) ggml_set_name(ggml_dup_tensor(copies.get(), tensor), tensor->name);
     auto * device = ggml_backend_buft_get_device(type);
@@ -110,9 +109,9 @@ void fill(llama_model_loader & loader, dim_model & made, ggml_backend_buffer_typ
             loader.get_mapping_range(&first, &last, &at, (int) i, copies.get());
             if (first >= last) continue;
             auto * buffer = ggml_backend_dev_buffer_from_host_ptr(device, (char *) at + first, last - first,
-                ggml_get_max_tensor_size(copies.get()));
-            if (!buffer) fail(DIM_OUT_OF_MEMORY, "%.1f MiB of the file cannot be mapped",
-                              (double) (last - first) / (1 << 20));
+                                                                  ggml_get_max_tensor_size(copies.get()));
+            if (!buffer)
+                fail(DIM_OUT_OF_MEMORY, "%.1f MiB of the file cannot be mapped", (double) (last - first) / (1 << 20));
             made.buffers.emplace_back(buffer);
             buffers.emplace(i, buffer);
         }
@@ -122,8 +121,8 @@ void fill(llama_model_loader & loader, dim_model & made, ggml_backend_buffer_typ
         made.buffers.emplace_back(buffer);
         for (uint32_t i = 0; i < loader.files.size(); i++) buffers.emplace(i, buffer);
     }
-    for (const auto & [file, buffer] : buffers) ggml_backend_buffer_set_usage(buffer,
-        GGML_BACKEND_BUFFER_USAGE_WEIGHTS);
+    for (const auto & [file, buffer] : buffers)
+        ggml_backend_buffer_set_usage(buffer, GGML_BACKEND_BUFFER_USAGE_WEIGHTS);
     if (!loader.load_all_data(copies.get(), buffers, nullptr, watch.progress, watch.user))
         fail(DIM_CANCELLED, "loading was stopped");
     auto * filled = ggml_get_first_tensor(copies.get());
@@ -158,15 +157,15 @@ void fill_all(llama_model_loader & loader, dim_model & made, bool use_mmap, cons
     made.mappings = std::move(loader.mappings);
 }
 
-} // namespace
+}   // namespace
 
 std::unique_ptr<dim_model> plan_then_fill(const char * const * paths, size_t n_paths, const gguf_context & header,
                                           llama_model_params params, int32_t gpu_blocks, bool with_bytes) {
     auto made = std::make_unique<dim_model>();
     const bool use_mmap = params.load_mode == LLAMA_LOAD_MODE_MMAP;
-    const fill_watch watch { params.progress_callback, params.progress_callback_user_data };
-    params.load_mode         = LLAMA_LOAD_MODE_NONE;   // with no_alloc nothing is mapped yet
-    params.no_alloc          = true;
+    const fill_watch watch{ params.progress_callback, params.progress_callback_user_data };
+    params.load_mode = LLAMA_LOAD_MODE_NONE;   // with no_alloc nothing is mapped yet
+    params.no_alloc = true;
     params.progress_callback = nullptr;
 
     std::vector<absent_tensor> absent;
@@ -178,20 +177,20 @@ std::unique_ptr<dim_model> plan_then_fill(const char * const * paths, size_t n_p
     if (n_paths > 1) parts.assign(paths, paths + n_paths);
     llama_model_loader loader(nullptr, nullptr, nullptr, paths[0], parts, nullptr, params.load_mode,
                               params.check_tensors,
-                              /*no_alloc =*/ true, params.load_mtp, params.kv_overrides, params.tensor_buft_overrides);
+                              /*no_alloc =*/true, params.load_mtp, params.kv_overrides, params.tensor_buft_overrides);
     loader.lazy.mode = LLAMA_LAZY_MODE_OFF;
     present_blocks(loader, *made);
     const ggml_context_ptr shapes = index_absent(loader, absent, paths[0]);
 
     const uint32_t n_blocks = block_count(header);   // with those of MTP, which stand behind the last one
-    if (made->last > n_blocks) fail(DIM_BAD_SLICE, "%s: it holds block %u of a model of %u", paths[0], made->last - 1,
-                                    n_blocks);
+    if (made->last > n_blocks)
+        fail(DIM_BAD_SLICE, "%s: it holds block %u of a model of %u", paths[0], made->last - 1, n_blocks);
     const auto devices = choose_devices(params, paths[0]);
-    const auto held    = (int32_t) (made->last - made->first);
+    const auto held = (int32_t) (made->last - made->first);
     const int32_t on_gpu = gpu_blocks < 0 ? held : std::min(gpu_blocks, held);
     params.n_gpu_layers = devices.empty() ? 0 : gpu_layers_of_whole(*made, n_blocks, on_gpu);
     if (devices.size() > 1 && params.n_gpu_layers > 0) {
-        made->tensor_split  = split_of_present(devices, params.n_gpu_layers, on_gpu);
+        made->tensor_split = split_of_present(devices, params.n_gpu_layers, on_gpu);
         params.tensor_split = made->tensor_split.data();
     }
 
@@ -200,9 +199,9 @@ std::unique_ptr<dim_model> plan_then_fill(const char * const * paths, size_t n_p
     if (!model) fail(DIM_UNSUPPORTED, "%s: llama.cpp makes no ordinary model of it", paths[0]);
     model->devices = devices;
     model->hparams.vocab_only = false;
-    model->hparams.no_alloc   = true;
+    model->hparams.no_alloc = true;
     model->load_hparams(loader);
-    made->last  = std::min(made->last, model->hparams.n_layer());
+    made->last = std::min(made->last, model->hparams.n_layer());
     made->first = std::min(made->first, made->last);
     model->load_vocab(loader);
     model->load_stats(loader);
@@ -219,4 +218,4 @@ std::unique_ptr<dim_model> plan_then_fill(const char * const * paths, size_t n_p
     return made;
 }
 
-} // namespace dim
+}   // namespace dim

@@ -21,8 +21,8 @@ namespace {
 
 struct load_watch {
     dim_progress progress;
-    void *       user;
-    bool         cancelled;
+    void * user;
+    bool cancelled;
 };
 
 bool on_progress(float fraction, void * data) {
@@ -48,21 +48,21 @@ ggml_backend_buffer_type_t plain_host_memory() {
 // Says that the model has no tokenizer, but a vocabulary of as many tokens: what a slice without one says of itself.
 // Nothing where the file has no list of tokens anyway. Two overrides and the empty one that ends the list.
 std::vector<llama_model_kv_override> no_tokenizer(const gguf_context & file) {
-    const int64_t arch   = gguf_find_key(&file, "general.architecture");
+    const int64_t arch = gguf_find_key(&file, "general.architecture");
     const int64_t tokens = gguf_find_key(&file, "tokenizer.ggml.tokens");
     if (arch < 0 || gguf_get_kv_type(&file, arch) != GGUF_TYPE_STRING) return {};
     if (tokens < 0 || gguf_get_kv_type(&file, tokens) != GGUF_TYPE_ARRAY) return {};
     std::vector<llama_model_kv_override> overrides(3);
     overrides[0].tag = LLAMA_KV_OVERRIDE_TYPE_STR;
-    std::snprintf(overrides[0].key,     sizeof overrides[0].key,     "tokenizer.ggml.model");
+    std::snprintf(overrides[0].key, sizeof overrides[0].key, "tokenizer.ggml.model");
     std::snprintf(overrides[0].val_str, sizeof overrides[0].val_str, "none");
-    overrides[1].tag     = LLAMA_KV_OVERRIDE_TYPE_INT;
+    overrides[1].tag = LLAMA_KV_OVERRIDE_TYPE_INT;
     overrides[1].val_i64 = (int64_t) gguf_get_arr_n(&file, tokens);
     std::snprintf(overrides[1].key, sizeof overrides[1].key, "%s.vocab_size", gguf_get_val_str(&file, arch));
     return overrides;
 }
 
-} // namespace
+}   // namespace
 
 static void check_params(size_t n_paths, const dim_model_params & params) {
     if (n_paths == 0) fail(DIM_INVALID_ARGUMENT, "no model file given");
@@ -97,8 +97,10 @@ static std::unique_ptr<dim_model> load_slice(const char * const * paths, size_t 
     std::unique_ptr<dim_model> made;
     std::string why;
     dim_fault fault = no_fault;
-    const auto status = guarded(&fault, [&] { made = plan_then_fill(paths, n_paths, header, load, gpu_blocks,
-        /*with_bytes =*/ true); });
+    const auto status = guarded(&fault, [&] {
+        made = plan_then_fill(paths, n_paths, header, load, gpu_blocks,
+                              /*with_bytes =*/true);
+    });
     if (status == DIM_INTERNAL) {   // what llama.cpp's loader throws; its own front door says the same in the log
         why = dim_last_error();
         fail(DIM_LOAD_FAILED, "%s: %s", paths[0], why.c_str());
@@ -115,24 +117,24 @@ dim_status dim_model_load(const char * const * paths, size_t n_paths, const dim_
     return guarded(fault, [&] {
         initialize();
         check_params(n_paths, *params);
-        load_watch watch { params->progress, params->progress_user, false };
+        load_watch watch{ params->progress, params->progress_user, false };
         auto load = llama_model_default_params();
         load.load_mode = params->use_mmap ? LLAMA_LOAD_MODE_MMAP : LLAMA_LOAD_MODE_NONE;
         load.lazy_mode = LLAMA_LAZY_MODE_OFF;
         load.use_extra_bufts = params->repack;
-        load.vocab_only      = params->part == DIM_MODEL_TOKENIZER;
+        load.vocab_only = params->part == DIM_MODEL_TOKENIZER;
         gguf_file header = open_header(paths[0]);   // NULL: the loader will say why
         std::vector<llama_model_kv_override> overrides;
         if (header && params->part == DIM_MODEL_WEIGHTS) overrides = no_tokenizer(*header);
         if (!overrides.empty()) load.kv_overrides = overrides.data();
-        load.progress_callback           = on_progress;
+        load.progress_callback = on_progress;
         load.progress_callback_user_data = &watch;
 
         ggml_backend_dev_t devices[2] = { nullptr, nullptr };
         if (params->gpu_blocks == 0) {
-            load.devices = devices;                 // none: not even for the large products of a prompt
+            load.devices = devices;   // none: not even for the large products of a prompt
         } else if (params->device) {
-            devices[0]   = find_gpu(params->device);
+            devices[0] = find_gpu(params->device);
             load.devices = devices;
         }
         const llama_model_tensor_buft_override vocabulary_stays[] = {
@@ -153,7 +155,7 @@ dim_status dim_model_load(const char * const * paths, size_t n_paths, const dim_
         });
         if (status != DIM_OK) {
             if (watch.cancelled) fail(DIM_CANCELLED, "%s: loading was stopped", paths[0]);
-            throw failure { status, why };   // its sentence is there already
+            throw failure{ status, why };   // its sentence is there already
         }
         give_memory_back();   // a file's keys are a few hundred thousand small pieces, freed by now
         *out = made.release();
@@ -164,9 +166,7 @@ void dim_model_free(dim_model * model) {
     guarded([&] { delete model; });
 }
 
-llama_model * dim_model_llama(const dim_model * model) {
-    return model->llama.get();
-}
+llama_model * dim_model_llama(const dim_model * model) { return model->llama.get(); }
 
 // ---- describe
 
@@ -179,20 +179,20 @@ static const llama_vocab * tokenizer(const dim_model * model) {
 dim_status dim_model_describe(const dim_model * model, dim_model_info * out) {
     return guarded([&] {
         const auto * all_vocab = llama_model_get_vocab(model->llama.get());
-        const auto * vocab     = tokenizer(model);
-        dim_model_info info {};
-        info.n_blocks      = (uint32_t) llama_model_n_layer(model->llama.get());
-        info.n_embd        = (uint32_t) llama_model_n_embd(model->llama.get());
-        info.n_vocab       = (uint32_t) llama_vocab_n_tokens(all_vocab);
-        info.n_ctx_train   = (uint32_t) llama_model_n_ctx_train(model->llama.get());
+        const auto * vocab = tokenizer(model);
+        dim_model_info info{};
+        info.n_blocks = (uint32_t) llama_model_n_layer(model->llama.get());
+        info.n_embd = (uint32_t) llama_model_n_embd(model->llama.get());
+        info.n_vocab = (uint32_t) llama_vocab_n_tokens(all_vocab);
+        info.n_ctx_train = (uint32_t) llama_model_n_ctx_train(model->llama.get());
         info.weights_bytes = llama_model_size(model->llama.get());
-        info.first_block   = model->first;
-        info.last_block    = model->last;
-        info.is_slice      = !model->absent.empty();
+        info.first_block = model->first;
+        info.last_block = model->last;
+        info.is_slice = !model->absent.empty();
         info.has_tokenizer = vocab != nullptr;
-        info.bos           = vocab ? llama_vocab_bos(vocab) : LLAMA_TOKEN_NULL;
-        info.eos           = vocab ? llama_vocab_eos(vocab) : LLAMA_TOKEN_NULL;
-        info.add_bos       = vocab && llama_vocab_get_add_bos(vocab);
+        info.bos = vocab ? llama_vocab_bos(vocab) : LLAMA_TOKEN_NULL;
+        info.eos = vocab ? llama_vocab_eos(vocab) : LLAMA_TOKEN_NULL;
+        info.add_bos = vocab && llama_vocab_get_add_bos(vocab);
         *out = info;
     });
 }
@@ -207,7 +207,7 @@ dim_status dim_model_offload(const dim_model * model, dim_offload * out) {
     return guarded([&] {
         const uint32_t n_blocks = model->llama->hparams.n_layer();
         std::vector<uint32_t> on(n_blocks), off(n_blocks);
-        dim_offload offload {};
+        dim_offload offload{};
         for (const auto & [name, tensor] : model->llama->tensors_by_name) {
             if (model->absent.count(tensor)) continue;
             const bool device = on_device(tensor);
@@ -237,7 +237,10 @@ dim_status dim_model_arch(const dim_model * model, char * text, size_t capacity,
 dim_status dim_model_meta(const dim_model * model, const char * key, char * text, size_t capacity, int64_t * length) {
     return guarded([&] {
         const auto found = model->llama->gguf_kv.find(key);
-        if (found == model->llama->gguf_kv.end()) { *length = -1; return; }
+        if (found == model->llama->gguf_kv.end()) {
+            *length = -1;
+            return;
+        }
         give_text(found->second.data(), found->second.size(), text, capacity, length);
     });
 }
@@ -246,7 +249,10 @@ dim_status dim_model_chat_template(const dim_model * model, const char * name, c
                                    int64_t * length) {
     return guarded([&] {
         const char * found = llama_model_chat_template(model->llama.get(), name);
-        if (!found) { *length = -1; return; }
+        if (!found) {
+            *length = -1;
+            return;
+        }
         give_text(found, std::strlen(found), text, capacity, length);
     });
 }

@@ -18,13 +18,13 @@
 // A whole file, or a slice cut in the old way, whose blocks count from 0, is llama.cpp's model and nothing else. A
 // slice is the whole model too, with bytes for the tensors that its file holds: then these bytes are here.
 struct dim_model {
-    std::vector<ggml_backend_buffer_ptr> buffers;    // of the tensors that are there; freed after the model
-    llama_mmaps                          mappings;
-    llama_model_ptr                      llama;
-    std::unordered_set<const ggml_tensor *> absent;  // tensors of the model that have no bytes
-    uint32_t first = 0, last = 0;                    // blocks [first, last) have them
-    bool     planned = false;                        // no tensor has: for plans
-    std::vector<float> tensor_split;                 // that llama.cpp was given, which keeps the pointer
+    std::vector<ggml_backend_buffer_ptr> buffers;   // of the tensors that are there; freed after the model
+    llama_mmaps mappings;
+    llama_model_ptr llama;
+    std::unordered_set<const ggml_tensor *> absent;   // tensors of the model that have no bytes
+    uint32_t first = 0, last = 0;                     // blocks [first, last) have them
+    bool planned = false;                             // no tensor has: for plans
+    std::vector<float> tensor_split;                  // that llama.cpp was given, which keeps the pointer
 
     dim_model() = default;
     dim_model(const dim_model &) = delete;
@@ -49,8 +49,8 @@ uint32_t block_count(const gguf_context & file);
 // A tensor that the model has and a slice's file does not.
 struct absent_tensor {
     std::string name;
-    ggml_type   type;
-    int64_t     ne[4];
+    ggml_type type;
+    int64_t ne[4];
 };
 
 // The file says which tensors it lacks: it is a slice.
@@ -66,4 +66,4 @@ std::vector<absent_tensor> read_absent(const gguf_context & file, const char * p
 std::unique_ptr<dim_model> plan_then_fill(const char * const * paths, size_t n_paths, const gguf_context & header,
                                           llama_model_params params, int32_t gpu_blocks, bool with_bytes);
 
-} // namespace dim
+}   // namespace dim

@@ -20,38 +20,37 @@ namespace {
 constexpr uint32_t plan_rows = 16, plan_ctx = 512;   // the second context has twice as many positions
 
 dim_context_params plan_params(uint32_t n_ctx) {
-    dim_context_params params {};
-    params.n_ctx        = n_ctx;
-    params.n_batch      = plan_rows;
-    params.n_ubatch     = plan_rows;
-    params.n_threads    = 1;
+    dim_context_params params{};
+    params.n_ctx = n_ctx;
+    params.n_batch = plan_rows;
+    params.n_ubatch = plan_rows;
+    params.n_threads = 1;
     params.max_sessions = 1;
-    params.flash_attn   = DIM_FLASH_ATTN_OFF;   // changes nothing that is asked of a plan
-    params.kv_type      = DIM_KV_F16;
+    params.flash_attn = DIM_FLASH_ATTN_OFF;   // changes nothing that is asked of a plan
+    params.kv_type = DIM_KV_F16;
     return params;
 }
 
 // A range, cut out of graphs of two sizes.
 struct look {
-    range_cut cut;        // its tensors live as long as `graph`
-    crossing  in, out;
+    range_cut cut;   // its tensors live as long as `graph`
+    crossing in, out;
 };
 
 // A context of the model, its memory and its graph.
 struct view {
     stage_context made;
-    whole_graph   graph;
+    whole_graph graph;
     llama_memory_context_ptr cells;
     llama_batch_allocr fewer, more;
-    llama_ubatch  few, many;
+    llama_ubatch few, many;
 
     view(llama_model & model, uint32_t n_ctx)
         // of no blocks: no recurrent state is kept
-        : made(make_stage_context(model, plan_params(n_ctx), { 0, 0, true, true })),
-          graph(model, *made.context, 0), cells(made.memory->module().init_full()),
-              fewer(model.hparams.n_pos_per_embd()),
+        : made(make_stage_context(model, plan_params(n_ctx), { 0, 0, true, true })), graph(model, *made.context, 0),
+          cells(made.memory->module().init_full()), fewer(model.hparams.n_pos_per_embd()),
           more(model.hparams.n_pos_per_embd()), few(chunk_for_reserve(fewer, plan_rows - 1, 1)),
-              many(chunk_for_reserve(more, plan_rows, 1)) {}
+          many(chunk_for_reserve(more, plan_rows, 1)) {}
 
     range_cut cut(const llama_model & model, const llama_ubatch & rows, const block_range & range) {
         graph.build(graph.params(rows, cells.get(), rows.n_tokens));
@@ -60,13 +59,13 @@ struct view {
     }
 };
 
-} // namespace
+}   // namespace
 
 struct dim_plan {
     std::unique_ptr<dim_model> model;
-    std::unique_ptr<view>      one, twice;   // freed first
-    std::vector<std::string>   tensors;      // of the range last looked at
-    crossing                   in, out;
+    std::unique_ptr<view> one, twice;   // freed first
+    std::vector<std::string> tensors;   // of the range last looked at
+    crossing in, out;
 
     ~dim_plan() {
         if (!model) return;
@@ -84,9 +83,9 @@ struct dim_plan {
         const auto few = one->cut(llama, one->few, range);
         const auto in_shapes = shapes_of(few.inputs), out_shapes = shapes_of(few.outputs);
         seen.cut = one->cut(llama, one->many, range);
-        seen.in  = layout_of(seen.cut.inputs, one->many.n_tokens, in_shapes, one->few.n_tokens);
-        if (!range.has_lm_head) seen.out = layout_of(seen.cut.outputs, one->many.n_tokens, out_shapes,
-                                                     one->few.n_tokens);
+        seen.in = layout_of(seen.cut.inputs, one->many.n_tokens, in_shapes, one->few.n_tokens);
+        if (!range.has_lm_head)
+            seen.out = layout_of(seen.cut.outputs, one->many.n_tokens, out_shapes, one->few.n_tokens);
         return seen;
     }
 
@@ -116,8 +115,8 @@ void dim_plan::list_tensors(const block_range & range, const range_cut & cut, di
 void dim_plan::count_states(const block_range & range, const range_cut & cut, dim_range_plan & plan) {
     const auto by_name = [](const range_cut & c) {
         std::map<std::string, uint64_t> bytes;
-        for (const auto * list : { &c.states_read, &c.states_written }) for (const auto * s : *list)
-            bytes[s->name] = ggml_nbytes(s);
+        for (const auto * list : { &c.states_read, &c.states_written })
+            for (const auto * s : *list) bytes[s->name] = ggml_nbytes(s);
         return bytes;
     };
     const auto small = by_name(cut);
@@ -126,14 +125,14 @@ void dim_plan::count_states(const block_range & range, const range_cut & cut, di
         const auto found = large.find(name);
         const uint64_t grown = found != large.end() && found->second > bytes ? found->second - bytes : 0;
         plan.cache_bytes_per_position += grown / plan_ctx;
-        plan.state_bytes_per_session  += bytes > grown ? bytes - grown : 0;
+        plan.state_bytes_per_session += bytes > grown ? bytes - grown : 0;
     }
 }
 
 void dim_plan::look_at_range(uint32_t first, uint32_t last, dim_range_plan & plan) {
     const uint32_t n_blocks = model->llama->hparams.n_layer();
-    if (first >= last || last > n_blocks) fail(DIM_INVALID_ARGUMENT, "blocks %u..%u: the model has the blocks 0..%u",
-                                               first, last, n_blocks);
+    if (first >= last || last > n_blocks)
+        fail(DIM_INVALID_ARGUMENT, "blocks %u..%u: the model has the blocks 0..%u", first, last, n_blocks);
     const auto whole = range(first, last);
     plan = {};
     auto seen = look_at(whole);
@@ -146,14 +145,13 @@ void dim_plan::look_at_range(uint32_t first, uint32_t last, dim_range_plan & pla
 
 void dim_plan::check_cut(uint32_t block) {
     const uint32_t n_blocks = model->llama->hparams.n_layer();
-    if (block == 0 || block >= n_blocks) fail(DIM_INVALID_ARGUMENT,
-                                              "a cut before block %u: the model has the blocks 0..%u", block,
-                                                  n_blocks - 1);
+    if (block == 0 || block >= n_blocks)
+        fail(DIM_INVALID_ARGUMENT, "a cut before block %u: the model has the blocks 0..%u", block, n_blocks - 1);
     std::set<std::string> written;
     {
         const auto head = look_at(range(0, block));
-        for (const auto * state : head.cut.states_written) if (!head.cut.common.count(state))
-            written.insert(state->name);
+        for (const auto * state : head.cut.states_written)
+            if (!head.cut.common.count(state)) written.insert(state->name);
     }
     const auto tail = look_at(range(block, n_blocks));
     for (const auto * state : tail.cut.states_written) {
@@ -176,16 +174,16 @@ dim_status dim_plan_open(const char * const * paths, size_t n_paths, dim_plan **
         forget_log();
         auto plan = std::make_unique<dim_plan>();
         dim_fault why = no_fault;
-        const auto status = guarded(&why, [&] { plan->model =
-            plan_then_fill(paths, n_paths, *header, load, 0, /*with_bytes =*/ false); });
+        const auto status = guarded(
+            &why, [&] { plan->model = plan_then_fill(paths, n_paths, *header, load, 0, /*with_bytes =*/false); });
         if (status == DIM_INTERNAL) {
             const std::string text = dim_last_error();
             fail(DIM_LOAD_FAILED, "%s: %s", paths[0], text.c_str());
         }
-        if (status != DIM_OK) throw failure { status, why };
+        if (status != DIM_OK) throw failure{ status, why };
         auto & llama = *plan->model->llama;
         check_decoder(llama);
-        plan->one   = std::make_unique<view>(llama, plan_ctx);
+        plan->one = std::make_unique<view>(llama, plan_ctx);
         plan->twice = std::make_unique<view>(llama, 2 * plan_ctx);
         *out = plan.release();
     });
@@ -202,7 +200,7 @@ const dim_model * dim_plan_model(const dim_plan * plan) { return plan->model.get
 
 dim_status dim_plan_range(dim_plan * plan, uint32_t first, uint32_t last, dim_range_plan * out) {
     return guarded([&] {
-        dim_range_plan seen {};
+        dim_range_plan seen{};
         plan->look_at_range(first, last, seen);
         *out = seen;
     });

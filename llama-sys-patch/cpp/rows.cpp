@@ -23,19 +23,29 @@ static const ggml_type_traits & traits(uint32_t type) {
 // ggml_quantize_chunk() asserts (or, built without assertions, does nothing) for any other.
 static bool can_quantize(uint32_t type) {
     switch (type) {
-        case GGML_TYPE_F32: case GGML_TYPE_F16: case GGML_TYPE_BF16:
-        case GGML_TYPE_Q4_0: case GGML_TYPE_Q4_1: case GGML_TYPE_Q5_0: case GGML_TYPE_Q5_1: case GGML_TYPE_Q8_0:
-        case GGML_TYPE_Q2_K: case GGML_TYPE_Q3_K: case GGML_TYPE_Q4_K: case GGML_TYPE_Q5_K: case GGML_TYPE_Q6_K:
-        case GGML_TYPE_IQ4_NL: case GGML_TYPE_IQ4_XS: case GGML_TYPE_MXFP4: case GGML_TYPE_TQ1_0: case GGML_TYPE_TQ2_0:
-            return true;
-        default:
-            return false;
+        case GGML_TYPE_F32:
+        case GGML_TYPE_F16:
+        case GGML_TYPE_BF16:
+        case GGML_TYPE_Q4_0:
+        case GGML_TYPE_Q4_1:
+        case GGML_TYPE_Q5_0:
+        case GGML_TYPE_Q5_1:
+        case GGML_TYPE_Q8_0:
+        case GGML_TYPE_Q2_K:
+        case GGML_TYPE_Q3_K:
+        case GGML_TYPE_Q4_K:
+        case GGML_TYPE_Q5_K:
+        case GGML_TYPE_Q6_K:
+        case GGML_TYPE_IQ4_NL:
+        case GGML_TYPE_IQ4_XS:
+        case GGML_TYPE_MXFP4:
+        case GGML_TYPE_TQ1_0:
+        case GGML_TYPE_TQ2_0:  return true;
+        default:               return false;
     }
 }
 
-static bool can_dequantize(uint32_t type) {
-    return type == GGML_TYPE_F32 || traits(type).to_float != nullptr;
-}
+static bool can_dequantize(uint32_t type) { return type == GGML_TYPE_F32 || traits(type).to_float != nullptr; }
 
 // The bytes of n_rows rows, with every product checked.
 static size_t size_of_rows(uint32_t type, size_t n_rows, size_t n_per_row) {
@@ -70,13 +80,12 @@ dim_status dim_type_describe(uint32_t type, dim_type_info * out) {
 }
 
 dim_status dim_quantize_rows(uint32_t type, const float * values, size_t n_rows, size_t n_per_row, uint8_t * out,
-                             size_t out_len,
-                             dim_fault * fault) {
+                             size_t out_len, dim_fault * fault) {
     return guarded(fault, [&] {
         initialize();
         check_size(out_len, size_of_rows(type, n_rows, n_per_row));
-        if (!can_quantize(type)) fail(DIM_INVALID_ARGUMENT, "%s cannot be made without an importance matrix",
-                                      traits(type).type_name);
+        if (!can_quantize(type))
+            fail(DIM_INVALID_ARGUMENT, "%s cannot be made without an importance matrix", traits(type).type_name);
         for (size_t row = 0; row < n_rows; row++) {
             size_t bad = 0;
             for (size_t i = 0; i < n_per_row; i++) bad += !std::isfinite(values[row * n_per_row + i]);
@@ -85,15 +94,14 @@ dim_status dim_quantize_rows(uint32_t type, const float * values, size_t n_rows,
             f.row = (int64_t) row, f.got = (int64_t) bad;
             fail_with(DIM_INPUT_NOT_FINITE, f, "row %zu has %zu values that are not finite", row, bad);
         }
-        const size_t written = ggml_quantize_chunk((ggml_type) type, values, out, 0, (int64_t) n_rows,
-                                                   (int64_t) n_per_row, nullptr);
+        const size_t written =
+            ggml_quantize_chunk((ggml_type) type, values, out, 0, (int64_t) n_rows, (int64_t) n_per_row, nullptr);
         if (written != out_len) fail(DIM_INTERNAL, "ggml wrote %zu bytes of %zu", written, out_len);
     });
 }
 
 dim_status dim_dequantize_rows(uint32_t type, const uint8_t * rows, size_t rows_len, size_t n_rows, size_t n_per_row,
-                               float * out,
-                               dim_fault * fault) {
+                               float * out, dim_fault * fault) {
     return guarded(fault, [&] {
         initialize();
         check_size(rows_len, size_of_rows(type, n_rows, n_per_row));
@@ -105,8 +113,9 @@ dim_status dim_dequantize_rows(uint32_t type, const uint8_t * rows, size_t rows_
         const auto & t = traits(type);
         const size_t row_bytes = rows_len / n_rows;
         // ggml reads blocks as structs: a row that does not stand on their alignment is moved first
-        std::vector<uint64_t> aligned(reinterpret_cast<uintptr_t>(rows) % alignof(uint64_t)
-            || row_bytes % alignof(uint64_t) ? (row_bytes + 7) / 8 : 0);
+        std::vector<uint64_t> aligned(
+            reinterpret_cast<uintptr_t>(rows) % alignof(uint64_t) || row_bytes % alignof(uint64_t) ? (row_bytes + 7) / 8
+                                                                                                   : 0);
         for (size_t row = 0; row < n_rows; row++) {
             const void * from = rows + row * row_bytes;
             if (!aligned.empty()) from = std::memcpy(aligned.data(), from, row_bytes);

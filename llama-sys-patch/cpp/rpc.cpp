@@ -24,8 +24,7 @@ dim_status dim_rpc_serve(const char * endpoint, uint32_t n_threads) {
 }
 
 dim_status dim_rpc_model_load(const char * const * paths, size_t n_paths, const char * endpoint, uint32_t n_blocks,
-                              bool use_mmap,
-                              dim_model ** out) {
+                              bool use_mmap, dim_model ** out) {
     return guarded([&] {
         initialize();
         if (n_paths == 0) fail(DIM_INVALID_ARGUMENT, "no model file given");
@@ -39,7 +38,7 @@ dim_status dim_rpc_model_load(const char * const * paths, size_t n_paths, const 
         auto load = llama_model_default_params();
         load.load_mode = use_mmap ? LLAMA_LOAD_MODE_MMAP : LLAMA_LOAD_MODE_NONE;
         load.lazy_mode = LLAMA_LAZY_MODE_OFF;
-        load.devices   = devices;
+        load.devices = devices;
         // llama.cpp counts the output as one more layer after the last block, and takes them from the end; the output
         // matrix itself stays here, or it would be shipped at every start
         load.n_gpu_layers = (int32_t) n_blocks + 1;

@@ -9,8 +9,8 @@ namespace dim {
 const sessions::state & sessions::at(uint32_t session) const {
     if (session >= held.size()) {
         dim_fault fault = no_fault;
-        fault.session  = session;
-        fault.got      = session;
+        fault.session = session;
+        fault.got = session;
         fault.expected = (int64_t) held.size();
         fail_with(DIM_UNKNOWN_SESSION, fault, "session %u: there are %zu", session, held.size());
     }
@@ -19,7 +19,7 @@ const sessions::state & sessions::at(uint32_t session) const {
 
 [[noreturn]] static void lost(int64_t row, uint32_t session) {
     dim_fault fault = no_fault;
-    fault.row     = row;
+    fault.row = row;
     fault.session = session;
     fail_with(DIM_SESSION_LOST, fault,
               "session %u was lost in a call that failed: clear it and evaluate it again from its beginning", session);
@@ -31,10 +31,10 @@ void sessions::check(const dim_row * rows, size_t n_rows) const {
     for (size_t i = 0; i < n_rows; i++) {
         const auto & row = rows[i];
         dim_fault fault = no_fault;
-        fault.row     = (int64_t) i;
+        fault.row = (int64_t) i;
         fault.session = row.session;
         if (row.session >= next.size()) {
-            fault.got      = row.session;
+            fault.got = row.session;
             fault.expected = (int64_t) next.size();
             fail_with(DIM_UNKNOWN_SESSION, fault, "row %zu: session %u, but there are %zu", i, row.session,
                       next.size());
@@ -91,7 +91,7 @@ void sessions::rewind(llama_memory_i & memory, uint32_t session, uint32_t positi
     const auto & s = at(session);
     dim_fault fault = no_fault;
     fault.session = session;
-    fault.got     = position;
+    fault.got = position;
     if (position > s.length) {
         fault.expected = s.length;
         fail_with(DIM_WRONG_POSITION, fault, "session %u holds %u positions: cannot rewind it to %u", session, s.length,
@@ -116,4 +116,4 @@ void sessions::rewind(llama_memory_i & memory, uint32_t session, uint32_t positi
     held[session] = { position, 0, false };
 }
 
-} // namespace dim
+}   // namespace dim

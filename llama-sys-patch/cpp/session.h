@@ -46,13 +46,13 @@ private:
     struct state {
         uint32_t length = 0;
         uint32_t last_rows = 0;   // of the last call, in this session; 0: none, or already taken back
-        bool     lost = false;
+        bool lost = false;
     };
     const state & at(uint32_t session) const;
     bool limited() const { return n_snapshots != UINT32_MAX; }
 
-    uint32_t           n_ctx, n_snapshots;
+    uint32_t n_ctx, n_snapshots;
     std::vector<state> held;
 };
 
-} // namespace dim
+}   // namespace dim

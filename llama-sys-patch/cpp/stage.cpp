@@ -39,10 +39,9 @@ static uint32_t n_snapshots(const stage_context & made) { return made.memory->n_
 
 dim_stage::dim_stage(stage_context made_context, dim_model & owner, const dim_stage_params & p)
     : made(std::move(made_context)), owner(owner), model(*owner.llama),
-        range { p.first, p.last, p.takes_tokens, p.has_lm_head },
-      f32_products(p.context.f32_products), n_vocab(model.vocab.n_tokens()),
-      session(p.context.max_sessions, p.context.n_ctx, n_snapshots(made)), batch(made.context.get()),
-      splitter(model.hparams.n_pos_per_embd()), whole(model, *made.context, p.first) {}
+      range{ p.first, p.last, p.takes_tokens, p.has_lm_head }, f32_products(p.context.f32_products),
+      n_vocab(model.vocab.n_tokens()), session(p.context.max_sessions, p.context.n_ctx, n_snapshots(made)),
+      batch(made.context.get()), splitter(model.hparams.n_pos_per_embd()), whole(model, *made.context, p.first) {}
 
 dim_stage::~dim_stage() {
     const no_allocation nothing(model);
@@ -54,13 +53,13 @@ dim_stage::~dim_stage() {
 
 void dim_stage::check_call(const rows_of_call & call) const {
     check_n_rows(context(), call.n_rows);
-    if ((call.input_type == DIM_TOKENS) != range.takes_tokens
-        || (call.input_type != DIM_TOKENS && !is_rows(call.input_type))) {
+    if ((call.input_type == DIM_TOKENS) != range.takes_tokens ||
+        (call.input_type != DIM_TOKENS && !is_rows(call.input_type))) {
         fail(DIM_WRONG_INPUT, range.takes_tokens ? "this stage starts the model: it takes tokens"
                                                  : "this stage does not start the model: it takes hidden rows");
     }
-    if ((call.output_type == DIM_LOGITS) != range.has_lm_head
-        || (call.output_type != DIM_LOGITS && !is_rows(call.output_type))) {
+    if ((call.output_type == DIM_LOGITS) != range.has_lm_head ||
+        (call.output_type != DIM_LOGITS && !is_rows(call.output_type))) {
         fail(DIM_WRONG_OUTPUT, range.has_lm_head ? "this stage ends the model: it gives logits"
                                                  : "this stage does not end the model: it gives hidden rows");
     }
@@ -70,13 +69,15 @@ void dim_stage::check_call(const rows_of_call & call) const {
     }
     session.check(call.rows, call.n_rows);
 
-    const size_t n_out = call.output_type != DIM_LOGITS ? call.n_rows
-        : (size_t) std::count_if(call.rows, call.rows + call.n_rows,
-                                 [](const dim_row & row) { return row.want_output; });
-    const size_t in_width  = call.input_type  == DIM_TOKENS ? 1
-        : in.bytes_per_token(call.input_type) / element_bytes(call.input_type);
-    const size_t out_width = call.output_type == DIM_LOGITS ? n_vocab
-        : out.bytes_per_token(call.output_type) / element_bytes(call.output_type);
+    const size_t n_out = call.output_type != DIM_LOGITS
+                             ? call.n_rows
+                             : (size_t) std::count_if(call.rows, call.rows + call.n_rows,
+                                                      [](const dim_row & row) { return row.want_output; });
+    const size_t in_width =
+        call.input_type == DIM_TOKENS ? 1 : in.bytes_per_token(call.input_type) / element_bytes(call.input_type);
+    const size_t out_width = call.output_type == DIM_LOGITS
+                                 ? n_vocab
+                                 : out.bytes_per_token(call.output_type) / element_bytes(call.output_type);
     dim_fault size = no_fault;
     size.got = (int64_t) call.input_len, size.expected = (int64_t) (call.n_rows * in_width);
     if (size.got != size.expected) {
@@ -102,19 +103,22 @@ void dim_stage::check_call(const rows_of_call & call) const {
 void dim_stage::evaluate(const rows_of_call & call, size_t * n_written) {
     check_call(call);
     struct undo {
-        dim_stage & stage; const rows_of_call & call; bool done;
+        dim_stage & stage;
+        const rows_of_call & call;
+        bool done;
         ~undo() {
             if (done) return;
             stage.graph = nullptr;   // its allocation may be half made
             stage.session.roll_back(stage.made.memory->module(), call.rows, call.n_rows);
         }
-    } undo { *this, call, false };
+    } undo{ *this, call, false };
     compute(call);
     undo.done = true;
     session.extend(call.rows, call.n_rows);
-    *n_written = call.output_type != DIM_LOGITS ? call.n_rows
-        : (size_t) std::count_if(call.rows, call.rows + call.n_rows,
-                                 [](const dim_row & row) { return row.want_output; });
+    *n_written = call.output_type != DIM_LOGITS
+                     ? call.n_rows
+                     : (size_t) std::count_if(call.rows, call.rows + call.n_rows,
+                                              [](const dim_row & row) { return row.want_output; });
 }
 
 void dim_stage::compute(const rows_of_call & call) {
@@ -143,7 +147,7 @@ void dim_stage::run_chunk(const rows_of_call & call, const llama_ubatch & ubatch
     uint32_t n_outputs = 0;
     for (uint32_t i = 0; i < ubatch.n_tokens; i++) n_outputs += ubatch.output[i] != 0;
 
-    const graph_kind wanted { call.input_type, call.output_type };
+    const graph_kind wanted{ call.input_type, call.output_type };
     const auto params = whole.params(ubatch, cells, n_outputs);
     if (graph && kind == wanted && whole.result().can_reuse(params)) {
         n_reused++;
@@ -174,7 +178,8 @@ void dim_stage::run_chunk(const rows_of_call & call, const llama_ubatch & ubatch
 // Hands the rows to llama.cpp's batch splitter, as tokens: 0 where nobody reads them.
 void dim_stage::split(const rows_of_call & call) {
     const auto * ids = call.input_type == DIM_TOKENS ? static_cast<const int32_t *>(call.input)
-                     : reads_tokens                  ? call.tokens : nullptr;
+                       : reads_tokens                ? call.tokens
+                                                     : nullptr;
     batch.clear();
     for (size_t i = 0; i < call.n_rows; i++) {
         const auto & row = call.rows[i];
@@ -182,16 +187,14 @@ void dim_stage::split(const rows_of_call & call) {
         // models whose positions have several parts take this for text: one position, thrice
         const auto p = (llama_pos) row.position;
         const llama_pos position[GGML_MROPE_SECTIONS] = { p, p, p, 0 };
-        if (at < 0
-            || !batch.set_token_id(at, ids ? ids[i] : 0)
-            || !batch.set_token_pos(at, position)
-            || !batch.set_output(at, !range.has_lm_head || row.want_output)) {
+        if (at < 0 || !batch.set_token_id(at, ids ? ids[i] : 0) || !batch.set_token_pos(at, position) ||
+            !batch.set_output(at, !range.has_lm_head || row.want_output)) {
             fail(DIM_INTERNAL, "llama.cpp refused row %zu of a batch", i);
         }
     }
     forget_log();
-    if (!splitter.init(batch, model.vocab, false)) fail(DIM_INTERNAL, "llama.cpp refused a batch: %s",
-                                                        log_error_line());
+    if (!splitter.init(batch, model.vocab, false))
+        fail(DIM_INTERNAL, "llama.cpp refused a batch: %s", log_error_line());
 }
 
 void dim_stage::fill_input(const llama_ubatch & ubatch, const uint8_t * rows) {
@@ -224,7 +227,7 @@ void dim_stage::take_output(const llama_ubatch & ubatch, const std::vector<int32
 
 void dim_stage::take_rows(const std::vector<int32_t> & to, uint8_t * rows) {
     if (kind.output == DIM_LOGITS) {
-        const crossing_part logits { GGML_TYPE_F32, 1, { (int64_t) n_vocab, 1, 1, 1 }, "" };
+        const crossing_part logits{ GGML_TYPE_F32, 1, { (int64_t) n_vocab, 1, 1, 1 }, "" };
         rows_out(outputs[0], logits, to, rows, n_vocab * sizeof(float), 0);
         return;
     }
@@ -242,7 +245,7 @@ void dim_stage::check_output(const uint8_t * rows, size_t n_rows, const std::vec
     dim_fault bad = kind.output == DIM_LOGITS ? find_bad_logits(reinterpret_cast<const float *>(rows), n_rows, n_vocab)
                                               : find_bad_rows(out, kind.output, rows, n_rows);
     if (bad.row < 0) return;
-    bad.row   = batch_row[(size_t) bad.row];
+    bad.row = batch_row[(size_t) bad.row];
     bad.block = (int64_t) range.last - 1;
 
     // what it was before the conversion tells an overflow from a NaN
@@ -261,15 +264,15 @@ void dim_stage::check_output(const uint8_t * rows, size_t n_rows, const std::vec
     }
     fail_with(DIM_OUTPUT_NOT_FINITE, bad, "%s %lld gave %lld values that are not finite, first in row %lld",
               range.has_lm_head ? "the output after block" : "block", (long long) bad.block, (long long) bad.got,
-                  (long long) bad.row);
+              (long long) bad.row);
 }
 
 // ---- watch
 
 void dim_stage::watch(bool on) {
-    graph    = nullptr;   // the callback is set when a graph is built
+    graph = nullptr;   // the callback is set when a graph is built
     watching = on;
-    stats.assign(range.last - range.first + (range.has_lm_head ? 1 : 0), dim_block_stats {});
+    stats.assign(range.last - range.first + (range.has_lm_head ? 1 : 0), dim_block_stats{});
 }
 
 // A block's output is what goes on from it; of several tensors the last.
@@ -287,12 +290,12 @@ bool dim_stage::observe(ggml_tensor * tensor, bool ask) {
     const int64_t computed_ns = now_ns();
     auto & block = stats[found->second];
     block.calls++;
-    block.rows        += (uint64_t) tensor->ne[1];
+    block.rows += (uint64_t) tensor->ne[1];
     block.nanoseconds += (uint64_t) (computed_ns - watch_since_ns);
     if (ggml_is_contiguous(tensor) && tensor->type == GGML_TYPE_F32) {
         watched_values.resize((size_t) ggml_nelements(tensor));
         ggml_backend_tensor_get(tensor, watched_values.data(), 0, watched_values.size() * sizeof(float));
-        block.max_abs     = std::max(block.max_abs, max_abs_finite(watched_values.data(), watched_values.size()));
+        block.max_abs = std::max(block.max_abs, max_abs_finite(watched_values.data(), watched_values.size()));
         block.not_finite += count_not_finite(watched_values.data(), watched_values.size());
     }
     watch_since_ns = now_ns();   // looking is not the next block's time

@@ -20,7 +20,7 @@ void check_decoder(const llama_model & model);
 // What dim_stage_crossing() does.
 void give_crossing(const crossing & layout, dim_crossing * out, size_t capacity, size_t * n);
 
-} // namespace dim
+}   // namespace dim
 
 struct dim_stage {
     dim_stage(dim::stage_context made, dim_model & model, const dim_stage_params & params);
@@ -30,31 +30,31 @@ struct dim_stage {
     // A call's rows in, and its rows or logits out: what dim_stage_evaluate() takes.
     struct rows_of_call {
         const dim_row * rows;
-        size_t          n_rows;
-        const int32_t * tokens;        // NULL where nobody reads them
-        dim_dtype       input_type;
-        const void *    input;
-        size_t          input_len;
-        dim_dtype       output_type;
-        void *          output;
-        size_t          output_len;
+        size_t n_rows;
+        const int32_t * tokens;   // NULL where nobody reads them
+        dim_dtype input_type;
+        const void * input;
+        size_t input_len;
+        dim_dtype output_type;
+        void * output;
+        size_t output_len;
     };
 
     void evaluate(const rows_of_call & call, size_t * n_written);
     void prepare();
     void watch(bool on);
 
-    dim::stage_context       made;
-    dim_model &              owner;
-    llama_model &            model;
-    const dim::block_range   range;
-    const bool               f32_products;
-    const size_t             n_vocab;
-    dim::crossing            in, out;          // what crosses the range's ends
-    bool                     reads_tokens = false;
-    dim::sessions            session;
-    uint64_t                 n_reused = 0, n_built = 0;
-    std::vector<dim_block_stats> stats;        // of blocks first .. last - 1, then of the lm_head if there is one
+    dim::stage_context made;
+    dim_model & owner;
+    llama_model & model;
+    const dim::block_range range;
+    const bool f32_products;
+    const size_t n_vocab;
+    dim::crossing in, out;   // what crosses the range's ends
+    bool reads_tokens = false;
+    dim::sessions session;
+    uint64_t n_reused = 0, n_built = 0;
+    std::vector<dim_block_stats> stats;   // of blocks first .. last - 1, then of the lm_head if there is one
 
 private:
     // What distinguishes two calls' graphs beyond what llama.cpp compares itself.
@@ -91,21 +91,21 @@ private:
 
     llama_context & context() const { return *made.context; }
 
-    llama_batch_ext     batch;
-    llama_batch_allocr  splitter;
+    llama_batch_ext batch;
+    llama_batch_allocr splitter;
 
     // The graph of the last chunk.
-    dim::whole_graph           whole;               // llama.cpp's: owns every tensor but ours, and the inputs
-    std::vector<uint8_t>       room;                // of `ours`
-    ggml_context_ptr           ours;                // our own tensors and the cut graph
-    ggml_cgraph *              graph = nullptr;     // NULL: must be built
-    graph_kind                 kind {};
-    std::vector<ggml_tensor *> inputs;              // what a call's rows are written to, part by part
-    std::vector<ggml_tensor *> outputs;             // what they are read from
-    std::vector<ggml_tensor *> results;             // the same before a conversion to F16
+    dim::whole_graph whole;          // llama.cpp's: owns every tensor but ours, and the inputs
+    std::vector<uint8_t> room;       // of `ours`
+    ggml_context_ptr ours;           // our own tensors and the cut graph
+    ggml_cgraph * graph = nullptr;   // NULL: must be built
+    graph_kind kind{};
+    std::vector<ggml_tensor *> inputs;    // what a call's rows are written to, part by part
+    std::vector<ggml_tensor *> outputs;   // what they are read from
+    std::vector<ggml_tensor *> results;   // the same before a conversion to F16
 
-    bool                       watching = false;
+    bool watching = false;
     std::unordered_map<const ggml_tensor *, size_t> watched;
-    std::vector<float>         watched_values;
-    int64_t                    watch_since_ns = 0;
+    std::vector<float> watched_values;
+    int64_t watch_since_ns = 0;
 };

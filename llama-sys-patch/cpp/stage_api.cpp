@@ -12,13 +12,13 @@ void dim::check_decoder(const llama_model & model) {
     };
     if (model.hparams.vocab_only || model.vocab.n_tokens() == 0) refuse("the file gives no vocabulary size");
     if (llama_model_has_encoder(&model)) refuse("it has an encoder");
-    if (!model.hparams.causal_attn)      refuse("its attention is not causal");
+    if (!model.hparams.causal_attn) refuse("its attention is not causal");
 }
 
 void dim::give_crossing(const crossing & layout, dim_crossing * out, size_t capacity, size_t * n) {
     for (size_t i = 0; i < std::min(capacity, layout.parts.size()); i++) {
         const auto & part = layout.parts[i];
-        out[i].type     = part.type == GGML_TYPE_I32 ? DIM_VALUE_I32 : DIM_VALUE_F32;
+        out[i].type = part.type == GGML_TYPE_I32 ? DIM_VALUE_I32 : DIM_VALUE_F32;
         out[i].n_values = (uint32_t) part.n_values();
         std::snprintf(out[i].name, sizeof out[i].name, "%s", part.name.c_str());
     }
@@ -50,9 +50,9 @@ dim_status dim_stage_create(dim_model * model, const dim_stage_params * params, 
         if (model->planned) fail(DIM_INVALID_ARGUMENT, "a plan's model has no weights");
         check_range(*model, *params);
         check_decoder(*model->llama);
-        const block_range range { params->first, params->last, params->takes_tokens, params->has_lm_head };
-        std::unique_ptr<dim_stage> stage(new dim_stage(make_stage_context(*model->llama, params->context, range),
-                                                       *model, *params));
+        const block_range range{ params->first, params->last, params->takes_tokens, params->has_lm_head };
+        std::unique_ptr<dim_stage> stage(
+            new dim_stage(make_stage_context(*model->llama, params->context, range), *model, *params));
         stage->prepare();
         *out = stage.release();
     });
@@ -79,9 +79,8 @@ dim_status dim_stage_crossing(const dim_stage * stage, dim_end end, dim_crossing
 bool dim_stage_reads_tokens(const dim_stage * stage) { return stage->reads_tokens && !stage->range.takes_tokens; }
 
 dim_status dim_stage_evaluate(dim_stage * stage, const dim_row * rows, size_t n_rows, const int32_t * tokens,
-                              dim_dtype input_type, const void * input, size_t input_len,
-                              dim_dtype output_type, void * output, size_t output_len, size_t * n_written,
-                                  dim_fault * fault) {
+                              dim_dtype input_type, const void * input, size_t input_len, dim_dtype output_type,
+                              void * output, size_t output_len, size_t * n_written, dim_fault * fault) {
     return guarded(fault, [&] {
         stage->evaluate({ rows, n_rows, tokens, input_type, input, input_len, output_type, output, output_len },
                         n_written);
@@ -96,7 +95,7 @@ dim_status dim_stage_lowest(const dim_stage * stage, uint32_t session, uint32_t 
                             dim_fault * fault) {
     return guarded(fault, [&] {
         *position = stage->session.lowest(session);
-        *lost     = stage->session.is_lost(session);
+        *lost = stage->session.is_lost(session);
     });
 }
 
@@ -106,7 +105,7 @@ dim_status dim_stage_length(const dim_stage * stage, uint32_t session, uint32_t 
 
 void dim_stage_graphs(const dim_stage * stage, uint64_t * reused, uint64_t * built) {
     *reused = stage->n_reused;
-    *built  = stage->n_built;
+    *built = stage->n_built;
 }
 
 dim_status dim_stage_watch(dim_stage * stage, bool on) {
@@ -115,8 +114,8 @@ dim_status dim_stage_watch(dim_stage * stage, bool on) {
 
 dim_status dim_stage_block_stats(const dim_stage * stage, dim_block_stats * out, size_t capacity, size_t * n) {
     return guarded([&] {
-        if (capacity < stage->stats.size()) fail(DIM_WRONG_SIZE, "room for %zu blocks of %zu", capacity,
-                                                 stage->stats.size());
+        if (capacity < stage->stats.size())
+            fail(DIM_WRONG_SIZE, "room for %zu blocks of %zu", capacity, stage->stats.size());
         std::copy(stage->stats.begin(), stage->stats.end(), out);
         *n = stage->stats.size();
     });

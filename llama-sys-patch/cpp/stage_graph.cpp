@@ -14,7 +14,7 @@ range_cut dim_stage::analyse(const llm_graph_params & params) {
 
 void dim_stage::build(const llm_graph_params & params, graph_kind wanted) {
     graph = nullptr;
-    kind  = wanted;
+    kind = wanted;
     ggml_backend_sched_set_eval_callback(context().get_sched(), watching ? on_node : nullptr, this);
     auto cut = analyse(params);
     if (made.memory->allocate(cut)) cut = analyse(params);   // views of the new states now know where these are
@@ -31,8 +31,8 @@ void dim_stage::assemble(const range_cut & cut) {
     const size_t n_products = f32_products ? room_for_products(cut, max_nodes, part_bytes) : 0;
     const size_t n_ends = cut.inputs.size() + cut.outputs.size();
     room.resize((n_ends + 4 * n_products) * ggml_tensor_overhead() + ggml_graph_overhead_custom(max_nodes, false));
-    ours.reset(ggml_init({ room.size(), room.data(), /*no_alloc =*/ true }));
-    graph   = ggml_new_graph_custom(ours.get(), max_nodes, false);
+    ours.reset(ggml_init({ room.size(), room.data(), /*no_alloc =*/true }));
+    graph = ggml_new_graph_custom(ours.get(), max_nodes, false);
     results = cut.outputs;
 
     place_inputs(cut);
@@ -59,7 +59,7 @@ void dim_stage::place_inputs(const range_cut & cut) {
             ggml_set_name(leaf, "stage_input");
             ggml_set_input(leaf);
             // as ggml_cast() makes it
-            tensor->op     = GGML_OP_CPY;
+            tensor->op = GGML_OP_CPY;
             tensor->src[0] = leaf;
             tensor->src[1] = tensor;
             inputs.push_back(leaf);
@@ -74,7 +74,8 @@ void dim_stage::place_inputs(const range_cut & cut) {
 
 void dim_stage::place_outputs() {
     // may be a product that was replaced
-    if (f32_products) for (auto * result : results) ggml_build_forward_expand(graph, result);
+    if (f32_products)
+        for (auto * result : results) ggml_build_forward_expand(graph, result);
     outputs.clear();
     for (auto * result : results) {
         ggml_set_output(result);   // kept for check_output(), also where it is converted
@@ -95,8 +96,8 @@ void dim_stage::place_outputs() {
 static bool is_rounding_product(const ggml_tensor * node) {
     if (node->op != GGML_OP_MUL_MAT) return false;
     const auto * matrix = node->src[0];
-    return matrix->op == GGML_OP_NONE && matrix->type != GGML_TYPE_F32 && ggml_n_dims(matrix) <= 2
-        && matrix->buffer && ggml_backend_buffer_get_usage(matrix->buffer) == GGML_BACKEND_BUFFER_USAGE_WEIGHTS;
+    return matrix->op == GGML_OP_NONE && matrix->type != GGML_TYPE_F32 && ggml_n_dims(matrix) <= 2 && matrix->buffer &&
+           ggml_backend_buffer_get_usage(matrix->buffer) == GGML_BACKEND_BUFFER_USAGE_WEIGHTS;
 }
 
 // Rows of a matrix that are turned into F32 at once, for parts of so many bytes.
@@ -109,9 +110,9 @@ size_t dim_stage::n_parts(const range_cut & cut, int64_t part_bytes) const {
     size_t n = 0;
     for (const int i : cut.nodes) {
         const auto * node = whole.nodes().nodes[i];
-        if (node->op == GGML_OP_MUL_MAT_ID) fail(DIM_UNSUPPORTED,
-                                                 "a %s model has experts, for which there are no f32_products",
-                                                     model.arch_name().c_str());
+        if (node->op == GGML_OP_MUL_MAT_ID)
+            fail(DIM_UNSUPPORTED, "a %s model has experts, for which there are no f32_products",
+                 model.arch_name().c_str());
         if (!is_rounding_product(node)) continue;
         const int64_t n_rows = rows_of_a_part(node->src[0], part_bytes);
         n += (size_t) ((node->src[0]->ne[1] + n_rows - 1) / n_rows);
@@ -125,8 +126,8 @@ size_t dim_stage::room_for_products(const range_cut & cut, size_t max_nodes, int
     const size_t n_others = cut.nodes.size() + (size_t) whole.nodes().n_leafs + 8;
     size_t n = n_parts(cut, part_bytes);
     while (n_others + 4 * n > max_nodes && part_bytes < INT64_MAX / 2) n = n_parts(cut, part_bytes *= 2);
-    if (n_others + 4 * n > max_nodes) fail(DIM_UNSUPPORTED, "the graph of a %s model has no room for f32_products",
-                                           model.arch_name().c_str());
+    if (n_others + 4 * n > max_nodes)
+        fail(DIM_UNSUPPORTED, "the graph of a %s model has no room for f32_products", model.arch_name().c_str());
     return n;
 }
 
@@ -147,8 +148,8 @@ void dim_stage::replace_rounding_products(const range_cut & cut, int64_t part_by
         std::vector<ggml_tensor *> parts;
         for (int64_t row = 0; row < matrix->ne[1]; row += n_rows) {
             const int64_t n = std::min(n_rows, matrix->ne[1] - row);
-            auto * rows = ggml_view_2d(ours.get(), matrix, matrix->ne[0], n, matrix->nb[1],
-                                       (size_t) row * matrix->nb[1]);
+            auto * rows =
+                ggml_view_2d(ours.get(), matrix, matrix->ne[0], n, matrix->nb[1], (size_t) row * matrix->nb[1]);
             parts.push_back(ggml_mul_mat(ours.get(), ggml_cast(ours.get(), rows, GGML_TYPE_F32), node->src[1]));
         }
         // two by two, so that no value is copied often
@@ -171,13 +172,13 @@ void dim_stage::replace_rounding_products(const range_cut & cut, int64_t part_by
 // What crosses is read off it and off one of another number of rows.
 void dim_stage::prepare() {
     auto & ctx = context();
-    const uint32_t n_sessions  = session.count();
+    const uint32_t n_sessions = session.count();
     const uint32_t per_session = std::max(1u, std::min(ctx.n_ctx(), ctx.n_ubatch()) / n_sessions);
     const auto cells = made.memory->module().init_full();
     if (!cells) fail(DIM_OUT_OF_MEMORY, "llama.cpp could not prepare the KV cache");
     const uint32_t n_pos = model.hparams.n_pos_per_embd();
     llama_batch_allocr of_others(n_pos), of_largest(n_pos);
-    const auto others  = chunk_for_reserve(of_others, per_session > 1 ? per_session - 1 : 2, n_sessions);
+    const auto others = chunk_for_reserve(of_others, per_session > 1 ? per_session - 1 : 2, n_sessions);
     const auto largest = chunk_for_reserve(of_largest, per_session, n_sessions);
     {
         const auto before = analyse(whole.params(others, cells.get(), others.n_tokens));

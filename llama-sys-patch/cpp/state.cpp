@@ -17,9 +17,9 @@ namespace dim {
 
 // The recurrent part of a memory, if it has one that is a module of its own.
 static llama_memory_recurrent * recurrent_part(llama_memory_i & memory) {
-    if (auto * all = dynamic_cast<llama_memory_recurrent *>(&memory))             return all;
-    if (auto * hybrid = dynamic_cast<llama_memory_hybrid *>(&memory))             return hybrid->get_mem_recr();
-    if (auto * hybrid = dynamic_cast<llama_memory_hybrid_iswa *>(&memory))        return hybrid->get_mem_recr();
+    if (auto * all = dynamic_cast<llama_memory_recurrent *>(&memory)) return all;
+    if (auto * hybrid = dynamic_cast<llama_memory_hybrid *>(&memory)) return hybrid->get_mem_recr();
+    if (auto * hybrid = dynamic_cast<llama_memory_hybrid_iswa *>(&memory)) return hybrid->get_mem_recr();
     return nullptr;
 }
 
@@ -27,9 +27,9 @@ static llama_memory_recurrent * recurrent_part(llama_memory_i & memory) {
 static void give_back(const ggml_tensor * tensor) {
 #if defined(__unix__) || defined(__APPLE__)
     if (!ggml_backend_buffer_is_host(tensor->buffer)) return;
-    const uintptr_t page  = (uintptr_t) sysconf(_SC_PAGESIZE);
+    const uintptr_t page = (uintptr_t) sysconf(_SC_PAGESIZE);
     const uintptr_t start = ((uintptr_t) tensor->data + page - 1) / page * page;
-    const uintptr_t end   = ((uintptr_t) tensor->data + ggml_nbytes(tensor)) / page * page;
+    const uintptr_t end = ((uintptr_t) tensor->data + ggml_nbytes(tensor)) / page * page;
     if (start < end) madvise((void *) start, end - start, MADV_DONTNEED);
 #else
     (void) tensor;
@@ -43,12 +43,14 @@ uint32_t snapshots_of(const llama_context & context) {
 }
 
 stage_memory::stage_memory(llama_model & model, llama_context & context, const block_range & range,
-                           const llama_memory_params & params, bool planned) : of_context(context.get_memory()) {
+                           const llama_memory_params & params, bool planned)
+    : of_context(context.get_memory()) {
     make_again(model, context, range, params, planned);
     snapshots = snapshots_of(context);
     auto * states = recurrent_part(*of_context);
     if (!states) {   // a module made again whole has allocated what it has
-        if (own) for (const auto & [type, bytes] : own->memory_breakdown()) n_bytes += bytes;
+        if (own)
+            for (const auto & [type, bytes] : own->memory_breakdown()) n_bytes += bytes;
         return;
     }
     if (!own) {   // made by llama.cpp for all blocks, whatever no_alloc says
@@ -57,7 +59,8 @@ stage_memory::stage_memory(llama_model & model, llama_context & context, const b
     }
     // the context asks its own memory in llama_decode() only: its states are never touched again
     for (const auto * list : { &states->r_l, &states->s_l, &states->p_l }) {
-        for (const auto * tensor : *list) if (tensor) give_back(tensor);
+        for (const auto * tensor : *list)
+            if (tensor) give_back(tensor);
     }
     show_placeholders(*recurrent_part(*own), *states, range);
 }
@@ -77,23 +80,21 @@ void stage_memory::make_again(llama_model & model, const llama_context & context
     };
     if (kind == typeid(llama_memory_recurrent)) {
         own.reset(new llama_memory_recurrent(model, GGML_TYPE_F32, GGML_TYPE_F32, c.offload_kqv, n_states, c.n_seq_max,
-                                             c.n_rs_seq,
-                own_of(static_cast<llama_memory_recurrent *>(of_context))));
+                                             c.n_rs_seq, own_of(static_cast<llama_memory_recurrent *>(of_context))));
     } else if (kind == typeid(llama_memory_hybrid)) {
         auto & all = *static_cast<llama_memory_hybrid *>(of_context);
         own.reset(new llama_memory_hybrid(model, params.type_k, params.type_v, !c.flash_attn, c.n_ctx_seq, 1, h.n_swa,
-                                          h.swa_type,
-                GGML_TYPE_F32, GGML_TYPE_F32, n_states, c.n_seq_max, c.n_rs_seq, c.offload_kqv, c.kv_unified,
-                kept_by(all.get_mem_attn()->get_layer_ids()), own_of(all.get_mem_recr())));
+                                          h.swa_type, GGML_TYPE_F32, GGML_TYPE_F32, n_states, c.n_seq_max, c.n_rs_seq,
+                                          c.offload_kqv, c.kv_unified, kept_by(all.get_mem_attn()->get_layer_ids()),
+                                          own_of(all.get_mem_recr())));
     } else if (kind == typeid(llama_memory_hybrid_iswa)) {
         auto & all = *static_cast<llama_memory_hybrid_iswa *>(of_context);
         auto attending = all.get_mem_attn()->get_base()->get_layer_ids();
         for (const auto block : all.get_mem_attn()->get_swa()->get_layer_ids()) attending.push_back(block);
         own.reset(new llama_memory_hybrid_iswa(model, params.type_k, params.type_v, !c.flash_attn, params.swa_full,
-                                               c.n_ctx_seq,
-                c.n_ubatch, 1, GGML_TYPE_F32, GGML_TYPE_F32, n_states, c.n_seq_max, c.n_rs_seq, c.offload_kqv,
-                    c.kv_unified,
-                kept_by(attending), own_of(all.get_mem_recr())));
+                                               c.n_ctx_seq, c.n_ubatch, 1, GGML_TYPE_F32, GGML_TYPE_F32, n_states,
+                                               c.n_seq_max, c.n_rs_seq, c.offload_kqv, c.kv_unified, kept_by(attending),
+                                               own_of(all.get_mem_recr())));
     } else if (kind == typeid(llama_kv_cache_dsv4) && !planned) {
         // clears the bytes of all its blocks when a session is cleared: these have to be there
         model.hparams.no_alloc = false;
@@ -104,7 +105,7 @@ void stage_memory::make_again(llama_model & model, const llama_context & context
 
 // A tensor of the same shape and device, without bytes.
 ggml_tensor * stage_memory::placeholder(const ggml_tensor * like) {
-    placeholders.emplace_back(ggml_init({ ggml_tensor_overhead(), nullptr, /*no_alloc =*/ true }));
+    placeholders.emplace_back(ggml_init({ ggml_tensor_overhead(), nullptr, /*no_alloc =*/true }));
     auto * tensor = ggml_dup_tensor(placeholders.back().get(), like);
     auto * buffer = ggml_backend_buft_alloc_buffer(ggml_backend_buffer_get_type(like->buffer), 0);
     if (!buffer) throw std::bad_alloc();
@@ -154,8 +155,8 @@ bool stage_memory::allocate(const range_cut & cut) {
     for (auto & [type, tensors] : by_type) {
         const size_t align = ggml_backend_buft_get_alignment(type);
         uint64_t size = 0;
-        for (const auto * tensor : tensors) size += GGML_PAD((uint64_t) ggml_backend_buft_get_alloc_size(type, tensor),
-            align);
+        for (const auto * tensor : tensors)
+            size += GGML_PAD((uint64_t) ggml_backend_buft_get_alloc_size(type, tensor), align);
         check_fits(type, size);
         auto * buffer = ggml_backend_buft_alloc_buffer(type, size);
         if (!buffer) fail(DIM_OUT_OF_MEMORY, "no memory for a cache of %.1f MiB", (double) size / (1 << 20));
@@ -172,4 +173,4 @@ bool stage_memory::allocate(const range_cut & cut) {
     return !by_type.empty();
 }
 
-} // namespace dim
+}   // namespace dim

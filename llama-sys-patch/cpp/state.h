@@ -22,8 +22,7 @@ public:
     // says: their module is made again for the range's blocks, and what the context's own holds is given back.
     // `planned`: nothing will be evaluated.
     stage_memory(llama_model & model, llama_context & context, const block_range & range,
-                 const llama_memory_params & params,
-                 bool planned);
+                 const llama_memory_params & params, bool planned);
 
     llama_memory_i & module() const { return own ? *own : *of_context; }
 
@@ -38,19 +37,18 @@ public:
 
 private:
     void make_again(llama_model & model, const llama_context & context, const block_range & range,
-                    const llama_memory_params & params,
-                    bool planned);
+                    const llama_memory_params & params, bool planned);
     void show_placeholders(llama_memory_recurrent & states, const llama_memory_recurrent & like,
                            const block_range & range);
     ggml_tensor * placeholder(const ggml_tensor * like);
 
-    llama_memory_i *  of_context;
-    uint32_t          snapshots = UINT32_MAX;
-    uint64_t          n_bytes = 0;
+    llama_memory_i * of_context;
+    uint32_t snapshots = UINT32_MAX;
+    uint64_t n_bytes = 0;
     // in the order they are freed in, last first
     std::vector<ggml_backend_buffer_ptr> buffers;
-    std::vector<ggml_context_ptr>        placeholders;
-    llama_memory_ptr                     own;
+    std::vector<ggml_context_ptr> placeholders;
+    llama_memory_ptr own;
 };
 
-} // namespace dim
+}   // namespace dim

@@ -12,51 +12,52 @@
 using namespace dim;
 
 struct dim_stock {
-    llama_context_ptr   context;
+    llama_context_ptr context;
     const llama_model & model;
-    const size_t        n_vocab;
-    sessions            session;
+    const size_t n_vocab;
+    sessions session;
 
     void decode(const dim_row * rows, size_t n_rows, const int32_t * tokens, size_t tokens_len, float * logits,
                 size_t logits_len, size_t * n_written);
 };
 
 void dim_stock::decode(const dim_row * rows, size_t n_rows, const int32_t * tokens, size_t tokens_len, float * logits,
-                       size_t logits_len,
-                       size_t * n_written) {
+                       size_t logits_len, size_t * n_written) {
     check_n_rows(*context, n_rows);
     session.check(rows, n_rows);
-    const size_t n_out = (size_t) std::count_if(rows, rows + n_rows,
-                                                [](const dim_row & row) { return row.want_output; });
+    const size_t n_out =
+        (size_t) std::count_if(rows, rows + n_rows, [](const dim_row & row) { return row.want_output; });
     dim_fault size = no_fault;
     size.got = (int64_t) tokens_len, size.expected = (int64_t) n_rows;
     if (size.got != size.expected) fail_with(DIM_WRONG_SIZE, size, "%zu tokens for %zu rows", tokens_len, n_rows);
     size.got = (int64_t) logits_len, size.expected = (int64_t) (n_out * n_vocab);
-    if (size.got < size.expected) fail_with(DIM_WRONG_SIZE, size, "logits: room for %zu values, %zu rows of %zu come",
-                                            logits_len, n_out, n_vocab);
+    if (size.got < size.expected)
+        fail_with(DIM_WRONG_SIZE, size, "logits: room for %zu values, %zu rows of %zu come", logits_len, n_out,
+                  n_vocab);
     size.got = (int64_t) n_out, size.expected = context->get_cparams().n_outputs_max;   // llama.cpp asserts this
-    if (size.got > size.expected) fail_with(DIM_TOO_MANY_ROWS, size, "logits of %zu rows at once: at most %lld", n_out,
-                                            (long long) size.expected);
+    if (size.got > size.expected)
+        fail_with(DIM_TOO_MANY_ROWS, size, "logits of %zu rows at once: at most %lld", n_out,
+                  (long long) size.expected);
     check_tokens(model, tokens, n_rows);
 
-    std::vector<llama_pos>      positions(n_rows);
-    std::vector<int32_t>        n_seq_id(n_rows, 1);
-    std::vector<llama_seq_id>   seq_id(n_rows);
+    std::vector<llama_pos> positions(n_rows);
+    std::vector<int32_t> n_seq_id(n_rows, 1);
+    std::vector<llama_seq_id> seq_id(n_rows);
     std::vector<llama_seq_id *> seq_ids(n_rows + 1, nullptr);
-    std::vector<int8_t>         wanted(n_rows);
+    std::vector<int8_t> wanted(n_rows);
     for (size_t i = 0; i < n_rows; i++) {
         positions[i] = (llama_pos) rows[i].position;
-        seq_id[i]    = (llama_seq_id) rows[i].session;
-        seq_ids[i]   = &seq_id[i];
-        wanted[i]    = rows[i].want_output;
+        seq_id[i] = (llama_seq_id) rows[i].session;
+        seq_ids[i] = &seq_id[i];
+        wanted[i] = rows[i].want_output;
     }
-    llama_batch batch {};
+    llama_batch batch{};
     batch.n_tokens = (int32_t) n_rows;
-    batch.token    = const_cast<llama_token *>(tokens);
-    batch.pos      = positions.data();
+    batch.token = const_cast<llama_token *>(tokens);
+    batch.pos = positions.data();
     batch.n_seq_id = n_seq_id.data();
-    batch.seq_id   = seq_ids.data();
-    batch.logits   = wanted.data();
+    batch.seq_id = seq_ids.data();
+    batch.logits = wanted.data();
 
     forget_log();
     const int32_t status = llama_decode(context.get(), batch);
@@ -90,8 +91,8 @@ dim_status dim_stock_create(dim_model * owner, const dim_context_params * params
         const uint32_t least = params->max_outputs == 0 ? 0 : std::max(params->max_outputs, params->max_sessions);
         auto ctx = make_context(model, *params, least);
         const uint32_t n_snapshots = snapshots_of(*ctx);
-        *out = new dim_stock { std::move(ctx), *model, (size_t) model->vocab.n_tokens(),
-                               sessions(params->max_sessions, params->n_ctx, n_snapshots) };
+        *out = new dim_stock{ std::move(ctx), *model, (size_t) model->vocab.n_tokens(),
+                              sessions(params->max_sessions, params->n_ctx, n_snapshots) };
     });
 }
 
@@ -107,8 +108,8 @@ dim_status dim_stock_describe(const dim_stock * stock, dim_context_info * out) {
 }
 
 dim_status dim_stock_decode(dim_stock * stock, const dim_row * rows, size_t n_rows, const int32_t * tokens,
-                            size_t tokens_len,
-                            float * logits, size_t logits_len, size_t * n_written, dim_fault * fault) {
+                            size_t tokens_len, float * logits, size_t logits_len, size_t * n_written,
+                            dim_fault * fault) {
     return guarded(fault, [&] { stock->decode(rows, n_rows, tokens, tokens_len, logits, logits_len, n_written); });
 }
 
@@ -124,6 +125,6 @@ dim_status dim_stock_lowest(const dim_stock * stock, uint32_t session, uint32_t 
                             dim_fault * fault) {
     return guarded(fault, [&] {
         *position = stock->session.lowest(session);
-        *lost     = stock->session.is_lost(session);
+        *lost = stock->session.is_lost(session);
     });
 }

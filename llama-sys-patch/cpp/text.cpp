@@ -31,17 +31,16 @@ static void check_special(const llama_vocab & vocab) {
         }
     };
     need(bert || llama_vocab_get_add_bos(&vocab), llama_vocab_bos(&vocab), "begin-of-text");
-    need(        llama_vocab_get_add_eos(&vocab), llama_vocab_eos(&vocab), "end-of-text");
+    need(llama_vocab_get_add_eos(&vocab), llama_vocab_eos(&vocab), "end-of-text");
     need(bert || llama_vocab_get_add_sep(&vocab), llama_vocab_sep(&vocab), "separator");
 }
 
 dim_status dim_model_tokenize(const dim_model * model, const char * text, size_t length, bool add_special,
-                              bool parse_special,
-                              int32_t * tokens, size_t capacity, int64_t * n_tokens) {
+                              bool parse_special, int32_t * tokens, size_t capacity, int64_t * n_tokens) {
     return guarded([&] {
         const auto & vocab = need_tokenizer(model);
-        if (length > INT32_MAX / 2) fail(DIM_INVALID_ARGUMENT, "a text of %zu bytes: at most %d", length,
-                                         INT32_MAX / 2);
+        if (length > INT32_MAX / 2)
+            fail(DIM_INVALID_ARGUMENT, "a text of %zu bytes: at most %d", length, INT32_MAX / 2);
         if (add_special) check_special(vocab);
         const int32_t room = (int32_t) std::min<size_t>(capacity, INT32_MAX);
         const int32_t n = llama_tokenize(&vocab, text, (int32_t) length, tokens, room, add_special, parse_special);

@@ -16,15 +16,13 @@ tiny_keys::tiny_keys(llm_arch arch, uint32_t n_blocks)
     : arch(arch), n_layer(least_blocks(arch, n_blocks)), file(gguf_init_empty(), gguf_free), key(arch) {
     if (arch == LLM_ARCH_CHAMELEON) n_vocab = 10240;
     if (is({ LLM_ARCH_GPT2, LLM_ARCH_BLOOM, LLM_ARCH_MPT, LLM_ARCH_BAICHUAN, LLM_ARCH_PHI2, LLM_ARCH_QWEN,
-             LLM_ARCH_GPTNEOX,
-             LLM_ARCH_OPENELM, LLM_ARCH_JAIS, LLM_ARCH_PLM, LLM_ARCH_MINICPM3, LLM_ARCH_MINIMAX_01,
-                 LLM_ARCH_HRM_TEXT })) {
+             LLM_ARCH_GPTNEOX, LLM_ARCH_OPENELM, LLM_ARCH_JAIS, LLM_ARCH_PLM, LLM_ARCH_MINICPM3, LLM_ARCH_MINIMAX_01,
+             LLM_ARCH_HRM_TEXT })) {
         n_head_kv = n_head;
     }
-    const bool latent = is({ LLM_ARCH_DEEPSEEK2, LLM_ARCH_DEEPSEEK32, LLM_ARCH_GLM_DSA, LLM_ARCH_KIMI_LINEAR,
-                             LLM_ARCH_MISTRAL4,
-                             LLM_ARCH_KIMI_K3, LLM_ARCH_GLM5_NEXT, LLM_ARCH_BAILINGMOE3, LLM_ARCH_HY_V4,
-                                 LLM_ARCH_DOTS3NOTE });
+    const bool latent =
+        is({ LLM_ARCH_DEEPSEEK2, LLM_ARCH_DEEPSEEK32, LLM_ARCH_GLM_DSA, LLM_ARCH_KIMI_LINEAR, LLM_ARCH_MISTRAL4,
+             LLM_ARCH_KIMI_K3, LLM_ARCH_GLM5_NEXT, LLM_ARCH_BAILINGMOE3, LLM_ARCH_HY_V4, LLM_ARCH_DOTS3NOTE });
     if (latent) n_head_kv = 1;
     sizes();
     attention();
@@ -36,12 +34,13 @@ tiny_keys::tiny_keys(llm_arch arch, uint32_t n_blocks)
 }
 
 bool tiny_keys::is(std::initializer_list<llm_arch> list) const {
-    return std::find(list.begin(), list.end(), arch) != list.end(); }
+    return std::find(list.begin(), list.end(), arch) != list.end();
+}
 
-void tiny_keys::u32(llm_kv k, uint32_t v)     { gguf_set_val_u32 (file.get(), key(k).c_str(), v); }
-void tiny_keys::f32(llm_kv k, float v)        { gguf_set_val_f32 (file.get(), key(k).c_str(), v); }
-void tiny_keys::str(llm_kv k, const char * v) { gguf_set_val_str (file.get(), key(k).c_str(), v); }
-void tiny_keys::yes(llm_kv k, bool v)         { gguf_set_val_bool(file.get(), key(k).c_str(), v); }
+void tiny_keys::u32(llm_kv k, uint32_t v) { gguf_set_val_u32(file.get(), key(k).c_str(), v); }
+void tiny_keys::f32(llm_kv k, float v) { gguf_set_val_f32(file.get(), key(k).c_str(), v); }
+void tiny_keys::str(llm_kv k, const char * v) { gguf_set_val_str(file.get(), key(k).c_str(), v); }
+void tiny_keys::yes(llm_kv k, bool v) { gguf_set_val_bool(file.get(), key(k).c_str(), v); }
 
 void tiny_keys::arr(llm_kv k, const std::vector<uint32_t> & v) {
     gguf_set_arr_data(file.get(), key(k).c_str(), GGUF_TYPE_UINT32, v.data(), v.size());
@@ -131,19 +130,16 @@ void tiny_keys::windows() {
     }
     // one flag per block; for others a period, which is theirs
     if (is({ LLM_ARCH_GEMMA4, LLM_ARCH_MAPLE, LLM_ARCH_MIMO2, LLM_ARCH_STEP35, LLM_ARCH_COHERE2MOE,
-             LLM_ARCH_GRANITE_SWA,
-             LLM_ARCH_DOTS3NOTE, LLM_ARCH_MUSE_GLIMMER, LLM_ARCH_SPARK2_5 })) {
-        arr(LLM_KV_ATTENTION_SLIDING_WINDOW_PATTERN, per_block([](uint32_t block, uint32_t) {
-            return (uint32_t) (block % 3 != 2); }));
+             LLM_ARCH_GRANITE_SWA, LLM_ARCH_DOTS3NOTE, LLM_ARCH_MUSE_GLIMMER, LLM_ARCH_SPARK2_5 })) {
+        arr(LLM_KV_ATTENTION_SLIDING_WINDOW_PATTERN,
+            per_block([](uint32_t block, uint32_t) { return (uint32_t) (block % 3 != 2); }));
     }
 }
 
 void tiny_keys::experts() {
     if (is({ LLM_ARCH_LLAMA, LLM_ARCH_REFACT, LLM_ARCH_MINICPM, LLM_ARCH_GRANITE, LLM_ARCH_MISTRAL3,
-             LLM_ARCH_NEMOTRON_H,
-             LLM_ARCH_HUNYUAN_DENSE, LLM_ARCH_HUNYUAN_VL, LLM_ARCH_ERNIE4_5, LLM_ARCH_QWEN35, LLM_ARCH_LFM2,
-                 LLM_ARCH_GEMMA4,
-             LLM_ARCH_PADDLEOCR, LLM_ARCH_FALCON, LLM_ARCH_JAIS, LLM_ARCH_GEMMA3 })) {
+             LLM_ARCH_NEMOTRON_H, LLM_ARCH_HUNYUAN_DENSE, LLM_ARCH_HUNYUAN_VL, LLM_ARCH_ERNIE4_5, LLM_ARCH_QWEN35,
+             LLM_ARCH_LFM2, LLM_ARCH_GEMMA4, LLM_ARCH_PADDLEOCR, LLM_ARCH_FALCON, LLM_ARCH_JAIS, LLM_ARCH_GEMMA3 })) {
         return;
     }
     u32(LLM_KV_EXPERT_FEED_FORWARD_LENGTH, 64);
@@ -164,21 +160,21 @@ void tiny_keys::experts() {
 void tiny_keys::recurrent() {
     // some blocks recur, some attend
     if (is({ LLM_ARCH_PLAMO2, LLM_ARCH_JAMBA, LLM_ARCH_NEMOTRON_H, LLM_ARCH_NEMOTRON_H_MOE, LLM_ARCH_GRANITE_HYBRID,
-             LLM_ARCH_LFM2,
-             LLM_ARCH_LFM2MOE, LLM_ARCH_KIMI_LINEAR, LLM_ARCH_KIMI_K3, LLM_ARCH_BAILINGMOE3, LLM_ARCH_GLM5_NEXT })) {
-        arr(LLM_KV_ATTENTION_HEAD_COUNT_KV, per_block([](uint32_t block, uint32_t n) { return block % 3 == 1 ? n : 0; },
-                                                      n_head_kv));
+             LLM_ARCH_LFM2, LLM_ARCH_LFM2MOE, LLM_ARCH_KIMI_LINEAR, LLM_ARCH_KIMI_K3, LLM_ARCH_BAILINGMOE3,
+             LLM_ARCH_GLM5_NEXT })) {
+        arr(LLM_KV_ATTENTION_HEAD_COUNT_KV,
+            per_block([](uint32_t block, uint32_t n) { return block % 3 == 1 ? n : 0; }, n_head_kv));
     }
-    if (is({ LLM_ARCH_PLAMO2, LLM_ARCH_JAMBA })) arr(LLM_KV_ATTENTION_HEAD_COUNT,
-                                                     std::vector<uint32_t>(n_layer, n_head));
+    if (is({ LLM_ARCH_PLAMO2, LLM_ARCH_JAMBA }))
+        arr(LLM_KV_ATTENTION_HEAD_COUNT, std::vector<uint32_t>(n_layer, n_head));
     if (is({ LLM_ARCH_NEMOTRON_H, LLM_ARCH_NEMOTRON_H_MOE })) {
-        arr(LLM_KV_FEED_FORWARD_LENGTH, per_block([](uint32_t block, uint32_t n) { return block % 3 == 2 ? n : 0; },
-                                                  n_ff));
+        arr(LLM_KV_FEED_FORWARD_LENGTH,
+            per_block([](uint32_t block, uint32_t n) { return block % 3 == 2 ? n : 0; }, n_ff));
         u32(LLM_KV_MOE_LATENT_SIZE, 0);
     }
     const bool delta_net = is({ LLM_ARCH_QWEN3NEXT, LLM_ARCH_QWEN35, LLM_ARCH_QWEN35MOE, LLM_ARCH_QWEN4EXP });
-    const bool mamba2 = is({ LLM_ARCH_MAMBA2, LLM_ARCH_NEMOTRON_H, LLM_ARCH_NEMOTRON_H_MOE, LLM_ARCH_GRANITE_HYBRID,
-                             LLM_ARCH_FALCON_H1 });
+    const bool mamba2 = is(
+        { LLM_ARCH_MAMBA2, LLM_ARCH_NEMOTRON_H, LLM_ARCH_NEMOTRON_H_MOE, LLM_ARCH_GRANITE_HYBRID, LLM_ARCH_FALCON_H1 });
     u32(LLM_KV_FULL_ATTENTION_INTERVAL, 4);
     u32(LLM_KV_SSM_INNER_SIZE, delta_net ? 4 * 32 : 2 * n_embd);
     u32(LLM_KV_SSM_CONV_KERNEL, 4);
@@ -229,7 +225,7 @@ void tiny_keys::set(const std::string & short_key, const std::string & value) {
         gguf_set_val_bool(file.get(), name.c_str(), value == "true");
     } else if (first == '[') {
         std::vector<uint32_t> list;
-        for (const char * p = value.c_str() + 1; *p && *p != ']'; ) {
+        for (const char * p = value.c_str() + 1; *p && *p != ']';) {
             char * end = nullptr;
             list.push_back((uint32_t) std::strtoul(p, &end, 10));
             if (end == p) fail(DIM_INVALID_ARGUMENT, "%s=%s: not a list of numbers", name.c_str(), value.c_str());
@@ -237,13 +233,13 @@ void tiny_keys::set(const std::string & short_key, const std::string & value) {
         }
         gguf_set_arr_data(file.get(), name.c_str(), GGUF_TYPE_UINT32, list.data(), list.size());
     } else if (first == '-' || (first >= '0' && first <= '9')) {
-        if (value.find('.') != std::string::npos) gguf_set_val_f32(file.get(), name.c_str(),
-            (float) std::atof(value.c_str()));
-        else                                      gguf_set_val_u32(file.get(), name.c_str(),
-            (uint32_t) std::atoi(value.c_str()));
+        if (value.find('.') != std::string::npos)
+            gguf_set_val_f32(file.get(), name.c_str(), (float) std::atof(value.c_str()));
+        else
+            gguf_set_val_u32(file.get(), name.c_str(), (uint32_t) std::atoi(value.c_str()));
     } else {
         gguf_set_val_str(file.get(), name.c_str(), value.c_str());
     }
 }
 
-} // namespace dim
+}   // namespace dim

@@ -25,13 +25,13 @@ static bool has(const std::string & name, const char * part) { return name.find(
 
 // One random value of a tensor: of a size that lets activations stay about 1, and every weight tell.
 static float scaled(const std::string & name, const ggml_tensor * tensor, float r) {
-    if (has(name, "norm") && ends(name, ".weight"))            return 1.0f + 0.2f * r;
-    if (has(name, "rope_f"))                                   return 1.0f + 0.3f * std::fabs(r);
-    if (ends(name, "ssm_a") || ends(name, "ssm_a.weight"))     return -(0.2f + std::fabs(r));
-    if (ends(name, "scale"))                                   return 1.0f + 0.1f * r;
-    if (ends(name, "bias"))                                    return 0.1f * r;
+    if (has(name, "norm") && ends(name, ".weight")) return 1.0f + 0.2f * r;
+    if (has(name, "rope_f")) return 1.0f + 0.3f * std::fabs(r);
+    if (ends(name, "ssm_a") || ends(name, "ssm_a.weight")) return -(0.2f + std::fabs(r));
+    if (ends(name, "scale")) return 1.0f + 0.1f * r;
+    if (ends(name, "bias")) return 0.1f * r;
     if (has(name, "token_embd") || has(name, "position_embd")) return r;
-    if (ggml_n_dims(tensor) <= 1)                              return 0.5f * r;
+    if (ggml_n_dims(tensor) <= 1) return 0.5f * r;
     return 1.5f / std::sqrt((float) tensor->ne[0]) * r;
 }
 
@@ -61,7 +61,7 @@ static gguf_context * keys_with_types(const tiny_keys & keys) {
     gguf_context * meta = gguf_init_empty();
     gguf_set_kv(meta, keys.file.get());
     for (uint32_t block = 0; block < keys.n_layer + 1; block++) {
-        ggml_tensor tensor {};
+        ggml_tensor tensor{};
         tensor.type = GGML_TYPE_I32;
         std::snprintf(tensor.name, sizeof tensor.name, "blk.%u.ffn_gate_tid2eid.weight", block);
         gguf_add_tensor(meta, &tensor);
@@ -74,7 +74,7 @@ static void add_tensors(const tiny_keys & keys, const std::vector<std::string> &
                         std::vector<std::vector<uint8_t>> & bytes) {
     auto params = llama_model_default_params();
     ggml_backend_dev_t no_devices[] = { nullptr };
-    params.devices  = no_devices;
+    params.devices = no_devices;
     params.load_mtp = true;
     const std::unique_ptr<gguf_context, decltype(&gguf_free)> meta(keys_with_types(keys), gguf_free);
     forget_log();
@@ -90,7 +90,7 @@ static void add_tensors(const tiny_keys & keys, const std::vector<std::string> &
         if (dropped) continue;
         bytes.emplace_back(ggml_nbytes(tensor));
         ggml_backend_tensor_get(tensor, bytes.back().data(), 0, bytes.back().size());
-        const ggml_context_ptr context(ggml_init({ ggml_tensor_overhead(), nullptr, /*no_alloc =*/ true }));
+        const ggml_context_ptr context(ggml_init({ ggml_tensor_overhead(), nullptr, /*no_alloc =*/true }));
         auto * copy = ggml_new_tensor(context.get(), tensor->type, 4, tensor->ne);
         ggml_set_name(copy, name.c_str());
         gguf_add_tensor(keys.file.get(), copy);
@@ -100,8 +100,9 @@ static void add_tensors(const tiny_keys & keys, const std::vector<std::string> &
 
 size_t dim_test_architectures(void) { return LLM_ARCH_UNKNOWN; }
 
-const char * dim_test_architecture(size_t index) { return index < LLM_ARCH_UNKNOWN ? llm_arch_name((llm_arch) index)
-    : ""; }
+const char * dim_test_architecture(size_t index) {
+    return index < LLM_ARCH_UNKNOWN ? llm_arch_name((llm_arch) index) : "";
+}
 
 dim_status dim_test_write_model(const char * arch_name, uint32_t n_blocks, const char * const * options,
                                 size_t n_options, const char * path) {
@@ -115,10 +116,14 @@ dim_status dim_test_write_model(const char * arch_name, uint32_t n_blocks, const
         for (size_t i = 0; i < n_options; i++) {
             const std::string option = options[i];
             const size_t at = option.find('=');
-            if (option == "tied")                   tied = true;
-            else if (at != std::string::npos)       keys.set(option.substr(0, at), option.substr(at + 1));
-            else if (!option.compare(0, 8, "without ")) drop.push_back(option.substr(8));
-            else fail(DIM_INVALID_ARGUMENT, "%s: an option of no kind", option.c_str());
+            if (option == "tied")
+                tied = true;
+            else if (at != std::string::npos)
+                keys.set(option.substr(0, at), option.substr(at + 1));
+            else if (!option.compare(0, 8, "without "))
+                drop.push_back(option.substr(8));
+            else
+                fail(DIM_INVALID_ARGUMENT, "%s: an option of no kind", option.c_str());
         }
         std::vector<std::vector<uint8_t>> bytes;
         add_tensors(keys, drop, tied, bytes);

@@ -51,4 +51,4 @@ private:
     uint32_t n_embd = 256, n_head = 4, n_head_kv = 2, n_ff = 256, n_vocab = 160, n_ctx = 128, head = 64;
 };
 
-} // namespace dim
+}   // namespace dim

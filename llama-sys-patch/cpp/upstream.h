@@ -74,15 +74,19 @@ static_assert(std::is_same_v<decltype(&llama_context::get_sched), ggml_backend_s
               "get_sched");
 static_assert(std::is_same_v<decltype(&llama_context::get_memory), llama_memory_t (llama_context::*)() const>,
               "get_memory");
-static_assert(std::is_same_v<decltype(&llama_context::graph_compute),
-              ggml_status (llama_context::*)(ggml_cgraph *, bool)>, "graph_compute");
+static_assert(
+    std::is_same_v<decltype(&llama_context::graph_compute), ggml_status (llama_context::*)(ggml_cgraph *, bool)>,
+    "graph_compute");
 static_assert(std::is_same_v<decltype(&llama_context::graph_max_nodes), uint32_t (llama_context::*)(uint32_t) const>,
               "graph_max_nodes");
-static_assert(std::is_same_v<decltype(&llama_model::create_memory),
-        llama_memory_i * (llama_model::*)(const llama_memory_params &, const llama_cparams &) const>, "create_memory");
+static_assert(
+    std::is_same_v<decltype(&llama_model::create_memory),
+                   llama_memory_i * (llama_model::*) (const llama_memory_params &, const llama_cparams &) const>,
+    "create_memory");
 static_assert(std::is_same_v<decltype(llama_hparams::no_alloc), bool>, "llama_hparams: no_alloc: point 11 above");
 static_assert(std::is_same_v<decltype(&llama_model::build_graph),
-              ggml_cgraph * (llama_model::*)(const llm_graph_params &) const>, "build_graph");
+                             ggml_cgraph * (llama_model::*) (const llm_graph_params &) const>,
+              "build_graph");
 static_assert(std::is_same_v<decltype(&llama_model::dev_layer), ggml_backend_dev_t (llama_model::*)(int) const>,
               "dev_layer");
 static_assert(std::is_same_v<decltype(&llama_model::n_gpu_layers), uint32_t (llama_model::*)() const>,
@@ -91,29 +95,33 @@ static_assert(std::is_same_v<decltype(&llama_model::n_gpu_layers), uint32_t (lla
 // What a graph is built from. The initialiser in whole_graph.cpp names the fields in this order; a field more or less
 // fails to compile here, before it can be left out there.
 template <class T> constexpr bool params_shape() {
-    return std::is_aggregate_v<T>
-        && std::is_same_v<decltype(T::arch),        llm_arch>
-        && std::is_same_v<decltype(T::hparams),     llama_hparams>
-        && std::is_same_v<decltype(T::cparams),     llama_cparams>
-        && std::is_same_v<decltype(T::ubatch),      llama_ubatch>
-        && std::is_same_v<decltype(T::gtype),       llm_graph_type>
-        && std::is_same_v<decltype(T::sched),       ggml_backend_sched_t>
-        && std::is_same_v<decltype(T::backend_cpu), ggml_backend_t>
-        && std::is_same_v<decltype(T::cvec),        const llama_adapter_cvec *>
-        && std::is_same_v<decltype(T::loras),       const llama_adapter_loras *>
-        && std::is_same_v<decltype(T::mctx),        const llama_memory_context_i *>
-        && std::is_same_v<decltype(T::cross),       const llama_cross *>
-        && std::is_same_v<decltype(T::prec_policy), const llama_prec_policy *>
-        && std::is_same_v<decltype(T::n_outputs),   uint32_t>
-        && std::is_same_v<decltype(T::cb),          llm_graph_cb>
-        && std::is_same_v<decltype(T::res),         llm_graph_result *>;
+    return std::is_aggregate_v<T> && std::is_same_v<decltype(T::arch), llm_arch> &&
+           std::is_same_v<decltype(T::hparams), llama_hparams> && std::is_same_v<decltype(T::cparams), llama_cparams> &&
+           std::is_same_v<decltype(T::ubatch), llama_ubatch> && std::is_same_v<decltype(T::gtype), llm_graph_type> &&
+           std::is_same_v<decltype(T::sched), ggml_backend_sched_t> &&
+           std::is_same_v<decltype(T::backend_cpu), ggml_backend_t> &&
+           std::is_same_v<decltype(T::cvec), const llama_adapter_cvec *> &&
+           std::is_same_v<decltype(T::loras), const llama_adapter_loras *> &&
+           std::is_same_v<decltype(T::mctx), const llama_memory_context_i *> &&
+           std::is_same_v<decltype(T::cross), const llama_cross *> &&
+           std::is_same_v<decltype(T::prec_policy), const llama_prec_policy *> &&
+           std::is_same_v<decltype(T::n_outputs), uint32_t> && std::is_same_v<decltype(T::cb), llm_graph_cb> &&
+           std::is_same_v<decltype(T::res), llm_graph_result *>;
 }
 static_assert(params_shape<llm_graph_params>(), "llm_graph_params: read whole_graph.cpp, point 2 above");
 struct params_size {
-    llm_arch arch; llama_hparams hparams; llama_cparams cparams; llama_ubatch ubatch; llm_graph_type gtype;
-    ggml_backend_sched_t sched; ggml_backend_t backend_cpu;
-    const void * cvec, * loras, * mctx, * cross, * prec_policy;
-    std::map<llama_seq_id, llama_sampler *> samplers; uint32_t n_outputs; llm_graph_cb cb; llm_graph_result * res;
+    llm_arch arch;
+    llama_hparams hparams;
+    llama_cparams cparams;
+    llama_ubatch ubatch;
+    llm_graph_type gtype;
+    ggml_backend_sched_t sched;
+    ggml_backend_t backend_cpu;
+    const void *cvec, *loras, *mctx, *cross, *prec_policy;
+    std::map<llama_seq_id, llama_sampler *> samplers;
+    uint32_t n_outputs;
+    llm_graph_cb cb;
+    llm_graph_result * res;
 };
 static_assert(sizeof(llm_graph_params) == sizeof(params_size),
               "llm_graph_params has a field more or less: read whole_graph.cpp, point 2 above");
@@ -121,38 +129,43 @@ static_assert(sizeof(llm_graph_params) == sizeof(params_size),
 // A batch is split by the model's own memory; its rows know where in the batch they came from.
 static_assert(std::is_same_v<decltype(llama_ubatch::data_t::batch_idxs), std::vector<int32_t>>,
               "llama_ubatch: batch_idxs");
-static_assert(std::is_same_v<decltype(llama_ubatch::token), llama_token *>
-    && std::is_same_v<decltype(llama_ubatch::embd), float *>,
-        "llama_ubatch: token and embd decide which input a graph reads");
-static_assert(std::is_base_of_v<llama_memory_i, llama_kv_cache> && std::is_base_of_v<llama_memory_i,
-              llama_kv_cache_iswa>,
-        "the two memories a stage can rewind");
+static_assert(std::is_same_v<decltype(llama_ubatch::token), llama_token *> &&
+                  std::is_same_v<decltype(llama_ubatch::embd), float *>,
+              "llama_ubatch: token and embd decide which input a graph reads");
+static_assert(std::is_base_of_v<llama_memory_i, llama_kv_cache> &&
+                  std::is_base_of_v<llama_memory_i, llama_kv_cache_iswa>,
+              "the two memories a stage can rewind");
 static_assert(LLAMA_MEMORY_STATUS_FAILED_COMPUTE == 3, "llama_memory_status: read compute()");
 
 // The loader lets itself be driven step by step.
-static_assert(std::is_constructible_v<llama_model_loader, gguf_context *, llama_model_set_tensor_data_t, void *,
-              const std::string &,
-        std::vector<std::string> &, FILE *, llama_load_mode, bool, bool, bool, const llama_model_kv_override *,
-        const llama_model_tensor_buft_override *>, "llama_model_loader: read loader.cpp, point 12 above");
-static_assert(std::is_same_v<decltype(llama_model_loader::weights_map)::mapped_type,
-              llama_model_loader::llama_tensor_weight>, "weights_map");
+static_assert(
+    std::is_constructible_v<llama_model_loader, gguf_context *, llama_model_set_tensor_data_t, void *,
+                            const std::string &, std::vector<std::string> &, FILE *, llama_load_mode, bool, bool, bool,
+                            const llama_model_kv_override *, const llama_model_tensor_buft_override *>,
+    "llama_model_loader: read loader.cpp, point 12 above");
+static_assert(
+    std::is_same_v<decltype(llama_model_loader::weights_map)::mapped_type, llama_model_loader::llama_tensor_weight>,
+    "weights_map");
 static_assert(std::is_same_v<decltype(llama_model_loader::llama_tensor_weight::tensor), ggml_tensor *>,
               "llama_tensor_weight");
 static_assert(std::is_same_v<decltype(&llama_model_loader::load_all_data),
-        bool (llama_model_loader::*)(ggml_context *, llama_buf_map &, llama_mlocks *, llama_progress_callback, void *)>,
-            "load_all_data");
+                             bool (llama_model_loader::*)(ggml_context *, llama_buf_map &, llama_mlocks *,
+                                                          llama_progress_callback, void *)>,
+              "load_all_data");
 static_assert(std::is_same_v<decltype(&llama_model_loader::get_mapping_range),
-        void (llama_model_loader::*)(size_t *, size_t *, void **, int, ggml_context *) const>, "get_mapping_range");
-static_assert(std::is_same_v<decltype(llama_model::tensors_by_name), std::vector<std::pair<std::string,
-              ggml_tensor *>>>, "tensors_by_name");
+                             void (llama_model_loader::*)(size_t *, size_t *, void **, int, ggml_context *) const>,
+              "get_mapping_range");
+static_assert(
+    std::is_same_v<decltype(llama_model::tensors_by_name), std::vector<std::pair<std::string, ggml_tensor *>>>,
+    "tensors_by_name");
 
 // Recurrent states by block, which a module made again shows.
-static_assert(std::is_same_v<decltype(llama_memory_recurrent::r_l), std::vector<ggml_tensor *>>
-        && std::is_same_v<decltype(llama_memory_recurrent::s_l), std::vector<ggml_tensor *>>
-        && std::is_same_v<decltype(llama_memory_recurrent::p_l), std::vector<ggml_tensor *>>,
-            "llama_memory_recurrent: read state.cpp");
+static_assert(std::is_same_v<decltype(llama_memory_recurrent::r_l), std::vector<ggml_tensor *>> &&
+                  std::is_same_v<decltype(llama_memory_recurrent::s_l), std::vector<ggml_tensor *>> &&
+                  std::is_same_v<decltype(llama_memory_recurrent::p_l), std::vector<ggml_tensor *>>,
+              "llama_memory_recurrent: read state.cpp");
 
 // A buffer type is a plain struct that can be copied (point 7 above).
 static_assert(std::is_trivially_copyable_v<ggml_backend_buffer_type>, "ggml_backend_buffer_type: read model.cpp");
 
-} // namespace dim::upstream
+}   // namespace dim::upstream

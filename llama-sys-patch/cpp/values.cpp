@@ -66,4 +66,4 @@ dim_fault find_bad_logits(const float * logits, size_t n_rows, size_t n_vocab) {
     return fault;
 }
 
-} // namespace dim
+}   // namespace dim

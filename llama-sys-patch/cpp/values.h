@@ -19,4 +19,4 @@ dim_fault find_bad_rows(const crossing & layout, dim_dtype type, const uint8_t *
 // The same of logits, which may be -inf: some models say so of tokens that must not come.
 dim_fault find_bad_logits(const float * logits, size_t n_rows, size_t n_vocab);
 
-} // namespace dim
+}   // namespace dim

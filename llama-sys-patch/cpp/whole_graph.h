@@ -19,7 +19,7 @@ public:
     void build(const llm_graph_params & params);
 
     llm_graph_result & result() const { return *whole; }
-    ggml_cgraph &      nodes()  const { return *whole->get_gf(); }
+    ggml_cgraph & nodes() const { return *whole->get_gf(); }
 
     weight_map weights;
 
@@ -27,17 +27,17 @@ private:
     void place(const llama_ubatch & ubatch, ggml_tensor * tensor, const char * name, int block);
 
     const llama_model & model;
-    llama_context &     context;
-    const uint32_t      first;
+    llama_context & context;
+    const uint32_t first;
 
     // what a graph refers to but nothing here uses
-    llama_adapter_cvec  no_cvec;
+    llama_adapter_cvec no_cvec;
     llama_adapter_loras no_loras;
-    llama_cross         no_cross;
+    llama_cross no_cross;
     std::unique_ptr<llm_graph_result> whole;
 };
 
 // The largest chunk of a context, or one of another number of rows, with rows of each session.
 llama_ubatch chunk_for_reserve(llama_batch_allocr & from, uint32_t rows_per_session, uint32_t n_sessions);
 
-} // namespace dim
+}   // namespace dim

@@ -90,12 +90,12 @@ mod dequantise {
     }
 
     #[cfg(not(feature = "engine"))]
-    pub fn can(_: TensorType) -> bool {
+    pub(crate) fn can(_: TensorType) -> bool {
         false
     }
 
     #[cfg(not(feature = "engine"))]
-    pub fn row(_: TensorType, _: &[u8], _: &mut [f32]) -> Result<(), String> {
+    pub(crate) fn row(_: TensorType, _: &[u8], _: &mut [f32]) -> Result<(), String> {
         unreachable!("a build without the engine feature refuses quantised tensors before it reads them")
     }
 }
