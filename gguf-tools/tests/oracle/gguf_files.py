@@ -142,7 +142,7 @@ def write_model(path):
     writer.add_embedding_length(256)
     writer.add_feed_forward_length([256, 256, 512, 256, 256])
     writer.add_head_count(4)
-    writer.add_head_count_kv([4, 4, 2, 4, 4])
+    writer.add_head_count_kv([4, 4, 4, 4, 4])
     writer.add_rope_dimension_count(64)
     writer.add_layer_norm_rms_eps(1e-5)
     writer.add_uint8("x.u8", 255)
@@ -199,7 +199,7 @@ def check_per_block(folder):
     """Numbers that differ from block to block went with their blocks."""
     middle = GGUFReader(folder / "python.middle-1..2.gguf")
     assert text(middle, "llama.feed_forward_length") == [256, 512]
-    assert text(middle, "llama.attention.head_count_kv") == [4, 2]
+    assert text(middle, "llama.attention.head_count_kv") == [4, 4]
     assert middle.fields["llama.attention.head_count_kv"].types[1] == GGUFValueType.INT32
 
 
