@@ -43,6 +43,16 @@ impl Failure {
         Failure { message: message.to_string(), hint: None, code: FAILED }
     }
 
+    /// Nobody reads what the program writes: it ends as `head` wants it to, without a word and with exit code 0.
+    pub fn unread() -> Failure {
+        Failure { message: String::new(), hint: None, code: 0 }
+    }
+
+    /// Whether nobody reads any more, and nothing else is wrong.
+    pub fn is_unread(&self) -> bool {
+        self.message.is_empty()
+    }
+
     /// Adds what to do about it.
     pub fn hint(mut self, hint: impl fmt::Display) -> Failure {
         self.hint = Some(hint.to_string());
@@ -59,6 +69,9 @@ impl Failure {
     /// # Errors
     /// Writing fails.
     pub fn write_to(&self, out: &mut impl io::Write) -> io::Result<()> {
+        if self.message.is_empty() {
+            return Ok(());
+        }
         let mut lines = String::new();
         write_line(&mut lines, "error", &self.message);
         if let Some(hint) = &self.hint {

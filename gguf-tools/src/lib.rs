@@ -5,7 +5,7 @@
 //!
 //! | module | what |
 //! |---|---|
-//! | [`text`], [`failure`] | what is shown to people: texts of files, errors with their way out |
+//! | [`text`], [`failure`], [`terminal`] | what is shown to people: texts of files, errors with their way out, lines |
 //! | [`arch`] | which architectures can be cut |
 //! | [`gguf`] | files, read and written; what llama.cpp would end the process for |
 //! | [`digest`] | names of tensors, models and slices |
@@ -32,4 +32,5 @@ pub mod requantise;
 pub mod slice;
 pub mod split;
 pub mod synth;
+pub mod terminal;
 pub mod text;

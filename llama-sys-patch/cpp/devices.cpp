@@ -4,6 +4,7 @@
 
 #include "llama.h"
 
+#include <cstdlib>
 #include <cstring>
 #include <string>
 
@@ -33,6 +34,8 @@ dim_status dim_device_describe(size_t index, dim_device * out) {
         *out = { ggml_backend_dev_name(device), ggml_backend_dev_description(device), is_gpu(device), free, total };
     });
 }
+
+void dim_end_process(int code) { std::_Exit(code); }
 
 ggml_backend_dev_t dim::find_gpu(const char * name) {
     std::string known;

@@ -73,6 +73,9 @@ typedef enum dim_log_level { DIM_LOG_SILENT = 0, DIM_LOG_WARNINGS = 1, DIM_LOG_E
 // dim_last_error() all the same. Process-wide. Thread: any.
 void dim_log_set(dim_log_level level);
 
+// Ends the process with `code`, at once: nothing is destroyed, nothing flushed. Does not return. Thread: any.
+void dim_end_process(int code);
+
 // ---- devices --------------------------------------------------------------------------------------------------------
 
 typedef struct dim_device {
@@ -143,6 +146,7 @@ typedef struct dim_model_info {
     bool has_tokenizer;
     int32_t bos, eos;   // -1: none
     bool add_bos;       // what tokenize's add_special would do
+    bool add_eos;
 } dim_model_info;
 
 // Thread: any.

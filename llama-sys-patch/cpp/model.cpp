@@ -193,6 +193,7 @@ dim_status dim_model_describe(const dim_model * model, dim_model_info * out) {
         info.bos = vocab ? llama_vocab_bos(vocab) : LLAMA_TOKEN_NULL;
         info.eos = vocab ? llama_vocab_eos(vocab) : LLAMA_TOKEN_NULL;
         info.add_bos = vocab && llama_vocab_get_add_bos(vocab);
+        info.add_eos = vocab && llama_vocab_get_add_eos(vocab);
         *out = info;
     });
 }

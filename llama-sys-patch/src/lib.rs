@@ -43,7 +43,7 @@ pub mod test_support;
 pub use cpu::unused_cpu_features;
 pub use error::Error;
 pub use layout::{Layout, Part, ValueType};
-pub use model::{Device, LogLevel, Model, ModelParams, ModelPart, Offload, devices, set_log};
+pub use model::{Device, LogLevel, Model, ModelParams, ModelPart, Offload, devices, end_process, set_log};
 pub use plan::{Plan, RangePlan};
 pub use quantise::{Quantised, quantise_model};
 pub use rows::{RowType, dequantize_rows, quantize_rows};

@@ -245,6 +245,11 @@ impl Model {
         self.0.info.add_bos
     }
 
+    /// [`tokenize`](Model::tokenize) with `add_special` puts [`eos`](Model::eos) last.
+    pub fn adds_eos(&self) -> bool {
+        self.0.info.add_eos
+    }
+
     /// Text to tokens. `add_special` adds what the model wants at the ends; `parse_special` reads special tokens'
     /// texts (as `<|im_end|>`) as the tokens: for templates only, never for what a user typed.
     ///
@@ -415,6 +420,14 @@ pub fn set_log(level: LogLevel) {
     };
     // SAFETY: no pointers.
     unsafe { ffi::dim_log_set(level) };
+}
+
+/// Ends the process at once, with nothing destroyed and nothing flushed: for a signal that comes while other threads are
+/// in llama.cpp. [`std::process::exit`] runs the destructors of C++ objects that those threads are using.
+pub fn end_process(code: i32) -> ! {
+    // SAFETY: no pointers.
+    unsafe { ffi::dim_end_process(code) };
+    unreachable!("the process has ended")
 }
 
 // ---- the one place that knows what LlamaModel is made of

@@ -11,6 +11,8 @@ use serde::{Deserialize, Serialize};
 pub enum Stop {
     /// The model produced an end-of-generation token.
     EndOfGeneration,
+    /// One of the texts came at which it was to stop.
+    StopText,
     /// `-n` tokens were generated.
     Length,
     /// The context is full.
@@ -39,6 +41,9 @@ pub struct Report {
     pub error: Option<String>,
     /// The seed of the sampler.
     pub seed: u32,
+    /// Whether tokens were chosen at random: the seed then gives the same ones again.
+    #[serde(default)]
+    pub sampled: bool,
     /// Tokens of the prompt.
     pub prompt_tokens: usize,
     /// Prompt tokens evaluated per second.
@@ -141,10 +146,11 @@ impl Report {
         );
         let _ = writeln!(
             t,
-            "generation {:>6} tokens  {:>9.2} tok/s   {}",
+            "generation {:>6} tokens  {:>9.2} tok/s   {}{}",
             self.tokens.len(),
             self.gen_tok_s,
-            self.stop_text()
+            self.stop_text(),
+            if self.sampled { format!("   --seed {}", self.seed) } else { String::new() }
         );
         let width = self.stages.iter().map(|s| s.name.chars().count()).max().unwrap_or(5).max(5);
         let _ = writeln!(t, "{:<width$}  {:>7}  {:>12}  {:>12}", "stage", "blocks", "compute", "wait");
@@ -177,6 +183,7 @@ impl Report {
     fn stop_text(&self) -> &'static str {
         match self.stop {
             Stop::EndOfGeneration => "ended by the model",
+            Stop::StopText => "ended at -r",
             Stop::Length => "ended at -n",
             Stop::ContextFull => "ended: the context is full (raise --ctx)",
             Stop::Interrupted => "stopped",

@@ -12,17 +12,17 @@ use crate::error::BadOption;
 pub struct Sampling {
     /// Temperature; 0 takes the most likely token each time (greedy).
     pub temperature: f32,
-    /// Keep only this many of the most likely tokens (0 = all).
+    /// Keep only this many of the most likely tokens (0 or -1 = all).
     pub top_k: i32,
     /// Keep the most likely tokens that together have this probability (1 = all).
     pub top_p: f32,
     /// Drop tokens less likely than this times the most likely one (0 = none).
     pub min_p: f32,
-    /// Seed of the random choice; `None`: a new one each time.
+    /// Seed of the random choice, below 4294967295; `None`: a new one each time.
     pub seed: Option<u32>,
     /// Penalty on tokens seen lately (1 = none).
     pub repeat_penalty: f32,
-    /// How many of the last tokens the penalties look at.
+    /// How many of the last tokens the penalties look at (-1: all of them).
     pub repeat_last_n: i32,
     /// Penalty on tokens by how often they were seen (0 = none).
     pub frequency_penalty: f32,
@@ -65,14 +65,19 @@ impl Sampling {
             true => Ok(()),
             false => Err(BadOption::new(option, value, rule)),
         };
+        // llama.cpp takes its largest number for "any": the same seed would not give the same text
+        if self.seed == Some(u32::MAX) {
+            return Err(BadOption::new("seed", u32::MAX, "0 to 4294967294, or -1 for a new one each time"));
+        }
         float("temp", self.temperature, self.temperature >= 0.0, "a number >= 0")?;
         float("top-p", self.top_p, (0.0..=1.0).contains(&self.top_p), "between 0 and 1")?;
         float("min-p", self.min_p, (0.0..=1.0).contains(&self.min_p), "between 0 and 1")?;
         float("repeat-penalty", self.repeat_penalty, self.repeat_penalty > 0.0, "a number > 0")?;
         float("frequency-penalty", self.frequency_penalty, true, "a finite number")?;
         float("presence-penalty", self.presence_penalty, true, "a finite number")?;
-        int("top-k", self.top_k, self.top_k >= 0, "0 or more")?;
-        int("repeat-last-n", self.repeat_last_n, (0..=65_536).contains(&self.repeat_last_n), "0 to 65536")
+        int("top-k", self.top_k, self.top_k >= -1, "-1 or more")?;
+        let last_n = -1..=65_536;
+        int("repeat-last-n", self.repeat_last_n, last_n.contains(&self.repeat_last_n), "-1 to 65536")
     }
 }
 
@@ -82,6 +87,7 @@ pub struct Sampler {
     chain: LlamaSampler,
     candidates: LlamaTokenDataArray,
     seed: u32,
+    random: bool,
 }
 
 impl Sampler {
@@ -95,7 +101,7 @@ impl Sampler {
         let n_vocab_c = i32::try_from(n_vocab).unwrap_or(i32::MAX);
         let penalties = LlamaSampler::penalties(
             n_vocab_c,
-            options.repeat_last_n,
+            if options.repeat_last_n < 0 { ALL_TOKENS } else { options.repeat_last_n },
             options.repeat_penalty,
             options.frequency_penalty,
             options.presence_penalty,
@@ -116,12 +122,18 @@ impl Sampler {
             chain: LlamaSampler::chain_simple(chain),
             candidates: LlamaTokenDataArray::new(Vec::with_capacity(n_vocab), false),
             seed,
+            random: options.temperature > 0.0,
         })
     }
 
     /// The seed in use: give it to get the same text again.
     pub fn seed(&self) -> u32 {
         self.seed
+    }
+
+    /// Whether the seed matters.
+    pub fn is_random(&self) -> bool {
+        self.random
     }
 
     /// Counts a token of the prompt as seen, for the penalties.
@@ -146,6 +158,9 @@ impl Sampler {
     }
 }
 
+/// More than any context has; a ring of as many is 4 MiB.
+const ALL_TOKENS: i32 = 1 << 20;
+
 fn random_seed() -> u32 {
     let mut bytes = [0; 4];
     // a seed need not be secret: without the system's source, the clock does
@@ -155,7 +170,7 @@ fn random_seed() -> u32 {
             .map_or(0, |d| d.subsec_nanos());
         return nanos;
     }
-    u32::from_le_bytes(bytes)
+    u32::from_le_bytes(bytes).min(u32::MAX - 1)
 }
 
 #[cfg(test)]
@@ -194,15 +209,17 @@ mod tests {
     #[test]
     fn refuses_values_that_c_code_would_take_and_break_on() {
         type Change = fn(&mut Sampling);
-        let changes: [(Change, &str); 10] = [
+        let changes: [(Change, &str); 12] = [
             (|s| s.temperature = -1.0, "temp"),
             (|s| s.temperature = f32::NAN, "temp"),
             (|s| s.temperature = f32::INFINITY, "temp"),
             (|s| s.top_p = 1.1, "top-p"),
             (|s| s.min_p = -0.1, "min-p"),
             (|s| s.repeat_penalty = 0.0, "repeat-penalty"),
-            (|s| s.top_k = -1, "top-k"),
-            (|s| s.repeat_last_n = -1, "repeat-last-n"),
+            (|s| s.top_k = -2, "top-k"),
+            (|s| s.top_k = i32::MIN, "top-k"),
+            (|s| s.seed = Some(u32::MAX), "seed"),
+            (|s| s.repeat_last_n = -2, "repeat-last-n"),
             (|s| s.repeat_last_n = i32::MAX, "repeat-last-n"),
             (|s| s.frequency_penalty = f32::INFINITY, "frequency-penalty"),
         ];

@@ -8,9 +8,11 @@ use llama_sys_patch::Model;
 
 use crate::error::{BadOption, Error};
 use crate::host::engine::{Engine, StageSnapshot, to_u32};
+use crate::host::prompt;
 use crate::host::report::{Report, StageReport, Stop, WireReport, ms, per_second};
 use crate::host::sampler::{Sampler, Sampling};
-use crate::host::text::TextStream;
+use crate::host::template::{ChatTemplate, Turn};
+use crate::host::text::{StopTexts, TextStream};
 
 /// One sequence of tokens, in the caches of all stages.
 ///
@@ -53,12 +55,22 @@ impl<'h> Session<'h> {
     }
 
     /// A text as tokens; special tokens in it are read as such. `begins` says whether it is the beginning of a session:
-    /// models that want a token there get it.
+    /// models that want a token there get it; none
+    /// is put behind it, for it is to be continued.
     ///
     /// # Errors
     /// [`Error::Text`]: the model has no vocabulary, or the text is too long.
     pub fn tokenize(&self, text: &str, begins: bool) -> Result<Vec<i32>, Error> {
-        self.vocabulary.tokenize(text, begins, true).map_err(Error::Text)
+        prompt::text(&self.vocabulary, text, begins)
+    }
+
+    /// A conversation as tokens, ending where the assistant is to speak. Only the template makes control tokens: one that
+    /// somebody typed (`<|im_end|>`) is text.
+    ///
+    /// # Errors
+    /// The template fails, or as [`tokenize`](Self::tokenize).
+    pub fn tokenize_chat(&self, template: &ChatTemplate, turns: &[Turn]) -> Result<Vec<i32>, Error> {
+        prompt::chat(&self.vocabulary, template, turns)
     }
 
     /// Adds a text.
@@ -186,6 +198,7 @@ pub struct Generation<'s, 'h> {
     ignore_eos: bool,
     stop_flag: Option<&'s AtomicBool>,
     stream: TextStream,
+    stop_texts: StopTexts,
     logits: Vec<f32>,
     stop: Option<Stop>,
     so_far: SoFar,
@@ -234,6 +247,7 @@ impl<'s, 'h> Generation<'s, 'h> {
             ignore_eos: false,
             stop_flag: None,
             stream: TextStream::default(),
+            stop_texts: StopTexts::default(),
             logits: Vec::new(),
             stop: None,
             so_far,
@@ -249,6 +263,12 @@ impl<'s, 'h> Generation<'s, 'h> {
     /// Goes on after a token with which the model ends its reply.
     pub fn ignore_eos(mut self, yes: bool) -> Self {
         self.ignore_eos = yes;
+        self
+    }
+
+    /// Ends where one of these texts would come, without it.
+    pub fn stop_at(mut self, texts: impl IntoIterator<Item = String>) -> Self {
+        self.stop_texts = StopTexts::new(texts);
         self
     }
 
@@ -277,6 +297,7 @@ impl<'s, 'h> Generation<'s, 'h> {
             stop: self.stop.unwrap_or(Stop::Length),
             error: so_far.error.clone(),
             seed: self.sampler.as_ref().map_or(0, Sampler::seed),
+            sampled: self.sampler.as_ref().is_ok_and(Sampler::is_random),
             prompt_tokens: so_far.n_prompt,
             prompt_tok_s: per_second(so_far.n_prompt, so_far.prompt_time),
             gen_tok_s: per_second(so_far.tokens.len().saturating_sub(1), gen_time),
@@ -291,6 +312,13 @@ impl<'s, 'h> Generation<'s, 'h> {
             tokens: so_far.tokens.clone(),
             text: so_far.text.clone(),
         }
+    }
+
+    /// What was held back, where nothing follows.
+    fn rest_of_text(&mut self) -> String {
+        let mut rest = self.stop_texts.push(&self.stream.finish()).0;
+        rest.push_str(&self.stop_texts.finish());
+        rest
     }
 
     /// The next token; `None` where there is none to choose.
@@ -326,10 +354,13 @@ impl<'s, 'h> Generation<'s, 'h> {
         if !is_end || self.ignore_eos {
             text = self.stream.push(&self.session.vocabulary.token_bytes(id).unwrap_or_default());
         }
+        let (mut text, at_stop_text) = self.stop_texts.push(&text);
 
         // and again?
         self.stop = if is_end && !self.ignore_eos {
             Some(Stop::EndOfGeneration)
+        } else if at_stop_text {
+            Some(Stop::StopText)
         } else if self.limit.is_some_and(|n| so_far.tokens.len() >= n) {
             Some(Stop::Length)
         } else if self.session.tokens.len() > self.session.n_ctx as usize {
@@ -339,10 +370,10 @@ impl<'s, 'h> Generation<'s, 'h> {
         } else {
             None
         };
-        if self.stop.is_some() {
-            text.push_str(&self.stream.finish());
+        if self.stop.is_some() && !at_stop_text {
+            text.push_str(&self.rest_of_text());
         }
-        so_far.text.push_str(&text);
+        self.so_far.text.push_str(&text);
         Ok(Some(Token { id, text, is_end }))
     }
 }
@@ -358,7 +389,8 @@ impl Iterator for Generation<'_, '_> {
         if let Err(error) = &result {
             self.stop = Some(Stop::Error);
             self.so_far.error = Some(error.to_string());
-            self.so_far.text.push_str(&self.stream.finish());
+            let rest = self.rest_of_text();
+            self.so_far.text.push_str(&rest);
         }
         self.so_far.end = Instant::now();
         result.transpose()

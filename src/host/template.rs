@@ -38,6 +38,11 @@ impl Turn {
     }
 }
 
+/// The template that most models without one understand, and that llama.cpp takes then: ChatML.
+pub const CHATML: &str = "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\\n' + \
+                          message['content'] + '<|im_end|>\\n' }}{% endfor %}{% if add_generation_prompt %}\
+                          {{ '<|im_start|>assistant\\n' }}{% endif %}";
+
 /// A chat template of a model.
 #[derive(Debug)]
 pub struct ChatTemplate {
@@ -174,8 +179,6 @@ const FUEL: u64 = 5_000_000;
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    const CHATML: &str = "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>' + '\\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}";
 
     fn turn(role: Role, content: &str) -> Turn {
         Turn { role, content: content.to_owned() }

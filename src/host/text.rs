@@ -45,10 +45,60 @@ impl TextStream {
     }
 }
 
+/// Texts at which a reply ends, wherever tokens have their borders. What may be the beginning of one is held back until
+/// it is clear.
+#[derive(Debug, Default)]
+pub struct StopTexts {
+    stops: Vec<String>,
+    /// shown later, or never
+    held: String,
+}
+
+impl StopTexts {
+    /// Empty ones are left out: every text contains them.
+    pub fn new(stops: impl IntoIterator<Item = String>) -> StopTexts {
+        StopTexts { stops: stops.into_iter().filter(|s| !s.is_empty()).collect(), held: String::new() }
+    }
+
+    /// Adds text. What can be shown now, and whether the reply ends there: before the stop text, which is not shown.
+    pub fn push(&mut self, text: &str) -> (String, bool) {
+        if self.stops.is_empty() {
+            return (text.to_owned(), false);
+        }
+        self.held.push_str(text);
+        if let Some(at) = self.stops.iter().filter_map(|stop| self.held.find(stop.as_str())).min() {
+            self.held.truncate(at);
+            return (std::mem::take(&mut self.held), true);
+        }
+        let begins = |from: &usize| self.stops.iter().any(|stop| stop.starts_with(&self.held[*from..]));
+        let keep = self.held.char_indices().map(|(i, _)| i).find(begins).unwrap_or(self.held.len());
+        let later = self.held.split_off(keep);
+        (std::mem::replace(&mut self.held, later), false)
+    }
+
+    /// The end of the stream: what was held back.
+    pub fn finish(&mut self) -> String {
+        std::mem::take(&mut self.held)
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
     use proptest::prelude::*;
+
+    #[test]
+    fn a_stop_text_ends_the_reply_across_the_borders_of_tokens() {
+        let mut s = StopTexts::new(["User:".to_owned(), "\n\n".to_owned(), String::new()]);
+        assert_eq!(s.push("Hi \nU"), ("Hi \n".to_owned(), false));
+        assert_eq!(s.push("se"), (String::new(), false));
+        assert_eq!(s.push("d it. \n"), ("Used it. ".to_owned(), false));
+        assert_eq!(s.push("\nmore"), (String::new(), true));
+        let mut s = StopTexts::new(["User:".to_owned()]);
+        assert_eq!(s.push("aUser"), ("a".to_owned(), false));
+        assert_eq!(s.finish(), "User");
+        assert_eq!(s.push("éUsUser:x"), ("éUs".to_owned(), true));
+    }
 
     #[test]
     fn a_character_split_over_tokens_is_shown_whole() {

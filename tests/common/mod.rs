@@ -11,7 +11,7 @@ use std::thread::JoinHandle;
 
 use dim::host::report::Report;
 use gguf_tools::gguf::write::{GgufWriter, TensorSpec};
-use gguf_tools::gguf::{Entry, Gguf, Tensor, TensorType, Value};
+use gguf_tools::gguf::{Gguf, Tensor, TensorType, Value};
 use gguf_tools::manifest::Manifest;
 use gguf_tools::plan::{Plan, Request};
 use gguf_tools::split::split;
@@ -63,18 +63,33 @@ impl Cut {
 
     /// The same model with one number of its metadata changed.
     pub(crate) fn with_f32(&self, key: &str, number: f32, middles: &[&str]) -> Cut {
-        let write = |path: &Path| {
-            let gguf = Gguf::open(&self.model).unwrap();
-            assert!(matches!(gguf.get(key), Some(Value::F32(old)) if old != number), "{key}");
-            let value = |e: Entry<'_>| if e.key == key { Value::F32(number) } else { e.value.into_owned() };
-            let metadata: Vec<_> = gguf.metadata().map(|e| (e.key.to_owned(), value(e))).collect();
-            let spec = |t: Tensor<'_>| TensorSpec::new(t.name(), t.tensor_type(), t.dims());
-            let specs: Vec<_> = gguf.tensors().map(spec).collect();
-            let mut writer = GgufWriter::create(path, &metadata, &specs).unwrap();
-            gguf.tensors().for_each(|t| writer.write(t.data().unwrap()).unwrap());
-            writer.finish().unwrap();
-        };
-        Cut::of(write, middles)
+        let old = Gguf::open(&self.model).unwrap();
+        assert!(matches!(old.get(key), Some(Value::F32(old)) if old != number), "{key}");
+        Cut::of(|path| self.write_with(path, key, Some(Value::F32(number))), middles)
+    }
+
+    /// The same model without a key.
+    pub(crate) fn without_key(&self, key: &str, middles: &[&str]) -> Cut {
+        assert!(Gguf::open(&self.model).unwrap().get(key).is_some(), "{key}");
+        Cut::of(|path| self.write_with(path, key, None), middles)
+    }
+
+    /// The same model, whole, with another value of a key; a file in this folder.
+    pub(crate) fn with_key(&self, key: &str, value: Value<'_>) -> PathBuf {
+        let path = self.folder.path().join("other.gguf");
+        self.write_with(&path, key, Some(value));
+        path
+    }
+
+    fn write_with(&self, path: &Path, key: &str, value: Option<Value<'_>>) {
+        let gguf = Gguf::open(&self.model).unwrap();
+        let others = gguf.metadata().filter(|e| e.key != key).map(|e| (e.key.to_owned(), e.value));
+        let metadata: Vec<_> = others.chain(value.map(|value| (key.to_owned(), value))).collect();
+        let spec = |t: Tensor<'_>| TensorSpec::new(t.name(), t.tensor_type(), t.dims());
+        let specs: Vec<_> = gguf.tensors().map(spec).collect();
+        let mut writer = GgufWriter::create(path, &metadata, &specs).unwrap();
+        gguf.tensors().for_each(|t| writer.write(t.data().unwrap()).unwrap());
+        writer.finish().unwrap();
     }
 
     fn of(write: impl FnOnce(&Path), middles: &[&str]) -> Cut {
@@ -129,7 +144,7 @@ impl Cut {
     }
 }
 
-const COMMON: [&str; 7] = ["--threads", "1", "--ctx", "512", "--json", "-p", PROMPT];
+pub(crate) const COMMON: [&str; 7] = ["--threads", "1", "--ctx", "512", "--json", "-p", PROMPT];
 
 /// Runs a host that has to succeed.
 pub(crate) fn report(command: &mut Command) -> Report {

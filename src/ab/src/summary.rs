@@ -301,6 +301,7 @@ pub(crate) mod tests {
             model: "demo".into(),
             tokens: (0..scenario.n_predict as i32).collect(),
             text: String::new(),
+            sampled: false,
             stop: Stop::Length,
             error: None,
             seed: 0,

@@ -13,7 +13,7 @@ use dim_wire::transport::discover::MDNS_PORT;
 use gguf_tools::failure::Failure;
 use llama_sys_patch::LogLevel;
 
-use crate::explain;
+use crate::{explain, habits};
 
 /// What `--worker` says instead of an address.
 const AUTO: &str = "auto";
@@ -49,6 +49,9 @@ pub struct SplitArgs {
     /// Map the slices instead of reading them: they must not change while this runs
     #[arg(long)]
     mmap: bool,
+    /// Read them, as is done anyway
+    #[arg(long, hide_short_help = true, overrides_with = "mmap")]
+    no_mmap: bool,
     /// Longest time a worker may take for one step
     #[arg(long, value_name = "SECONDS", default_value_t = 120, value_parser = clap::value_parser!(u64).range(1..=86_400))]
     step_timeout: u64,
@@ -80,7 +83,7 @@ impl SplitArgs {
             .wire(self.wire.unwrap_or_default().row_type())
             .resources(resources)
             .verify(self.verify.when())
-            .mmap(self.mmap)
+            .mmap(self.mmap && !self.no_mmap)
             .canary(!self.no_canary)
             .patience(self.patience.patience())
             .step_timeout(Duration::from_secs(self.step_timeout))
@@ -205,9 +208,11 @@ pub struct MachineArgs {
     /// Most prompt tokens evaluated at once
     #[arg(long = "ubatch", visible_alias = "ubatch-size", value_name = "N", default_value_t = 512)]
     n_ubatch: u32,
-    /// Blocks to put on the GPU (default: all, where this build has a GPU backend)
+    /// Blocks to put on the GPU (default: all, where this build has a GPU backend); also -ngl
     #[arg(long = "gpu-layers", visible_alias = "n-gpu-layers", value_name = "N")]
-    gpu_layers: Option<u32>,
+    gpu_layers: Option<GpuLayers>,
+    #[command(flatten)]
+    llama: LlamaArgs,
     /// Show llama.cpp's own log
     #[arg(short = 'v', long)]
     pub verbose: bool,
@@ -220,6 +225,7 @@ impl MachineArgs {
     /// A number is out of range.
     pub fn resources(&self) -> Result<Resources, Failure> {
         let MachineArgs { n_ctx, threads, n_ubatch, gpu_layers, .. } = *self;
+        let gpu_layers = gpu_layers.and_then(|GpuLayers(n)| n);
         let resources = Resources { n_ctx, n_threads: threads, n_ubatch, gpu_layers };
         resources.check().map_err(explain)?;
         Ok(resources)
@@ -231,6 +237,39 @@ impl MachineArgs {
     }
 }
 
+/// A number of blocks, or as llama.cpp says it: `all` and `auto` are all there is room for, and so is -1.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct GpuLayers(Option<u32>);
+
+impl std::str::FromStr for GpuLayers {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<GpuLayers, String> {
+        match text {
+            "all" | "auto" | "-1" => Ok(GpuLayers(None)),
+            n => n.parse().map(|n| GpuLayers(Some(n))).map_err(|_| "a number of blocks, or `all`".to_owned()),
+        }
+    }
+}
+
+/// Options of llama.cpp that have one answer here. They are taken, so that a command line that works there works here,
+/// where they ask for what is done anyway.
+#[derive(Clone, Debug, clap::Args)]
+struct LlamaArgs {
+    /// Taken for llama.cpp's sake: --ubatch alone says how many tokens go at once
+    #[arg(short = 'b', long, value_name = "N", hide_short_help = true)]
+    batch_size: Option<u32>,
+    /// Fused attention is used where llama.cpp can: `on` and `auto` are the same here
+    #[arg(long, value_name = "on|auto", hide_short_help = true, num_args = 0..=1, default_missing_value = "on", value_parser = ["on", "auto", "1"])]
+    flash_attn: Option<String>,
+    /// The cache of keys is F16
+    #[arg(long, value_name = "f16", hide_short_help = true, value_parser = ["f16"])]
+    cache_type_k: Option<String>,
+    /// The cache of values is F16
+    #[arg(long, value_name = "f16", hide_short_help = true, value_parser = ["f16"])]
+    cache_type_v: Option<String>,
+}
+
 /// The options of sampling, with llama.cpp's words and defaults.
 #[derive(Clone, Debug, clap::Args)]
 #[command(next_help_heading = "Sampling")]
@@ -238,8 +277,8 @@ pub struct SamplingArgs {
     /// Temperature; 0 takes the most likely token each time (greedy)
     #[arg(long = "temp", value_name = "T", default_value_t = 0.8)]
     temperature: f32,
-    /// Keep only the K most likely tokens (0 = all)
-    #[arg(long, value_name = "K", default_value_t = 40)]
+    /// Keep only the K most likely tokens (0 or -1 = all)
+    #[arg(long, value_name = "K", default_value_t = 40, allow_negative_numbers = true)]
     top_k: i32,
     /// Keep the most likely tokens that together have probability P (1 = all)
     #[arg(long, value_name = "P", default_value_t = 0.95)]
@@ -247,14 +286,14 @@ pub struct SamplingArgs {
     /// Drop tokens less likely than P times the most likely one (0 = none)
     #[arg(long, value_name = "P", default_value_t = 0.05)]
     min_p: f32,
-    /// Seed of the random choice (default: a new one each time)
-    #[arg(short = 's', long, value_name = "N")]
-    seed: Option<u32>,
+    /// Seed of the random choice; -1: a new one each time, which is shown
+    #[arg(short = 's', long, value_name = "N", default_value_t = -1, allow_negative_numbers = true)]
+    seed: i64,
     /// Penalty on tokens seen lately (1 = none)
     #[arg(long, value_name = "F", default_value_t = 1.0)]
     repeat_penalty: f32,
-    /// How many of the last tokens the penalties look at
-    #[arg(long, value_name = "N", default_value_t = 64)]
+    /// How many of the last tokens the penalties look at (-1 = all)
+    #[arg(long, value_name = "N", default_value_t = 64, allow_negative_numbers = true)]
     repeat_last_n: i32,
     /// Penalty on tokens by how often they were seen (0 = none)
     #[arg(long, value_name = "F", default_value_t = 0.0)]
@@ -271,6 +310,9 @@ impl SamplingArgs {
     /// A number is out of range.
     pub fn sampling(&self) -> Result<Sampling, Failure> {
         let sampling = self.unchecked();
+        if self.seed < -1 || self.seed > u32::MAX.into() {
+            return Err(Failure::misuse(format!("--seed {}: must be -1 to 4294967294", self.seed)));
+        }
         sampling.check().map_err(explain)?;
         Ok(sampling)
     }
@@ -281,7 +323,7 @@ impl SamplingArgs {
             top_k: self.top_k,
             top_p: self.top_p,
             min_p: self.min_p,
-            seed: self.seed,
+            seed: u32::try_from(self.seed).ok(),
             repeat_penalty: self.repeat_penalty,
             repeat_last_n: self.repeat_last_n,
             frequency_penalty: self.frequency_penalty,
@@ -299,6 +341,15 @@ pub struct PromptArgs {
     /// Read it from a file (- for standard input)
     #[arg(short = 'f', long, value_name = "FILE")]
     file: Option<PathBuf>,
+    /// Read \n, \t, \", \\ and the like in -p as the characters they stand for
+    #[arg(short = 'e', long)]
+    escape: bool,
+    /// Take -p as it stands, as is done anyway
+    #[arg(long, hide_short_help = true, overrides_with = "escape")]
+    no_escape: bool,
+    /// End where this text comes (repeat for more)
+    #[arg(short = 'r', long = "reverse-prompt", visible_alias = "stop", value_name = "TEXT")]
+    pub stop: Vec<String>,
     /// Repeat or cut the prompt to N tokens, for measurements
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
     prompt_tokens: Option<u32>,
@@ -326,7 +377,7 @@ impl PromptArgs {
     /// The prompt's text, from wherever it was given.
     fn text(&self) -> Result<String, Failure> {
         if let Some(text) = &self.prompt {
-            return Ok(text.clone());
+            return Ok(if self.escape && !self.no_escape { habits::unescaped(text) } else { text.clone() });
         }
         let Some(path) = &self.file else {
             return Err(Failure::misuse("give a prompt with -p TEXT or -f FILE"));

@@ -4,6 +4,8 @@
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
+use gguf_tools::tell;
+
 /// Two flags shared with the thread that waits for the signal.
 #[derive(Clone, Debug, Default)]
 pub struct Interrupt {
@@ -23,8 +25,9 @@ impl Interrupt {
                 while tokio::signal::ctrl_c().await.is_ok() {
                     let reply_runs = flags.generating.load(Ordering::SeqCst);
                     if !reply_runs || flags.stop.swap(true, Ordering::SeqCst) {
-                        eprintln!();
-                        std::process::exit(EXIT_INTERRUPTED);
+                        tell!();
+                        // the main thread may be anywhere in C++: its objects must not be taken down under it
+                        llama_sys_patch::end_process(EXIT_INTERRUPTED);
                     }
                 }
             });

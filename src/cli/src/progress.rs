@@ -1,7 +1,10 @@
 //! Progress of something slow, on stderr: a line that renews itself on a terminal, nothing elsewhere.
 
-use std::io::{IsTerminal, Write};
+use std::io::IsTerminal;
 use std::time::{Duration, Instant};
+
+use gguf_tools::terminal::steer;
+use gguf_tools::text::Safe;
 
 /// A line such as `loading head.gguf  42 %  1.3 GiB/s`.
 pub struct Progress {
@@ -45,8 +48,8 @@ impl Progress {
         let percent = if total == 0 { 100.0 } else { done as f64 / total as f64 * 100.0 };
         let rate = done.saturating_sub(self.base) as f64 / (now - self.start).as_secs_f64();
         let left = (total.saturating_sub(done)) as f64 / rate.max(1.0);
-        eprint!("\r\x1b[K{}  {percent:.0} %  {}/s  {left:.0} s left", self.what, size(rate));
-        let _ = std::io::stderr().flush();
+        let rate_s = size(rate);
+        steer(format_args!("\r\x1b[K{}  {percent:.0} %  {rate_s}/s  {left:.0} s left", Safe(&self.what)));
     }
 }
 
@@ -59,7 +62,7 @@ pub fn size(bytes: f64) -> String {
 impl Drop for Progress {
     fn drop(&mut self) {
         if self.shown {
-            eprint!("\r\x1b[K");
+            steer(format_args!("\r\x1b[K"));
         }
     }
 }

@@ -1,11 +1,11 @@
 //! What a person sees of what happens: the library's events as lines on stderr, and text as it comes on stdout.
 
 use std::fmt::Write as _;
-use std::io::Write as _;
 
 use dim::Event;
 use dim::event::{NoCanary, Placement, Sighted};
 use dim_wire::transport::{LinkError, LinkErrorKind};
+use gguf_tools::tell;
 
 use crate::progress::Progress;
 
@@ -20,7 +20,7 @@ pub fn events(verbose: bool) -> impl FnMut(Event) + Send + 'static {
                 // its line is wiped before another is written
                 progress = None;
                 if let Some(line) = line(other, verbose) {
-                    eprintln!("{line}");
+                    tell!("{line}");
                 }
                 return;
             }
@@ -130,13 +130,6 @@ fn picture(stages: &[Placement], n_blocks: u32) -> String {
         };
     }
     line
-}
-
-/// Text to stdout, at once.
-pub fn text(piece: &str) {
-    let mut out = std::io::stdout().lock();
-    let _ = out.write_all(piece.as_bytes());
-    let _ = out.flush();
 }
 
 #[cfg(test)]

@@ -20,6 +20,7 @@ use dim_cli::args::WireType;
 use dim_cli::explain;
 use dim_cli::progress::Progress;
 use gguf_tools::failure::Failure;
+use gguf_tools::{tell, terminal};
 
 /// Arguments of `dim-host ab`.
 #[derive(Debug, clap::Args)]
@@ -148,11 +149,11 @@ pub fn run(args: &Args) -> Result<(), Failure> {
         time_limit: Duration::from_secs(args.time_limit),
         out: args.out.clone(),
     };
-    run_plan(&plan, |line| eprintln!("{line}"))?;
+    run_plan(&plan, |line| tell!("{line}"))?;
     let page = Page::new(&read_all(&args.out).map_err(Failure::failed)?);
     let file = page.write(&args.out).map_err(|e| Failure::failed(format!("cannot write the report: {e}")))?;
-    println!("{}", page.markdown(2, "charts").trim_end());
-    eprintln!("\nthe same with its plots: {}", file.display());
+    terminal::print(&format!("{}\n", page.markdown(2, "charts").trim_end()))?;
+    tell!("\nthe same with its plots: {}", file.display());
     Ok(())
 }
 
@@ -230,7 +231,7 @@ fn quantise(arms: &[Arm], args: &Args) -> Result<Vec<(Arm, PathBuf)>, Failure> {
         let file = dir.join(format!("{}-{name}.gguf", model_name(&args.model)));
         let changed = |p: &Path| std::fs::metadata(p).and_then(|m| m.modified()).ok();
         if changed(&file) <= changed(&args.model) {
-            eprintln!("making {}", file.display());
+            tell!("making {}", file.display());
             // in a process of its own: what llama.cpp cannot quantise may end it
             let part = dir.join(format!("{}-{name}.part", model_name(&args.model)));
             let log = std::fs::File::create(dir.join(format!("{name}.log"))).map_err(Failure::failed)?;

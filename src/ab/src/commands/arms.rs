@@ -91,7 +91,8 @@ pub fn rpc_server(args: &RpcServerArgs) -> Result<(), Failure> {
             }
             std::thread::sleep(Duration::from_millis(20));
         }
-        println!("listening on {address}");
+        // who does not read it should not end the server
+        let _ = terminal::print(&format!("listening on {address}\n"));
     });
     llama_sys_patch::rpc::serve(address, args.threads).map_err(Failure::failed)
 }

@@ -11,6 +11,7 @@ use dim::{Session, WholeModel};
 use dim_cli::args::{MachineArgs, SplitArgs, WireType};
 use dim_cli::{explain, shown};
 use gguf_tools::failure::Failure;
+use gguf_tools::{tell, terminal};
 use llama_sys_patch::Model;
 
 /// Arguments of `dim-host eval`.
@@ -100,11 +101,12 @@ pub fn run(args: &Args) -> Result<(), Failure> {
         machine: Machine::describe(),
     };
     if args.json {
-        println!("{}", serde_json::to_string(&evaluation).map_err(Failure::failed)?);
-    } else {
-        print!("{}", evaluation.table());
+        return terminal::print(&format!(
+            "{}\n",
+            serde_json::to_string(&evaluation).map_err(Failure::failed)?
+        ));
     }
-    Ok(())
+    terminal::print(&evaluation.table())
 }
 
 impl Args {
@@ -193,11 +195,12 @@ impl Text {
                 return Err(e);
             }
             if std::io::stderr().is_terminal() {
-                eprint!("\r\x1b[K{name}: {} of {} tokens", window.scored.end, self.tokens.len());
+                let (done, all) = (window.scored.end, self.tokens.len());
+                terminal::steer(format_args!("\r\x1b[K{name}: {done} of {all} tokens"));
             }
         }
         if std::io::stderr().is_terminal() {
-            eprintln!();
+            tell!();
         }
         let (value, error) = perplexity.value().ok_or_else(|| Failure::failed("no row was scored"))?;
         Ok(EngineResult {

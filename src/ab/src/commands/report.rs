@@ -4,6 +4,7 @@ use std::path::{Path, PathBuf};
 
 use crate::report::{BEGIN, END, Page, insert, read_all};
 use gguf_tools::failure::Failure;
+use gguf_tools::terminal;
 
 /// Arguments of `dim-host report`.
 #[derive(Debug, clap::Args)]
@@ -29,8 +30,7 @@ pub fn run(args: &Args) -> Result<(), Failure> {
     let Some(document) = &args.into else {
         let file =
             page.write(&args.dir).map_err(|e| Failure::failed(format!("cannot write the report: {e}")))?;
-        println!("{}", file.display());
-        return Ok(());
+        return terminal::print(&format!("{}\n", file.display()));
     };
     let charts = args.dir.join("charts");
     let text = std::fs::read_to_string(document)

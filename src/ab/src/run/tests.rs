@@ -52,6 +52,7 @@ fn report(n_tokens: usize, reconnects: u32) -> Report {
         model: "m".into(),
         tokens: vec![1; n_tokens],
         text: String::new(),
+        sampled: false,
         stop: Stop::Length,
         error: None,
         seed: 0,

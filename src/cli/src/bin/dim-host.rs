@@ -6,6 +6,7 @@ use std::time::Instant;
 
 use clap::{Parser, Subcommand};
 use dim_cli::commands::{chat, demo, generate, laboratory, pair, push, stock};
+use dim_cli::habits;
 
 /// One model across your machines: the host runs the head and the tail of a split GGUF, workers run the middle.
 #[derive(Parser)]
@@ -43,7 +44,7 @@ enum Command {
 fn main() -> ExitCode {
     let process_start = Instant::now();
     // clap ends misuse with exit code 2 and --help with 0
-    let result = match Cli::parse().command {
+    let result = match Cli::parse_from(habits::long_words(std::env::args_os())).command {
         Command::Generate(args) => generate::run(&args, process_start),
         Command::Chat(args) => chat::run(&args, process_start),
         Command::Stock(args) => stock::run(&args, process_start),

@@ -9,10 +9,11 @@ use clap::parser::ValueSource;
 use clap::{CommandFactory as _, FromArgMatches as _, Parser};
 use dim::{StopHandle, Worker, device};
 use dim_cli::args::{MachineArgs, Verify};
-use dim_cli::{explain, shown};
+use dim_cli::{explain, habits, shown};
 use dim_wire::keys::{Key, KeyStore};
 use dim_wire::transport::discover::MDNS_PORT;
 use gguf_tools::failure::Failure;
+use gguf_tools::tell;
 
 /// Serve a slice of a split model to one host at a time.
 ///
@@ -46,12 +47,15 @@ struct Args {
     /// Map the slice instead of reading it: it must not change while this runs
     #[arg(long)]
     mmap: bool,
+    /// Read it, as is done anyway
+    #[arg(long, hide_short_help = true, overrides_with = "mmap")]
+    no_mmap: bool,
     #[command(flatten)]
     machine: MachineArgs,
 }
 
 fn main() -> ExitCode {
-    let matches = Args::command().get_matches();
+    let matches = Args::command().get_matches_from(habits::long_words(std::env::args_os()));
     // what was asked for is done; what was not is chosen so that a worker stays small
     let chooses_rows = matches.value_source("n_ubatch") != Some(ValueSource::CommandLine);
     let args = Args::from_arg_matches(&matches).unwrap_or_else(|e| e.exit());
@@ -68,7 +72,7 @@ fn run(args: &Args, chooses_rows: bool) -> Result<(), Failure> {
         .listen(&args.listen)
         .max_sessions(args.max_sessions)
         .verify(args.verify.when())
-        .mmap(args.mmap)
+        .mmap(args.mmap && !args.no_mmap)
         .resources(resources)
         .exact_rows(!chooses_rows)
         .software(device::software("dim-worker"));
@@ -83,7 +87,7 @@ fn run(args: &Args, chooses_rows: bool) -> Result<(), Failure> {
 
     let (info, n_ctx) = (worker.slice(), worker.n_ctx());
     let count = info.blocks.count();
-    eprintln!(
+    tell!(
         "{}: blocks {} of {} ({count} block{}), {:.2} GiB, context {n_ctx}",
         info.model_name,
         info.blocks,
@@ -93,7 +97,7 @@ fn run(args: &Args, chooses_rows: bool) -> Result<(), Failure> {
     );
     if args.key_file.is_none() && (args.pair || is_unpaired()) {
         let code = worker.open_pairing().map_err(Failure::failed)?;
-        eprintln!(
+        tell!(
             "pairing code, good for 5 minutes and one host:\n\n    {code}\n\non the host: dim-host pair {}",
             worker.address()
         );
@@ -133,7 +137,7 @@ fn end_on_signals(worker: StopHandle) {
             signal().await;
             worker.stop();
             signal().await;
-            std::process::exit(1);
+            llama_sys_patch::end_process(1);
         });
     });
 }

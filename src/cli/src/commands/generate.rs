@@ -5,6 +5,7 @@ use std::time::Instant;
 
 use dim::Session;
 use gguf_tools::failure::Failure;
+use gguf_tools::{tell, terminal};
 
 use crate::args::{MachineArgs, PromptArgs, SplitArgs};
 use crate::interrupt::Interrupt;
@@ -44,13 +45,15 @@ pub(super) fn reply(
     }
     let generation = session.generate(args.sampling.sampling()?);
     let mut generation = generation.limit(args.limit()?).ignore_eos(args.ignore_eos);
+    generation = generation.stop_at(args.stop.iter().cloned());
     generation = generation.stop_when(interrupt.stop_flag());
-    let mut written = Ok(());
+    let (mut written, mut unread) = (Ok(()), false);
     let ended = interrupt.during(|| {
         while let Some(token) = generation.next() {
-            let token = token?;
+            let token = token.map_err(explain)?;
             if !args.json {
-                shown::text(&token.text);
+                // who has left is not computed for
+                terminal::print(&token.text).inspect_err(|_| unread = true)?;
             }
             if let (Some(file), Ok(())) = (&mut logits_file, &written) {
                 written = file.write_all(bytemuck::cast_slice(generation.logits()));
@@ -59,13 +62,16 @@ pub(super) fn reply(
         Ok(())
     });
     let written = written.and_then(|()| logits_file.as_mut().map_or(Ok(()), |file| file.flush()));
+    if unread {
+        return ended;
+    }
     let report = generation.report(process_start);
     if args.json {
-        println!("{}", serde_json::to_string(&report).map_err(Failure::failed)?);
+        terminal::print(&format!("{}\n", serde_json::to_string(&report).map_err(Failure::failed)?))?;
     } else {
-        println!();
+        terminal::print("\n")?;
     }
-    eprintln!("\n{}", report.table());
-    ended.map_err(|error: dim::Error| explain(error))?;
+    tell!("\n{}", report.table());
+    ended?;
     written.map_err(|e| Failure::failed(format!("cannot write the logits: {e}")))
 }

@@ -1,11 +1,13 @@
 //! `dim-host pair`.
 
-use std::io::{BufRead as _, IsTerminal as _, Write as _};
+use std::io::{BufRead as _, IsTerminal as _};
 
 use dim::device;
 use dim_wire::keys::{KeyStore, PairingCode, Peer};
 use dim_wire::transport::{LinkError, Timing, pair};
 use gguf_tools::failure::Failure;
+use gguf_tools::tell;
+use gguf_tools::terminal::steer;
 
 use crate::explain;
 
@@ -36,14 +38,13 @@ pub fn run(args: &Args) -> Result<(), Failure> {
     let software = device::software("dim-host");
     let (_, worker) =
         pair(&args.address, &code, &device::name(), &software, &Timing::default(), keep).map_err(explain)?;
-    eprintln!("paired with {worker}; the key is in {}", store.directory().display());
+    tell!("paired with {worker}; the key is in {}", store.directory().display());
     Ok(())
 }
 
 fn ask() -> Result<String, Failure> {
     if std::io::stdin().is_terminal() {
-        eprint!("the code that the worker shows: ");
-        let _ = std::io::stderr().flush();
+        steer(format_args!("the code that the worker shows: "));
     }
     let mut line = String::new();
     std::io::stdin().lock().read_line(&mut line).map_err(Failure::failed)?;

@@ -12,6 +12,7 @@ use dim_wire::terms::Reason;
 use dim_wire::transport::push::{PushError, push};
 use dim_wire::transport::{LinkError, LinkErrorKind, Timing};
 use gguf_tools::failure::Failure;
+use gguf_tools::tell;
 
 use crate::args::{PatienceArgs, key_for};
 use crate::explain;
@@ -58,7 +59,7 @@ pub fn run(args: &Args) -> Result<(), Failure> {
     }
     let seconds = begun.elapsed().as_secs_f64();
     let rate = size(transfer.sent as f64 / seconds.max(1e-3));
-    eprintln!(
+    tell!(
         "{} has blocks {} of {}: {} verified, {} sent in {seconds:.1} s ({rate}/s)",
         args.worker,
         offer.blocks,
@@ -90,11 +91,11 @@ impl Transfer {
     fn failed(&mut self, error: PushError) -> Result<(), PushError> {
         if matches!(error, PushError::HashDiffers { .. }) && !self.hash_differed {
             self.hash_differed = true;
-            eprintln!("{error}; sending it once more");
+            tell!("{error}; sending it once more");
             return Ok(());
         }
         wait(&mut self.retry, error, &mut |error, limit| {
-            eprintln!("{error}; trying for up to {} s", limit.as_secs());
+            tell!("{error}; trying for up to {} s", limit.as_secs());
         })
     }
 }
@@ -118,7 +119,7 @@ impl<'a> Connection<'a> {
             self.progress.begin_at(done);
             if done > 0 {
                 let has = size(done as f64);
-                eprintln!("the worker has {has} of {} already: going on there", size(transfer.total as f64));
+                tell!("the worker has {has} of {} already: going on there", size(transfer.total as f64));
             }
         } else {
             transfer.sent += done.saturating_sub(transfer.reached);

@@ -1,0 +1,221 @@
+//! `dim-host chat`: the model's own template, the cache of the common prefix kept from turn to turn.
+
+mod input;
+mod transcript;
+
+use std::path::{Path, PathBuf};
+use std::time::Instant;
+
+use dim::host::report::Stop;
+use dim::host::template::{CHATML, ChatTemplate, Role, TemplateError, Turn};
+use dim::{Host, Sampling, Session};
+use gguf_tools::failure::Failure;
+use gguf_tools::{tell, terminal};
+
+use crate::args::{MachineArgs, SamplingArgs, SplitArgs, limit};
+use crate::interrupt::Interrupt;
+use crate::{explain, shown};
+use input::{Input, Line};
+
+/// Arguments of `dim-host chat`.
+#[derive(Debug, clap::Args)]
+pub struct Args {
+    #[command(flatten)]
+    split: SplitArgs,
+    #[command(flatten)]
+    machine: MachineArgs,
+    #[command(flatten)]
+    sampling: SamplingArgs,
+    /// How the assistant is to behave
+    #[arg(long = "system", visible_alias = "system-prompt", value_name = "TEXT")]
+    system: Option<String>,
+    /// Another template than the model's: Jinja itself, a file of it, or `chatml`
+    #[arg(long, visible_alias = "chat-template-file", value_name = "JINJA|FILE|chatml")]
+    chat_template: Option<String>,
+    /// Most tokens of a reply; -1: until the model ends or the context is full
+    #[arg(short = 'n', long = "predict", value_name = "N", default_value_t = -1, allow_negative_numbers = true)]
+    n_predict: i64,
+    /// End a reply where this text comes (repeat for more)
+    #[arg(short = 'r', long = "reverse-prompt", visible_alias = "stop", value_name = "TEXT")]
+    stop: Vec<String>,
+    /// Keep the conversation in FILE, as JSON, after every reply
+    #[arg(long, value_name = "FILE")]
+    save: Option<PathBuf>,
+    /// Go on with the conversation in FILE
+    #[arg(long, value_name = "FILE")]
+    resume: Option<PathBuf>,
+    /// Print the speeds after each reply
+    #[arg(long)]
+    timings: bool,
+}
+
+/// Runs it.
+pub fn run(args: &Args, process_start: Instant) -> Result<(), Failure> {
+    let sampling = args.sampling.sampling()?;
+    let n_predict = limit(args.n_predict)?;
+    // what is wrong with a file is known before a model is loaded
+    let turns = args.first_turns()?;
+    let template = args.chat_template.as_deref().map(template_text).transpose()?;
+    let interrupt = Interrupt::watch();
+    let host = args.split.host(&args.machine)?;
+    let mut host = host.connect(shown::events(args.machine.verbose)).map_err(explain)?;
+    let template = match &template {
+        Some(source) => host.chat_template_of(source).map_err(explain)?,
+        None => own_template(&host)?,
+    };
+    let session = host.session().map_err(explain)?;
+    Chat { args, sampling, n_predict, interrupt, process_start, template, session, turns }.run()
+}
+
+/// What `--chat-template` means.
+fn template_text(given: &str) -> Result<String, Failure> {
+    match given {
+        "chatml" => Ok(CHATML.to_owned()),
+        jinja if jinja.contains('{') => Ok(jinja.to_owned()),
+        file => std::fs::read_to_string(file).map_err(|e| {
+            Failure::misuse(format!("--chat-template {file}: neither `chatml`, nor Jinja, nor a file: {e}"))
+        }),
+    }
+}
+
+fn own_template(host: &Host) -> Result<ChatTemplate, Failure> {
+    match host.chat_template() {
+        Err(TemplateError::None) => {
+            tell!("note: this model has no chat template; ChatML is used, --chat-template names another");
+            host.chat_template_of(CHATML).map_err(explain)
+        }
+        template => template.map_err(explain),
+    }
+}
+
+impl Args {
+    /// The conversation as it begins.
+    fn first_turns(&self) -> Result<Vec<Turn>, Failure> {
+        let mut turns = self.resume.as_deref().map_or(Ok(Vec::new()), transcript::read)?;
+        if let Some(system) = &self.system {
+            turns.retain(|turn| turn.role != Role::System);
+            turns.insert(0, Turn { role: Role::System, content: system.clone() });
+        }
+        Ok(turns)
+    }
+}
+
+struct Chat<'a> {
+    args: &'a Args,
+    sampling: Sampling,
+    n_predict: Option<usize>,
+    interrupt: Interrupt,
+    process_start: Instant,
+    template: ChatTemplate,
+    session: Session<'a>,
+    turns: Vec<Turn>,
+}
+
+const COMMANDS: &str = "\
+/clear        start again
+/save FILE    keep the conversation in FILE; --resume FILE goes on with it
+/help         this
+/exit         end; so does Ctrl-D. Ctrl-C stops a reply";
+
+impl Chat<'_> {
+    /// Reads messages and answers each on stdout until they end.
+    fn run(mut self) -> Result<(), Failure> {
+        let mut input = Input::new();
+        if input.is_terminal() {
+            tell!("{COMMANDS}");
+        }
+        loop {
+            match input.next()? {
+                Line::End | Line::Command("exit" | "bye" | "quit", _) => return Ok(()),
+                Line::Command("clear", _) => self.turns.retain(|turn| turn.role == Role::System),
+                Line::Command("help" | "?", _) => tell!("{COMMANDS}"),
+                Line::Command("save", "") => tell!("error: /save FILE: name the file"),
+                Line::Command("save", file) => match transcript::write(Path::new(file), &self.turns) {
+                    Ok(()) => tell!("[kept in {file}]"),
+                    Err(failure) => tell!("error: {failure}"),
+                },
+                Line::Command(unknown, _) => {
+                    tell!(
+                        "error: there is no /{unknown}: /help lists what there is; a space before it says it to the model"
+                    );
+                }
+                Line::Said(text) => {
+                    let is_terminal = input.is_terminal();
+                    self.turns.push(Turn { role: Role::User, content: text });
+                    match self.answer() {
+                        Ok(Some(content)) => self.turns.push(Turn { role: Role::Assistant, content }),
+                        Ok(None) => drop(self.turns.pop()),
+                        // the conversation is here, whoever was lost: it can be said again
+                        Err(failure) if is_terminal && !failure.is_unread() => {
+                            self.turns.pop();
+                            let _ = failure.report();
+                            tell!("[the conversation is kept: say it again, or /save FILE]");
+                        }
+                        Err(failure) => return Err(failure),
+                    }
+                    if let Some(file) = &self.args.save {
+                        transcript::write(file, &self.turns)?;
+                    }
+                }
+            }
+        }
+    }
+
+    /// The reply to the last turn; `None` where there is no room for one.
+    fn answer(&mut self) -> Result<Option<String>, Failure> {
+        let Some(prompt) = self.prompt()? else { return Ok(None) };
+        self.session.set_tokens(&prompt).map_err(explain)?;
+
+        let generation = self.session.generate(self.sampling.clone()).limit(self.n_predict);
+        let generation = generation.stop_at(self.args.stop.iter().cloned());
+        let mut generation = generation.stop_when(self.interrupt.stop_flag());
+        let ended = self.interrupt.during(|| {
+            generation.by_ref().try_for_each(|token| terminal::print(&token.map_err(explain)?.text))
+        });
+        terminal::print("\n")?;
+        ended?;
+        let report = generation.report(self.process_start);
+        if report.stop == Stop::ContextFull {
+            tell!("[the context is full: the reply ends here; a larger --ctx has room for more]");
+        }
+        if self.args.timings {
+            tell!("\n{}", report.table());
+        }
+        Ok(Some(report.text))
+    }
+
+    /// The conversation as tokens, with room for a reply: the oldest turns go where there is none, and it is said.
+    fn prompt(&mut self) -> Result<Option<Vec<i32>>, Failure> {
+        let n_ctx = self.session.n_ctx() as usize;
+        let room = self.n_predict.unwrap_or(usize::MAX).clamp(1, (n_ctx / 4).max(1));
+        let mut forgotten = 0;
+        loop {
+            let prompt = self.session.tokenize_chat(&self.template, &self.turns).map_err(explain)?;
+            if prompt.is_empty() {
+                return Err(Failure::misuse("the chat template gave an empty prompt"));
+            }
+            let oldest = self.turns.iter().position(|turn| turn.role != Role::System).unwrap_or(0);
+            // what was said last stays: it is to be answered
+            let is_last = oldest + 1 >= self.turns.len();
+            if prompt.len() + room <= n_ctx || is_last && prompt.len() < n_ctx {
+                if forgotten > 0 {
+                    tell!("[the context is full: the {forgotten} oldest messages are forgotten]");
+                }
+                return Ok(Some(prompt));
+            }
+            if is_last {
+                tell!(
+                    "error: this message needs {} positions, the context has {n_ctx}\nhint: say it shorter, or start \
+                     with a larger --ctx",
+                    prompt.len() + 1,
+                );
+                return Ok(None);
+            }
+            // a question goes with its answer: templates want them by turns
+            let with_answer = self.turns.get(oldest + 1).is_some_and(|turn| turn.role == Role::Assistant);
+            let n = if with_answer { 2 } else { 1 };
+            self.turns.drain(oldest..oldest + n);
+            forgotten += n;
+        }
+    }
+}
