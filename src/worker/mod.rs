@@ -4,6 +4,7 @@
 //! Worker::open --options--> bind: hosts are answered, "still loading" --load--> ready --serve--> until it is stopped
 //! ```
 
+mod reach;
 mod serve;
 
 use std::net::SocketAddr;
@@ -162,6 +163,11 @@ impl Worker {
     /// Where it listens, with the real port.
     pub fn address(&self) -> SocketAddr {
         self.listener.address()
+    }
+
+    /// Where other machines find it, from likely to unlikely; empty where this machine has no address but its own.
+    pub fn reachable_at(&self) -> Vec<SocketAddr> {
+        reach::addresses(self.address())
     }
 
     /// What it serves.

@@ -97,10 +97,7 @@ fn run(args: &Args, chooses_rows: bool) -> Result<(), Failure> {
     );
     if args.key_file.is_none() && (args.pair || is_unpaired()) {
         let code = worker.open_pairing().map_err(Failure::failed)?;
-        tell!(
-            "pairing code, good for 5 minutes and one host:\n\n    {code}\n\non the host: dim-host pair {}",
-            worker.address()
-        );
+        tell!("pairing code, good for 5 minutes and one host:\n\n    {code}\n\n{}", how_to_pair(&worker));
     }
     if args.announce == Announce::Always
         || args.announce == Announce::Reachable && !worker.address().ip().is_loopback()
@@ -111,6 +108,21 @@ fn run(args: &Args, chooses_rows: bool) -> Result<(), Failure> {
     let _ = writeln!(std::io::stdout(), "listening on {}", worker.address());
     let _ = std::io::stdout().flush();
     worker.serve().map_err(explain)
+}
+
+/// What to type on the other machine, with an address that works from there.
+fn how_to_pair(worker: &Worker) -> String {
+    let addresses = worker.reachable_at();
+    let Some((first, others)) = addresses.split_first() else {
+        let port = worker.address().port();
+        return format!("on this machine, which has no network: dim-host pair 127.0.0.1:{port}");
+    };
+    let mut text = format!("on the host: dim-host pair {first}");
+    if !others.is_empty() {
+        let others: Vec<String> = others.iter().map(ToString::to_string).collect();
+        text += &format!("\n(or, as the network has it: {})", others.join(", "));
+    }
+    text
 }
 
 /// Whether this user has no keys yet.
