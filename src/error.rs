@@ -55,6 +55,9 @@ pub enum Error {
     /// A whole model cannot be used.
     #[error(transparent)]
     Model(#[from] gguf_tools::gguf::Error),
+    /// A slice was named as the whole model.
+    #[error("{} is a slice of a model, and not the model", .0.display())]
+    NotTheModel(PathBuf),
     /// A slice is another part of the model than the one it was named as.
     #[error("{} is a {found} slice, not a {wanted}", path.display())]
     WrongRole {
@@ -215,6 +218,9 @@ impl Error {
     /// What to do about it, where there is more to say than the error itself does.
     pub fn hint(&self) -> Option<String> {
         let text = match self {
+            Error::NotTheModel(_) => {
+                "give the file that dim-split cut; the slices run with --split STEM.split.json"
+            }
             Error::WrongRole { .. } => "--split STEM.split.json names all files at once",
             Error::NotAMiddle { .. } => "the head and the tail stay with dim-host",
             Error::OtherSettings { .. } | Error::OtherModel(_) => "take the slices of one dim-split run",

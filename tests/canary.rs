@@ -19,17 +19,17 @@ fn tampered(cut: &Cut, from: &Path, name: impl Fn(&str) -> String) -> PathBuf {
     let from = Gguf::open(from).unwrap();
     common::tampered(&cut.slice(1), &path, |tensor| {
         let source = from.tensor(&name(tensor.name())).unwrap();
-        assert_eq!(source.dims(), tensor.dims());
+        assert_eq!(source.dims(), tensor.dims(), "{}", tensor.name());
         (source.tensor_type(), source.data().unwrap().to_vec())
     });
     path
 }
 
-/// Blocks 0 and 1 of a slice change places.
+/// Blocks 1 and 2 change places.
 fn exchanged(name: &str) -> String {
     match name.split_once('.').and_then(|(_, rest)| rest.split_once('.')) {
-        Some(("0", rest)) if name.starts_with("blk.") => format!("blk.1.{rest}"),
-        Some(("1", rest)) if name.starts_with("blk.") => format!("blk.0.{rest}"),
+        Some(("1", rest)) if name.starts_with("blk.") => format!("blk.2.{rest}"),
+        Some(("2", rest)) if name.starts_with("blk.") => format!("blk.1.{rest}"),
         _ => name.to_owned(),
     }
 }
@@ -92,13 +92,16 @@ fn wrong_workers_are_caught_and_without_the_canary_they_are_believed() {
             cases.push((what.to_owned(), kept));
         };
         case("blocks exchanged", &own, &exchanged);
-        case("the first block twice", &own, &|name| name.replacen("blk.1.", "blk.0.", 1));
+        case("the first block twice", &own, &|name| name.replacen("blk.2.", "blk.1.", 1));
         case("weights of another seed", &other.slice(1), &str::to_owned);
-        case("the slice of other blocks", &elsewhere.slice(1), &str::to_owned);
+        case("the slice of other blocks", &elsewhere.slice(1), &|name| {
+            let (block, rest) = name["blk.".len()..].split_once('.').unwrap();
+            format!("blk.{}.{rest}", block.parse::<u32>().unwrap() + 1)
+        });
         // one projection, from the other block
         for projection in ["attn_q", "attn_k", "attn_v", "attn_output", "ffn_gate", "ffn_up", "ffn_down"] {
-            let altered = format!("blk.1.{projection}.weight");
-            let from = format!("blk.0.{projection}.weight");
+            let altered = format!("blk.2.{projection}.weight");
+            let from = format!("blk.1.{projection}.weight");
             case(projection, &own, &|name| if name == altered { from.clone() } else { name.to_owned() });
         }
         for (what, path) in &cases {

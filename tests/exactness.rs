@@ -4,8 +4,8 @@
 //! Every family that can be cut, every kind of weight type, tied and untied lm_heads, one middle and two, cuts behind
 //! the first block and before the last. The models are synthesised (`gguf_tools::synth`); what makes them a fair
 //! oracle is asserted too: their logits are spread as a trained model's, and their text is no repetition. The slices
-//! are files cut by `gguf_tools::split` and loaded by the unmodified loader, in one process, hidden rows handed over
-//! as F32. Processes, sockets and the wire in between change nothing of the arithmetic; tests/processes.rs has them.
+//! are files cut by `gguf_tools::split`, of both kinds: those that keep the model's numbers, and those that are models of
+//! their own and are loaded by the unmodified loader; in one process, hidden rows handed over as F32. Processes, sockets and the wire in between change nothing of the arithmetic; tests/processes.rs has them.
 
 use std::{
     collections::HashSet,
@@ -73,6 +73,17 @@ fn what_is_not_in_a_block_comes_along() {
     table.print("frequency factors, experts");
 }
 
+/// Slices that are models of their own: every family for which that is right.
+#[test]
+fn renumbered_slices_are_exact() {
+    let mut table = Table::renumbered();
+    for spec in families("f16") {
+        table.check(&spec, &[&["1..2", "3..4"]]);
+    }
+    table.check(&Spec::tiny("phi3").unwrap().rope_factors(RopeFactors::Long { original: 64 }), &CUTS[..1]);
+    table.print("renumbered");
+}
+
 /// The comparison sees what it is there to see.
 #[test]
 fn a_wrong_order_or_a_wrong_range_is_noticed() {
@@ -106,28 +117,30 @@ fn a_wrong_order_or_a_wrong_range_is_noticed() {
     }
 }
 
-/// Families that synth knows and that cannot be cut are refused by name, not cut wrongly.
+/// Families whose blocks cannot be renumbered are refused by name, not cut wrongly; cut as they are, they are exact.
 #[test]
-fn families_that_cannot_be_cut_are_refused() {
+fn families_that_cannot_be_renumbered_are_refused() {
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("m.gguf");
     let mut refused = vec![];
     for family in FAMILIES.iter().filter(|family| arch::find(family.arch).is_err()) {
         Spec::tiny(family.arch).unwrap().write(&path).unwrap();
         let gguf = Gguf::open(&path).unwrap();
-        let request =
-            Request { middles: vec!["2..3".parse().unwrap()], stem: "m".into(), ..Request::default() };
+        let request = request(&["2..3"], true);
         let error = Plan::new(&gguf, &request).unwrap_err().to_string();
         assert!(error.contains(family.arch), "{error}");
         refused.push(family.arch);
     }
     assert!(refused.contains(&"gemma"), "{refused:?}");
+    let mut table = Table::new();
+    refused.iter().for_each(|arch| table.check(&Spec::tiny(arch).unwrap(), &CUTS[..2]));
+    table.check(&Spec::tiny("olmo2").unwrap().window(24), &CUTS[..2]);
+    table.print("families that cannot be renumbered");
 
     // OLMo 3: a family that can be cut, with a window in every block but each fourth
     Spec::tiny("olmo2").unwrap().window(24).write(&path).unwrap();
     let gguf = Gguf::open(&path).unwrap();
-    let request = Request { middles: vec!["2..3".parse().unwrap()], stem: "m".into(), ..Request::default() };
-    let error = Plan::new(&gguf, &request).unwrap_err().to_string();
+    let error = Plan::new(&gguf, &request(&["2..3"], true)).unwrap_err().to_string();
     assert!(error.contains("olmo2") && error.contains("window"), "{error}");
 }
 
@@ -153,7 +166,12 @@ fn f16_rows_cost_little() {
     }
 }
 
-/// Every family that can be cut, as a tiny model, with each lm_head its loader takes.
+fn request(middles: &[&str], renumber: bool) -> Request {
+    let middles: Vec<BlockRange> = middles.iter().map(|range| range.parse().unwrap()).collect();
+    Request { middles, renumber, stem: "cut".into(), ..Request::default() }
+}
+
+/// Every family that can be renumbered, as a tiny model, with each lm_head its loader takes.
 fn families(weights: &str) -> Vec<Spec> {
     let supported = FAMILIES.iter().filter(|family| arch::find(family.arch).is_ok());
     supported
@@ -224,16 +242,19 @@ impl Case {
 
     /// Cuts the model into files, and loads them.
     fn cut(&self, middles: &[&str]) -> Vec<Slice> {
-        let middles: Vec<BlockRange> = middles.iter().map(|range| range.parse().unwrap()).collect();
+        self.cut_as(&request(middles, false))
+    }
+
+    fn cut_as(&self, request: &Request) -> Vec<Slice> {
         let gguf = Gguf::open(&self.path).unwrap();
-        let request = Request { middles, stem: "cut".into(), ..Request::default() };
-        let plan = Plan::new(&gguf, &request).unwrap();
+        let plan = Plan::new(&gguf, request).unwrap();
         let out = self.folder.path().join("slices");
         let manifest = split(&plan, &out, "cut", |_| {}).unwrap();
-        let slices = manifest.slices.iter().map(|slice| Slice {
-            model: load(&out.join(&slice.file), slice.role),
-            role: slice.role,
-            blocks: 0..slice.last - slice.first + 1,
+        let slices = manifest.slices.iter().map(|slice| {
+            let model = load(&out.join(&slice.file), slice.role);
+            assert_eq!(model.is_slice(), !request.renumber);
+            // the model's numbers, or those of a model of its own
+            Slice { role: slice.role, blocks: model.blocks(), model }
         });
         slices.collect()
     }
@@ -351,6 +372,8 @@ fn kl_divergence(p: &[f32], q: &[f32]) -> f64 {
 
 /// One line per model and cut.
 struct Table {
+    /// of slices that are models of their own
+    renumber: bool,
     text: String,
     families: HashSet<&'static str>,
     failures: Vec<String>,
@@ -362,7 +385,11 @@ impl Table {
             "{:<26} {:<6} {:<12} {:>6} {:>8} {:>13} {:>10}\n",
             "model", "tied", "middles", "slices", "tokens", "max |diff|", "distinct"
         );
-        Table { text, families: HashSet::new(), failures: vec![] }
+        Table { renumber: false, text, families: HashSet::new(), failures: vec![] }
+    }
+
+    fn renumbered() -> Table {
+        Table { renumber: true, ..Table::new() }
     }
 
     fn check(&mut self, spec: &Spec, cuts: &[&[&str]]) {
@@ -372,7 +399,7 @@ impl Table {
         let distinct = case.stock.tokens.iter().collect::<HashSet<_>>().len();
         let tied = Gguf::open(&case.path).unwrap().tensor("output.weight").is_none();
         for middles in cuts {
-            let slices = case.cut(middles);
+            let slices = case.cut_as(&request(middles, self.renumber));
             let difference = compare(&case.stock, &case.run(&slices, Precision::F32));
             let same = difference.first_token.unwrap_or(N_GENERATED);
             let line = format!(

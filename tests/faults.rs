@@ -349,7 +349,7 @@ fn values_that_are_no_numbers_are_named_on_either_side() {
         });
     };
     let options = ["-n", "4", "--temp", "0", "--verify", "never"];
-    nan_in(&cut.slice(1), "blk.1.ffn_down.weight");
+    nan_in(&cut.slice(1), "blk.2.ffn_down.weight");
     let worker = Worker::start(&broken, &cut.key, &["--verify", "never"]);
     for wire in ["f16", "f32"] {
         for canary in [&[][..], &["--no-canary"]] {

@@ -7,20 +7,21 @@ pub use dim_core::canary::{
 };
 
 /// Why a middle has no canary.
-#[derive(Debug, thiserror::Error)]
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error, serde::Serialize, serde::Deserialize)]
 #[non_exhaustive]
 pub enum NoCanary {
     /// This build cannot evaluate anything.
     #[error("this program was built without llama.cpp (the feature `engine`)")]
     NotBuilt,
-    /// llama.cpp does not load the slice, or cannot prepare to evaluate it.
-    #[cfg(feature = "engine")]
-    #[error(transparent)]
-    Unloadable(llama_sys_patch::Error),
-    /// It loads, and cannot be evaluated.
-    #[cfg(feature = "engine")]
-    #[error(transparent)]
-    NotEvaluated(llama_sys_patch::Error),
+    /// llama.cpp does not load the slice, or cannot prepare to evaluate it: what it says.
+    #[error("{0}")]
+    Unloadable(String),
+    /// It loads, and cannot be evaluated: what llama.cpp says.
+    #[error("{0}")]
+    NotEvaluated(String),
+    /// A known input is one hidden row, and more goes in or comes out.
+    #[error("more than one hidden row crosses its ends ({0})")]
+    Crossing(String),
     /// It is another model's.
     #[error("its rows have {found} values, not {wanted}")]
     RowLength {
@@ -40,10 +41,7 @@ pub enum NoCanary {
 impl NoCanary {
     /// Whether nobody else will be able to load the slice either.
     pub fn is_unloadable(&self) -> bool {
-        #[cfg(feature = "engine")]
-        return matches!(self, NoCanary::Unloadable(_));
-        #[cfg(not(feature = "engine"))]
-        false
+        matches!(self, NoCanary::Unloadable(_))
     }
 }
 
@@ -63,17 +61,24 @@ pub fn find(path: &std::path::Path, n_embd: usize, seed: u64) -> Result<Canary, 
         no_repack: true,
         ..ModelParams::default()
     };
-    let model = Model::load(&[path], params).map_err(NoCanary::Unloadable)?;
+    let unloadable = |e: llama_sys_patch::Error| NoCanary::Unloadable(e.to_string());
+    let model = Model::load(&[path], params).map_err(unloadable)?;
     if model.n_embd() != n_embd {
         return Err(NoCanary::RowLength { found: model.n_embd(), wanted: n_embd });
     }
     let most = STEPS.into_iter().max().unwrap_or(1);
-    let (n_ctx, blocks) = (STEPS.iter().sum(), 0..model.n_blocks());
+    // a slice that keeps its numbers has weights for some of the model's blocks; a renumbered one is a model of its own
+    let (n_ctx, blocks) = (STEPS.iter().sum(), model.blocks());
     // one thread: for so few rows a second one waits more than it helps, and the disk has work meanwhile
     let context =
         ContextParams { n_ctx, n_batch: most, n_ubatch: most, n_threads: 1, ..ContextParams::default() };
     let params = StageParams { blocks, takes_tokens: false, has_lm_head: false, context };
-    let mut stage = Stage::new(&model, params).map_err(NoCanary::Unloadable)?;
+    let mut stage = Stage::new(&model, params).map_err(unloadable)?;
+    let is_row = |layout: &llama_sys_patch::Layout| layout.is_one_f32_row() && layout.width_f32() == n_embd;
+    if !is_row(stage.input_layout()) || !is_row(stage.output_layout()) || stage.reads_tokens() {
+        let ids = if stage.reads_tokens() { ", token ids" } else { "" };
+        return Err(NoCanary::Crossing(format!("{}{ids}", stage.input_layout())));
+    }
 
     let steps = STEPS.to_vec();
     let mut canary = Canary { seed, exponent: FIRST_EXPONENT, steps, max_abs: 0, updates: Vec::new() };
@@ -104,14 +109,15 @@ fn evaluate(canary: &Canary, stage: &mut llama_sys_patch::Stage) -> Result<Vec<f
     let n_embd = stage.model().n_embd();
     let input = canary.input(n_embd);
     let mut output = vec![0f32; input.len()];
-    stage.clear(0).map_err(NoCanary::NotEvaluated)?;
+    let failed = |e: llama_sys_patch::Error| NoCanary::NotEvaluated(e.to_string());
+    stage.clear(0).map_err(failed)?;
     let mut position = 0;
     for &n in &canary.steps {
         let values = position as usize * n_embd..(position + n) as usize * n_embd;
         let rows = Row::chunk(0, position, n as usize);
         stage
             .evaluate(&rows, Input::F32(&input[values.clone()]), Output::F32(&mut output[values]))
-            .map_err(NoCanary::NotEvaluated)?;
+            .map_err(failed)?;
         position += n;
     }
     Ok(output)

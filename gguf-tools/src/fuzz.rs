@@ -49,6 +49,14 @@ pub fn exercise(bytes: &[u8]) -> bool {
     let _ = slice::verify_opened(&gguf, |_, _| {});
     let request = Request { middles: vec![BlockRange { first: 1, last: 1 }], ..Request::default() };
     if let Ok(plan) = Plan::new(&gguf, &request) {
+        // every tensor that a slice does not hold is described in it
+        for slice in &plan.slices {
+            let names = slice.metadata.iter().find(|(key, _)| key == slice::keys::ABSENT_NAMES);
+            let n_absent = names.and_then(|(_, names)| names.as_array()).map_or(0, |names| names.len());
+            assert_eq!(slice.tensors.len() as u64 + n_absent, gguf.n_tensors() as u64);
+        }
+    }
+    if let Ok(plan) = Plan::new(&gguf, &Request { renumber: true, ..request }) {
         // a middle has what its loader wants: an embedding of one row
         let (spec, _) =
             &plan.slices[1].tensors.iter().find(|(s, _)| s.name == "token_embd.weight").expect("one row");

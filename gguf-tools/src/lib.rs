@@ -17,6 +17,7 @@
 //! | [`coreml`], [`synth`] | Core ML packages of a middle; models with random weights |
 #![deny(unsafe_code)]
 
+pub mod apart;
 pub mod arch;
 pub mod canary;
 pub mod coreml;
@@ -26,6 +27,7 @@ pub mod failure;
 pub mod fuzz;
 pub mod gguf;
 pub mod manifest;
+pub mod needs;
 mod os;
 pub mod plan;
 pub mod requantise;

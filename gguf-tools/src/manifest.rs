@@ -11,7 +11,7 @@ use std::{
 use dim_core::{blocks::BlockRange, canary::Canary};
 use serde::{Deserialize, Serialize};
 
-use crate::{failure::Explained, gguf::write::TempFile, slice::Role};
+use crate::{failure::Explained, gguf::write::TempFile, needs::Crossing, slice::Role};
 
 /// Version of the manifest's format.
 pub const VERSION: u32 = 1;
@@ -49,6 +49,10 @@ pub struct ModelEntry {
     pub n_ctx_train: u32,
     /// Bytes of its files.
     pub bytes: u64,
+    /// What is kept of past positions, for people, as `KV cache with sliding windows`; not known by a dim-split without
+    /// llama.cpp.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub memory: Option<String>,
 }
 
 /// A slice of a [`Manifest`].
@@ -66,9 +70,28 @@ pub struct SliceEntry {
     pub bytes: u64,
     /// Its digest (see [`digest`](crate::digest)), 64 hex digits.
     pub sha256: String,
+    /// What comes in, token by token; nothing where tokens do.
+    #[serde(default, skip_serializing_if = "is_nothing")]
+    pub input: Crossing,
+    /// What goes out, token by token; nothing where logits do.
+    #[serde(default, skip_serializing_if = "is_nothing")]
+    pub output: Crossing,
+    /// Whether token ids are read beside the rows.
+    #[serde(default)]
+    pub reads_tokens: bool,
+    /// Bytes of F16 keys and values for each position of a session.
+    #[serde(default)]
+    pub kv_bytes_per_position: u64,
+    /// Bytes of a session's state that does not grow with positions.
+    #[serde(default)]
+    pub state_bytes_per_session: u64,
     /// A middle's answer to a known input. Not in manifests of older cuts, nor of a dim-split without llama.cpp.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub canary: Option<Canary>,
+}
+
+fn is_nothing(crossing: &Crossing) -> bool {
+    crossing.0.is_empty()
 }
 
 /// Why a manifest could not be read.
@@ -136,6 +159,12 @@ pub enum BrokenChain {
     /// A path, which could lead anywhere.
     #[error("slice {slice} is not a file beside the manifest")]
     File {
+        /// Which slice.
+        slice: usize,
+    },
+    /// What crosses a cut is not what a model has there, or one end of it says something else than the other.
+    #[error("what comes into slice {slice} is not what the one before gives")]
+    Crossing {
         /// Which slice.
         slice: usize,
     },
@@ -239,6 +268,14 @@ impl Manifest {
             if !plain || entry.file == "." || entry.file == ".." {
                 return Err(BrokenChain::File { slice });
             }
+            let before = slice.checked_sub(1).map(|before| &self.slices[before].output);
+            let is_whole = |crossing: &Crossing| {
+                crossing.0.len() <= MAX_PARTS
+                    && crossing.0.iter().all(|p| (1..=MAX_VALUES).contains(&p.values) && p.name.len() < 64)
+            };
+            if before.is_some_and(|before| *before != entry.input) || !is_whole(&entry.output) {
+                return Err(BrokenChain::Crossing { slice });
+            }
             if let Some(canary) = &entry.canary {
                 canary.check().map_err(|why| BrokenChain::Canary { slice, why })?;
             }
@@ -252,5 +289,9 @@ impl Manifest {
     }
 }
 
+/// Far more tensors than cross any model's cuts.
+const MAX_PARTS: usize = 512;
+/// Far above any model's width.
+const MAX_VALUES: u32 = 1 << 24;
 /// Most bytes of a manifest: 512 slices with a canary each take less.
 const MAX_BYTES: u64 = 8 << 20;

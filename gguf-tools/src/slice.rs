@@ -10,7 +10,7 @@ use crate::{
     digest::{self, Sha},
     failure::Explained,
     gguf::{
-        Error, Gguf, Place, Rule, Value,
+        Error, Gguf, Place, Rule, Value, absent,
         check::{self, Hparams},
         limits::MAX_ALIGNMENT,
     },
@@ -39,10 +39,16 @@ pub mod keys {
     pub const SLICE_SHA256: &str = "dim.slice.sha256";
     /// array of strings, 64 hex digits each: the digest of every tensor's data, in file order.
     pub const TENSOR_SHA256: &str = "dim.tensor_sha256";
+    pub use crate::gguf::absent::keys::{
+        NAMES as ABSENT_NAMES, SHAPES as ABSENT_SHAPES, TYPES as ABSENT_TYPES,
+    };
 }
 
-/// Version of the keys under `dim.`.
-pub const VERSION: u32 = 1;
+/// Version of the keys under `dim.` in a slice whose blocks, names and keys are the model's, and which says what it
+/// [lacks](crate::gguf::absent).
+pub const VERSION: u32 = 2;
+/// The same in a slice whose blocks are renumbered from 0: a model of its own, which unmodified llama.cpp loads.
+pub const VERSION_RENUMBERED: u32 = 1;
 
 /// A slice's place in the chain.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
@@ -95,7 +101,9 @@ pub struct SliceInfo {
     pub params_sha256: Option<Sha>,
     /// The slice's own digest.
     pub slice_sha256: Sha,
-    /// The slice's numbers, checked: those of a model of its own, blocks counted from 0.
+    /// Whether its blocks count from 0, and its numbers are those of a model of its own.
+    pub renumbered: bool,
+    /// The numbers in its file, checked: the model's, or, renumbered, its own.
     pub hparams: Hparams,
     /// Bytes of its file.
     pub file_bytes: u64,
@@ -121,13 +129,14 @@ impl SliceInfo {
         let refuse = |key: &str, says: String, must: &str| {
             SliceError::File(gguf.key_error(key, Rule::Hparam { says, must: must.to_owned() }))
         };
-        match version.as_u32() {
-            Some(VERSION) => {}
+        let renumbered = match version.as_u32() {
+            Some(VERSION) => false,
+            Some(VERSION_RENUMBERED) => true,
             found => {
                 let file = gguf.path().display().to_string();
                 return Err(SliceError::Version { file, found });
             }
-        }
+        };
         let text = |key: &str| match gguf.get(key) {
             Some(value) => match value.as_str() {
                 Some(text) => Ok(text.to_owned()),
@@ -161,18 +170,28 @@ impl SliceInfo {
             return Err(refuse(keys::LAST_BLOCK, says, "blocks of its place"));
         }
         let blocks = BlockRange { first, last };
-        if blocks.count() != hparams.n_blocks {
+        if renumbered == absent::is_said(gguf) {
+            let (says, must) = match renumbered {
+                true => ("some tensors", "nothing, in a slice of version 1"),
+                false => ("nothing", "what the slice lacks"),
+            };
+            return Err(refuse(keys::ABSENT_NAMES, says.to_owned(), must));
+        }
+        let least = if renumbered { blocks.count() } else { model_blocks };
+        // blocks that predict further tokens are behind the model's
+        let most = if renumbered { least } else { least.saturating_add(hparams.n_nextn) };
+        if !(least..=most).contains(&hparams.n_blocks) {
             let says = format!("{} blocks", hparams.n_blocks);
             let key = format!("{}.block_count", hparams.arch);
-            return Err(refuse(
-                &key,
-                says,
-                &format!("{}, as many as dim.first_block to dim.last_block", blocks.count()),
-            ));
+            return Err(refuse(&key, says, &format!("{least}, as its dim. keys have it")));
+        }
+        if !renumbered {
+            holds(gguf, blocks)?;
         }
         Ok(SliceInfo {
             role,
             blocks,
+            renumbered,
             model_blocks,
             model_name: text(keys::MODEL_NAME)?,
             model_sha256: sha(keys::MODEL_SHA256)?,
@@ -181,6 +200,27 @@ impl SliceInfo {
             hparams,
             file_bytes: gguf.file_bytes(),
         })
+    }
+}
+
+/// Every block of a slice that keeps the model's numbers has tensors in its file, and no other block has.
+fn holds(gguf: &Gguf, blocks: BlockRange) -> Result<(), SliceError> {
+    let mut seen = vec![false; blocks.count() as usize];
+    for tensor in gguf.tensors() {
+        let Some(block) = check::block_of(tensor.name()) else { continue };
+        if !blocks.contains(block) {
+            let rule = Rule::Hparam { says: format!("block {block}"), must: format!("one of {blocks}") };
+            return Err(SliceError::File(tensor.error(rule)));
+        }
+        seen[(block - blocks.first) as usize] = true;
+    }
+    match seen.iter().position(|&seen| !seen) {
+        Some(at) => {
+            let place = Place::Tensor(format!("blk.{}.*", blocks.first as usize + at));
+            let rule = Rule::TensorMissing { blocks: blocks.count().into() };
+            Err(SliceError::File(Error { place, ..Error::file(gguf.path(), rule) }))
+        }
+        None => Ok(()),
     }
 }
 
@@ -289,7 +329,10 @@ pub enum SliceError {
     #[error("{0}: not a slice")]
     NotASlice(String),
     /// Cut by a later version of this program.
-    #[error("{file}: a slice of version {}, this program reads version {VERSION}", found.map_or("?".into(), |n| n.to_string()))]
+    #[error(
+        "{file}: a slice of version {}, this program reads {VERSION_RENUMBERED} and {VERSION}",
+        found.map_or("?".into(), |n| n.to_string())
+    )]
     Version {
         /// The file.
         file: String,

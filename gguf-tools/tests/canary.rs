@@ -76,7 +76,7 @@ fn answer(slice: &Path, canary: &Canary, n_embd: usize, way: Way) -> Vec<f32> {
     // one thread: what runs beside a test costs less
     let context =
         ContextParams { n_ctx: 256, n_threads: 1, flash_attn: way.flash_attn, ..Default::default() };
-    let blocks = 0..model.n_blocks();
+    let blocks = model.blocks();
     let params = StageParams { blocks, takes_tokens: false, has_lm_head: false, context };
     let mut stage = Stage::new(&model, params).unwrap();
     let input = canary.input(n_embd);
@@ -195,15 +195,16 @@ fn both_sides(spec: &Spec, middle: &str) -> (f64, f64) {
     }
     wrong("all weights of another seed", &|t| from(&other, t.name()));
     // blocks in another order
-    let last = own.get(&format!("{}.block_count", spec.arch())).unwrap().as_u32().unwrap() - 1;
-    if last == 0 {
+    let key = |name: &str| own.get(name).unwrap().as_u32().unwrap();
+    let (first, last) = (key("dim.first_block"), key("dim.last_block"));
+    if first == last {
         return (noise, least);
     }
-    for (a, b) in (1..=last).map(|b| (b - 1, b)).chain([(0, last)]) {
+    for (a, b) in (first + 1..=last).map(|b| (b - 1, b)).chain([(first, last)]) {
         wrong(&format!("blocks {a} and {b} exchanged"), &|t| from(&own, &exchange(t.name(), a, b)));
     }
     wrong("every block the first", &|t| match t.name().split_once('.') {
-        Some(("blk", rest)) => from(&own, &format!("blk.0.{}", rest.split_once('.').unwrap().1)),
+        Some(("blk", rest)) => from(&own, &format!("blk.{first}.{}", rest.split_once('.').unwrap().1)),
         _ => from(&own, t.name()),
     });
     (noise, least)

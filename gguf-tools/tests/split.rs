@@ -17,7 +17,7 @@ use gguf_tools::{
     digest::{self, Sha},
     failure::Explained,
     gguf::{
-        Array, Entry, Gguf, TensorType, Value,
+        Array, Entry, Gguf, TensorType, Value, absent,
         write::{GgufWriter, TensorSpec},
     },
     manifest::Manifest,
@@ -35,10 +35,19 @@ fn request(middles: &[BlockRange]) -> Request {
     Request { middles: middles.to_vec(), stem: "m".into(), ..Request::default() }
 }
 
+/// The same for slices that are models of their own.
+fn renumber(middles: &[BlockRange]) -> Request {
+    Request { renumber: true, ..request(middles) }
+}
+
 /// Cuts into `out`, and compares with the model.
 fn cut(model: &Path, middles: &[BlockRange], out: &Path) -> Manifest {
+    cut_as(model, &request(middles), out)
+}
+
+fn cut_as(model: &Path, request: &Request, out: &Path) -> Manifest {
     let gguf = Gguf::open(model).unwrap();
-    let plan = Plan::new(&gguf, &request(middles)).unwrap();
+    let plan = Plan::new(&gguf, request).unwrap();
     let manifest = split::split(&plan, out, "m", |_| {}).unwrap();
     split::verify(&plan, out, &manifest, |_| {}).unwrap();
     assert_eq!(Manifest::read(out.join("m.split.json")).unwrap(), manifest);
@@ -52,8 +61,55 @@ fn names(out: &Path) -> Vec<String> {
     names
 }
 
-/// Every tensor of the model arrives, byte for byte, once; every key too, in its order, unless it must differ.
-/// Written without the planner's help, and in one piece: each rule takes what the ones before have left.
+/// Every tensor of the model arrives under its name, byte for byte; every key too, in its order; and every slice says of what
+/// it does not hold what it is.
+fn assert_kept(model: &Path, out: &Path, manifest: &Manifest) {
+    let model = Gguf::open(model).unwrap();
+    let mut seen = BTreeMap::new();
+    for entry in &manifest.slices {
+        let slice = Gguf::open(out.join(&entry.file)).unwrap();
+        let info = SliceInfo::of(&slice).unwrap();
+        assert_eq!((info.role, info.blocks), (entry.role, range(entry.first, entry.last)));
+        assert!(!info.renumbered && info.model_blocks == manifest.model.n_blocks);
+        let absent = absent::read(&slice).unwrap();
+        for tensor in model.tensors() {
+            let name = tensor.name();
+            let described = absent.iter().find(|a| a.name == name);
+            match (slice.tensor(name), described) {
+                (Some(ours), None) => {
+                    assert_eq!((ours.tensor_type(), ours.dims()), (tensor.tensor_type(), tensor.dims()));
+                    assert_eq!(ours.data().unwrap(), tensor.data().unwrap(), "{name}");
+                    *seen.entry(name.to_owned()).or_insert(0) += 1;
+                }
+                (None, Some(absent)) => {
+                    assert_eq!(absent.tensor_type, tensor.tensor_type(), "{name}");
+                    let dims = tensor.dims().iter().chain(&[1, 1, 1]).take(4);
+                    assert!(absent.dims.iter().eq(dims), "{name}: {:?}", absent.dims);
+                }
+                both => panic!("{}, {name}: {both:?}", entry.file),
+            }
+            if let Some(number) = name.strip_prefix("blk.").and_then(|rest| rest.split('.').next()) {
+                let is_own = info.blocks.contains(number.parse().unwrap());
+                assert_eq!(is_own, described.is_none(), "{}, {name}", entry.file);
+            }
+        }
+        assert_eq!(slice.n_tensors() + absent.len(), model.n_tensors());
+        let is_kept = |key: &str| {
+            entry.role != Role::Middle || !key.starts_with("tokenizer.") && !key.ends_with(".vocab_size")
+        };
+        let of_slice = slice.metadata().filter(|e| !e.key.starts_with("dim.") && is_kept(e.key));
+        let of_model = model.metadata().filter(|e| is_kept(e.key));
+        assert!(of_slice.map(|e| (e.key, e.value)).eq(of_model.map(|e| (e.key, e.value))), "{}", entry.file);
+    }
+    assert_eq!(seen.len(), model.n_tensors(), "every tensor is in a slice");
+    let tied = model.tensor("output.weight").is_none();
+    let twice = |name: &str| tied && name == "token_embd.weight" || name.starts_with("rope_");
+    assert!(seen.iter().all(|(name, &times)| times == 1 || twice(name)), "{seen:?}");
+}
+
+/// Every tensor of the model arrives, byte for byte, once; every key too, in its order, unless it must differ: of slices that
+/// are models of their own. Written without the planner's help, and in one piece: each rule takes what the ones before have
+/// left.
 fn assert_lossless(model: &Path, out: &Path, manifest: &Manifest) {
     let model = Gguf::open(model).unwrap();
     let arch = manifest.model.arch.as_str();
@@ -150,7 +206,35 @@ fn every_supported_architecture_is_cut_without_loss() {
         let out = dir.path().join(arch.name);
         let manifest = cut(&model, &[range(1, 2), range(3, 3)], &out);
         assert_eq!(manifest.slices.len(), 4);
-        assert_lossless(&model, &out, &manifest);
+        assert_kept(&model, &out, &manifest);
+        let renumbered = cut_as(&model, &renumber(&[range(1, 2), range(3, 3)]), &out);
+        assert_lossless(&model, &out, &renumbered);
+        // which weights these are does not depend on how they are cut
+        assert_eq!(renumbered.model.sha256, manifest.model.sha256);
+    }
+}
+
+/// The rule by names gives each range what the graph says that it needs, where one can be asked, for these architectures.
+#[cfg(feature = "engine")]
+#[test]
+fn the_rule_by_names_is_right_for_the_usual_architectures() {
+    use gguf_tools::{needs::Ask, plan::SlicePlan};
+    let dir = tempfile::tempdir().unwrap();
+    let model = dir.path().join("model.gguf");
+    for (arch, tied) in
+        [("llama", false), ("qwen2", true), ("gemma", true), ("phi3", false), ("falcon", false)]
+    {
+        Spec::tiny(arch).unwrap().tied(tied).write(&model).unwrap();
+        let gguf = Gguf::open(&model).unwrap();
+        let planned = |ask: Ask| {
+            let plan = Plan::new(&gguf, &Request { ask, ..request(&[range(1, 2)]) }).unwrap();
+            let tensors = |slice: &SlicePlan<'_>| -> Vec<String> {
+                slice.tensors.iter().map(|(spec, _)| spec.name.clone()).collect()
+            };
+            let row = |slice: &SlicePlan<'_>| (slice.input.bytes_f32(), slice.output.bytes_f32());
+            plan.slices.iter().map(|s| (tensors(s), row(s), s.kv_bytes_per_position)).collect::<Vec<_>>()
+        };
+        assert_eq!(planned(Ask::ByName), planned(Ask::Here), "{arch}");
     }
 }
 
@@ -166,6 +250,8 @@ fn odd_cuts_and_types_are_cut_without_loss() {
             {
                 let out = dir.path().join(format!("{i}-{tied}-{}", middles.len()));
                 let manifest = cut(&model, middles, &out);
+                assert_kept(&model, &out, &manifest);
+                let manifest = cut_as(&model, &renumber(middles), &out);
                 assert_lossless(&model, &out, &manifest);
                 fs::remove_dir_all(&out).unwrap();
             }
@@ -191,7 +277,7 @@ fn blocks_with_their_own_numbers_keep_them() {
     let sections = Value::Array(Array::of_i32([1, 2, 3, 4, 5, 6]));
     add_key(&model, &with_sections, "qwen3moe.rope.dimension_sections", sections.clone());
     let out = dir.path().join("out");
-    cut(&with_sections, &[range(1, 3)], &out);
+    cut_as(&with_sections, &renumber(&[range(1, 3)]), &out);
     let middle = Gguf::open(out.join("m.middle-1..3.gguf")).unwrap();
     let heads = middle.get("qwen3moe.attention.head_count_kv").unwrap();
     assert_eq!(heads.as_array().unwrap().len(), 3);
@@ -201,8 +287,10 @@ fn blocks_with_their_own_numbers_keep_them() {
     let strange = dir.path().join("strange.gguf");
     add_key(&plain, &strange, "qwen3moe.mystery", Value::Array(Array::of_f32([0.0; 6])));
     let gguf = Gguf::open(&strange).unwrap();
-    let error = Plan::new(&gguf, &request(&[range(1, 3)])).unwrap_err();
+    let error = Plan::new(&gguf, &renumber(&[range(1, 3)])).unwrap_err();
     assert!(matches!(error, PlanError::UnknownArray { .. }), "{error}");
+    // where nothing is renumbered there is nothing to guess
+    Plan::new(&gguf, &request(&[range(1, 3)])).unwrap();
 }
 
 /// A copy of a file with other metadata.
@@ -235,7 +323,7 @@ fn scales_by_block_count_and_of_the_embedding_are_carried_right() {
     let model = dir.path().join("model.gguf");
     common::tiny("minicpm", &model);
     let out = dir.path().join("out");
-    cut(&model, &[range(1, 2)], &out);
+    cut_as(&model, &renumber(&[range(1, 2)]), &out);
     for (file, scale) in
         [("m.head.gguf", None), ("m.middle-1..2.gguf", Some(1.0)), ("m.tail.gguf", Some(1.0))]
     {
@@ -262,8 +350,10 @@ fn refusals_name_what_is_wrong() {
         let gguf = Gguf::open(path).unwrap();
         Plan::new(&gguf, &request(middles)).unwrap_err()
     };
+    let refuse_renumbered =
+        |path: &Path| Plan::new(&Gguf::open(path).unwrap(), &renumber(&[range(1, 2)])).unwrap_err();
     common::tiny("gemma", &model);
-    let error = refuse(&model, &[range(1, 2)]);
+    let error = refuse_renumbered(&model);
     let (text, hint) = (error.to_string(), error.hint().unwrap_or_default());
     assert!(
         text.contains("'gemma' cannot be cut: it scales") && hint.contains("supported are llama"),
@@ -278,11 +368,11 @@ fn refusals_name_what_is_wrong() {
         rewrite(&model, &other, |key, v| {
             Some(if key == "general.architecture" { Value::string(arch) } else { v })
         });
-        let text = refuse(&other, &[range(1, 2)]).to_string();
+        let text = refuse_renumbered(&other).to_string();
         assert!(text.contains(reason) && text.contains(arch), "{text}");
     }
     add_key(&model, &other, "qwen2.nextn_predict_layers", Value::U32(1));
-    assert!(refuse(&other, &[range(1, 2)]).to_string().contains("further tokens"));
+    assert!(refuse_renumbered(&other).to_string().contains("further tokens"));
     assert!(refuse(&model, &[range(0, 2)]).hint().unwrap().contains("nearest range is 1..2"));
     assert!(refuse(&model, &[range(3, 5)]).hint().unwrap().contains("nearest range is 3..4"));
 
@@ -338,7 +428,7 @@ fn vocabulary_matrices_are_requantised_by_ggml() {
             ("m.tail.gguf", if tied { "token_embd.weight" } else { "output.weight" }),
         ] {
             let slice = Gguf::open(dir.path().join("out").join(file)).unwrap();
-            let tensor = slice.tensor("token_embd.weight").unwrap();
+            let tensor = slice.tensor(source).unwrap();
             let source = gguf.tensor(source).unwrap();
             assert_eq!((tensor.tensor_type(), tensor.dims()), (TensorType::Q8_0, source.dims()));
             let values = |t: &gguf_tools::gguf::Tensor<'_>| {
@@ -767,7 +857,8 @@ fn fill_up(disk: &Path) {
     let filler = disk.join("filler");
     for _ in 0..20 {
         // somebody else takes what is left, in the middle of the run
-        let at = rng.below(plan.slices.iter().map(|s| s.weight_bytes).sum());
+        // (what is told of the last pieces comes when they are written)
+        let at = rng.below(plan.slices.iter().map(|s| s.weight_bytes).sum::<u64>() - (10 << 20));
         let mut filled = false;
         let result = split::split(&plan, &out, "model", |progress| {
             if let split::Progress::Writing(done, ..) = progress

@@ -331,6 +331,12 @@ void dim_plan_free(dim_plan * plan);
 // the plan. Thread: one.
 const dim_model * dim_plan_model(const dim_plan * plan);
 
+// What the model keeps of past positions, for people: static, as "KV cache with sliding windows". Thread: one.
+const char * dim_plan_memory(const dim_plan * plan);
+
+// A session can be taken back to any of its positions: the model has no recurrent states. Thread: one.
+bool dim_plan_takes_back(const dim_plan * plan);
+
 typedef struct dim_range_plan {
     bool reads_tokens;
     size_t n_tensors;

@@ -7,11 +7,17 @@
 #include "stage.h"
 #include "whole_graph.h"
 
+#include "llama-kv-cache-dsa-iswa.h"
+#include "llama-kv-cache-dsa.h"
+#include "llama-kv-cache-msa.h"
+#include "llama-memory-hybrid-idx.h"
+
 #include <algorithm>
 #include <cstdio>
 #include <cstring>
 #include <map>
 #include <set>
+#include <typeindex>
 
 using namespace dim;
 
@@ -165,8 +171,12 @@ dim_status dim_plan_open(const char * const * paths, size_t n_paths, dim_plan **
     return guarded(fault, [&] {
         initialize();
         if (n_paths == 0) fail(DIM_INVALID_ARGUMENT, "no model file given");
+        forget_log();
         const gguf_file header = open_header(paths[0]);
-        if (!header) fail(DIM_LOAD_FAILED, "%s: not a GGUF file", paths[0]);
+        if (!header) {
+            const char * why = log_error_line();
+            fail(DIM_LOAD_FAILED, "%s: %s", paths[0], *why ? why : "not a GGUF file");
+        }
         auto load = llama_model_default_params();
         load.lazy_mode = LLAMA_LAZY_MODE_OFF;
         ggml_backend_dev_t no_devices[] = { nullptr };
@@ -197,6 +207,27 @@ void dim_plan_free(dim_plan * plan) {
 }
 
 const dim_model * dim_plan_model(const dim_plan * plan) { return plan->model.get(); }
+
+// A kind that is not listed is still planned and cut: it only has no name.
+const char * dim_plan_memory(const dim_plan * plan) {
+    static const std::map<std::type_index, const char *> names = {
+        { typeid(llama_kv_cache), "KV cache" },
+        { typeid(llama_kv_cache_iswa), "KV cache with sliding windows" },
+        { typeid(llama_kv_cache_dsa), "KV cache with an indexer" },
+        { typeid(llama_kv_cache_dsa_iswa), "KV cache with an indexer and sliding windows" },
+        { typeid(llama_kv_cache_msa), "KV cache with an indexer" },
+        { typeid(llama_kv_cache_dsv4), "compressed KV cache" },
+        { typeid(llama_memory_recurrent), "recurrent state" },
+        { typeid(llama_memory_hybrid), "KV cache and recurrent state" },
+        { typeid(llama_memory_hybrid_iswa), "KV cache with sliding windows, and recurrent state" },
+        { typeid(llama_memory_hybrid_idx), "KV cache with an indexer, and recurrent state" },
+    };
+    const auto & memory = *plan->one->made.context->get_memory();
+    const auto found = names.find(typeid(memory));
+    return found != names.end() ? found->second : "memory of another kind";
+}
+
+bool dim_plan_takes_back(const dim_plan * plan) { return snapshots_of(*plan->one->made.context) == UINT32_MAX; }
 
 dim_status dim_plan_range(dim_plan * plan, uint32_t first, uint32_t last, dim_range_plan * out) {
     return guarded([&] {

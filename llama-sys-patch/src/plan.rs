@@ -88,6 +88,19 @@ impl Plan {
         self.n_embd as usize
     }
 
+    /// What the model keeps of past positions, for people, as `KV cache with sliding windows`.
+    pub fn memory(&self) -> &'static str {
+        // SAFETY: the plan is alive; the text is NUL-terminated and static.
+        let text = unsafe { std::ffi::CStr::from_ptr(ffi::dim_plan_memory(self.plan.as_ptr())) };
+        text.to_str().unwrap_or_default()
+    }
+
+    /// Sessions can be taken back to any position: the model has no recurrent states.
+    pub fn takes_back(&self) -> bool {
+        // SAFETY: the plan is alive.
+        unsafe { ffi::dim_plan_takes_back(self.plan.as_ptr()) }
+    }
+
     /// Whether the model can be cut before block `block`.
     ///
     /// # Errors

@@ -154,6 +154,8 @@ pub(crate) struct StockEngine {
     n_blocks: u32,
     n_batch: usize,
     compute: Duration,
+    /// what the context holds: a recurrent state is taken back by evaluating it anew
+    tokens: Vec<i32>,
 }
 
 impl StockEngine {
@@ -164,7 +166,8 @@ impl StockEngine {
         n_blocks: u32,
         n_batch: u32,
     ) -> StockEngine {
-        StockEngine { context, n_vocab, n_blocks, n_batch: n_batch.max(1) as usize, compute: Duration::ZERO }
+        let n_batch = n_batch.max(1) as usize;
+        StockEngine { context, n_vocab, n_blocks, n_batch, compute: Duration::ZERO, tokens: Vec::new() }
     }
 
     fn decode(
@@ -189,6 +192,8 @@ impl StockEngine {
             let start = Instant::now();
             self.context.decode(&rows, chunk, &mut logits)?;
             self.compute += start.elapsed();
+            self.tokens.truncate(position as usize + done);
+            self.tokens.extend_from_slice(chunk);
             if n_wanted > 0 {
                 on_logits(&logits);
             }
@@ -222,7 +227,15 @@ impl Engine for StockEngine {
     }
 
     fn rewind(&mut self, position: u32) -> Result<(), Error> {
-        Ok(self.context.rewind(SESSION, position)?)
+        use llama_sys_patch::Error::{CannotRewind, SessionLost};
+        match self.context.rewind(SESSION, position) {
+            Err(CannotRewind { .. } | SessionLost { .. }) => {
+                self.context.clear(SESSION)?;
+                let kept = self.tokens[..self.tokens.len().min(position as usize)].to_vec();
+                self.decode(0, &kept, |_| false, &mut |_| {})
+            }
+            other => Ok(other?),
+        }
     }
 
     fn stages(&self) -> Vec<StageSnapshot> {

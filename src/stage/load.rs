@@ -2,9 +2,9 @@
 
 use std::path::{Path, PathBuf};
 
-use gguf_tools::gguf::{Gguf, check};
+use gguf_tools::gguf::{Gguf, absent, check};
 use gguf_tools::plan::Role;
-use gguf_tools::slice::SliceInfo;
+use gguf_tools::slice::{SliceInfo, keys};
 use llama_sys_patch::{ContextParams, FlashAttn, Model, ModelParams, Stage, StageParams};
 
 use crate::error::Error;
@@ -99,15 +99,20 @@ fn stage_of(
         flash_attn: FlashAttn::Auto,
         ..ContextParams::default()
     };
+    // a slice that keeps the model's numbers has weights for some of its blocks; a renumbered one is a model of its own
+    let (blocks, first_block) = match info.renumbered {
+        true => (0..model.n_blocks(), info.blocks.first),
+        false => (info.blocks.as_range(), 0),
+    };
     let params = StageParams {
-        blocks: 0..model.n_blocks(),
+        blocks,
         takes_tokens: info.role == Role::Head,
         has_lm_head: info.role == Role::Tail,
         context,
     };
     let stage = Stage::new(model, params);
     let stage = stage.map_err(|source| Error::Load { path: path.to_owned(), source })?;
-    Ok(LlamaStage::new(stage, info.role.as_str(), info.blocks.first))
+    Ok(LlamaStage::new(stage, info.role.as_str(), first_block))
 }
 
 /// Loads a whole model, after this project's own checks: llama.cpp aborts on some files that these refuse.
@@ -118,6 +123,9 @@ pub(crate) fn load_model(
     events: &Events,
 ) -> Result<Model, Error> {
     let gguf = Gguf::open(path)?;
+    if gguf.entry(keys::ROLE).is_some() || absent::is_said(&gguf) {
+        return Err(Error::NotTheModel(path.to_owned()));
+    }
     check::model(&gguf)?;
     let files: Vec<PathBuf> = gguf.files().map(Path::to_owned).collect();
     drop(gguf);

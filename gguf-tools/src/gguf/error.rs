@@ -3,6 +3,7 @@
 use std::{borrow::Cow, fmt, io, path::PathBuf};
 
 use super::{
+    absent::BadAbsent,
     limits,
     types::{TensorType, ValueType},
 };
@@ -266,6 +267,16 @@ pub enum Rule {
         /// `block_count`.
         blocks: u64,
     },
+    /// What a slice says of a tensor that it lacks.
+    #[error("absent tensor {entry} ('{}') {why}", Shown(name))]
+    Absent {
+        /// Which, from 0.
+        entry: usize,
+        /// Its name.
+        name: String,
+        /// What is wrong with it.
+        why: BadAbsent,
+    },
     /// A tensor of a type that ggml's operations on it do not take.
     #[error("stored as {found}, must be {must}")]
     TensorTypeForbidden {
@@ -423,6 +434,7 @@ impl Rule {
             Rule::PartName(_) => "give the parts their names back (NAME-00001-of-0000N.gguf)",
             Rule::Version(_) | Rule::Version1 | Rule::TypeRemoved { .. } => CONVERT,
             Rule::KeyMissing | Rule::TensorTypeForbidden { .. } => CONVERT,
+            Rule::Absent { .. } => "cut the model again with dim-split",
             Rule::BigEndian(_) => "convert the model again for a little-endian machine",
             Rule::AlignmentUnloadable(_) => {
                 "cut it with dim-split, whose slices can be loaded, or convert the model again"

@@ -2,11 +2,13 @@
 //!
 //! - [`Gguf`] opens a file (or the parts of one model) and answers: metadata in file order, tensors by name.
 //! - [`Value`] and [`Array`] are metadata values, byte for byte.
+//! - [`absent`] is what a slice says it lacks.
 //! - [`check`](mod@check) refuses what llama.cpp would answer by ending the process.
 //! - [`write::GgufWriter`] writes: metadata and tensor descriptions first, then data as a stream.
 //!
 //! What it is not: a tensor library. Nothing here looks inside tensor data.
 
+pub mod absent;
 pub mod check;
 mod error;
 mod file;

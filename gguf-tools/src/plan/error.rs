@@ -8,6 +8,7 @@ use crate::{
     arch::Unsupported,
     failure::Explained,
     gguf::{self, TensorType, write::WriteError},
+    needs::NeedsError,
     requantise::Unconvertible,
     text::Shown,
 };
@@ -26,6 +27,16 @@ pub enum PlanError {
         file: String,
         /// Which, and why.
         why: Unsupported,
+    },
+    /// llama.cpp does not take the model, or it cannot be cut so.
+    #[error("{file}: {why}")]
+    Needs {
+        /// The file.
+        file: String,
+        /// What llama.cpp says.
+        why: NeedsError,
+        /// What would work.
+        nearest: Option<BlockRange>,
     },
     /// The file is a slice already.
     #[error("{0}: this is a slice already")]
@@ -47,7 +58,7 @@ pub enum PlanError {
         nearest: BlockRange,
     },
     /// The head would have no block.
-    #[error("--middle {range} leaves the head without a block, and llama.cpp loads no model without blocks")]
+    #[error("--middle {range} leaves the head without a block")]
     EmptyHead {
         /// As asked.
         range: BlockRange,
@@ -55,7 +66,7 @@ pub enum PlanError {
         nearest: BlockRange,
     },
     /// The tail would have no block.
-    #[error("--middle {range} leaves the tail without a block, and llama.cpp loads no model without blocks")]
+    #[error("--middle {range} leaves the tail without a block")]
     EmptyTail {
         /// As asked.
         range: BlockRange,
@@ -109,6 +120,10 @@ impl Explained for PlanError {
             PlanError::Write(e) => return e.hint(),
             PlanError::Unsupported { why, .. } => return why.hint(),
             PlanError::Type { why, .. } => return why.hint().map(Cow::Borrowed),
+            PlanError::Needs { nearest: Some(nearest), .. } => {
+                format!("the nearest range is {nearest}").into()
+            }
+            PlanError::Needs { why, .. } => return why.hint(),
             PlanError::Slice(_) => "cut the model it came from".into(),
             PlanError::NoMiddle => "name the blocks that leave this machine: --middle A..B".into(),
             PlanError::PastEnd { nearest, .. }

@@ -1,21 +1,18 @@
 //! The plan of a cut: which blocks go where, and what each slice's file will hold, before anything is written.
 //!
-//! A slice is an ordinary GGUF that an unmodified llama.cpp loads: its blocks are renumbered from 0, and it has
-//! what the loader wants besides them.
+//! A slice keeps the model's numbers, names and keys: it holds the tensors that its range [needs](crate::needs), byte for
+//! byte, and says of all others what they are called, of which type and how large they are. This project's engine loads it as
+//! the whole model of which some bytes are missing. With [`Request::renumber`] it is a model of its own, which unmodified
+//! llama.cpp loads; that is right for [some architectures](crate::arch) only.
 //!
-//! | slice | vocabulary | besides its blocks |
-//! |---|---|---|
-//! | head | `token_embd.weight`, the tokenizer | `output_norm` (the loader wants it) |
-//! | middle | one row of `token_embd.weight`, no tokenizer | `output_norm` |
-//! | tail | the lm_head as `token_embd.weight`, the tokenizer | `output_norm`, `output.bias` and friends |
-//!
-//! Every other key is carried as it is, every tensor byte for byte; what is known about the model as a whole is
-//! added under `dim.`.
+//! What is known about the model as a whole is added under `dim.`.
 
+mod common;
 mod error;
-mod slices;
+mod kept;
+mod renumbered;
 
-use std::borrow::Cow;
+use std::{borrow::Cow, collections::BTreeSet};
 
 pub use dim_core::blocks::{BlockRange, RangeError};
 pub use error::PlanError;
@@ -25,12 +22,14 @@ use crate::{
     arch,
     digest::{self, Sha},
     gguf::{
-        Gguf, Tensor, TensorType, Value,
+        Gguf, Tensor, TensorType, Value, absent,
         check::{self, Hparams},
         write::TensorSpec,
     },
+    needs::{Ask, Crossing, NeedsError, Refusal},
 };
-use slices::Cutter;
+use common::Common;
+use renumbered::Cutter;
 
 /// What to cut, and how.
 #[derive(Clone, Debug, Default)]
@@ -45,6 +44,10 @@ pub struct Request {
     pub stem: String,
     /// Leave the [canaries](crate::canary) out.
     pub no_canary: bool,
+    /// Make every slice a model of its own, with its blocks numbered from 0, that unmodified llama.cpp loads.
+    pub renumber: bool,
+    /// Who is asked what a range needs.
+    pub ask: Ask,
 }
 
 /// A cut, planned.
@@ -58,8 +61,14 @@ pub struct Plan<'a> {
     pub model_name: String,
     /// The digest of its parameters that are not weights.
     pub params_sha256: Sha,
-    /// Whether each middle's answer to a known input is to be found.
-    pub canary: bool,
+    /// Blocks that its slices make up: without those that predict further tokens.
+    pub n_blocks: u32,
+    /// What is kept of past positions, for people.
+    pub memory: Option<String>,
+    /// What no slice holds.
+    pub left_out: LeftOut,
+    /// Who finds each middle's answer to a known input; `None` where that is not wanted.
+    pub canary: Option<Ask>,
     /// The slices: head, middles, tail.
     pub slices: Vec<SlicePlan<'a>>,
 }
@@ -83,6 +92,27 @@ pub struct SlicePlan<'a> {
     pub weight_bytes: u64,
     /// Bytes of F16 keys and values per position.
     pub kv_bytes_per_position: u64,
+    /// Bytes of a session's state that does not grow with positions.
+    pub state_bytes_per_session: u64,
+    /// What comes in for each token; nothing where tokens do.
+    pub input: Crossing,
+    /// What goes out for each token; nothing where logits do.
+    pub output: Crossing,
+    /// Whether token ids are read beside the rows that come in.
+    pub reads_tokens: bool,
+}
+
+/// Tensors of the model that no slice holds.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct LeftOut {
+    /// Blocks that predict further tokens (NextN, MTP), and do not belong to the chain.
+    pub predicting: BTreeSet<u32>,
+    /// Bytes of their tensors.
+    pub predicting_bytes: u64,
+    /// Names of tensors that no block's graph reads.
+    pub unread: Vec<String>,
+    /// Bytes of these.
+    pub unread_bytes: u64,
 }
 
 /// Where a slice's tensor comes from.
@@ -105,31 +135,43 @@ impl<'a> Plan<'a> {
     /// The model breaks a rule, cannot be cut, or cannot be cut like this.
     pub fn new(gguf: &'a Gguf, request: &Request) -> Result<Plan<'a>, PlanError> {
         let file = || gguf.path().display().to_string();
-        if gguf.entry(keys::ROLE).is_some() {
+        if gguf.entry(keys::ROLE).is_some() || absent::is_said(gguf) {
             return Err(PlanError::Slice(file()));
         }
         check::is_model(gguf)?;
-        // the name first: it says more than whatever else an unknown architecture does differently
-        let name = gguf.get("general.architecture");
-        let unsupported = |why| PlanError::Unsupported { file: file(), why };
-        if let Some(name) = name.as_ref().and_then(Value::as_str) {
-            arch::find(name).map_err(unsupported)?;
-        }
+        let arch = if request.renumber { Some(can_be_renumbered(gguf)?) } else { None };
         let hparams = check::hparams(gguf)?;
-        let arch = arch::find(&hparams.arch).map_err(unsupported)?;
-        let number = |key: &str| gguf.get(&format!("{}.{key}", arch.name))?.as_u64();
-        arch::refuse_by_keys(arch, hparams.n_blocks, number, |key| gguf.entry(key).is_some())
-            .map_err(unsupported)?;
-
-        let ranges = ranges(&request.middles, hparams.n_blocks)?;
+        let ranges = ranges(&request.middles, hparams.n_chain())?;
         let model_name = hparams.name.clone().unwrap_or_else(|| request.stem.clone());
-        let params_sha256 = digest::of_params(gguf, arch.name);
-        let cutter =
-            Cutter { gguf, arch, hparams: &hparams, request, model_name: &model_name, params_sha256 };
-        let slices =
-            ranges.into_iter().map(|(role, blocks)| cutter.slice(role, blocks)).collect::<Result<_, _>>()?;
-        let canary = !request.no_canary;
-        Ok(Plan { gguf, hparams, model_name, params_sha256, canary, slices })
+        let params_sha256 = digest::of_params(gguf, &hparams.arch);
+        let of = Common { gguf, hparams: &hparams, request, model_name: &model_name, params_sha256 };
+        let mut plan = Plan {
+            gguf,
+            n_blocks: hparams.n_chain(),
+            memory: None,
+            left_out: LeftOut::default(),
+            canary: (!request.no_canary).then(|| request.ask.clone()),
+            slices: Vec::with_capacity(ranges.len()),
+            params_sha256,
+            hparams: hparams.clone(),
+            model_name: model_name.clone(),
+        };
+        if let Some(arch) = arch {
+            let cutter = Cutter { of, arch };
+            for (role, blocks) in ranges {
+                plan.slices.push(cutter.slice(role, blocks)?);
+            }
+            return Ok(plan);
+        }
+        let blocks: Vec<BlockRange> = ranges.iter().map(|(_, blocks)| *blocks).collect();
+        let survey = request.ask.ranges(gguf, &hparams, &blocks);
+        let survey = survey.map_err(|why| not_so(gguf, request, why))?;
+        plan.memory = survey.memory;
+        for ((role, blocks), needs) in ranges.into_iter().zip(survey.ranges) {
+            plan.slices.push(kept::slice(&of, role, blocks, needs)?);
+        }
+        plan.left_out = kept::left_out(&of, &plan.slices, hparams.n_chain());
+        Ok(plan)
     }
 
     /// Bytes of all slices' files.
@@ -144,6 +186,39 @@ impl<'a> Plan<'a> {
             .flat_map(|s| &s.tensors)
             .any(|(_, source)| matches!(source, Source::Requantised(_)))
     }
+}
+
+/// The model's architecture, if it is one of those whose slices can be models of their own.
+fn can_be_renumbered(gguf: &Gguf) -> Result<&'static arch::Arch, PlanError> {
+    let file = || gguf.path().display().to_string();
+    let unsupported = |why| PlanError::Unsupported { file: file(), why };
+    // the name first: it says more than whatever else an unknown architecture does differently
+    let name = gguf.get("general.architecture");
+    if let Some(name) = name.as_ref().and_then(Value::as_str) {
+        arch::find(name).map_err(unsupported)?;
+    }
+    let hparams = check::hparams(gguf)?;
+    let arch = arch::find(&hparams.arch).map_err(unsupported)?;
+    let number = |key: &str| gguf.get(&format!("{}.{key}", arch.name))?.as_u64();
+    arch::refuse_by_keys(arch, hparams.n_blocks, number, |key| gguf.entry(key).is_some())
+        .map_err(unsupported)?;
+    Ok(arch)
+}
+
+/// Why the model cannot be cut as asked, with what would work.
+fn not_so(gguf: &Gguf, request: &Request, why: NeedsError) -> PlanError {
+    let nearest = match (&why, &request.middles[..]) {
+        (NeedsError::Refused(Refusal::Cut(..) | Refusal::Blocks(..)), [middle]) => {
+            request.ask.cuts(gguf).ok().and_then(|cuts| cuts.nearest(*middle))
+        }
+        _ => None,
+    };
+    PlanError::Needs { file: gguf.path().display().to_string(), why, nearest }
+}
+
+/// The key with which a file without a tokenizer says how many tokens there are.
+fn model_vocab_size(arch: &str) -> String {
+    format!("{arch}.vocab_size")
 }
 
 /// Head, middles and tail as ranges, complete and in order.

@@ -24,6 +24,7 @@ use std::{
 use sha2::{Digest as _, Sha256};
 
 use crate::{
+    apart::{self, Task},
     canary::{self, Canary, NoCanary},
     digest::{Identity, Sha},
     failure::Explained,
@@ -32,6 +33,7 @@ use crate::{
         write::{GgufWriter, TensorSpec, WriteError, remove_stale},
     },
     manifest::{self, Manifest, ModelEntry, SliceEntry},
+    needs::Ask,
     os,
     plan::{Plan, SlicePlan},
     requantise::RequantiseError,
@@ -228,6 +230,11 @@ fn write_digests(
         file: slice.file.clone(),
         bytes: slice.file_bytes,
         sha256: slice_sha256.to_string(),
+        input: slice.input.clone(),
+        output: slice.output.clone(),
+        reads_tokens: slice.reads_tokens,
+        kv_bytes_per_position: slice.kv_bytes_per_position,
+        state_bytes_per_session: slice.state_bytes_per_session,
         canary: None,
     })
 }
@@ -238,11 +245,12 @@ fn model_entry(plan: &Plan<'_>, sha256: Sha) -> ModelEntry {
         sha256: sha256.to_string(),
         params_sha256: Some(plan.params_sha256.to_string()),
         arch: plan.hparams.arch.clone(),
-        n_blocks: plan.hparams.n_blocks,
+        n_blocks: plan.n_blocks,
         n_embd: plan.hparams.n_embd,
         n_vocab: plan.hparams.n_vocab,
         n_ctx_train: plan.hparams.n_ctx_train,
         bytes: plan.gguf.file_bytes(),
+        memory: plan.memory.clone(),
     }
 }
 
@@ -254,16 +262,22 @@ fn sync(
     model: Sha,
 ) -> Result<Vec<Option<Result<Canary, NoCanary>>>, SplitError> {
     let middle = |(slice, writer): (&SlicePlan<'_>, &GgufWriter)| {
-        let wanted = plan.canary && slice.role == Role::Middle;
+        let wanted = plan.canary.is_some() && slice.role == Role::Middle;
         writer.temp_path().filter(|_| wanted).map(Path::to_owned)
     };
     let middles: Vec<Option<PathBuf>> = plan.slices.iter().zip(&*writers).map(middle).collect();
     // of the weights alone: the same cut gives the same manifest
     let seed = model.0.iter().take(8).fold(0, |seed, &byte| seed << 8 | u64::from(byte));
     let n_embd = plan.hparams.n_embd as usize;
+    let find = |path: &PathBuf| match &plan.canary {
+        Some(Ask::Apart(program)) if apart::IS_BUILT_IN => {
+            let task = Task::Canary { path: path.clone(), n_embd, seed };
+            task.ask(program).unwrap_or_else(|died| Err(NoCanary::Unloadable(died.to_string())))
+        }
+        _ => canary::find(path, n_embd, seed),
+    };
     thread::scope(|scope| {
-        let find =
-            || middles.iter().map(|m| m.as_ref().map(|path| canary::find(path, n_embd, seed))).collect();
+        let find = || middles.iter().map(|m| m.as_ref().map(find)).collect();
         let canaries = scope.spawn(find);
         writers.iter_mut().try_for_each(GgufWriter::sync)?;
         Ok(canaries.join().unwrap_or_else(|_| plan.slices.iter().map(|_| None).collect()))

@@ -58,11 +58,7 @@ def text(reader, key):
     return reader.fields[key].contents()
 
 
-def check_slice(path, entry, model, model_keys, model_tensors, manifest):
-    reader = GGUFReader(path)
-    arch = manifest["model"]["arch"]
-    tied = "output.weight" not in model_tensors
-    own = any(t.name == "output.weight" for t in reader.tensors)
+def check_digests(path, reader, entry, model, manifest):
     assert path.stat().st_size == entry["bytes"], path
 
     # digests, from their definition
@@ -74,11 +70,56 @@ def check_slice(path, entry, model, model_keys, model_tensors, manifest):
     assert header.count(own_digest) == 1, path
     assert hashlib.sha256(header.replace(own_digest, b"0" * 64)).hexdigest() == own_digest.decode() == entry["sha256"]
 
+    assert text(reader, "dim.role") == entry["role"]
+    assert [text(reader, f"dim.{end}_block") for end in ("first", "last")] == [entry["first"], entry["last"]]
+
+
+def check_slice(path, entry, model, model_keys, model_tensors, manifest):
+    """A slice that keeps the model's numbers, names and keys, and says what it lacks."""
+    reader = GGUFReader(path)
+    check_digests(path, reader, entry, model, manifest)
+    found, role = keys(reader), entry["role"]
+    assert text(reader, "dim.version") == 2
+    carried = [k for k in model_keys if role != "middle" or not k.startswith("tokenizer.")]
+    vocab_size = f"{manifest['model']['arch']}.vocab_size"
+    changed = {"tokenizer.ggml.model", vocab_size} if role == "middle" else set()
+    assert [k for k in found if not k.startswith("dim.") and k not in changed] == [k for k in carried if k not in changed]
+    for key in set(carried) - changed:
+        assert found[key] == model_keys[key], f"{path}: {key}"
+    if role == "middle":
+        assert text(reader, "tokenizer.ggml.model") == "none"
+        assert text(reader, vocab_size) == manifest["model"]["n_vocab"]
+
+    held = {t.name: t for t in reader.tensors}
+    names, types = text(reader, "dim.absent.names"), text(reader, "dim.absent.types")
+    shapes = text(reader, "dim.absent.shapes")
+    absent = {n: (types[i], shapes[4 * i : 4 * i + 4]) for i, n in enumerate(names)}
+    assert not held.keys() & absent.keys() and held.keys() | absent.keys() == model_tensors.keys(), path
+    for name, original in model_tensors.items():
+        shape = [int(d) for d in original.shape]
+        if name.startswith("blk."):
+            assert (entry["first"] <= int(name.split(".")[1]) <= entry["last"]) == (name in held), f"{path}: {name}"
+        if name in held:
+            assert held[name].tensor_type == original.tensor_type, name
+            assert [int(d) for d in held[name].shape] == shape, name
+            assert tensor_bytes(held[name]) == tensor_bytes(original), name
+        else:
+            assert absent[name] == (int(original.tensor_type), shape + [1] * (4 - len(shape))), f"{path}: {name}"
+    return len(held)
+
+
+def check_renumbered(path, entry, model, model_keys, model_tensors, manifest):
+    """A slice that is a model of its own."""
+    reader = GGUFReader(path)
+    check_digests(path, reader, entry, model, manifest)
+    arch = manifest["model"]["arch"]
+    tied = "output.weight" not in model_tensors
+    own = any(t.name == "output.weight" for t in reader.tensors)
+
     # keys
     found = keys(reader)
     role = entry["role"]
-    assert text(reader, "dim.role") == role and text(reader, "dim.version") == 1
-    assert [text(reader, f"dim.{end}_block") for end in ("first", "last")] == [entry["first"], entry["last"]]
+    assert text(reader, "dim.version") == 1
     changed = {f"{arch}.block_count"}
     if role == "middle":
         changed |= {"tokenizer.ggml.model", f"{arch}.vocab_size"}
@@ -120,14 +161,15 @@ def check_slice(path, entry, model, model_keys, model_tensors, manifest):
     return len(reader.tensors)
 
 
-def check_cut(binaries, path, folder):
+def check_cut(binaries, path, folder, renumber):
     middles = [option for middle in MIDDLES for option in ("--middle", middle)]
-    run(binaries / "dim-split", path, *middles, "--out", folder, "--verify")
+    run(binaries / "dim-split", path, *middles, "--out", folder, "--verify", *(["--renumber"] if renumber else []))
+    check = check_renumbered if renumber else check_slice
     manifest = json.loads((folder / f"{path.stem}.split.json").read_text())
     model = GGUFReader(path)
     model_keys, model_tensors = keys(model), {t.name: t for t in model.tensors}
     tensors = sum(
-        check_slice(folder / entry["file"], entry, model, model_keys, model_tensors, manifest)
+        check(folder / entry["file"], entry, model, model_keys, model_tensors, manifest)
         for entry in manifest["slices"]
     )
     return len(manifest["slices"]), tensors
@@ -212,13 +254,15 @@ def main():
         for arch, kind in models:
             path = folder / f"{arch}-{kind}.gguf"
             run(binaries / "dim-synth", path, "--shape", "tiny", "--arch", arch, "--type", kind, "-q")
-            counts = check_cut(binaries, path, folder / path.stem)
-            slices, tensors = slices + counts[0], tensors + counts[1]
+            for renumber in (False, True):
+                counts = check_cut(binaries, path, folder / path.stem, renumber)
+                slices, tensors = slices + counts[0], tensors + counts[1]
         path = folder / "python.gguf"
         write_model(path)
-        counts = check_cut(binaries, path, folder / "python")
+        for renumber in (False, True):
+            counts = check_cut(binaries, path, folder / "python", renumber)
+            slices, tensors = slices + counts[0], tensors + counts[1]
         check_per_block(folder / "python")
-        slices, tensors = slices + counts[0], tensors + counts[1]
         print(f"gguf files: {len(models) + 1} models, {slices} slices, {tensors} tensors agree with the gguf package")
 
 

@@ -12,19 +12,24 @@ use std::{
 
 use clap::Parser;
 use gguf_tools::{
-    coreml,
+    apart, coreml,
     failure::Failure,
-    gguf::Gguf,
+    gguf::{Gguf, check},
     manifest::Manifest,
-    plan::{Plan, Request},
+    needs::Ask,
+    plan::{Plan, PlanError, Request},
     split::{self, Progress},
     text::gib,
 };
 use meter::{Meter, say, say_on_line};
 use options::Options;
-use show::{PackagesView, PlanView, Took, Written, print_json};
+use show::{CutsView, PackagesView, PlanView, Took, Written, print_cuts, print_json};
 
 fn main() -> ExitCode {
+    // this program again, for what a file may end: see gguf_tools::apart
+    if std::env::args_os().nth(1).is_some_and(|argument| argument == apart::ARGUMENT) {
+        return apart::serve();
+    }
     let options = Options::parse();
     match run(&options) {
         Ok(()) => ExitCode::SUCCESS,
@@ -35,12 +40,23 @@ fn main() -> ExitCode {
 fn run(options: &Options) -> Result<(), Failure> {
     let gguf = Gguf::open(&options.model)?;
     let stem = gguf.stem();
+    let ask = std::env::current_exe().map_or(Ask::Here, Ask::Apart);
+    if let Some(projector) = projector_beside(&options.model) {
+        say(format_args!(
+            "{projector} lies beside the model and is left alone: it is for images and sound, and text goes without it"
+        ));
+    }
+    if options.middle.is_empty() {
+        return show_cuts(options, &gguf, &ask);
+    }
     let request = Request {
         middles: options.middle.clone(),
         embed_type: options.embed_type,
         output_type: options.output_type,
         stem: stem.clone(),
         no_canary: options.no_canary,
+        renumber: options.renumber,
+        ask,
     };
     let plan = Plan::new(&gguf, &request)?;
     let n_ctx_train = plan.hparams.n_ctx_train;
@@ -69,6 +85,21 @@ fn run(options: &Options) -> Result<(), Failure> {
     let reports = write_packages(&packages, &manifest, &out, &stem)?;
     if options.json {
         print_json(&plan, n_ctx, Some(&Written { manifest: &manifest, out: &out, took }), &reports)?;
+    }
+    Ok(())
+}
+
+/// Where the model can be cut, for whoever has yet to choose.
+fn show_cuts(options: &Options, gguf: &Gguf, ask: &Ask) -> Result<(), Failure> {
+    if !options.dry_run {
+        return Err(Failure::from(PlanError::NoMiddle));
+    }
+    let hparams = check::hparams(gguf)?;
+    let file = || gguf.path().display().to_string();
+    let cuts = ask.cuts(gguf).map_err(|why| PlanError::Needs { file: file(), why, nearest: None })?;
+    say_on_line(CutsView { hparams: &hparams, cuts: &cuts });
+    if options.json {
+        print_cuts(&hparams, &cuts)?;
     }
     Ok(())
 }
@@ -165,6 +196,19 @@ fn write_packages(
         ));
     }
     Ok(reports)
+}
+
+/// The name of a projector (`mmproj-*.gguf`) in the model's folder, as downloads bring one along.
+fn projector_beside(model: &Path) -> Option<String> {
+    let names = std::fs::read_dir(parent(model)).ok()?.flatten().map(|entry| entry.file_name());
+    let mut names: Vec<String> = names.filter_map(|name| name.into_string().ok()).collect();
+    names.sort_unstable();
+    let own = model.file_name()?.to_str()?;
+    let is_projector = |name: &String| {
+        let name = name.to_ascii_lowercase();
+        name.starts_with("mmproj") && name.ends_with(".gguf")
+    };
+    names.into_iter().find(|name| is_projector(name) && name != own)
 }
 
 fn parent(path: &Path) -> PathBuf {

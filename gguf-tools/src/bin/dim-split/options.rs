@@ -15,8 +15,9 @@ pub(crate) struct Options {
     /// The model; of a split one (NAME-00001-of-0000N.gguf), any part.
     pub(crate) model: PathBuf,
 
-    /// Blocks that leave this machine, both inclusive: 11..16 are six blocks. Once per machine.
-    #[arg(long, value_name = "A..B", required = true)]
+    /// Blocks that leave this machine, both inclusive: 11..16 are six blocks. Once per machine. Without it, --dry-run
+    /// shows where the model can be cut.
+    #[arg(long, value_name = "A..B", required_unless_present = "dry_run")]
     pub(crate) middle: Vec<BlockRange>,
 
     /// Folder for the slices [default: the model's own].
@@ -42,6 +43,11 @@ pub(crate) struct Options {
     /// Afterwards, read everything again and compare it with the model.
     #[arg(long)]
     pub(crate) verify: bool,
+
+    /// Make every slice a model of its own, with its blocks numbered from 0, that unmodified llama.cpp loads. Right for some
+    /// architectures only; others are refused.
+    #[arg(long)]
+    pub(crate) renumber: bool,
 
     /// Do not find out what the middles have to answer to a known input, nor whether llama.cpp loads them: a host then
     /// cannot tell whether a worker computes right.

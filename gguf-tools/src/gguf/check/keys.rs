@@ -1,6 +1,6 @@
 //! The numbers under the architecture's name, each checked where it is read.
 
-use super::{Hparams, MAX_BLOCKS, MAX_EXPERTS, TOKENS, vocabulary::vocabulary};
+use super::{Hparams, MAX_BLOCKS, MAX_EXPERTS, TOKENS, vocabulary::vocabulary, whole::Whole};
 use crate::{
     arch,
     gguf::{
@@ -22,18 +22,20 @@ const MAX_ARCH_BYTES: usize = 64;
 /// Keys of one architecture.
 pub(super) struct Keys<'a> {
     pub(super) gguf: &'a Gguf,
+    pub(super) whole: &'a Whole<'a>,
     arch: String,
 }
 
 impl<'a> Keys<'a> {
-    pub(super) fn new(gguf: &'a Gguf) -> Result<Self, Error> {
+    pub(super) fn new(whole: &'a Whole<'a>) -> Result<Self, Error> {
+        let gguf = whole.gguf;
         let key = "general.architecture";
         let value = gguf.get(key).ok_or_else(|| gguf.key_error(key, Rule::KeyMissing))?;
         let kind = value.value_type();
         let plain =
             |s: &&str| !s.is_empty() && s.len() <= MAX_ARCH_BYTES && s.bytes().all(|b| b.is_ascii_graphic());
         match value.as_str().filter(plain) {
-            Some(arch) => Ok(Keys { gguf, arch: arch.to_owned() }),
+            Some(arch) => Ok(Keys { gguf, whole, arch: arch.to_owned() }),
             None => {
                 Err(gguf.key_error(key, Rule::KeyType { found: kind, must: "the name of an architecture" }))
             }
@@ -138,8 +140,6 @@ impl<'a> Keys<'a> {
                         format!("{n_blocks}, one per block"),
                     );
                 }
-                // a block of some unsupported architectures has no attention, and so no heads
-                let least = if arch::is_supported(&self.arch) { least } else { 0 };
                 let mut numbers = Vec::with_capacity(n_blocks as usize);
                 for (block, value) in a.iter().enumerate() {
                     match value.as_u32().filter(|n| (least..=most).contains(n)) {
@@ -171,22 +171,70 @@ impl<'a> Keys<'a> {
         }
     }
 
+    /// Whether the architecture is one whose numbers are known one by one.
+    pub(super) fn is_known(&self) -> bool {
+        arch::is_supported(&self.arch)
+    }
+
     pub(super) fn hparams(&self) -> Result<Hparams, Error> {
         let n_blocks = self.required("block_count", 1, MAX_BLOCKS)?;
         let n_embd = self.required("embedding_length", 1, MAX_WIDTH)?;
         let n_ctx_train = self.required("context_length", 1, i32::MAX as u32)?;
-        let n_nextn = self.within("nextn_predict_layers", 0, n_blocks)?.unwrap_or(0);
+        let n_nextn = self.within("nextn_predict_layers", 0, n_blocks - 1)?.unwrap_or(0);
+        let common = Hparams {
+            arch: self.arch.clone(),
+            name: self.gguf.get("general.name").and_then(|v| v.as_str().map(str::to_owned)),
+            n_blocks,
+            n_embd,
+            n_vocab: 0,
+            n_ctx_train,
+            n_head: vec![0; n_blocks as usize],
+            n_head_kv: vec![0; n_blocks as usize],
+            key_length: 0,
+            value_length: 0,
+            rope_dims: 0,
+            n_expert: 0,
+            n_nextn,
+            has_tokenizer: self.gguf.entry(TOKENS).is_some(),
+        };
+        let numbers = if self.is_known() { self.known(common)? } else { self.unknown(common) };
+        let n_vocab = vocabulary(self, n_blocks, n_embd)?;
+        Ok(Hparams { n_vocab, ..numbers })
+    }
+
+    /// What can be told of an architecture about which nothing is known: names that most of them use.
+    fn unknown(&self, common: Hparams) -> Hparams {
+        let n_blocks = common.n_blocks as usize;
+        let of_blocks = |name: &str| match self.gguf.get(&self.key(name)) {
+            Some(Value::Array(array)) if array.len() == n_blocks as u64 => {
+                array.iter().map(|v| v.as_u32().filter(|&n| n <= MAX_HEADS)).collect()
+            }
+            Some(value) => {
+                value.as_u32().filter(|&n| n <= MAX_HEADS).map(|n| std::iter::repeat_n(n, n_blocks).collect())
+            }
+            None => None,
+        };
+        let length = |name: &str| self.gguf.get(&self.key(name))?.as_u32().filter(|&n| n <= MAX_HEADS);
+        let n_head: Vec<u32> = of_blocks("attention.head_count").unwrap_or_else(|| common.n_head.clone());
+        let n_head_kv = of_blocks("attention.head_count_kv").unwrap_or_else(|| n_head.clone());
+        let most_heads = n_head.iter().copied().max().unwrap_or(0);
+        let usual = common.n_embd.checked_div(most_heads).unwrap_or(0);
+        let key_length = length("attention.key_length").unwrap_or(usual);
+        let value_length = length("attention.value_length").unwrap_or(usual);
+        let n_expert = length("expert_count").unwrap_or(0);
+        Hparams { n_head, n_head_kv, key_length, value_length, n_expert, ..common }
+    }
+
+    /// The numbers of an architecture of which each is known.
+    fn known(&self, common: Hparams) -> Result<Hparams, Error> {
+        let (n_blocks, n_embd) = (common.n_blocks, common.n_embd);
         self.per_block("feed_forward_length", n_blocks, 1, MAX_WIDTH)?;
         self.per_block("expert_feed_forward_length", n_blocks, 0, MAX_WIDTH)?;
         let n_expert = self.experts(n_blocks)?;
 
-        let all_positive = |v: &Option<Vec<u32>>| v.as_ref().is_some_and(|v| v.iter().all(|&n| n > 0));
         let n_head = self.per_block("attention.head_count", n_blocks, 1, MAX_HEADS)?;
         let n_head_kv = self.per_block("attention.head_count_kv", n_blocks, 1, MAX_HEADS)?;
-        if all_positive(&n_head)
-            && all_positive(&n_head_kv)
-            && let (Some(heads), Some(kv)) = (&n_head, &n_head_kv)
-        {
+        if let (Some(heads), Some(kv)) = (&n_head, &n_head_kv) {
             for (block, (&h, &k)) in heads.iter().zip(kv).enumerate() {
                 if !h.is_multiple_of(k) {
                     let must = format!("a divisor of {h}, the number of heads of block {block}");
@@ -194,15 +242,10 @@ impl<'a> Keys<'a> {
                 }
             }
         }
-        if arch::is_supported(&self.arch) {
-            self.one_for_all("attention.head_count", &n_head)?;
-            self.one_for_all("attention.head_count_kv", &n_head_kv)?;
-            if n_head.is_none() {
-                return Err(self.gguf.key_error(&self.key("attention.head_count"), Rule::KeyMissing));
-            }
-        }
-        // without heads there is no attention, as in recurrent models
-        let n_head = n_head.unwrap_or_else(|| vec![0; n_blocks as usize]);
+        self.one_for_all("attention.head_count", &n_head)?;
+        self.one_for_all("attention.head_count_kv", &n_head_kv)?;
+        let n_head =
+            n_head.ok_or_else(|| self.gguf.key_error(&self.key("attention.head_count"), Rule::KeyMissing))?;
         let n_head_kv = n_head_kv.unwrap_or_else(|| n_head.clone());
         let (key_length, value_length, rope_dims) = self.heads(n_embd, n_head[0])?;
 
@@ -220,24 +263,7 @@ impl<'a> Keys<'a> {
                 _ => {}
             }
         }
-        let name = self.gguf.get("general.name").and_then(|v| v.as_str().map(str::to_owned));
-        let n_vocab = vocabulary(self, n_blocks, n_embd)?;
-        Ok(Hparams {
-            arch: self.arch.clone(),
-            name,
-            n_blocks,
-            n_embd,
-            n_vocab,
-            n_ctx_train,
-            n_head,
-            n_head_kv,
-            key_length,
-            value_length,
-            rope_dims,
-            n_expert,
-            n_nextn,
-            has_tokenizer: self.gguf.entry(TOKENS).is_some(),
-        })
+        Ok(Hparams { n_head, n_head_kv, key_length, value_length, rope_dims, n_expert, ..common })
     }
 
     /// Expert counts; each of these is an assertion in llama.cpp.
@@ -274,9 +300,6 @@ impl<'a> Keys<'a> {
 
     /// Values per head: in keys, in values, rotated.
     fn heads(&self, n_embd: u32, n_head: u32) -> Result<(u32, u32, u32), Error> {
-        if n_head == 0 {
-            return Ok((0, 0, 0));
-        }
         let key = self.within("attention.key_length", 1, MAX_HEADS)?;
         let value = self.within("attention.value_length", 1, MAX_HEADS)?;
         if (key.is_none() || value.is_none()) && !n_embd.is_multiple_of(n_head) {

@@ -6,21 +6,30 @@
 //! here names the key or tensor, what the file says and what it must be.
 //!
 //! Not checked: what llama.cpp itself refuses with an error, such as most tensors that are missing or of the wrong shape.
+//! Of architectures that are not [known one by one](crate::arch) only what all have in common is checked: whoever has not
+//! made such a file loads it in [a process of its own](crate::apart) first.
 //!
-//! `keys` reads the numbers under the architecture's name, `vocabulary` the tokenizer; what concerns tensors is here.
+//! A slice is checked as the model that it is a part of: the tensors that it [lacks](super::absent) count as if they were
+//! there.
+//!
+//! `keys` reads the numbers under the architecture's name, `vocabulary` the tokenizer, `whole` the list of tensors; what
+//! concerns them is here.
 
 mod keys;
 mod vocabulary;
+mod whole;
 
 use super::{
+    absent,
     error::{Error, NotAModel, Place, Rule},
     limits::DEFAULT_ALIGNMENT,
-    reader::{Gguf, Tensor},
+    reader::Gguf,
     types::TensorType,
     value::Value,
 };
 use crate::arch;
 use keys::Keys;
+use whole::{Described, Whole};
 
 /// llama.cpp's `LLAMA_MAX_LAYERS`.
 pub const MAX_BLOCKS: u32 = 512;
@@ -42,15 +51,15 @@ pub struct Hparams {
     pub n_vocab: u32,
     /// Context length the model was trained for.
     pub n_ctx_train: u32,
-    /// Attention heads, per block.
+    /// Attention heads, per block; 0 where that is not known.
     pub n_head: Vec<u32>,
-    /// Heads of keys and values, per block.
+    /// Heads of keys and values, per block; 0 where that is not known.
     pub n_head_kv: Vec<u32>,
-    /// Values per head in keys.
+    /// Values per head in keys; 0 where that is not known.
     pub key_length: u32,
-    /// Values per head in values.
+    /// Values per head in values; 0 where that is not known.
     pub value_length: u32,
-    /// Values per head that are rotated.
+    /// Values per head that are rotated; 0 where that is not known.
     pub rope_dims: u32,
     /// Experts; 0 in a dense model.
     pub n_expert: u32,
@@ -61,6 +70,11 @@ pub struct Hparams {
 }
 
 impl Hparams {
+    /// Blocks that one token after the other goes through: without those that predict further tokens.
+    pub fn n_chain(&self) -> u32 {
+        self.n_blocks - self.n_nextn
+    }
+
     /// Bytes of F16 keys and values that one position takes in blocks `blocks`, counted from the file's first.
     pub fn kv_bytes_per_position(&self, blocks: std::ops::Range<u32>) -> u64 {
         let heads = self.n_head_kv.get(blocks.start as usize..blocks.end as usize).unwrap_or_default();
@@ -98,10 +112,12 @@ pub fn loadable(gguf: &Gguf) -> Result<(), Error> {
 /// The first rule that is broken.
 pub fn hparams(gguf: &Gguf) -> Result<Hparams, Error> {
     is_model(gguf)?;
-    let keys = Keys::new(gguf)?;
+    let absent = absent::read(gguf)?;
+    let whole = Whole::new(gguf, &absent);
+    let keys = Keys::new(&whole)?;
     keys.all_plain()?;
     let hparams = keys.hparams()?;
-    tensors(gguf, &hparams)?;
+    tensors(&whole, &hparams)?;
     Ok(hparams)
 }
 
@@ -132,10 +148,10 @@ pub fn is_model(gguf: &Gguf) -> Result<(), Error> {
 const TOKENS: &str = "tokenizer.ggml.tokens";
 
 /// Types that ggml's operations take, and tensors for every block.
-fn tensors(gguf: &Gguf, hparams: &Hparams) -> Result<(), Error> {
+fn tensors(whole: &Whole<'_>, hparams: &Hparams) -> Result<(), Error> {
     let mut blocks = vec![false; hparams.n_blocks as usize];
-    for tensor in gguf.tensors() {
-        if let Some(block) = block_of(tensor.name()) {
+    for tensor in whole.tensors() {
+        if let Some(block) = block_of(tensor.name) {
             match blocks.get_mut(block as usize) {
                 Some(seen) => *seen = true,
                 None => {
@@ -146,50 +162,51 @@ fn tensors(gguf: &Gguf, hparams: &Hparams) -> Result<(), Error> {
             }
         }
         tensor_type(&tensor, arch::is_supported(&hparams.arch))?;
-        scaled_and_biased(gguf, &tensor)?;
+        scaled_and_biased(whole, &tensor)?;
     }
     // llama.cpp asserts that an NVFP4 lm_head with scales beside it is not the embedding
-    if let Some(scale) = gguf.tensor("output.scale").or_else(|| gguf.tensor("output.input_scale"))
-        && gguf.tensor("output.weight").is_none()
-        && gguf.tensor("token_embd.weight").is_some_and(|t| t.tensor_type() == TensorType::NVFP4)
+    if let Some(scale) = whole.tensor("output.scale").or_else(|| whole.tensor("output.input_scale"))
+        && whole.tensor("output.weight").is_none()
+        && whole.tensor("token_embd.weight").is_some_and(|t| t.tensor_type == TensorType::NVFP4)
     {
         let must = "beside output.weight".into();
         return Err(scale.error(Rule::Hparam { says: "a scale without output.weight".into(), must }));
     }
-    if let Some(block) = blocks.iter().position(|&seen| !seen) {
+    // blocks that predict further tokens may have been left out of the file
+    if let Some(block) = blocks[..hparams.n_chain() as usize].iter().position(|&seen| !seen) {
         let rule = Rule::TensorMissing { blocks: hparams.n_blocks.into() };
         let place = Place::Tensor(format!("blk.{block}.*"));
-        return Err(Error { place, ..Error::file(gguf.path(), rule) });
+        return Err(Error { place, ..Error::file(whole.gguf.path(), rule) });
     }
     if arch::is_supported(&hparams.arch) {
-        (0..hparams.n_blocks).try_for_each(|block| attention(gguf, block, hparams.n_blocks))?;
+        (0..hparams.n_chain()).try_for_each(|block| attention(whole, block, hparams.n_blocks))?;
     }
     Ok(())
 }
 
 /// The attention's matrices, in one or in three: some loaders take a block without them, and its graph then has none.
-fn attention(gguf: &Gguf, block: u32, n_blocks: u32) -> Result<(), Error> {
+fn attention(whole: &Whole<'_>, block: u32, n_blocks: u32) -> Result<(), Error> {
     let name = |part: &str| format!("blk.{block}.{part}.weight");
-    let has = |part: &str| gguf.tensor(&name(part)).is_some();
+    let has = |part: &str| whole.tensor(&name(part)).is_some();
     if has("attn_qkv") {
         return Ok(());
     }
     match ["attn_q", "attn_k", "attn_v"].into_iter().find(|part| !has(part)) {
         Some(part) => {
             let rule = Rule::TensorMissing { blocks: n_blocks.into() };
-            Err(Error { place: Place::Tensor(name(part)), ..Error::file(gguf.path(), rule) })
+            Err(Error { place: Place::Tensor(name(part)), ..Error::file(whole.gguf.path(), rule) })
         }
         None => Ok(()),
     }
 }
 
 /// llama.cpp asserts that what it multiplies by a scale of its own has no bias as well.
-fn scaled_and_biased(gguf: &Gguf, tensor: &Tensor<'_>) -> Result<(), Error> {
-    let found = tensor.tensor_type();
-    let Some(stem) = tensor.name().strip_suffix(".weight").filter(|_| found == TensorType::NVFP4) else {
+fn scaled_and_biased(whole: &Whole<'_>, tensor: &Described<'_>) -> Result<(), Error> {
+    let found = tensor.tensor_type;
+    let Some(stem) = tensor.name.strip_suffix(".weight").filter(|_| found == TensorType::NVFP4) else {
         return Ok(());
     };
-    let beside = |part: &str| gguf.tensor(&format!("{stem}.{part}")).is_some();
+    let beside = |part: &str| whole.tensor(&format!("{stem}.{part}")).is_some();
     if beside("scale") && beside("bias") {
         let must = "another type beside both a scale and a bias";
         return Err(tensor.error(Rule::TensorTypeForbidden { found, must }));
@@ -197,9 +214,9 @@ fn scaled_and_biased(gguf: &Gguf, tensor: &Tensor<'_>) -> Result<(), Error> {
     Ok(())
 }
 
-fn tensor_type(tensor: &Tensor<'_>, known: bool) -> Result<(), Error> {
+fn tensor_type(tensor: &Described<'_>, known: bool) -> Result<(), Error> {
     use TensorType::*;
-    let found = tensor.tensor_type();
+    let found = tensor.tensor_type;
     let integer = matches!(found, I8 | I16 | I32 | I64 | F64);
     if matches!(found, Q8_1 | Q8_K) || integer && known {
         // ggml has them for intermediate results and for tables that the architectures known here do not have:
@@ -208,7 +225,7 @@ fn tensor_type(tensor: &Tensor<'_>, known: bool) -> Result<(), Error> {
             tensor.error(Rule::TensorTypeForbidden { found, must: "a type for weights, such as F16" })
         );
     }
-    if needs_f32(tensor.name()) && found != F32 {
+    if known && needs_f32(tensor.name) && found != F32 {
         return Err(tensor.error(Rule::TensorTypeForbidden { found, must: "F32" }));
     }
     Ok(())

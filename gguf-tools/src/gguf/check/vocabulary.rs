@@ -22,12 +22,12 @@ pub(super) fn vocabulary(keys: &Keys<'_>, n_blocks: u32, n_embd: u32) -> Result<
         }
     };
     // every other part is an array as long as the vocabulary, which is as long as the embedding
-    let rows = match gguf.tensor("token_embd.weight") {
-        Some(t) if t.dims()[0] != u64::from(n_embd) || t.dims().len() > 2 => {
+    let rows = match keys.whole.tensor("token_embd.weight") {
+        Some(t) if keys.is_known() && t.dims[0] != u64::from(n_embd) || t.dims.len() > 2 => {
             let must = format!("rows of embedding_length, {}", n_embd);
-            return Err(t.error(Rule::TensorShape { found: t.dims().to_vec(), must }));
+            return Err(t.error(Rule::TensorShape { found: t.dims.to_vec(), must }));
         }
-        Some(t) => t.dims().get(1).copied().unwrap_or(1),
+        Some(t) => t.dims.get(1).copied().unwrap_or(1),
         None => {
             let rule = Rule::TensorMissing { blocks: n_blocks.into() };
             return Err(Error {

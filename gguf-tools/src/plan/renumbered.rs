@@ -1,31 +1,34 @@
-//! What each slice's file will hold: its keys, and its tensors with where each comes from.
+//! What each slice's file will hold where every slice is a model of its own, which unmodified llama.cpp loads: its blocks are
+//! renumbered from 0, and it has what the loader wants besides them.
+//!
+//! | slice | vocabulary | besides its blocks |
+//! |---|---|---|
+//! | head | `token_embd.weight`, the tokenizer | `output_norm` (the loader wants it) |
+//! | middle | one row of `token_embd.weight`, no tokenizer | `output_norm` |
+//! | tail | the lm_head as `token_embd.weight`, the tokenizer | `output_norm`, `output.bias` and friends |
+//!
+//! That is right for [some architectures](crate::arch) only.
 
 use std::borrow::Cow;
 
 use dim_core::blocks::BlockRange;
 
-use super::{PlanError, Request, SlicePlan, Source};
+use super::{PlanError, SlicePlan, Source, common::Common};
 use crate::{
     arch::{Arch, LmHead},
-    digest::Sha,
     gguf::{
-        Array, Gguf, Tensor, TensorType, Value, ValueType,
-        check::{self, Hparams},
+        Tensor, TensorType, Value, ValueType, check,
         limits::DEFAULT_ALIGNMENT,
         write::{GgufWriter, TensorSpec},
     },
-    requantise::{self, Unconvertible},
-    slice::{Role, VERSION, keys},
+    needs::Crossing,
+    slice::{Role, VERSION_RENUMBERED},
 };
 
 /// Describes the slices of one model.
 pub(super) struct Cutter<'a, 'p> {
-    pub(super) gguf: &'a Gguf,
+    pub(super) of: Common<'a, 'p>,
     pub(super) arch: &'static Arch,
-    pub(super) hparams: &'p Hparams,
-    pub(super) request: &'p Request,
-    pub(super) model_name: &'p str,
-    pub(super) params_sha256: Sha,
 }
 
 impl<'a> Cutter<'a, '_> {
@@ -34,18 +37,21 @@ impl<'a> Cutter<'a, '_> {
         let tensors = self.tensors(role, blocks)?;
         let metadata = self.metadata(role, blocks, tensors.len())?;
         let specs: Vec<TensorSpec> = tensors.iter().map(|(spec, _)| spec.clone()).collect();
-        let stem = &self.request.stem;
-        let file = match role {
-            Role::Middle => format!("{stem}.middle-{blocks}.gguf"),
-            _ => format!("{stem}.{role}.gguf"),
+        let row = |block, ends| match ends {
+            true => Crossing::default(),
+            false => Crossing::hidden_row(self.of.hparams.n_embd, block),
         };
         Ok(SlicePlan {
             role,
             blocks,
-            file,
+            file: self.of.file_name(role, blocks),
             file_bytes: GgufWriter::planned_bytes(&metadata, &specs)?,
             weight_bytes: specs.iter().filter_map(TensorSpec::n_bytes).sum(),
-            kv_bytes_per_position: self.hparams.kv_bytes_per_position(blocks.as_range()),
+            kv_bytes_per_position: self.of.hparams.kv_bytes_per_position(blocks.as_range()),
+            state_bytes_per_session: 0,
+            input: row(blocks.first.wrapping_sub(1), role == Role::Head),
+            output: row(blocks.last, role == Role::Tail),
+            reads_tokens: false,
             metadata,
             tensors,
         })
@@ -59,14 +65,14 @@ impl<'a> Cutter<'a, '_> {
     ) -> Result<Vec<(Cow<'a, str>, Value<'a>)>, PlanError> {
         let arch = self.arch.name;
         let mut out: Vec<(Cow<'a, str>, Value<'a>)> = Vec::new();
-        for entry in self.gguf.metadata() {
+        for entry in self.of.gguf.metadata() {
             let key = entry.key;
             let below_arch = key.strip_prefix(arch).and_then(|rest| rest.strip_prefix('.'));
             let value = match (key, below_arch) {
                 // how the source was spread over files is no concern of a slice
                 _ if key.starts_with("split.") => continue,
                 // a slice is laid out anew, so that llama.cpp can map it
-                ("general.alignment", _) if self.gguf.alignment() < DEFAULT_ALIGNMENT => continue,
+                ("general.alignment", _) if self.of.gguf.alignment() < DEFAULT_ALIGNMENT => continue,
                 _ if role == Role::Middle
                     && key.starts_with("tokenizer.")
                     && key != "tokenizer.ggml.model" =>
@@ -99,33 +105,10 @@ impl<'a> Cutter<'a, '_> {
             set("embedding_scale", Value::F32(scale));
         }
         if let Some(scale) = self.arch.residual_scale {
-            set("residual_scale", Value::F32(scale.of(self.hparams.n_blocks)));
+            set("residual_scale", Value::F32(scale.of(self.of.hparams.n_blocks)));
         }
-        out.extend(self.own_keys(role, blocks, n_tensors).map(|(key, value)| (Cow::Borrowed(key), value)));
+        out.extend(self.of.own_keys(VERSION_RENUMBERED, role, blocks, n_tensors));
         Ok(out)
-    }
-
-    /// The keys under `dim.`. Digests that are known only when all data was seen are zeros.
-    fn own_keys(
-        &self,
-        role: Role,
-        blocks: BlockRange,
-        n_tensors: usize,
-    ) -> [(&'static str, Value<'static>); 10] {
-        let zeros = Sha([0; 32]).to_string();
-        let of_tensors = Array::of_strings(std::iter::repeat_n(&zeros, n_tensors));
-        [
-            (keys::VERSION, Value::U32(VERSION)),
-            (keys::ROLE, Value::string(role.as_str())),
-            (keys::FIRST_BLOCK, Value::U32(blocks.first)),
-            (keys::LAST_BLOCK, Value::U32(blocks.last)),
-            (keys::MODEL_BLOCKS, Value::U32(self.hparams.n_blocks)),
-            (keys::MODEL_NAME, Value::string(self.model_name)),
-            (keys::MODEL_SHA256, Value::string(zeros.as_str())),
-            (keys::PARAMS_SHA256, Value::string(self.params_sha256.to_string())),
-            (keys::SLICE_SHA256, Value::string(zeros.as_str())),
-            (keys::TENSOR_SHA256, Value::Array(of_tensors)),
-        ]
     }
 
     /// An array with a value per block, cut to the slice's blocks; anything else as it is.
@@ -137,15 +120,12 @@ impl<'a> Cutter<'a, '_> {
         blocks: BlockRange,
     ) -> Result<Value<'a>, PlanError> {
         let Value::Array(array) = &value else { return Ok(value) };
-        if array.len() != u64::from(self.hparams.n_blocks) || NOT_PER_BLOCK.contains(&name) {
+        if array.len() != u64::from(self.of.hparams.n_blocks) || NOT_PER_BLOCK.contains(&name) {
             return Ok(value);
         }
         if !PER_BLOCK.contains(&name) || matches!(array.element_type(), ValueType::String | ValueType::Array)
         {
-            return Err(PlanError::UnknownArray {
-                file: self.gguf.path().display().to_string(),
-                key: key.to_owned(),
-            });
+            return Err(PlanError::UnknownArray { file: self.of.file(), key: key.to_owned() });
         }
         let range = blocks.as_range();
         // the length was compared: the range is inside
@@ -155,8 +135,8 @@ impl<'a> Cutter<'a, '_> {
     fn tensors(&self, role: Role, blocks: BlockRange) -> Result<Vec<(TensorSpec, Source<'a>)>, PlanError> {
         let mut out = Vec::new();
         let own_head = self.needs_own_head();
-        let has_output = self.gguf.tensor("output.weight").is_some();
-        for tensor in self.gguf.tensors() {
+        let has_output = self.of.gguf.tensor("output.weight").is_some();
+        for tensor in self.of.gguf.tensors() {
             let name = tensor.name();
             let keep = || (TensorSpec::new(name, tensor.tensor_type(), tensor.dims()), Source::Whole(tensor));
             if let Some(block) = check::block_of(name) {
@@ -169,7 +149,7 @@ impl<'a> Cutter<'a, '_> {
             }
             match (name, role) {
                 ("token_embd.weight", Role::Head) => {
-                    out.push(self.vocabulary(tensor, "token_embd.weight", self.request.embed_type)?);
+                    out.push(self.of.vocabulary(tensor, "token_embd.weight", self.of.request.embed_type)?);
                 }
                 ("token_embd.weight" | "output.weight", Role::Middle) => {
                     // one row, for the loader; the tail's or head's own type
@@ -183,13 +163,13 @@ impl<'a> Cutter<'a, '_> {
                 ("token_embd.weight", Role::Tail) if own_head => out.push(placeholder(tensor)),
                 ("token_embd.weight", Role::Tail) if has_output => {}
                 ("token_embd.weight", Role::Tail) => {
-                    out.push(self.vocabulary(tensor, "token_embd.weight", self.request.output_type)?);
+                    out.push(self.of.vocabulary(tensor, "token_embd.weight", self.of.request.output_type)?);
                 }
                 ("output.weight", Role::Head) if own_head => out.push(placeholder(tensor)),
                 ("output.weight", Role::Head) => {}
                 ("output.weight", Role::Tail) => {
                     let name = if own_head { "output.weight" } else { "token_embd.weight" };
-                    out.push(self.vocabulary(tensor, name, self.request.output_type)?);
+                    out.push(self.of.vocabulary(tensor, name, self.of.request.output_type)?);
                 }
                 ("output.bias" | "output.scale" | "output.input_scale", Role::Tail) => out.push(keep()),
                 ("output.bias", Role::Head) if self.arch.lm_head == LmHead::Own => out.push(keep()),
@@ -199,10 +179,7 @@ impl<'a> Cutter<'a, '_> {
                 ("output.bias" | "output.scale" | "output.input_scale", _) => {}
                 _ if name.starts_with("output_norm.") || ROPE_TENSORS.contains(&name) => out.push(keep()),
                 _ => {
-                    return Err(PlanError::UnknownTensor {
-                        file: self.gguf.path().display().to_string(),
-                        tensor: name.to_owned(),
-                    });
+                    return Err(PlanError::UnknownTensor { file: self.of.file(), tensor: name.to_owned() });
                 }
             }
         }
@@ -213,27 +190,8 @@ impl<'a> Cutter<'a, '_> {
     /// scale to it, which the loader refuses (by ending the process) for an lm_head that is the embedding.
     fn needs_own_head(&self) -> bool {
         let scaled =
-            ["output.scale", "output.input_scale"].iter().any(|name| self.gguf.tensor(name).is_some());
-        self.arch.lm_head == LmHead::Own || scaled && self.gguf.tensor("output.weight").is_some()
-    }
-
-    /// One of the two vocabulary matrices, in another type if that was asked.
-    fn vocabulary(
-        &self,
-        tensor: Tensor<'a>,
-        name: &str,
-        to: Option<TensorType>,
-    ) -> Result<(TensorSpec, Source<'a>), PlanError> {
-        let from = tensor.tensor_type();
-        let Some(to) = to.filter(|&to| to != from) else {
-            return Ok((TensorSpec::new(name, from, tensor.dims()), Source::Whole(tensor)));
-        };
-        let refuse = |why| PlanError::Type { tensor: tensor.name().to_owned(), to, why };
-        if self.gguf.tensor("output.scale").is_some() || self.gguf.tensor("output.input_scale").is_some() {
-            return Err(refuse(Unconvertible::Scaled));
-        }
-        requantise::check(&tensor, to).map_err(refuse)?;
-        Ok((TensorSpec::new(name, to, tensor.dims()), Source::Requantised(tensor)))
+            ["output.scale", "output.input_scale"].iter().any(|name| self.of.gguf.tensor(name).is_some());
+        self.arch.lm_head == LmHead::Own || scaled && self.of.gguf.tensor("output.weight").is_some()
     }
 }
 
