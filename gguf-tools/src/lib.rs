@@ -11,6 +11,7 @@
 //! | [`digest`] | names of tensors, models and slices |
 //! | [`slice`](mod@slice) | the keys of a slice, and whether its file is what they say |
 //! | [`requantise`], [`canary`] | what takes llama.cpp: other types, a middle's answer to a known input |
+//! | [`dequantise`] | a quantised model as plain numbers |
 //! | [`plan`] | a cut before anything is written |
 //! | [`manifest`] | what was cut, as a file |
 //! | [`split`] | the cut itself |
@@ -21,6 +22,7 @@ pub mod apart;
 pub mod arch;
 pub mod canary;
 pub mod coreml;
+pub mod dequantise;
 pub mod digest;
 pub mod failure;
 #[doc(hidden)]

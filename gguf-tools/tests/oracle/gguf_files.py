@@ -4,6 +4,8 @@
    value) and every tensor (name, type, shape, bytes) of the slices is compared with the model's, and every digest
    is computed again from its definition: of tensors, of the model, of the slice.
 2. A model written by the `gguf` package, with values of every type, is cut by dim-split and compared the same way.
+3. Models in every type that dim-synth writes go through dim-dequantise: each tensor is what the `gguf` package reads
+   out of the quantised one, bit for bit, rounded by numpy; and a trained model, where `.ci/model` has fetched one.
 """
 
 import hashlib
@@ -16,8 +18,10 @@ from pathlib import Path
 
 import numpy
 from gguf import GGMLQuantizationType, GGUFReader, GGUFValueType, GGUFWriter
+from gguf.quants import dequantize
 
 MIDDLES = ["1..2", "3..3"]
+TOP = Path(__file__).resolve().parents[3]
 
 
 def run(*command):
@@ -244,6 +248,31 @@ def check_per_block(folder):
     assert middle.fields["llama.attention.head_count_kv"].types[1] == GGUFValueType.INT32
 
 
+PLAIN = {"f16": (GGMLQuantizationType.F16, numpy.float16), "f32": (GGMLQuantizationType.F32, numpy.float32)}
+
+
+def check_dequantised(binaries, path, folder):
+    """How many tensors were converted, in both types."""
+    model, converted = GGUFReader(path), 0
+    for to, (kind, dtype) in PLAIN.items():
+        out = folder / "plain.gguf"
+        run(binaries / "dim-dequantise", path, out, "--type", to, "-q")
+        plain = GGUFReader(out)
+        was, now = keys(model), keys(plain)
+        changed = {key for key in was if was[key] != now[key]}
+        assert list(was) == list(now) and changed <= {"general.file_type"}, f"{path}: {changed}"
+        for before, after in zip(model.tensors, plain.tensors, strict=True):
+            assert before.name == after.name and list(before.shape) == list(after.shape), f"{path}: {before.name}"
+            if before.tensor_type in (GGMLQuantizationType.F32, GGMLQuantizationType.F16):
+                assert tensor_bytes(before) == tensor_bytes(after), f"{path}: {before.name}"
+                continue
+            values = dequantize(before.data, before.tensor_type).astype(dtype)
+            assert after.tensor_type == kind and values.tobytes() == tensor_bytes(after), f"{path}: {before.name}"
+            converted += 1
+        out.unlink()
+    return converted
+
+
 def main():
     binaries = Path(sys.argv[1])
     with tempfile.TemporaryDirectory() as temporary:
@@ -263,6 +292,14 @@ def main():
             counts = check_cut(binaries, path, folder / "python", renumber)
             slices, tensors = slices + counts[0], tensors + counts[1]
         check_per_block(folder / "python")
+        quantised = [folder / "qwen2-q8_0.gguf", folder / "qwen2-q4_k_m.gguf", folder / "qwen2-q6_k.gguf"]
+        for kind in ("q4_0", "q4_1", "q5_0", "q5_1", "q2_k", "q3_k", "q5_k", "iq4_nl"):
+            quantised.append(folder / f"{kind}.gguf")
+            run(binaries / "dim-synth", quantised[-1], "--shape", "tiny", "--type", kind, "-q")
+        real = subprocess.run(["sh", TOP / ".ci/model", "--path"], capture_output=True, text=True).stdout.strip()
+        quantised += [Path(real)] if real else []
+        converted = sum(check_dequantised(binaries, path, folder) for path in quantised)
+        print(f"dequantised: {len(quantised)} models, {converted} tensors agree with the gguf package")
         print(f"gguf files: {len(models) + 1} models, {slices} slices, {tensors} tensors agree with the gguf package")
 
 
