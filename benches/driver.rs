@@ -163,8 +163,8 @@ impl LocalStage for Adder {
         out.clear();
         match input {
             StageInput::Tokens(tokens) => out.extend(tokens.iter().map(|&token| token as f32 + 1.0)),
-            StageInput::Rows(RowsRef::F32(rows)) => out.extend(rows.iter().map(|x| x + 1.0)),
-            StageInput::Rows(RowsRef::F16(_)) => unreachable!("the rows are F32"),
+            StageInput::Rows { rows: RowsRef::F32(rows), .. } => out.extend(rows.iter().map(|x| x + 1.0)),
+            StageInput::Rows { rows: RowsRef::F16(_), .. } => unreachable!("the rows are F32"),
         }
         Ok(self.0)
     }
@@ -204,7 +204,7 @@ impl RemoteStage for Instantly {
     fn max_in_flight(&self) -> usize {
         4
     }
-    fn submit(&mut self, job: JobId, _: &[Span], rows: &Rows) -> Result<(), StageError> {
+    fn submit(&mut self, job: JobId, _: &[Span], _: &[i32], rows: &Rows) -> Result<(), StageError> {
         let mut answer = self.spare.pop().unwrap_or_default();
         answer.clear();
         answer.extend(values(rows).iter().map(|x| x + 1.0));
@@ -215,7 +215,7 @@ impl RemoteStage for Instantly {
         let Some((job, answer)) = self.answers.pop_front() else { return Ok(None) };
         give(rows, &answer);
         self.spare.push(answer);
-        Ok(Some(Answer { job, compute: Duration::ZERO, wait: Duration::ZERO }))
+        Ok(Some(Answer::done(job, Duration::ZERO, Duration::ZERO)))
     }
     fn collect_until(&mut self, rows: &mut Rows, _: Option<Instant>) -> Result<Option<Answer>, StageError> {
         self.poll(rows)
@@ -279,7 +279,7 @@ fn work(
         let wait = there.elapsed();
         sleep(compute);
         rows.iter_mut().for_each(|x| *x += 1.0);
-        if answers.send((Answer { job, compute, wait }, rows, Instant::now())).is_err() {
+        if answers.send((Answer::done(job, compute, wait), rows, Instant::now())).is_err() {
             return;
         }
     }
@@ -299,7 +299,7 @@ impl RemoteStage for Sleeper {
     fn max_in_flight(&self) -> usize {
         AGREED
     }
-    fn submit(&mut self, job: JobId, _: &[Span], rows: &Rows) -> Result<(), StageError> {
+    fn submit(&mut self, job: JobId, _: &[Span], _: &[i32], rows: &Rows) -> Result<(), StageError> {
         self.sender.send((job, values(rows).to_vec(), Instant::now())).map_err(StageError::lost)
     }
     fn poll(&mut self, rows: &mut Rows) -> Result<Option<Answer>, StageError> {

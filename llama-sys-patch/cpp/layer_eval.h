@@ -293,6 +293,10 @@ dim_status dim_stage_rewind(dim_stage * stage, uint32_t session, uint32_t positi
 dim_status dim_stage_lowest(const dim_stage * stage, uint32_t session, uint32_t * position, bool * lost,
                             dim_fault * fault);
 
+// Rows of its last call, less one, that any session can be taken back by; UINT32_MAX: any rows, as there are no recurrent
+// states. Thread: any.
+uint32_t dim_stage_snapshots(const dim_stage * stage);
+
 // Sets *length to the positions a session holds. Thread: one.
 dim_status dim_stage_length(const dim_stage * stage, uint32_t session, uint32_t * length, dim_fault * fault);
 

@@ -99,6 +99,8 @@ dim_status dim_stage_lowest(const dim_stage * stage, uint32_t session, uint32_t 
     });
 }
 
+uint32_t dim_stage_snapshots(const dim_stage * stage) { return stage->made.memory->n_snapshots(); }
+
 dim_status dim_stage_length(const dim_stage * stage, uint32_t session, uint32_t * length, dim_fault * fault) {
     return guarded(fault, [&] { *length = stage->session.length(session); });
 }

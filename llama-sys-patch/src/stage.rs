@@ -374,6 +374,14 @@ impl Stage {
         Ok((!lost).then_some(position))
     }
 
+    /// Rows that a session can be taken back by, of its last call and at most all but the first of those; `None`: any
+    /// number, as nothing here is recurrent. To its beginning it always can.
+    pub fn snapshots(&self) -> Option<u32> {
+        // SAFETY: the stage is alive; a plain number is read.
+        let n = unsafe { ffi::dim_stage_snapshots(self.stage.as_ptr()) };
+        (n != u32::MAX).then_some(n)
+    }
+
     /// What a row that comes in is made of; empty where tokens come in.
     pub fn input_layout(&self) -> &Layout {
         &self.input

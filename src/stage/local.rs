@@ -2,12 +2,13 @@
 
 use std::time::{Duration, Instant};
 
-use llama_sys_patch::{Error, Input, Output, Row, Stage};
+use llama_sys_patch::{Error, Input, Output, Row, Stage, ValueType};
 
 use dim_core::blocks::BlockRange;
+use dim_core::digest::Sha;
 use dim_core::ids::SessionId;
-use dim_core::rows::{Rows, RowsRef};
-use dim_core::stage::{LocalStage, Span, StageError, StageInput, StageOutput};
+use dim_core::rows::{Layout, Part, PartType, Rows, RowsRef};
+use dim_core::stage::{LocalStage, Span, StageError, StageInput, StageOutput, TakeBack};
 
 /// A slice, loaded, with its place in the model.
 pub struct LlamaStage {
@@ -15,13 +16,37 @@ pub struct LlamaStage {
     role: &'static str,
     /// the model's number of the slice's block 0
     first_block: u32,
+    reads_tokens: bool,
+    /// what a row that goes out is made of
+    output: Layout,
     rows: Vec<Row>,
 }
 
 impl LlamaStage {
     /// `first_block` is the model's number of the slice's first block: errors name blocks as the model does.
     pub fn new(stage: Stage, role: &'static str, first_block: u32) -> LlamaStage {
-        LlamaStage { stage, role, first_block, rows: Vec::new() }
+        let (output, reads_tokens) = (layout_of(stage.output_layout()), stage.reads_tokens());
+        LlamaStage { stage, role, first_block, reads_tokens, output, rows: Vec::new() }
+    }
+
+    /// What rows that come in and rows that go out are made of; empty where tokens come in or logits go out.
+    pub fn layouts(&self) -> (Layout, Layout) {
+        (layout_of(self.stage.input_layout()), self.output.clone())
+    }
+
+    /// Digests of the two, with llama.cpp's names of the parts; `None` where there are no rows, and for a slice whose
+    /// blocks were numbered anew: the names have the numbers in them.
+    pub fn layout_digests(&self) -> (Option<Sha>, Option<Sha>) {
+        let keeps_numbers = self.first_block == 0 || self.stage.params().blocks.start == self.first_block;
+        let digest = |layout: &llama_sys_patch::Layout| {
+            (keeps_numbers && !layout.parts.is_empty()).then(|| Sha(layout.digest()))
+        };
+        (digest(self.stage.input_layout()), digest(self.stage.output_layout()))
+    }
+
+    /// Whether token ids are read beside rows.
+    pub fn reads_tokens(&self) -> bool {
+        self.reads_tokens && !self.stage.params().takes_tokens
     }
 
     /// The stage itself.
@@ -42,26 +67,29 @@ impl LlamaStage {
             let row = |i| Row { session: span.session, position: span.position + i, want_output: false };
             self.rows.extend((0..span.count).map(row));
         }
-        let n_embd = self.stage.model().n_embd();
+        let tokens = match input {
+            StageInput::Rows { tokens, .. } if self.reads_tokens => Some(tokens),
+            _ => None,
+        };
         let input = match input {
             StageInput::Tokens(tokens) => Input::Tokens(tokens),
-            StageInput::Rows(RowsRef::F16(rows)) => Input::F16(rows),
-            StageInput::Rows(RowsRef::F32(rows)) => Input::F32(rows),
+            StageInput::Rows { rows: RowsRef::F16(rows), .. } => Input::F16(rows),
+            StageInput::Rows { rows: RowsRef::F32(rows), .. } => Input::F32(rows),
         };
         match output {
             StageOutput::Rows(hidden) => {
-                hidden.resize(self.rows.len() * n_embd);
+                hidden.resize(self.rows.len() * self.output.width(hidden.row_type()));
                 let output = match hidden {
                     Rows::F16(rows) => Output::F16(rows),
                     Rows::F32(rows) => Output::F32(rows),
                 };
-                self.stage.evaluate(&self.rows, input, output)?;
+                self.stage.evaluate_with_tokens(&self.rows, tokens, input, output)?;
             }
             StageOutput::Logits { rows, out } => {
                 self.rows.iter_mut().zip(rows).for_each(|(row, &wanted)| row.want_output = wanted);
                 let n_wanted = rows.iter().filter(|w| **w).count();
                 out.resize(n_wanted * self.stage.model().n_vocab(), 0.0);
-                self.stage.evaluate(&self.rows, input, Output::Logits(out))?;
+                self.stage.evaluate_with_tokens(&self.rows, tokens, input, Output::Logits(out))?;
             }
         }
         Ok(start.elapsed())
@@ -120,4 +148,17 @@ impl LocalStage for LlamaStage {
     fn rewind(&mut self, session: SessionId, position: u32) -> Result<(), StageError> {
         self.rewind_session(session.0, position).map_err(StageError::failed)
     }
+
+    fn take_back(&self) -> TakeBack {
+        self.stage.snapshots().map_or(TakeBack::ALL, TakeBack)
+    }
+}
+
+/// The same without names: the types of ours.
+fn layout_of(layout: &llama_sys_patch::Layout) -> Layout {
+    let part = |part: &llama_sys_patch::Part| match part.value_type {
+        ValueType::F32 => Part { part_type: PartType::F32, may_round: true, values: part.values },
+        ValueType::I32 => Part { part_type: PartType::I32, may_round: false, values: part.values },
+    };
+    Layout { parts: layout.parts.iter().map(part).collect() }
 }

@@ -168,7 +168,7 @@ impl WorkerStage {
             }
         };
         let done = answered.and_then(|(compute, wait)| match self.unanswered.pop_front() {
-            Some((job, _)) => Ok(Answer { job, compute, wait }),
+            Some((job, _)) => Ok(Answer::done(job, compute, wait)),
             None => Err(StageError::Unasked),
         });
         if let Some((_, since)) = self.unanswered.front_mut() {
@@ -243,7 +243,7 @@ impl RemoteStage for WorkerStage {
         self.link.as_ref().map_or(1, |link| link.agreed().max_in_flight as usize)
     }
 
-    fn submit(&mut self, job: JobId, spans: &[Span], rows: &Rows) -> Result<(), StageError> {
+    fn submit(&mut self, job: JobId, spans: &[Span], _: &[i32], rows: &Rows) -> Result<(), StageError> {
         let Some(link) = &self.link else { return Err(self.not_connected()) };
         let result = link.send_step(spans, rows.as_ref()).map(drop);
         self.sent(result)?;

@@ -53,7 +53,8 @@ fn next(
             });
             let n_rows = spans.iter().map(|s| s.count).sum();
             let start = Instant::now();
-            if let Err(error) = stage.run(spans, StageInput::Rows(rows), StageOutput::Rows(out)) {
+            let input = StageInput::Rows { rows, tokens: &[] };
+            if let Err(error) = stage.run(spans, input, StageOutput::Rows(out)) {
                 return Err(fail(stage, sender, step, &error));
             }
             let compute = start.elapsed();

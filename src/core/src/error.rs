@@ -69,6 +69,9 @@ pub enum StageError {
     /// The worker answered something it was not asked.
     #[error("the worker answered a step it was not sent")]
     Unasked,
+    /// The step was called off before it began, or stands on one that was or that failed.
+    #[error("the step was called off")]
+    Void,
     /// The step itself failed: a full context, an engine's error, a bug.
     #[error("{0}")]
     Failed(#[source] Cause),
@@ -122,8 +125,8 @@ impl StageError {
 
     /// Whether it is about one step, and the stage is as good as before for everybody else's.
     pub fn is_of_step(&self) -> bool {
-        use StageError::{Failed, NotFinite, TooLargeForF16};
-        matches!(self, NotFinite { .. } | TooLargeForF16 { .. } | Failed(_))
+        use StageError::{Failed, NotFinite, TooLargeForF16, Void};
+        matches!(self, NotFinite { .. } | TooLargeForF16 { .. } | Void | Failed(_))
     }
 
     /// What a person can do about it, if anything.
@@ -137,7 +140,7 @@ impl StageError {
             StageError::OtherRowType { .. } | StageError::NoAnswer | StageError::Unasked => {
                 Some(OTHER_VERSION)
             }
-            StageError::Lost(_) | StageError::Paused(_) | StageError::Failed(_) => None,
+            StageError::Lost(_) | StageError::Paused(_) | StageError::Void | StageError::Failed(_) => None,
         }
     }
 }

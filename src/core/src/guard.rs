@@ -25,7 +25,7 @@ use half::f16;
 
 use crate::ids::{JobId, SessionId};
 use crate::rows::{RowType, Rows};
-use crate::stage::{Answer, RemoteStage, Span, StageError, Traffic, WrongAnswer};
+use crate::stage::{Answer, RemoteStage, Span, StageError, TakeBack, Traffic, WrongAnswer};
 
 /// Rows between two checks.
 pub const EVERY_ROWS: u32 = 4096;
@@ -229,10 +229,17 @@ impl<S: RemoteStage> Guarded<S> {
         let mut answer = Rows::empty(self.guard.room.dtype);
         for i in 0..check.len() {
             if let Some((span, rows)) = check.piece(i) {
-                self.inner.submit(JobId(i as u64), &[span], rows).map_err(|e| self.guard.in_check(e))?;
+                self.inner.submit(JobId(i as u64), &[span], &[], rows).map_err(|e| self.guard.in_check(e))?;
             }
             // without a deadline there is an answer or an error
-            while self.inner.collect_until(&mut answer, None).map_err(|e| self.guard.in_check(e))?.is_none() {
+            let answered = loop {
+                let collected = self.inner.collect_until(&mut answer, None);
+                if let Some(answered) = collected.map_err(|e| self.guard.in_check(e))? {
+                    break answered;
+                }
+            };
+            if let Some(failed) = answered.failed {
+                return Err(self.guard.in_check(failed));
             }
             check.answered(&answer);
         }
@@ -267,8 +274,20 @@ impl<S: RemoteStage> RemoteStage for Guarded<S> {
         self.inner.max_in_flight()
     }
 
-    fn submit(&mut self, job: JobId, spans: &[Span], rows: &Rows) -> Result<(), StageError> {
-        self.inner.submit(job, spans, rows)
+    fn reads_tokens(&self) -> bool {
+        self.inner.reads_tokens()
+    }
+
+    fn take_back(&self) -> TakeBack {
+        self.inner.take_back()
+    }
+
+    fn submit(&mut self, job: JobId, spans: &[Span], tokens: &[i32], rows: &Rows) -> Result<(), StageError> {
+        self.inner.submit(job, spans, tokens, rows)
+    }
+
+    fn cancel(&mut self, job: JobId) {
+        self.inner.cancel(job);
     }
 
     fn poll(&mut self, rows: &mut Rows) -> Result<Option<Answer>, StageError> {

@@ -4,7 +4,7 @@
 //! | module | what |
 //! |---|---|
 //! | [`blocks`], [`digest`] | names of parts of a model |
-//! | [`rows`] | hidden rows and their number formats |
+//! | [`rows`] | rows, what they are made of, and their number formats |
 //! | [`ids`], [`stage`], [`error`] | jobs, sessions and stages, the two kinds of stage, and what can go wrong there |
 //! | [`schedule`], [`window`] | which stage runs what next, and how far ahead: pure |
 //! | [`pipeline`] | the stages, driven by the schedule |
@@ -20,6 +20,7 @@ pub mod canary;
 pub mod digest;
 pub mod error;
 pub mod guard;
+mod history;
 pub mod ids;
 pub mod patience;
 pub mod pipeline;

@@ -28,10 +28,11 @@ use std::time::{Duration, Instant};
 use crate::bell::Bell;
 use crate::blocks::BlockRange;
 pub use crate::error::PipelineError;
+use crate::history::History;
 pub use crate::patience::Patience;
 use crate::rows::{RowType, Rows};
-use crate::schedule::{JobId, Next, Placement, Progress, Schedule, SessionId, StageId};
-use crate::stage::{LocalStage, Span, StageInput, StageOutput, Traffic};
+use crate::schedule::{JobId, Next, Placement, Progress, Schedule, SessionId, StageId, StepKind};
+use crate::stage::{LocalStage, Span, StageInput, StageOutput, TakeBack, Traffic};
 use crate::trace::{Happened, Traced};
 use crate::window::LEAST_WINDOW;
 use remote::{Connection, Remote};
@@ -58,9 +59,16 @@ struct StepWork {
     parts: Vec<(JobId, SessionId, usize)>,
     /// the rows before the stage it waits for; none before stage 0
     hidden: Option<Rows>,
+    /// its session begins anew to take rows back: nobody waits for it
+    is_again: bool,
 }
 
 impl StepWork {
+    fn new(span: Span, tokens: Vec<i32>, want_logits: Vec<bool>) -> StepWork {
+        let (spans, parts) = (vec![span], Vec::new());
+        StepWork { spans, tokens, want_logits, parts, hidden: None, is_again: false }
+    }
+
     fn part(&self, job: JobId) -> (JobId, SessionId, usize) {
         (job, self.spans[0].session(), self.want_logits.iter().filter(|wanted| **wanted).count())
     }
@@ -81,6 +89,7 @@ enum Kind {
 pub struct Pipeline {
     slots: Vec<Slot>,
     schedule: Schedule,
+    history: History,
     work: Table<Work>,
     finished: VecDeque<Finished>,
     /// buffers of hidden rows that are free
@@ -137,6 +146,7 @@ impl Pipeline {
             .collect();
         Pipeline {
             schedule: Schedule::new(&placements, steps_under_way(&slots)),
+            history: History::new(take_back(&slots)),
             slots,
             work: Table::default(),
             finished: VecDeque::new(),
@@ -218,9 +228,8 @@ impl Pipeline {
     pub fn submit(&mut self, step: Step) -> JobId {
         let span = step.span();
         let job = self.schedule.push(step.session, step.kind, span.count);
-        let Step { tokens, want_logits, .. } = step;
-        let work = StepWork { spans: vec![span], tokens, want_logits, parts: Vec::new(), hidden: None };
-        self.work.insert(job, Work::Step(work));
+        self.history.gave(step.session, step.position, &step.tokens);
+        self.work.insert(job, Work::Step(StepWork::new(span, step.tokens, step.want_logits)));
         // its caller has yet to hear that the session has failed
         if self.finished.iter().any(|f| f.session == step.session && f.outcome.is_err()) {
             self.schedule.cancel(step.session, job);
@@ -232,9 +241,28 @@ impl Pipeline {
     /// Forgets the rows of `session` from `position` on, in every stage, when the steps it was given before are done;
     /// with position 0 the session is over. Takes effect in [`advance`](Self::advance). It has a result only if it
     /// fails, and that is the session's.
+    ///
+    /// Where a stage [cannot take that back](crate::stage::TakeBack) every stage forgets the session, and what stays of
+    /// it is evaluated anew: that takes as long as it took before.
     pub fn rewind(&mut self, session: SessionId, position: u32) -> JobId {
+        let again = self.history.rewind(session, position);
         let job = self.schedule.push_rewind(session);
+        let position = if again.is_some() { 0 } else { position };
         self.work.insert(job, Work::Rewind(session, position));
+        for chunk in again.into_iter().flatten() {
+            let want_logits = vec![false; chunk.tokens.len()];
+            let step = Step {
+                session,
+                position: chunk.position,
+                tokens: chunk.tokens,
+                want_logits,
+                kind: StepKind::Prefill,
+            };
+            let span = step.span();
+            let job = self.schedule.push(session, step.kind, span.count);
+            let work = StepWork { is_again: true, ..StepWork::new(span, step.tokens, step.want_logits) };
+            self.work.insert(job, Work::Step(work));
+        }
         job
     }
 
@@ -243,8 +271,10 @@ impl Pipeline {
     /// goes on.
     pub fn cancel(&mut self, session: SessionId, job: JobId) {
         let end = self.schedule.next_rewind(session, job);
-        for job in self.schedule.cancel(session, job).vanished {
-            self.forget(job);
+        let dropped = self.schedule.cancel(session, job);
+        dropped.vanished.into_iter().for_each(|job| self.forget(job));
+        if !dropped.voided.is_empty() {
+            self.call_off();
         }
         let is_meant = |id: JobId| id >= job && end.is_none_or(|end| id < end);
         self.finished.retain(|f| f.session != session || f.outcome.is_err() || !is_meant(f.job));
@@ -327,7 +357,7 @@ impl Pipeline {
         // tokens or hidden rows -> hidden rows or logits
         let before = step.hidden.take();
         let input = match &before {
-            Some(hidden) => StageInput::Rows(hidden.as_ref()),
+            Some(hidden) => StageInput::Rows { rows: hidden.as_ref(), tokens: &step.tokens },
             None => StageInput::Tokens(&step.tokens),
         };
         let mut logits = Vec::new();
@@ -421,7 +451,7 @@ impl Pipeline {
             unreachable!("a local stage runs one job: {error}");
         }
         if step.parts.is_empty() {
-            if void.is_empty() {
+            if void.is_empty() && !step.is_again {
                 let session = step.spans[0].session();
                 self.note(Happened::Out(id));
                 self.finished.push_back(Finished { job: id, session, outcome: Ok(logits) });
@@ -457,9 +487,13 @@ impl Pipeline {
 
     /// A session ends in an error, at this job at the latest.
     fn fail(&mut self, session: SessionId, job: JobId, error: &PipelineError) {
+        self.history.broke(session);
         let gone = self.schedule.fail(session);
         let job = gone.first.unwrap_or(job);
         gone.vanished.into_iter().for_each(|job| self.forget(job));
+        if !gone.voided.is_empty() {
+            self.call_off();
+        }
         self.finished.push_back(Finished { job, session, outcome: Err(error.clone()) });
     }
 
@@ -532,6 +566,15 @@ fn steps_under_way(slots: &[Slot]) -> usize {
         Kind::Remote(remote) => remote.agreed,
     });
     2 + agreed.sum::<usize>()
+}
+
+/// How much every stage can take back of a session.
+fn take_back(slots: &[Slot]) -> TakeBack {
+    let all = slots.iter().map(|slot| match &slot.kind {
+        Kind::Local(stage) => stage.take_back(),
+        Kind::Remote(remote) => remote.stage.take_back(),
+    });
+    all.min().unwrap_or(TakeBack::ALL)
 }
 
 /// A pipeline may be driven by another thread than the one that made it.

@@ -19,12 +19,14 @@
 //! session was rewound further and its steps dropped); they are sent at the position where their session stands by
 //! then. What is identical: the rows of each step, their order and number, and the context of every row that counts.
 //! What is not: the context of those that don't.
+//!
+//! A worker that [cannot take rows back](TakeBack) is sent only what counts: what stays of a batch has another shape then.
 
 use std::collections::{BTreeMap, VecDeque};
 
 use crate::ids::{JobId, SessionId};
 use crate::rows::Rows;
-use crate::stage::Span;
+use crate::stage::{Span, TakeBack};
 
 /// One step as it was sent.
 #[derive(Clone, Debug)]
@@ -33,7 +35,9 @@ pub struct LoggedStep {
     pub job: JobId,
     /// Which rows belong to which session.
     pub spans: Vec<Span>,
-    /// The rows, in the order of the spans: (n_rows, n_embd).
+    /// The rows' token ids, in the same order, where the worker reads them.
+    pub tokens: Vec<i32>,
+    /// The rows, in the order of the spans: (n_rows, width).
     pub rows: Rows,
     /// How many rows of each span still count after rewinds; empty: all of them.
     live: Vec<u32>,
@@ -59,6 +63,23 @@ impl LoggedStep {
                 *live = (*live).min(position.saturating_sub(span.position));
             }
         }
+    }
+
+    /// Lets go of the rows that do not count.
+    fn shed(&mut self) {
+        if self.live.is_empty() {
+            return;
+        }
+        let counts = |span: &Span, live: u32| (0..span.count).map(move |row| row < live);
+        let keep: Vec<bool> =
+            self.spans.iter().zip(self.live()).flat_map(|(s, live)| counts(s, live)).collect();
+        self.rows.retain_rows(&keep);
+        let mut kept = keep.iter();
+        self.tokens.retain(|_| kept.next().is_some_and(|keep| *keep));
+        for (span, live) in self.spans.iter_mut().zip(self.live.drain(..)) {
+            span.count = live;
+        }
+        self.spans.retain(|span| span.count > 0);
     }
 }
 
@@ -86,6 +107,8 @@ pub enum ReplayOp<'a> {
         /// Whose rows they are, and where they go on.
         spans: Vec<Span>,
         /// As they were.
+        tokens: &'a [i32],
+        /// As they were.
         rows: &'a Rows,
     },
     /// The rows of `session` from `position` on are taken back.
@@ -102,12 +125,19 @@ pub enum ReplayOp<'a> {
 pub struct ReplayLog {
     done: VecDeque<LoggedStep>,
     sent: VecDeque<LoggedOp>,
+    /// a worker that cannot take rows back is not sent what would have to be
+    sheds: bool,
 }
 
 impl ReplayLog {
+    /// Of a worker that can take this much back.
+    pub fn of(take_back: TakeBack) -> ReplayLog {
+        ReplayLog { sheds: take_back != TakeBack::ALL, ..ReplayLog::default() }
+    }
+
     /// Remembers a step that is about to be sent; its rows move into the log, and [`last`](Self::last) lends them.
-    pub fn push(&mut self, job: JobId, spans: Vec<Span>, rows: Rows) {
-        self.sent.push_back(LoggedOp::Step(LoggedStep { job, spans, rows, live: Vec::new() }));
+    pub fn push(&mut self, job: JobId, spans: Vec<Span>, tokens: Vec<i32>, rows: Rows) {
+        self.sent.push_back(LoggedOp::Step(LoggedStep { job, spans, tokens, rows, live: Vec::new() }));
     }
 
     /// The step remembered last, if it has no answer and nothing was sent behind it.
@@ -143,12 +173,21 @@ impl ReplayLog {
         self.settle();
     }
 
+    /// The oldest step without an answer has failed, or was called off: nothing of it is kept.
+    pub fn failed(&mut self) {
+        self.sent.pop_front();
+        self.settle();
+    }
+
     /// Rewinds that no unanswered step stands before are done.
     fn settle(&mut self) {
         while let Some(&LoggedOp::Rewind { session, position }) = self.sent.front() {
             self.sent.pop_front();
             self.done.iter_mut().for_each(|step| step.cut(session, position));
             self.done.retain(|step| step.live().any(|live| live > 0));
+            if self.sheds {
+                self.done.iter_mut().for_each(LoggedStep::shed);
+            }
         }
     }
 
@@ -179,7 +218,7 @@ impl ReplayLog {
                 cuts.push(ReplayOp::Rewind { session: span.session(), position: *length });
             }
         }
-        let mut ops = vec![ReplayOp::Step { job: step.job, spans, rows: &step.rows }];
+        let mut ops = vec![ReplayOp::Step { job: step.job, spans, tokens: &step.tokens, rows: &step.rows }];
         ops.append(&mut cuts);
         Some(ops)
     }
@@ -267,7 +306,7 @@ mod tests {
         let mut cache = Cache::default();
         for op in all_ops(log) {
             match op {
-                ReplayOp::Step { job, spans, rows } => {
+                ReplayOp::Step { job, spans, rows, .. } => {
                     let n: u32 = spans.iter().map(|s| s.count).sum();
                     assert_eq!(rows.bytes(), n as usize * N_EMBD * 4);
                     cache.step(job.0, &spans);
@@ -282,11 +321,11 @@ mod tests {
     fn a_step_that_was_partly_rewound_is_replayed_whole_and_then_rewound() {
         let mut log = ReplayLog::default();
         for (job, at, n) in [(0, 0, 8), (1, 8, 4)] {
-            log.push(JobId(job), vec![span(1, at, n)], rows(job, n));
+            log.push(JobId(job), vec![span(1, at, n)], Vec::new(), rows(job, n));
             log.answered();
         }
         log.rewind(SessionId(1), 5);
-        log.push(JobId(2), vec![span(1, 5, 1)], rows(2, 1));
+        log.push(JobId(2), vec![span(1, 5, 1)], Vec::new(), rows(2, 1));
         log.answered();
         let ops = all_ops(&log);
         assert!(matches!(ops[0], ReplayOp::Step { job: JobId(0), .. }));
@@ -299,11 +338,11 @@ mod tests {
     #[test]
     fn a_rewind_behind_an_unanswered_step_takes_nothing_from_it() {
         let mut log = ReplayLog::default();
-        log.push(JobId(0), vec![span(1, 0, 4)], rows(0, 4));
+        log.push(JobId(0), vec![span(1, 0, 4)], Vec::new(), rows(0, 4));
         log.answered();
-        log.push(JobId(1), vec![span(1, 4, 4)], rows(1, 4));
+        log.push(JobId(1), vec![span(1, 4, 4)], Vec::new(), rows(1, 4));
         log.rewind(SessionId(1), 2);
-        log.push(JobId(2), vec![span(1, 2, 1)], rows(2, 1));
+        log.push(JobId(2), vec![span(1, 2, 1)], Vec::new(), rows(2, 1));
         assert_eq!(log.bytes(), 9 * N_EMBD * 4);
         let back: Vec<LoggedOp> = log.take_unanswered().collect();
         assert!(matches!(&back[0], LoggedOp::Step(step) if step.job == JobId(1) && step.rows == rows(1, 4)));
@@ -316,9 +355,9 @@ mod tests {
     #[test]
     fn dead_rows_keep_the_shape_of_a_batch_and_go_with_its_last_live_one() {
         let mut log = ReplayLog::default();
-        log.push(JobId(0), vec![span(1, 0, 500)], rows(0, 500));
+        log.push(JobId(0), vec![span(1, 0, 500)], Vec::new(), rows(0, 500));
         log.answered();
-        log.push(JobId(1), vec![span(1, 500, 1), span(2, 0, 3)], rows(1, 4));
+        log.push(JobId(1), vec![span(1, 500, 1), span(2, 0, 3)], Vec::new(), rows(1, 4));
         log.answered();
         log.rewind(SessionId(1), 0);
         // the long prompt of the session that ended is gone, its row in the batch is not
@@ -366,7 +405,7 @@ mod tests {
                             spans.push(span(other, ahead.length(other), 1));
                         }
                         ahead.step(job, &spans);
-                        log.push(JobId(job), spans.clone(), rows(job, spans.iter().map(|s| s.count).sum()));
+                        log.push(JobId(job), spans.clone(), Vec::new(), rows(job, spans.iter().map(|s| s.count).sum()));
                         sent.push_back(Unanswered::Step(job, spans));
                     }
                 }

@@ -453,6 +453,12 @@ impl Schedule {
         self.stages[stage.0].running.len() == 1
     }
 
+    /// The steps that `stage` runs and nobody wants any more, oldest first; a batch by the number of its first job.
+    pub fn void_steps(&self, stage: StageId) -> impl Iterator<Item = JobId> {
+        let is_meant = |entry: &&Entry| matches!(entry.what, What::Step(_)) && entry.is_void();
+        self.stages[stage.0].running.iter().filter(is_meant).map(|entry| entry.first.job)
+    }
+
     /// The jobs of what `stage` runs under this number: one, or those of a batch.
     pub fn members(&self, stage: StageId, job: JobId) -> impl Iterator<Item = Member> {
         let entry = self.stages[stage.0].running.iter().rev().find(|entry| entry.first.job == job);

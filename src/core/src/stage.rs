@@ -1,8 +1,8 @@
 //! A stage: a loaded slice with its KV cache, in this process or behind a connection.
 //!
 //! What goes in and out are *steps*: rows of one or more sessions, each session's rows consecutive and going
-//! on where that session stands. The rows are tokens (only into the head), hidden rows, or logits (only out
-//! of the tail).
+//! on where that session stands. The rows are tokens (only into the head), rows of some [layout](crate::rows::Layout), or
+//! logits (only out of the tail).
 
 use std::time::{Duration, Instant};
 
@@ -47,14 +47,19 @@ pub fn n_rows(spans: &[Span]) -> u32 {
 pub enum StageInput<'a> {
     /// Token ids, one a row: into the head.
     Tokens(&'a [i32]),
-    /// Rows rows (n_rows, n_embd).
-    Rows(RowsRef<'a>),
+    /// Rows of the stage's layout, one a token.
+    Rows {
+        /// (n_rows, width).
+        rows: RowsRef<'a>,
+        /// (n_rows) token ids, for stages that read them beside the rows; empty where nobody does.
+        tokens: &'a [i32],
+    },
 }
 
 /// What comes out of a stage.
 #[derive(Debug)]
 pub enum StageOutput<'a> {
-    /// Rows rows (n_rows, n_embd), one for each row that went in; resized by the stage.
+    /// (n_rows, width of the stage's layout), one for each row that went in; resized by the stage.
     Rows(&'a mut Rows),
     /// Logits (n_wanted, n_vocab) of the rows whose entry in `rows` is true: out of the tail; resized by it.
     Logits {
@@ -63,6 +68,17 @@ pub enum StageOutput<'a> {
         /// Where they go.
         out: &'a mut Vec<f32>,
     },
+}
+
+/// How many of its last rows a session can be taken back by, other than to its beginning, which it always can.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct TakeBack(pub u32);
+
+impl TakeBack {
+    /// Any number: keys and values are forgotten one by one.
+    pub const ALL: TakeBack = TakeBack(u32::MAX);
+    /// None: a recurrent state without snapshots.
+    pub const NOTHING: TakeBack = TakeBack(0);
 }
 
 /// A stage of this process.
@@ -86,10 +102,15 @@ pub trait LocalStage: Send {
     /// # Errors
     /// The session is in a state that nobody knows.
     fn rewind(&mut self, session: SessionId, position: u32) -> Result<(), StageError>;
+    /// How far it can take a session back. A [pipeline](crate::pipeline) evaluates a session anew where that is not far
+    /// enough.
+    fn take_back(&self) -> TakeBack {
+        TakeBack::ALL
+    }
 }
 
 /// An answer of a remote stage; its rows are where the caller asked for them.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug)]
 pub struct Answer {
     /// The step it answers.
     pub job: JobId,
@@ -97,6 +118,16 @@ pub struct Answer {
     pub compute: Duration,
     /// How long the complete step lay at the worker before.
     pub wait: Duration,
+    /// The step failed, or was [called off](RemoteStage::cancel): there are no rows, and its sessions have to be rewound
+    /// to where they stood before it. Everybody else's steps go on.
+    pub failed: Option<StageError>,
+}
+
+impl Answer {
+    /// An answer with rows.
+    pub fn done(job: JobId, compute: Duration, wait: Duration) -> Answer {
+        Answer { job, compute, wait, failed: None }
+    }
 }
 
 /// A stage of another process. Steps are answered in the order in which they were submitted.
@@ -111,11 +142,23 @@ pub trait RemoteStage: Send {
     fn blocks(&self) -> Option<BlockRange>;
     /// How many steps it may hold at once, as agreed on with its worker.
     fn max_in_flight(&self) -> usize;
-    /// Sends a step. Returns once it is on its way; `rows` are lent only for the call.
+    /// Whether it reads token ids beside the rows.
+    fn reads_tokens(&self) -> bool {
+        false
+    }
+    /// How far it can take a session back.
+    fn take_back(&self) -> TakeBack {
+        TakeBack::ALL
+    }
+    /// Sends a step. Returns once it is on its way; `rows` and `tokens` are lent only for the call. `tokens`: (n_rows)
+    /// ids where it [reads them](Self::reads_tokens), else none.
     ///
     /// # Errors
     /// The step was refused and not sent, and the connection is as it was; or the stage is [lost](StageError::may_pass).
-    fn submit(&mut self, job: JobId, spans: &[Span], rows: &Rows) -> Result<(), StageError>;
+    fn submit(&mut self, job: JobId, spans: &[Span], tokens: &[i32], rows: &Rows) -> Result<(), StageError>;
+    /// Nobody wants the answer to this step any more: a worker that has not begun it need not. It is answered all the
+    /// same, and until a rewind to where its sessions stood before it, so are their steps behind it.
+    fn cancel(&mut self, _job: JobId) {}
     /// The answer to the oldest step, if this process has it already. Never blocks; finds everything that has come only
     /// while there is a [bell](Self::notify).
     ///

@@ -54,6 +54,10 @@ impl Clock for World {
 pub(crate) struct Sums(BTreeMap<u32, Vec<f32>>);
 
 impl Sums {
+    /// How many rows a session has.
+    pub(crate) fn length(&self, session: u32) -> u32 {
+        self.0.get(&session).map_or(0, |cells| cells.len() as u32)
+    }
     pub(crate) fn rewind(&mut self, session: u32, position: u32) {
         self.0.entry(session).or_default().truncate(position as usize);
     }
@@ -84,6 +88,14 @@ pub(crate) struct Local {
     pub(crate) sums: Sums,
     pub(crate) cost: Cost,
     pub(crate) world: World,
+    /// cannot take rows back
+    pub(crate) is_recurrent: bool,
+}
+
+/// What a recurrent state can do: begin anew.
+pub(crate) fn check_rewind(is_recurrent: bool, sums: &Sums, session: u32, position: u32) {
+    let can = !is_recurrent || position == 0 || position >= sums.length(session);
+    assert!(can, "session {session} cannot be taken back to {position}");
 }
 
 impl LocalStage for Local {
@@ -101,7 +113,7 @@ impl LocalStage for Local {
     ) -> Result<Duration, StageError> {
         let values: Vec<f32> = match input {
             StageInput::Tokens(t) => t.iter().map(|&t| t as f32).collect(),
-            StageInput::Rows(rows) => floats(rows),
+            StageInput::Rows { rows, .. } => floats(rows),
         };
         if values.contains(&(BAD_TOKEN as f32)) {
             return Err(StageError::NotFinite { block: Some(0), count: 1, said: None });
@@ -119,8 +131,12 @@ impl LocalStage for Local {
         Ok(compute)
     }
     fn rewind(&mut self, session: SessionId, position: u32) -> Result<(), StageError> {
+        check_rewind(self.is_recurrent, &self.sums, session.0, position);
         self.sums.rewind(session.0, position);
         Ok(())
+    }
+    fn take_back(&self) -> TakeBack {
+        if self.is_recurrent { TakeBack::NOTHING } else { TakeBack::ALL }
     }
 }
 
@@ -178,18 +194,18 @@ impl RemoteStage for Timed {
     fn max_in_flight(&self) -> usize {
         self.agreed
     }
-    fn submit(&mut self, job: JobId, spans: &[Span], rows: &Rows) -> Result<(), StageError> {
+    fn submit(&mut self, job: JobId, spans: &[Span], _: &[i32], rows: &Rows) -> Result<(), StageError> {
         assert!(self.answers.len() < self.agreed, "more steps than were agreed on");
         let values = self.sums.step(spans, &floats(rows.as_ref()));
         let now = self.world.elapsed();
         let answer = match self.answered.contains(&job) {
-            true => (Answer { job, compute: Duration::ZERO, wait: Duration::ZERO }, now),
+            true => (Answer::done(job, Duration::ZERO, Duration::ZERO), now),
             false => {
                 let compute = self.cost.of(values.len() as u32);
                 let there = now + self.one_way;
                 let wait = self.free_at.saturating_sub(there);
                 self.free_at = self.free_at.max(there) + compute;
-                (Answer { job, compute, wait }, self.free_at + self.one_way)
+                (Answer::done(job, compute, wait), self.free_at + self.one_way)
             }
         };
         self.answers.push_back((answer.0, answer.1, values));
@@ -238,7 +254,8 @@ pub(crate) fn timed(models: &[StageModel], patience: Patience) -> (Pipeline, Wor
     let world = World::new(models.len());
     let stages = models.iter().enumerate().map(|(at, model)| match model.clone() {
         StageModel::Local(cost) => {
-            StageSlot::Local(Box::new(Local { sums: Sums::default(), cost, world: world.clone() }))
+            let (sums, world) = (Sums::default(), world.clone());
+            StageSlot::Local(Box::new(Local { sums, cost, world, is_recurrent: false }))
         }
         StageModel::Remote { cost, one_way, agreed, losses } => StageSlot::Remote(Box::new(Timed {
             at,

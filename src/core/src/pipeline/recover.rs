@@ -22,7 +22,7 @@ use crate::ids::{JobId, StageId};
 use crate::patience::Losses;
 use crate::replay::{LoggedOp, ReplayOp, Standing};
 use crate::rows::Rows;
-use crate::stage::{StageError, Traffic};
+use crate::stage::{Answer, StageError, Traffic};
 use crate::trace::Happened;
 use crate::window::{LEAST_WINDOW, RoundTrips};
 
@@ -251,9 +251,9 @@ impl Pipeline {
         let Remote { stage, connection, .. } = self.remote(i);
         let Connection::Checking { check, next, is_sent } = connection else { return Ok(true) };
         let mut step = || match (*is_sent, check.piece(*next)) {
-            (true, _) => Ok(stage.poll(&mut rows)?.is_some()),
+            (true, _) => rows_of(stage.poll(&mut rows)?),
             (false, Some((span, piece))) => {
-                stage.submit(JobId(*next as u64), &[span], piece)?;
+                stage.submit(JobId(*next as u64), &[span], &[], piece)?;
                 Ok(true)
             }
             (false, None) => {
@@ -305,13 +305,15 @@ impl Pipeline {
                 *ahead += 1;
                 for op in ops {
                     match op {
-                        ReplayOp::Step { job, spans, rows } => stage.submit(job, &spans, rows)?,
+                        ReplayOp::Step { job, spans, tokens, rows } => {
+                            stage.submit(job, &spans, tokens, rows)?;
+                        }
                         ReplayOp::Rewind { session, position } => stage.rewind(session, position)?,
                     }
                 }
                 return Ok(true);
             }
-            let is_answered = *ahead > 0 && stage.poll(&mut dropped)?.is_some();
+            let is_answered = *ahead > 0 && rows_of(stage.poll(&mut dropped)?)?;
             *ahead -= usize::from(is_answered);
             Ok(is_answered)
         };
@@ -340,6 +342,14 @@ impl Pipeline {
         slot.stats.wait += after;
         (self.observer)(Event::Back { stage: &slot.name, after });
         self.schedule.found(StageId(i));
+    }
+}
+
+/// Whether an answer has come, and rows with it: what was answered once cannot fail.
+fn rows_of(answer: Option<Answer>) -> Result<bool, StageError> {
+    match answer.map(|answer| answer.failed) {
+        Some(Some(failed)) => Err(failed),
+        answer => Ok(answer.is_some()),
     }
 }
 

@@ -12,7 +12,7 @@ use crate::patience::Losses;
 use crate::replay::{ReplayLog, Standing};
 use crate::rows::Rows;
 use crate::schedule::{OutOfTurn, Progress};
-use crate::stage::{Answer, RemoteStage, Span, StageError, Traffic, n_rows};
+use crate::stage::{Answer, RemoteStage, Span, StageError, TakeBack, Traffic, n_rows};
 use crate::trace::Happened;
 use crate::window::{LEAST_WINDOW, RoundTrips};
 
@@ -36,6 +36,7 @@ pub(super) enum Connection {
 pub(super) struct Again {
     job: JobId,
     span: Span,
+    tokens: Vec<i32>,
     before: Rows,
     /// its first answer, with how long that took to compute; then it is asked the second time
     first: Option<(Rows, Traffic, Instant)>,
@@ -65,9 +66,9 @@ impl Remote {
     pub(super) fn new(stage: Box<dyn RemoteStage>) -> Remote {
         Remote {
             agreed: stage.max_in_flight().max(1),
+            log: ReplayLog::of(stage.take_back()),
             stage,
             connection: Connection::Up,
-            log: ReplayLog::default(),
             losses: None,
             lost_at: None,
             trips: RoundTrips::default(),
@@ -160,6 +161,8 @@ impl Pipeline {
             return self.lost(at.0, StageError::lost("there is no connection to it"));
         }
         let rows = step.hidden.take().expect("the first stage is local, so rows come before a remote one");
+        let tokens = if remote.stage.reads_tokens() { step.tokens.clone() } else { Vec::new() };
+        let can_take_back = remote.stage.take_back() == TakeBack::ALL;
         let mut begins_check = false;
         if let Some(guard) = remote.stage.guard() {
             // where there is no session to spare, a row that nothing stands behind is asked again
@@ -168,17 +171,19 @@ impl Pipeline {
                 && !guard.has_spare_session()
                 && span.count == 1
                 && self.schedule.n_running(at) == 1
+                && can_take_back
             {
-                remote.again = Some(Again { job: id, span, before: rows.clone(), first: None });
+                let (tokens, before) = (tokens.clone(), rows.clone());
+                remote.again = Some(Again { job: id, span, tokens, before, first: None });
             }
             guard.count(n_rows(&step.spans));
             begins_check = guard.is_due() && guard.has_spare_session() && remote.check.is_none();
         }
-        remote.log.push(id, step.spans.clone(), rows);
+        remote.log.push(id, step.spans.clone(), tokens, rows);
         let now = self.clock.now();
         remote.sent_at.push_back(now);
         let sent = remote.log.last().expect("just pushed");
-        match remote.stage.submit(id, &sent.spans, &sent.rows) {
+        match remote.stage.submit(id, &sent.spans, &sent.tokens, &sent.rows) {
             Ok(()) if begins_check => self.begin_check(at),
             Ok(()) => self.moment = Some(now),
             Err(lost) if lost.may_pass() => self.lost(at.0, lost),
@@ -221,7 +226,7 @@ impl Pipeline {
         let remote = self.remote(at.0);
         let Some((span, rows)) = remote.check.as_ref().and_then(|check| check.piece(piece)) else { return };
         remote.sent_at.push_back(now);
-        if let Err(error) = remote.stage.submit(id, &[span], rows) {
+        if let Err(error) = remote.stage.submit(id, &[span], &[], rows) {
             self.failed(at.0, error);
         }
     }
@@ -299,7 +304,11 @@ impl Pipeline {
             let error = OutOfTurn { stage: at, got: answer.job, expected }.into();
             return self.useless(i, error);
         }
-        let rows = match self.asked_again(i, answer, rows, now) {
+        if let Some(error) = answer.failed {
+            self.spare.push(rows);
+            return self.step_failed(i, answer.job, error);
+        }
+        let rows = match self.asked_again(i, &answer, rows, now) {
             Some(rows) => rows,
             None => return,
         };
@@ -333,9 +342,47 @@ impl Pipeline {
         }
     }
 
+    /// The oldest step of a worker failed, and the worker is as good as before for everybody else's.
+    fn step_failed(&mut self, i: usize, id: JobId, error: StageError) {
+        let at = StageId(i);
+        self.waited = None;
+        self.note(Happened::Done(id, at));
+        let is_check = matches!(self.work.get(id), Some(Work::Check(_)));
+        if is_check && let Some(guard) = self.remote(i).stage.guard() {
+            let wrong = guard.in_check(error);
+            let error = self.stage_error(i, wrong);
+            return self.useless(i, error);
+        }
+        let failure = self.stage_error(i, error);
+        self.fail_members(id, at, &failure);
+        let remote = self.remote(i);
+        remote.sent_at.pop_front();
+        if remote.again.as_ref().is_some_and(|again| again.job == id) {
+            remote.again = None;
+        }
+        // it has answered something new
+        remote.losses = None;
+        remote.log.failed();
+        match self.schedule.finished(at, id) {
+            Ok(_) => self.forget(id),
+            Err(error) => self.useless(i, error.into()),
+        }
+    }
+
+    /// Workers need not compute what nobody wants any more.
+    pub(super) fn call_off(&mut self) {
+        for (i, slot) in self.slots.iter_mut().enumerate() {
+            if let Kind::Remote(remote) = &mut slot.kind
+                && remote.is_up()
+            {
+                self.schedule.void_steps(StageId(i)).for_each(|job| remote.stage.cancel(job));
+            }
+        }
+    }
+
     /// A row that is to be asked twice has an answer: after the first it is asked again, after the second its first
     /// answer is returned. Every other answer is as it was.
-    fn asked_again(&mut self, i: usize, answer: Answer, rows: Rows, now: Instant) -> Option<Rows> {
+    fn asked_again(&mut self, i: usize, answer: &Answer, rows: Rows, now: Instant) -> Option<Rows> {
         let is_alone = self.schedule.runs_one(StageId(i));
         let Kind::Remote(remote) = &mut self.slots[i].kind else { return Some(rows) };
         let Some(mut again) = remote.again.take_if(|again| again.job == answer.job) else {
@@ -350,7 +397,7 @@ impl Pipeline {
             let result = remote
                 .stage
                 .rewind(again.span.session(), again.span.position)
-                .and_then(|()| remote.stage.submit(again.job, &[again.span], &again.before));
+                .and_then(|()| remote.stage.submit(again.job, &[again.span], &again.tokens, &again.before));
             again.first = Some((rows, before, now));
             remote.again = Some(again);
             if let Err(error) = result {

@@ -25,6 +25,10 @@ struct Scripted {
     breaks_at: Option<f32>,
     /// reports a fault of the step that has this value
     fails_at: Option<f32>,
+    /// and goes on all the same
+    goes_on: bool,
+    /// cannot take rows back
+    is_recurrent: bool,
     /// what it was sent
     log: Arc<Mutex<Vec<String>>>,
     /// adds one to each row, so that none stays as it was: what a canary is about
@@ -47,6 +51,8 @@ impl Scripted {
             remembers: false,
             breaks_at: None,
             fails_at: None,
+            goes_on: false,
+            is_recurrent: false,
             log: Arc::default(),
             adds_one: false,
             wrong_from: None,
@@ -68,11 +74,16 @@ impl Scripted {
             return Err(StageError::lost("it falls over this step"));
         }
         if self.fails_at.is_some_and(|value| results.contains(&value)) {
+            let error = StageError::NotFinite { block: Some(12), count: 1, said: None };
+            if self.goes_on {
+                let failed = Some(error);
+                return Ok(Some(Answer { failed, ..Answer::done(job, Duration::ZERO, Duration::ZERO) }));
+            }
             self.is_connected = false;
-            return Err(StageError::NotFinite { block: Some(12), count: 1, said: None });
+            return Err(error);
         }
         *rows = Rows::F32(results);
-        Ok(Some(Answer { job, compute: Duration::ZERO, wait: Duration::ZERO }))
+        Ok(Some(Answer::done(job, Duration::ZERO, Duration::ZERO)))
     }
     fn note(&self, what: String) {
         self.log.lock().unwrap().push(what);
@@ -89,7 +100,13 @@ impl RemoteStage for Scripted {
     fn max_in_flight(&self) -> usize {
         4
     }
-    fn submit(&mut self, job: JobId, spans: &[Span], rows: &Rows) -> Result<(), StageError> {
+    fn take_back(&self) -> TakeBack {
+        if self.is_recurrent { TakeBack::NOTHING } else { TakeBack::ALL }
+    }
+    fn cancel(&mut self, job: JobId) {
+        self.note(format!("x{}", job.0));
+    }
+    fn submit(&mut self, job: JobId, spans: &[Span], _: &[i32], rows: &Rows) -> Result<(), StageError> {
         self.call()?;
         let says = spans.iter().map(|s| format!("{}:{}+{}", s.session, s.position, s.count));
         self.note(says.collect::<Vec<_>>().join(" "));
@@ -127,6 +144,7 @@ impl RemoteStage for Scripted {
     fn rewind(&mut self, session: SessionId, position: u32) -> Result<(), StageError> {
         self.call()?;
         self.note(format!("{}<{position}", session.0));
+        check_rewind(self.is_recurrent, &self.sums, session.0, position);
         self.sums.rewind(session.0, position);
         Ok(())
     }
@@ -168,8 +186,16 @@ impl Clock for Quick {
 }
 
 fn scripted(remotes: Vec<impl RemoteStage + 'static>, patience: Patience) -> Pipeline {
+    scripted_with(remotes, patience, false)
+}
+
+fn scripted_with(
+    remotes: Vec<impl RemoteStage + 'static>,
+    patience: Patience,
+    is_recurrent: bool,
+) -> Pipeline {
     let world = World::new(0);
-    let local = || Local { sums: Sums::default(), cost: FREE, world: world.clone() };
+    let local = || Local { sums: Sums::default(), cost: FREE, world: world.clone(), is_recurrent };
     let mut stages = vec![StageSlot::Local(Box::new(local()))];
     stages.extend(remotes.into_iter().map(|remote| StageSlot::Remote(Box::new(remote))));
     stages.push(StageSlot::Local(Box::new(local())));
@@ -246,6 +272,87 @@ proptest! {
         let got = run(&mut make(&breaks), &ops).unwrap();
         prop_assert_eq!(got, expected);
     }
+}
+
+proptest! {
+    /// Stages that cannot take rows back, which would panic if they were told to: the same logits as those that can.
+    #[test]
+    fn what_cannot_be_taken_back_is_evaluated_anew(
+        ops in ops(),
+        head_and_tail in any::<bool>(),
+        breaks in proptest::collection::vec(proptest::bool::weighted(0.1), 0..100),
+    ) {
+        let expected = run(&mut scripted(vec![Scripted::new(&[])], PATIENT), &ops).unwrap();
+        let worker = Scripted { is_recurrent: !head_and_tail, ..Scripted::new(&breaks) };
+        let got = run(&mut scripted_with(vec![worker], PATIENT, head_and_tail), &ops).unwrap();
+        prop_assert_eq!(got, expected);
+    }
+}
+
+/// With two sessions in one batch: what is left of it after one of them began anew goes to a new worker alone.
+#[test]
+fn a_batch_of_a_worker_that_cannot_take_back_is_replayed_without_what_was_taken() {
+    let worker = Scripted { is_recurrent: true, ..Scripted::new(&[]) };
+    let (log, breaks) = (Arc::clone(&worker.log), Arc::clone(&worker.breaks));
+    let mut p = scripted(vec![worker], PATIENT);
+    p.set_batch_rows(8);
+    for session in [ALICE, BOB] {
+        p.submit(Step::decode(session, 0, 1));
+    }
+    for session in [ALICE, BOB] {
+        p.submit(Step::decode(session, 1, 2));
+    }
+    assert_eq!(drain(&mut p).len(), 4);
+    p.rewind(ALICE, 1);
+    p.submit(Step::decode(ALICE, 1, 3));
+    assert_eq!(drain(&mut p).len(), 1);
+    log.lock().unwrap().clear();
+    breaks.lock().unwrap().push_back(true);
+    p.submit(Step::decode(BOB, 2, 4));
+    assert_eq!(drain(&mut p).len(), 1);
+    let log = log.lock().unwrap();
+    assert_eq!(log.join(" | "), "dial | 1:0+1 | 1:1+1 | 0:0+1 | 0:1+1 | 1:2+1");
+}
+
+#[test]
+fn a_step_that_a_worker_cannot_do_ends_its_session_and_not_the_connection() {
+    // ALICE's second step: the head has 1 and 6
+    let worker = Scripted { fails_at: Some(7.0), goes_on: true, ..Scripted::new(&[]) };
+    let log = Arc::clone(&worker.log);
+    let mut p = scripted(vec![worker], PATIENT);
+    p.submit(Step::decode(ALICE, 0, 1));
+    p.submit(Step::decode(BOB, 0, 2));
+    p.submit(Step::decode(ALICE, 1, 5));
+    p.submit(Step::decode(BOB, 1, 2));
+    let finished = drain(&mut p);
+    let failed: Vec<SessionId> = finished.iter().filter(|f| f.outcome.is_err()).map(|f| f.session).collect();
+    assert_eq!((finished.len(), failed), (4, vec![ALICE]));
+    // what is asked of it next is right, and it was never dialled
+    p.rewind(ALICE, 1);
+    p.submit(Step::decode(ALICE, 1, 3));
+    let [last] = <[Finished; 1]>::try_from(drain(&mut p)).unwrap();
+    // head 1, 4; worker 1, 5; tail 1, 6
+    assert_eq!((last.session, last.outcome.unwrap()), (ALICE, vec![6.0]));
+    assert_eq!(asked(&log, "dial"), 0);
+}
+
+#[test]
+fn a_worker_hears_of_what_nobody_wants_any_more() {
+    let worker = Scripted { lag: 4, ..Scripted::new(&[]) };
+    let log = Arc::clone(&worker.log);
+    let mut p = scripted(vec![worker], PATIENT);
+    let bell = p.bell();
+    let first = p.submit(Step::decode(ALICE, 0, 1));
+    p.submit(Step::decode(BOB, 0, 2));
+    while asked(&log, "0:0+1") == 0 {
+        bell.ring();
+        assert!(matches!(p.advance(Some(p.clock.now())), Advance::Later));
+    }
+    p.cancel(ALICE, first);
+    p.rewind(ALICE, 0);
+    let called_off = asked(&log, &format!("x{}", first.0));
+    assert_eq!((called_off, asked(&log, "0:0+1")), (1, 1), "it was sent, and is called off");
+    assert_eq!(drain(&mut p).len(), 1);
 }
 
 #[test]
