@@ -12,6 +12,7 @@ use dim_wire::transport::discover::DiscoverError;
 use dim_wire::transport::{LinkError, LinkErrorKind};
 use gguf_tools::failure::Explained as _;
 use gguf_tools::manifest::ManifestError;
+use gguf_tools::needs::NeedsError;
 use gguf_tools::plan::Role;
 use gguf_tools::slice::SliceError;
 
@@ -55,6 +56,15 @@ pub enum Error {
     /// A whole model cannot be used.
     #[error(transparent)]
     Model(#[from] gguf_tools::gguf::Error),
+    /// llama.cpp does not survive a file, or refuses it.
+    #[error("{}: {why}", path.display())]
+    Unsurvived {
+        /// The file.
+        path: PathBuf,
+        /// What became of the process that tried it.
+        #[source]
+        why: Box<NeedsError>,
+    },
     /// A slice was named as the whole model.
     #[error("{} is a slice of a model, and not the model", .0.display())]
     NotTheModel(PathBuf),
@@ -218,6 +228,7 @@ impl Error {
     /// What to do about it, where there is more to say than the error itself does.
     pub fn hint(&self) -> Option<String> {
         let text = match self {
+            Error::Unsurvived { why, .. } => return why.hint().map(Cow::into_owned),
             Error::NotTheModel(_) => {
                 "give the file that dim-split cut; the slices run with --split STEM.split.json"
             }

@@ -19,7 +19,7 @@ use serde::{Deserialize, Serialize, de::DeserializeOwned};
 
 use crate::{
     canary::NoCanary,
-    needs::{Cuts, Refusal, Survey},
+    needs::{Cuts, NeedsError, Refusal, Survey},
     text::Shown,
 };
 
@@ -41,6 +41,11 @@ pub enum Task {
     },
     /// Where a model can be cut: a `Result<Cuts, Refusal>`.
     Cuts {
+        /// Its files, in order.
+        files: Vec<PathBuf>,
+    },
+    /// Whether llama.cpp can prepare to load and evaluate a model or a slice, without its weights: a `Result<(), Refusal>`.
+    Try {
         /// Its files, in order.
         files: Vec<PathBuf>,
     },
@@ -99,6 +104,15 @@ fn ended(how: &str, said: &Option<String>) -> String {
     }
 }
 
+/// Whether llama.cpp survives a model or a slice that nobody has looked at: asked of `program` in a process of its own.
+///
+/// # Errors
+/// It does not, or it refuses the file.
+pub fn try_file(program: &Path, files: Vec<PathBuf>) -> Result<(), NeedsError> {
+    let answer: Result<(), Refusal> = Task::Try { files }.ask(program)?;
+    Ok(answer?)
+}
+
 impl Task {
     /// Starts `program` for this task and reads its answer, which is of the type that the task names.
     ///
@@ -152,7 +166,7 @@ impl Task {
     /// How long it is waited for: what loads no weights takes milliseconds a block.
     fn patience(&self) -> Duration {
         match self {
-            Task::Survey { .. } | Task::Cuts { .. } => Duration::from_secs(300),
+            Task::Survey { .. } | Task::Cuts { .. } | Task::Try { .. } => Duration::from_secs(300),
             Task::Canary { .. } => Duration::from_secs(3600),
         }
     }
@@ -162,6 +176,7 @@ impl Task {
         match self {
             Task::Survey { files, ranges } => serde_json::to_vec(&survey(&files, &ranges)),
             Task::Cuts { files } => serde_json::to_vec(&cuts(&files)),
+            Task::Try { files } => serde_json::to_vec(&try_out(&files)),
             Task::Canary { path, n_embd, seed } => {
                 let found: Result<Canary, NoCanary> = crate::canary::find(&path, n_embd, seed);
                 serde_json::to_vec(&found)
@@ -274,6 +289,18 @@ pub(crate) fn cuts(files: &[PathBuf]) -> Result<Cuts, Refusal> {
     Ok(Cuts { n_blocks, memory: plan.memory().to_owned(), cuts })
 }
 
+/// Whether llama.cpp can prepare to load and evaluate what a file holds.
+///
+/// # Errors
+/// It cannot.
+#[cfg(feature = "engine")]
+fn try_out(files: &[PathBuf]) -> Result<(), Refusal> {
+    let mut plan = open(files)?;
+    let blocks = plan.blocks();
+    let (first, last) = (blocks.start, blocks.end.saturating_sub(1));
+    plan.range(blocks).map(drop).map_err(|e| Refusal::Blocks(first, last, e.to_string()))
+}
+
 #[cfg(feature = "engine")]
 fn open(files: &[PathBuf]) -> Result<llama_sys_patch::Plan, Refusal> {
     llama_sys_patch::Plan::open(files).map_err(|error| {
@@ -297,6 +324,12 @@ pub(crate) fn survey(_files: &[PathBuf], _ranges: &[(u32, u32)]) -> Result<Surve
 /// Nothing is known without llama.cpp.
 #[cfg(not(feature = "engine"))]
 pub(crate) fn cuts(_files: &[PathBuf]) -> Result<Cuts, Refusal> {
+    Err(Refusal::Model("there is no llama.cpp in this program".into()))
+}
+
+/// Nothing is known without llama.cpp.
+#[cfg(not(feature = "engine"))]
+fn try_out(_files: &[PathBuf]) -> Result<(), Refusal> {
     Err(Refusal::Model("there is no llama.cpp in this program".into()))
 }
 

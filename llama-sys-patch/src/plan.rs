@@ -16,6 +16,7 @@ pub struct Plan {
     plan: NonNull<ffi::dim_plan>,
     arch: String,
     n_blocks: u32,
+    blocks: Range<u32>,
     n_embd: u32,
 }
 
@@ -61,7 +62,7 @@ impl Plan {
             unsafe { ffi::dim_plan_open(pointers.as_ptr(), pointers.len(), &raw mut plan, &raw mut fault) };
         check(status, &fault)?;
         let plan = NonNull::new(plan).ok_or_else(|| Error::Internal("a plan that is NULL".into()))?;
-        let mut plan = Plan { plan, arch: String::new(), n_blocks: 0, n_embd: 0 };
+        let mut plan = Plan { plan, arch: String::new(), n_blocks: 0, blocks: 0..0, n_embd: 0 };
         // SAFETY: the plan is alive, and its model with it.
         let model = unsafe { ffi::dim_plan_model(plan.plan.as_ptr()) };
         let mut info = ffi::dim_model_info::default();
@@ -70,6 +71,7 @@ impl Plan {
         // SAFETY: as above.
         plan.arch = unsafe { arch(model) }?;
         (plan.n_blocks, plan.n_embd) = (info.n_blocks, info.n_embd);
+        plan.blocks = info.first_block..info.last_block;
         Ok(plan)
     }
 
@@ -81,6 +83,11 @@ impl Plan {
     /// Blocks of the model.
     pub fn n_blocks(&self) -> u32 {
         self.n_blocks
+    }
+
+    /// The blocks that have weights in the file: all of them, or a slice's.
+    pub fn blocks(&self) -> Range<u32> {
+        self.blocks.clone()
     }
 
     /// Width of a hidden row.

@@ -5,7 +5,7 @@
 //! There is no list of architectures that work: what is listed here is what does not, and why. A new name in a newer
 //! llama.cpp is tried like all others.
 //!
-//! The result is written as a table to `architectures.md` in `DIM_ARCHITECTURES_DIR`, or in cargo's folder for tests.
+//! docs/MODELS.md is written from the result, and has to be what is committed.
 
 mod common;
 
@@ -16,7 +16,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 
 use common::pipeline::{self, Pipeline, Rows};
 use common::{max_difference, tiny};
-use llama_sys_patch::{ContextParams, Error, FlashAttn, Model, Row, Stock, test_support};
+use llama_sys_patch::{ContextParams, Error, FlashAttn, Model, Plan, Row, Stock, test_support};
 
 const CUTS: [u32; 2] = [3, 6];
 const N_PROMPT: usize = 40;
@@ -78,6 +78,8 @@ enum Outcome {
 /// Of an exact one, for the table.
 #[derive(Debug, Clone)]
 struct Facts {
+    memory: &'static str,
+    cuts: String,
     crossing: [String; 2],
     reads_tokens: bool,
     take_back: &'static str,
@@ -185,7 +187,10 @@ fn compare(arch: &str) -> Result<Outcome, Error> {
         }
         format!("{:.2} ({layout})", layout.width_f32() as f64 / whole.n_embd() as f64)
     });
+    let mut plan = Plan::open(&[&path])?;
     Ok(Outcome::Exact(Facts {
+        memory: plan.memory(),
+        cuts: cuts(&mut plan),
         crossing,
         reads_tokens: ours.stages.iter().any(|stage| stage.reads_tokens()),
         take_back: take_back(&whole, &context)?,
@@ -204,26 +209,111 @@ fn outcome(arch: &str) -> Outcome {
     compare(arch).unwrap_or_else(|error| Outcome::Failed(error.to_string()))
 }
 
+/// Where a model can be cut, in words: `anywhere`, or the blocks before which it can.
+fn cuts(plan: &mut Plan) -> String {
+    let n_blocks = plan.n_blocks();
+    let possible: Vec<u32> = (1..n_blocks).filter(|&block| plan.cut(block).is_ok()).collect();
+    if possible.len() as u32 == n_blocks - 1 {
+        return "anywhere".to_owned();
+    }
+    let mut runs: Vec<(u32, u32)> = Vec::new();
+    for block in possible {
+        match runs.last_mut() {
+            Some((_, last)) if *last + 1 == block => *last = block,
+            _ => runs.push((block, block)),
+        }
+    }
+    let text = |&(first, last): &(u32, u32)| {
+        if first == last { first.to_string() } else { format!("{first} to {last}") }
+    };
+    match runs.is_empty() {
+        true => "nowhere".to_owned(),
+        false => format!("before {}", runs.iter().map(text).collect::<Vec<_>>().join(", ")),
+    }
+}
+
+/// Models whose late blocks share keys and values, as they are released: where each can be cut.
+fn shared_caches() -> String {
+    let folder = tempfile::tempdir().expect("a folder");
+    let cases: [(&str, &str, u32, &[&str]); 3] = [
+        ("gemma3n", "a model of 30 blocks (E2B)", 30, &[]),
+        ("gemma4", "35 blocks, of which 20 share (E2B)", 35, &[".attention.shared_kv_layers=20"]),
+        ("gemma4", "42 blocks, of which 18 share (E4B)", 42, &[".attention.shared_kv_layers=18"]),
+    ];
+    let mut text = String::from("| architecture | model | cuts | why not elsewhere |\n|---|---|---|---|\n");
+    for (arch, model, n_blocks, options) in cases {
+        let path = folder.path().join("model.gguf");
+        test_support::write_model(arch, n_blocks, options, &path).expect("a tiny model");
+        let mut plan = Plan::open(&[&path]).expect("a plan");
+        let why = plan.cut(n_blocks - 1).expect_err("the last block shares").to_string();
+        let why = why.split_once("apart: ").map_or(why.as_str(), |(_, why)| why);
+        writeln!(text, "| {arch} | {model} | {} | the last block: {why} |", cuts(&mut plan))
+            .expect("a String takes it");
+    }
+    text
+}
+
+const HEAD: &str = "# Models
+
+Every text model that llama.cpp runs can be cut by `dim-split`; there is no list that one would have to be on. llama.cpp's own
+graph says what a range of blocks needs, whether and where the model can be cut, and what crosses there. `dim-split MODEL
+--dry-run` shows it for yours.
+
+This page is written by a test (`llama-sys-patch/tests/architectures.rs`, part of `make test`), which also fails when it is no
+longer true. For every architecture that the pinned llama.cpp names it makes a tiny model with random weights, cuts it in
+three files, each with its own tensors only, and holds the three, one after the other, against `llama_decode()` of the whole:
+a prompt of 40 tokens in chunks and 32 steps, the logits of every row. **Exact** means the same bits; leaving the middle out
+changes them. It says nothing of real weights: `make demo` and docs/RESULTS.md have some of those.
+
+- *memory*: what is kept of past positions. Recurrent states cannot be taken back row by row: where the column says `replay`, a
+  session that is taken back is evaluated anew; `snapshots`: by a few rows.
+- *cuts*: of a model of 8 blocks (gemma3n: as it is). Blocks that predict further tokens (NextN, MTP) are left out of slices.
+- *a row*: what crosses the cuts before blocks 3 and 6, in hidden rows of n_embd values; 1 is the hidden row alone.
+
+Over processes and sockets, with the worker killed in the middle of the reply (`tests/families.rs`): FAMILIES.
+
+";
+
 fn table(results: &[(String, Outcome)]) -> String {
     let mut text = String::from(
-        "| architecture | result | a row at the two cuts, in n_embd values | token ids | can be taken back |\n\
-         |---|---|---|---|---|\n",
+        "| architecture | result | memory | cuts | a row | token ids | taken back |\n|---|---|---|---|---|---|---|\n",
     );
     for (arch, outcome) in results {
         let line = match outcome {
             Outcome::Exact(f) => {
                 let ids = if f.reads_tokens { "read" } else { "" };
-                format!("exact | {} / {} | {ids} | {}", f.crossing[0], f.crossing[1], f.take_back)
+                let row = if f.crossing[0] == f.crossing[1] {
+                    f.crossing[0].clone()
+                } else {
+                    f.crossing.join(" / ")
+                };
+                format!("exact | {} | {} | {row} | {ids} | {}", f.memory, f.cuts, f.take_back)
             }
-            Outcome::NotExact(why) => format!("NOT EXACT: {why} | | |"),
-            Outcome::Refused(why) => format!("refused: {why} | | |"),
-            Outcome::NotADecoder(why) => format!("not a text decoder: {why} | | |"),
-            Outcome::NotTried(why) => format!("not tried: {why} | | |"),
-            Outcome::Failed(why) => format!("FAILED: {why} | | |"),
+            Outcome::NotExact(why) => format!("NOT EXACT: {why} | | | | |"),
+            Outcome::Refused(why) => format!("refused: {why} | | | | |"),
+            Outcome::NotADecoder(why) => format!("not a text decoder: {why} | | | | |"),
+            Outcome::NotTried(why) => format!("not tried: {why} | | | | |"),
+            Outcome::Failed(why) => format!("FAILED: {why} | | | | |"),
         };
         writeln!(text, "| {arch} | {line} |").expect("a String takes it");
     }
     text
+}
+
+/// The page, and where it stands.
+fn page(results: &[(String, Outcome)]) -> (PathBuf, String) {
+    let path = PathBuf::from(concat!(env!("CARGO_MANIFEST_DIR"), "/../docs/MODELS.md"));
+    // which families run over processes is known where that is tested
+    let committed = std::fs::read_to_string(&path).unwrap_or_default();
+    let families = committed.lines().find_map(|line| line.split_once("(`tests/families.rs`): "));
+    let families = families.map_or("none.", |(_, families)| families);
+    let n_exact = results.iter().filter(|(_, o)| matches!(o, Outcome::Exact(_))).count();
+    let mut text = HEAD.replace("FAMILIES.", families);
+    writeln!(text, "{n_exact} of {} names are exact.\n", results.len()).expect("a String takes it");
+    text.push_str(&table(results));
+    text.push_str("\nWhere late blocks read the keys of earlier ones, the cut cannot lie between them:\n\n");
+    text.push_str(&shared_caches());
+    (path, text)
 }
 
 #[test]
@@ -253,10 +343,7 @@ fn every_text_decoder_is_exact_in_three_slices() {
     let results: Vec<(String, Outcome)> =
         names.into_iter().zip(results.into_iter().map(|r| r.expect("all were tried"))).collect();
 
-    let folder = std::env::var_os("DIM_ARCHITECTURES_DIR")
-        .map_or_else(|| PathBuf::from(env!("CARGO_TARGET_TMPDIR")), PathBuf::from);
-    std::fs::write(folder.join("architectures.md"), table(&results)).expect("the table is written");
-
+    let (path, page) = page(&results);
     let n_exact = results.iter().filter(|(_, o)| matches!(o, Outcome::Exact(_))).count();
     println!("{n_exact} of {} names exact", results.len());
     let wrong: Vec<_> = results
@@ -272,5 +359,10 @@ fn every_text_decoder_is_exact_in_three_slices() {
     assert!(n_exact >= EXACT_AT_LEAST, "{n_exact} are exact");
     for (name, _) in NOT_DECODERS.iter().chain(NOT_TRIED).chain(REFUSED) {
         assert!(results.iter().any(|(arch, _)| arch == name), "llama.cpp has no {name} any more");
+    }
+    if std::fs::read_to_string(&path).ok().as_deref() != Some(&page) {
+        let fresh = PathBuf::from(env!("CARGO_TARGET_TMPDIR")).join("MODELS.md");
+        std::fs::write(&fresh, page).expect("the page is written");
+        panic!("docs/MODELS.md is not what came out: look at {}, and copy it there", fresh.display());
     }
 }

@@ -11,6 +11,7 @@ use crate::error::Error;
 use crate::event::{Event, Events};
 use crate::resources::Resources;
 use crate::stage::local::LlamaStage;
+use crate::stage::trial;
 use crate::stage::verified::{Verify, open_slice};
 
 /// How a slice is loaded.
@@ -139,6 +140,7 @@ fn load(
     lm_head: bool,
     events: &Events,
 ) -> Result<Model, Error> {
+    trial::survive(files)?;
     let file = files.first().map(|path| file_name(path)).unwrap_or_default();
     let total: u64 = files.iter().filter_map(|f| std::fs::metadata(f).ok()).map(|m| m.len()).sum();
     let mut on_progress = |fraction: f32| {

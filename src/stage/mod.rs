@@ -2,5 +2,7 @@
 
 pub mod load;
 pub mod local;
+mod memory;
 pub mod remote;
+pub mod trial;
 pub mod verified;

@@ -8,8 +8,23 @@ pub mod interrupt;
 pub mod progress;
 pub mod shown;
 
+use std::process::ExitCode;
+
 use dim::Error;
+use gguf_tools::apart;
 use gguf_tools::failure::Failure;
+
+/// The first thing that a program does which loads files: from then on it tries those that llama.cpp has not seen in a
+/// process of its own, which is this program again. The exit code, if this is that process.
+pub fn tries_files_apart() -> Option<ExitCode> {
+    if std::env::args_os().nth(1).is_some_and(|argument| argument == apart::ARGUMENT) {
+        return Some(apart::serve());
+    }
+    if let Ok(program) = std::env::current_exe() {
+        dim::stage::trial::with(program);
+    }
+    None
+}
 
 /// The library's error as a program ends with it: exit code 2 where an argument or a file is wrong, else 1.
 pub fn explain(error: impl Into<Error>) -> Failure {

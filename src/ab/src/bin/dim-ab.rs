@@ -33,6 +33,9 @@ enum Command {
 }
 
 fn main() -> ExitCode {
+    if let Some(code) = dim_cli::tries_files_apart() {
+        return code;
+    }
     // clap ends misuse with exit code 2 and --help with 0
     let result = match Cli::parse().command {
         Command::Ab(args) => ab::run(&args),

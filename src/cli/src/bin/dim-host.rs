@@ -42,6 +42,9 @@ enum Command {
 }
 
 fn main() -> ExitCode {
+    if let Some(code) = dim_cli::tries_files_apart() {
+        return code;
+    }
     let process_start = Instant::now();
     // clap ends misuse with exit code 2 and --help with 0
     let result = match Cli::parse_from(habits::long_words(std::env::args_os())).command {

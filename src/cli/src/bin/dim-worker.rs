@@ -55,6 +55,9 @@ struct Args {
 }
 
 fn main() -> ExitCode {
+    if let Some(code) = dim_cli::tries_files_apart() {
+        return code;
+    }
     let matches = Args::command().get_matches_from(habits::long_words(std::env::args_os()));
     // what was asked for is done; what was not is chosen so that a worker stays small
     let chooses_rows = matches.value_source("n_ubatch") != Some(ValueSource::CommandLine);
