@@ -16,6 +16,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 
 use common::pipeline::{self, Pipeline, Rows};
 use common::{max_difference, tiny};
+use gguf_tools::arch::SUPPORTED;
 use llama_sys_patch::{ContextParams, Error, FlashAttn, Model, Plan, Row, Stock, test_support};
 
 const CUTS: [u32; 2] = [3, 6];
@@ -246,8 +247,8 @@ fn shared_caches() -> String {
         test_support::write_model(arch, n_blocks, options, &path).expect("a tiny model");
         let mut plan = Plan::open(&[&path]).expect("a plan");
         let why = plan.cut(n_blocks - 1).expect_err("the last block shares").to_string();
-        let why = why.split_once("apart: ").map_or(why.as_str(), |(_, why)| why);
-        writeln!(text, "| {arch} | {model} | {} | the last block: {why} |", cuts(&mut plan))
+        let why = why.split_once("apart: they ").map_or(why.as_str(), |(_, why)| why);
+        writeln!(text, "| {arch} | {model} | {} | the last blocks {why} |", cuts(&mut plan))
             .expect("a String takes it");
     }
     text
@@ -276,9 +277,14 @@ Over processes and sockets, with the worker killed in the middle of the reply (`
 
 fn table(results: &[(String, Outcome)]) -> String {
     let mut text = String::from(
-        "| architecture | result | memory | cuts | a row | token ids | taken back |\n|---|---|---|---|---|---|---|\n",
+        "| architecture | models | result | memory | cuts | a row | token ids | taken back |\n\
+         |---|---|---|---|---|---|---|---|\n",
     );
+    let mut results: Vec<_> = results.iter().collect();
+    results.sort_by_key(|(arch, _)| arch);
     for (arch, outcome) in results {
+        let models = SUPPORTED.iter().find(|known| known.name == arch).map(|known| known.models);
+        let models = models.or_else(|| reason(MODELS, arch)).unwrap_or_default();
         let line = match outcome {
             Outcome::Exact(f) => {
                 let ids = if f.reads_tokens { "read" } else { "" };
@@ -295,10 +301,70 @@ fn table(results: &[(String, Outcome)]) -> String {
             Outcome::NotTried(why) => format!("not tried: {why} | | | | |"),
             Outcome::Failed(why) => format!("FAILED: {why} | | | | |"),
         };
-        writeln!(text, "| {arch} | {line} |").expect("a String takes it");
+        writeln!(text, "| {arch} | {models} | {line} |").expect("a String takes it");
     }
     text
 }
+
+/// Who uses an architecture, for people who look for theirs.
+const MODELS: &[(&str, &str)] = &[
+    ("afmoe", "Trinity"),
+    ("apertus", "Apertus"),
+    ("baichuan", "Baichuan"),
+    ("bailingmoe2", "Ling 2"),
+    ("bloom", "BLOOM"),
+    ("cohere2", "Command R7B, Command A"),
+    ("dbrx", "DBRX"),
+    ("deci", "Nemotron Ultra and Super"),
+    ("deepseek", "DeepSeek MoE"),
+    ("deepseek2", "DeepSeek V2, V3 and R1, Kimi K2"),
+    ("deepseek32", "DeepSeek V3.2"),
+    ("dots1", "dots.llm1"),
+    ("ernie4_5", "ERNIE 4.5"),
+    ("ernie4_5-moe", "ERNIE 4.5 MoE"),
+    ("exaone4", "EXAONE 4"),
+    ("falcon-h1", "Falcon H1"),
+    ("gemma", "Gemma 1"),
+    ("gemma2", "Gemma 2"),
+    ("gemma3", "Gemma 3"),
+    ("gemma3n", "Gemma 3n"),
+    ("gemma4", "Gemma 4"),
+    ("glm4", "GLM 4 (0414)"),
+    ("glm4moe", "GLM 4.5 and 4.6"),
+    ("gpt-oss", "gpt-oss"),
+    ("gpt2", "GPT-2"),
+    ("granitehybrid", "Granite 4"),
+    ("grok", "Grok 1 and 2"),
+    ("hunyuan-dense", "Hunyuan"),
+    ("hunyuan-moe", "Hunyuan A13B"),
+    ("jamba", "Jamba"),
+    ("kimi-linear", "Kimi Linear"),
+    ("lfm2", "LFM2"),
+    ("lfm2moe", "LFM2 MoE"),
+    ("llama4", "Llama 4"),
+    ("mamba", "Mamba"),
+    ("mamba2", "Mamba 2"),
+    ("minicpm3", "MiniCPM 3"),
+    ("minimax-m2", "MiniMax M2"),
+    ("mpt", "MPT"),
+    ("nemotron", "Nemotron 4"),
+    ("nemotron_h", "Nemotron H, Nemotron Nano 2"),
+    ("nemotron_h_moe", "Nemotron 3 Nano"),
+    ("openelm", "OpenELM"),
+    ("phimoe", "Phi 3.5 MoE"),
+    ("qwen", "Qwen 1"),
+    ("qwen2vl", "Qwen 2 and 2.5 VL"),
+    ("qwen35", "Qwen 3.5"),
+    ("qwen35moe", "Qwen 3.5 MoE"),
+    ("qwen3next", "Qwen 3 Next"),
+    ("qwen3vl", "Qwen 3 VL"),
+    ("qwen3vlmoe", "Qwen 3 VL MoE"),
+    ("rwkv6", "RWKV 6"),
+    ("rwkv7", "RWKV 7"),
+    ("smallthinker", "SmallThinker"),
+    ("smollm3", "SmolLM 3"),
+    ("starcoder", "StarCoder"),
+];
 
 /// The page, and where it stands.
 fn page(results: &[(String, Outcome)]) -> (PathBuf, String) {
