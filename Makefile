@@ -11,11 +11,11 @@ export CMAKE_C_COMPILER_LAUNCHER := ccache
 export CMAKE_CXX_COMPILER_LAUNCHER := ccache
 endif
 
-.PHONY: help setup build programs demo test lint cross floor deny test-rust test-oracles test-coreml test-swift test-vulkan bench \
+.PHONY: help setup model build programs demo test lint cross floor deny test-rust test-oracles test-coreml test-swift test-vulkan bench \
 	fuzz clean
 
 help:
-	@echo "make demo         build, synthesise a model, cut it in three, run it over two processes, compare with stock llama.cpp"
+	@echo "make demo         build, fetch a small model (89 MiB), cut it in three, talk with it over two processes, compare with stock"
 	@echo "make test         everything that can be tested on this machine"
 	@echo "make test-vulkan  every block offloaded, through llama.cpp's Vulkan backend on a software driver (Linux)"
 	@echo "make bench        the benches; each checks its answer before it is timed"
@@ -23,6 +23,10 @@ help:
 
 setup:
 	@sh .ci/setup build
+
+# a small trained model; without it the demo takes random weights, and the tests that want it say so at the end
+model:
+	@sh .ci/model || :
 
 build: setup
 	$(ENV) cargo build $(CARGO_FLAGS)
@@ -32,7 +36,7 @@ build: setup
 programs: setup
 	$(ENV) cargo build $(CARGO_FLAGS) --bins --examples
 
-demo: build
+demo: build model
 	@target/release/dim-host demo
 
 # in this order, or two beside each other (make -j2 test): what waits for a worker leaves the cores to what compiles.
@@ -56,17 +60,18 @@ deny: setup
 	$(ENV) sh .ci/deny
 
 # dim-split alone, without a C++ compiler in sight, and then everything with it
-test-rust: setup
+test-rust: setup model
 	$(ENV) CARGO_TARGET_DIR=target/pure cargo build --locked -p gguf-tools --no-default-features --bins
 	$(ENV) cargo test $(CARGO_FLAGS)
 
 # other people's programs on our files, and another implementation on our vectors
-test-oracles: programs
+test-oracles: programs model
 	@sh .ci/setup python
 	.venv/bin/python docs/vectors/check.py
+	.venv/bin/python tests/oracle/chat_templates.py
 	.venv/bin/python gguf-tools/tests/oracle/gguf_files.py target/release
 
-test-coreml: programs
+test-coreml: programs model
 	@sh .ci/setup venv
 	DIM_BIN=$(CURDIR)/target/release sh gguf-tools/tests/coreml/run.sh
 

@@ -1,289 +1,343 @@
-//! `dim-host demo`: the whole way on this machine, with the programs a user would call, in the order in which a
-//! user would call them.
+//! `dim-host demo`: the whole way on this machine. A model is cut in three, a worker process takes the middle, a short
+//! conversation is held over both processes, and then again by stock llama.cpp, token for token the same.
+//!
+//! What is cut and served is cut and served by the programs a user would call, in the order in which a user would call
+//! them; their commands are shown.
 
-use std::fmt::Write as _;
-use std::io::{BufRead as _, BufReader, Write as _};
+mod conversation;
+mod page;
+mod programs;
+
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command, Stdio};
+use std::process::Command;
+use std::sync::atomic::AtomicBool;
+use std::time::{Duration, Instant};
 
-use dim::host::report::{Report, thousands};
+use dim::host::template::ChatTemplate;
+use dim::{Event, Host, Key, Patience, Resources, RowType, Verify, WholeModel};
 use gguf_tools::failure::Failure;
+use gguf_tools::gguf::{Gguf, check};
+use gguf_tools::manifest::Manifest;
+use gguf_tools::plan::Role;
+
+use crate::interrupt::Interrupt;
+use crate::progress::size;
+use crate::{explain, shown};
+use conversation::{Arm, Script, agreeing};
+use page::{Page, picture, table, token_under_token};
+use programs::{Scratch, Worker, program, run_to_end, typed, write_key};
 
 /// Arguments of `dim-host demo`.
 #[derive(Debug, clap::Args)]
 pub struct Args {
-    /// The model's shape, as of `dim-synth`
-    #[arg(long, default_value = "demo")]
-    shape: String,
-    /// Blocks of the middle, inclusive
-    #[arg(long, value_name = "A..B", default_value = "4..7")]
-    middle: String,
-    /// Tokens to generate
-    #[arg(short = 'n', long = "predict", value_name = "N", default_value_t = 64)]
+    /// A model of yours [default: SmolLM2-135M-Instruct where `make demo` has fetched it, else random weights]
+    #[arg(short = 'm', long, value_name = "MODEL.gguf")]
+    model: Option<PathBuf>,
+    /// Random weights in this shape, as of `dim-synth`
+    #[arg(long, conflicts_with = "model")]
+    shape: Option<String>,
+    /// Blocks of the middle, inclusive [default: the middle third]
+    #[arg(long, value_name = "A..B")]
+    middle: Option<String>,
+    /// What to say to the model, once per turn [default: three questions]
+    #[arg(short = 'p', long = "prompt", value_name = "TEXT")]
+    prompts: Vec<String>,
+    /// Most tokens of a reply
+    #[arg(short = 'n', long = "predict", value_name = "N", default_value_t = 64, value_parser = clap::value_parser!(u32).range(2..))]
     n_predict: u32,
     /// Compute threads of each process
     #[arg(short = 't', long, default_value_t = 1)]
     threads: u32,
-    /// Where to put the model and its slices; they are removed afterwards unless this is given
+    /// Where to put the slices; they are removed afterwards unless this is given
     #[arg(long, value_name = "DIR")]
     keep: Option<PathBuf>,
 }
 
 /// Runs it.
 pub fn run(args: &Args) -> Result<(), Failure> {
-    let scratch = Scratch::new(args.keep.clone())?;
-    let dir = scratch.dir.as_path();
-    let model = dir.join("demo.gguf");
-    let split = dir.join("demo.split.json");
-    let key = dir.join("demo.key");
-    write_key(&key)?;
-
-    step("1. a model with random weights, since none can be assumed here");
-    run_to_end(program("dim-synth")?.arg(&model).args(["--shape", &args.shape]))?;
-
-    step("2. the model, cut in three");
-    run_to_end(
-        program("dim-split")?.arg(&model).args(["--middle", &args.middle, "--verify"]).arg("--out").arg(dir),
-    )?;
-
-    step("3. a worker with the middle");
-    let middle = find_middle(dir)?;
-    let worker = Worker::start(&middle, &key, args.threads)?;
-
-    step("4. the same text three times: stock llama.cpp alone, then split over two processes");
-    let n = args.n_predict.to_string();
-    let threads = args.threads.to_string();
-    let common = ["-p", PROMPT, "-n", &n, "--temp", "0", "--ctx", "1024", "--threads", &threads, "--json"];
-    let stock = generate(program("dim-host")?.arg("stock").arg("--model").arg(&model).args(common))?;
-    let mut split_runs = Vec::new();
-    for wire in ["f32", "f16"] {
-        let mut command = program("dim-host")?;
-        command.arg("generate").arg("--split").arg(&split).args(["--worker", &worker.address]);
-        command.arg("--key-file").arg(&key).args(common).args(["--wire", wire]);
-        split_runs.push(generate(&mut command)?);
-    }
-    drop(worker);
-
-    eprintln!();
-    print!("{}", table(&stock, &split_runs));
-    let exact = &split_runs[0];
-    if exact.tokens != stock.tokens {
-        let at = agreeing(&exact.tokens, &stock.tokens);
-        return Err(Failure::failed(format!(
-            "the split model's tokens differ from stock llama.cpp's from token {at} on"
-        ))
-        .hint("this should never happen: please report it with the output above"));
-    }
-    println!("\nAll {} tokens of the f32 run are those of stock llama.cpp.", stock.tokens.len());
-    if split_runs[1].tokens != stock.tokens {
-        println!(
-            "The f16 run leaves them where two tokens are nearly as likely: with random weights that is soon."
-        );
-    }
-    if let Some(dir) = &args.keep {
-        println!("The model and its slices are in {}.", dir.display());
-    }
-    Ok(())
+    // Ctrl-C stops the reply and the programs that were started, and this one then cleans up
+    let interrupt = Interrupt::watch();
+    interrupt.during(|| Demo::new(args)?.run(interrupt.stop_flag()))
 }
 
-/// One line per arm.
-fn table(stock: &Report, split: &[Report]) -> String {
-    let mut t = String::new();
-    let _ = writeln!(
-        t,
-        "{:<22} {:>12} {:>12} {:>12} {:>18} {:>14}",
-        "", "prompt", "generation", "first token", "bytes per token", "tokens equal"
-    );
-    for (name, report) in std::iter::once(("stock llama.cpp", stock)).chain(
-        split.iter().map(|r| (if r.wire.dtype == "f32" { "split, f32 wire" } else { "split, f16 wire" }, r)),
-    ) {
-        let steps = report.tokens.len().saturating_sub(1).max(1) as u64;
-        let bytes = match report.wire.round_trips {
-            0 => "-".to_owned(),
-            _ => format!(
-                "{} + {}",
-                thousands(report.wire.gen_bytes_sent / steps),
-                thousands(report.wire.gen_bytes_received / steps)
-            ),
-        };
-        let _ = writeln!(
-            t,
-            "{name:<22} {:>6.0} tok/s {:>6.1} tok/s {:>9.0} ms {bytes:>18} {:>8} of {}",
-            report.prompt_tok_s,
-            report.gen_tok_s,
-            report.ttft_ms,
-            agreeing(&report.tokens, &stock.tokens),
-            stock.tokens.len(),
-        );
-    }
-    t
+struct Demo<'a> {
+    args: &'a Args,
+    scratch: Scratch,
+    page: Page,
+    resources: Resources,
 }
 
-/// How many tokens are the same from the start.
-fn agreeing(a: &[i32], b: &[i32]) -> usize {
-    a.iter().zip(b).take_while(|(a, b)| a == b).count()
+/// Where the weights come from.
+enum Weights {
+    /// SmolLM2, as `.ci/model` fetches it.
+    Fetched(PathBuf),
+    /// Named by the person.
+    Given(PathBuf),
+    /// Random, in a shape of dim-synth's.
+    Random(String),
 }
 
-fn step(what: &str) {
-    eprintln!("\n{what}");
-}
-
-/// A program of this project: it lies beside this one.
-fn program(name: &str) -> Result<Command, Failure> {
-    let here = std::env::current_exe()
-        .map_err(|e| Failure::failed(format!("cannot find this program's folder: {e}")))?;
-    let path = here.with_file_name(format!("{name}{}", std::env::consts::EXE_SUFFIX));
-    if !path.is_file() {
-        return Err(Failure::failed(format!("{} is missing", path.display()))
-            .hint("build everything: cargo build --release --workspace"));
-    }
-    Ok(Command::new(path))
-}
-
-/// The command as a person would type it, less the folders of its own.
-fn typed(command: &Command) -> String {
-    let name =
-        Path::new(command.get_program()).file_name().unwrap_or_default().to_string_lossy().into_owned();
-    let words = command.get_args().map(|a| {
-        let text = a.to_string_lossy();
-        let path = Path::new(text.as_ref());
-        let short = if path.is_absolute() {
-            path.file_name().unwrap_or_default().to_string_lossy()
-        } else {
-            text.clone()
-        };
-        let plain =
-            short.chars().all(|c| c.is_ascii_alphanumeric() || "-_./:,".contains(c)) && !short.is_empty();
-        if plain { short.into_owned() } else { format!("'{short}'") }
-    });
-    std::iter::once(name).chain(words).collect::<Vec<_>>().join(" ")
-}
-
-fn run_to_end(command: &mut Command) -> Result<(), Failure> {
-    eprintln!("$ {}", typed(command));
-    let status =
-        command.status().map_err(|e| Failure::failed(format!("cannot start {}: {e}", typed(command))))?;
-    if status.success() {
-        Ok(())
-    } else {
-        Err(Failure::failed(format!("{} ended with {status}", typed(command))))
-    }
-}
-
-fn generate(command: &mut Command) -> Result<Report, Failure> {
-    eprintln!("$ {}", typed(command));
-    let output = command
-        .stderr(Stdio::piped())
-        .output()
-        .map_err(|e| Failure::failed(format!("cannot start {}: {e}", typed(command))))?;
-    if !output.status.success() {
-        let why = String::from_utf8_lossy(&output.stderr);
-        return Err(Failure::failed(format!(
-            "{} ended with {}\n{}",
-            typed(command),
-            output.status,
-            why.trim_end()
-        )));
-    }
-    serde_json::from_slice(&output.stdout)
-        .map_err(|e| Failure::failed(format!("{}: no report: {e}", typed(command))))
-}
-
-/// The one middle slice that dim-split wrote.
-fn find_middle(dir: &Path) -> Result<PathBuf, Failure> {
-    let entries =
-        std::fs::read_dir(dir).map_err(|e| Failure::failed(format!("cannot read {}: {e}", dir.display())))?;
-    let is_middle = |p: &PathBuf| p.file_name().is_some_and(|n| n.to_string_lossy().contains(".middle-"));
-    let found = entries
-        .flatten()
-        .map(|e| e.path())
-        .find(|p| is_middle(p) && p.extension().is_some_and(|e| e == "gguf"));
-    found.ok_or_else(|| Failure::failed(format!("dim-split left no middle slice in {}", dir.display())))
-}
-
-/// A pre-shared key for this run alone.
-fn write_key(path: &Path) -> Result<(), Failure> {
-    let mut key = [0u8; 32];
-    getrandom::fill(&mut key)
-        .map_err(|e| Failure::failed(format!("the system gives no random bytes: {e}")))?;
-    let hex: String = key.iter().map(|b| format!("{b:02x}")).collect();
-    let mut options = std::fs::OpenOptions::new();
-    options.write(true).create(true).truncate(true);
-    #[cfg(unix)]
-    std::os::unix::fs::OpenOptionsExt::mode(&mut options, 0o600);
-    let written = options.open(path).and_then(|mut f| writeln!(f, "{hex}"));
-    written.map_err(|e| Failure::failed(format!("cannot write {}: {e}", path.display())))
-}
-
-/// A folder that goes when the demo ends, unless it is to be kept.
-struct Scratch {
-    dir: PathBuf,
-    keep: bool,
-}
-
-impl Scratch {
-    fn new(keep: Option<PathBuf>) -> Result<Scratch, Failure> {
-        let keep_it = keep.is_some();
-        let dir =
-            keep.unwrap_or_else(|| std::env::temp_dir().join(format!("dim-demo-{}", std::process::id())));
-        std::fs::create_dir_all(&dir)
-            .map_err(|e| Failure::misuse(format!("cannot make {}: {e}", dir.display())))?;
-        let dir =
-            dir.canonicalize().map_err(|e| Failure::failed(format!("cannot open {}: {e}", dir.display())))?;
-        Ok(Scratch { dir, keep: keep_it })
-    }
-}
-
-impl Drop for Scratch {
-    fn drop(&mut self) {
-        if !self.keep {
-            let _ = std::fs::remove_dir_all(&self.dir);
+impl Weights {
+    fn of(args: &Args) -> Weights {
+        if let Some(model) = &args.model {
+            return Weights::Given(model.clone());
+        }
+        match (&args.shape, fetched()) {
+            (Some(shape), _) => Weights::Random(shape.clone()),
+            (None, Some(model)) => Weights::Fetched(model),
+            (None, None) => Weights::Random("demo".to_owned()),
         }
     }
 }
 
-/// A worker process that ends with the demo.
-struct Worker {
-    child: Child,
-    address: String,
+/// Where `.ci/model` puts the model it fetches, if it has.
+fn fetched() -> Option<PathBuf> {
+    let set = |name| std::env::var_os(name).filter(|value| !value.is_empty()).map(PathBuf::from);
+    let cache = || set("XDG_CACHE_HOME").or_else(|| Some(set("HOME")?.join(".cache")));
+    let model = set("DIM_REAL_MODEL").or_else(|| Some(cache()?.join("dim").join(FETCHED)))?;
+    model.is_file().then_some(model)
 }
 
-impl Worker {
-    fn start(slice: &Path, key: &Path, threads: u32) -> Result<Worker, Failure> {
-        let mut command = program("dim-worker")?;
-        command.arg(slice).args([
-            "--listen",
-            "127.0.0.1:0",
-            "--ctx",
-            "1024",
-            "--threads",
-            &threads.to_string(),
-        ]);
-        command.arg("--key-file").arg(key);
-        eprintln!("$ {} &", typed(&command));
-        let mut child = command
-            .stdout(Stdio::piped())
-            .spawn()
-            .map_err(|e| Failure::failed(format!("cannot start {}: {e}", typed(&command))))?;
-        let mut line = String::new();
-        let mut out = BufReader::new(child.stdout.take().expect("stdout is piped"));
-        let _ = out.read_line(&mut line);
-        let Some(address) = line.trim().strip_prefix("listening on ") else {
-            let _ = child.kill();
-            let _ = child.wait();
-            return Err(Failure::failed("the worker did not start; what it said stands above"));
+impl<'a> Demo<'a> {
+    fn new(args: &'a Args) -> Result<Demo<'a>, Failure> {
+        let resources = Resources { n_ctx: N_CTX, n_threads: Some(args.threads), ..Resources::default() };
+        resources.check().map_err(explain)?;
+        let scratch = Scratch::new(args.keep.clone())?;
+        Ok(Demo { args, scratch, page: Page::new(), resources })
+    }
+
+    fn run(&self, stop: &AtomicBool) -> Result<(), Failure> {
+        let page = &self.page;
+        page.heading("DIM: one model over two processes\n");
+        let model = self.model()?;
+        let (manifest_path, manifest) = self.cut(&model)?;
+        let key = self.scratch.dir.join("demo.key");
+        write_key(&key)?;
+        let worker = self.worker(&manifest_path, &manifest, &key)?;
+        page.line(&format!("\n{}", picture(&manifest, worker.pid(), &worker.address)));
+
+        let middle = middle_file(&manifest)?.to_owned();
+        let parts = Parts { manifest: manifest_path, worker, key };
+        let arms = self.converse(&model, &parts, stop)?;
+        let Parts { manifest, .. } = parts;
+        self.compare(&arms)?;
+        self.what_next(&manifest, &middle);
+        Ok(())
+    }
+
+    /// The model that is cut: of SmolLM2 its F16 form.
+    fn model(&self) -> Result<PathBuf, Failure> {
+        let page = &self.page;
+        let in_scratch = |name: &str| self.scratch.dir.join(name);
+        match Weights::of(self.args) {
+            Weights::Given(model) => {
+                page.outcome(&format!("the model: {}", model.display()));
+                Ok(model)
+            }
+            Weights::Fetched(quantised) => {
+                page.outcome(&format!(
+                    "the model: SmolLM2-135M-Instruct by Hugging Face, small but trained, Apache-2.0; {} in Q4_1",
+                    size(std::fs::metadata(&quantised).map_or(0, |file| file.len()) as f64)
+                ));
+                let model = in_scratch("SmolLM2-135M-Instruct.F16.gguf");
+                let mut command = program("dim-dequantise")?;
+                self.make(
+                    command.arg(&quantised).arg(&model),
+                    "as F16, so that there is something to carry",
+                )?;
+                Ok(model)
+            }
+            Weights::Random(shape) => {
+                let why = match self.args.shape {
+                    Some(_) => "as you asked",
+                    None => {
+                        "because SmolLM2-135M-Instruct is not here (`sh .ci/model` fetches it, or says why not)"
+                    }
+                };
+                page.outcome(&format!("the model: random weights, {why}: it will talk nonsense"));
+                let model = in_scratch("demo.gguf");
+                self.make(program("dim-synth")?.arg(&model).args(["--shape", &shape]), "synthesised")?;
+                Ok(model)
+            }
+        }
+    }
+
+    /// Shows and runs a program that writes into the scratch folder.
+    fn make(&self, command: &mut Command, outcome: &str) -> Result<(), Failure> {
+        self.page.command(&typed(command));
+        let start = Instant::now();
+        run_to_end(command, &self.scratch.dir)?;
+        self.page.outcome(&format!("{outcome}; {:.1} s", start.elapsed().as_secs_f64()));
+        Ok(())
+    }
+
+    fn cut(&self, model: &Path) -> Result<(PathBuf, Manifest), Failure> {
+        let gguf = Gguf::open(model)?;
+        let middle = match &self.args.middle {
+            Some(middle) => middle.clone(),
+            None => {
+                let n_blocks = check::model(&gguf)?.n_blocks;
+                let third = (n_blocks / 3).max(1);
+                format!("{third}..{}", (2 * third - 1).max(third))
+            }
         };
-        eprintln!("listening on {address}");
-        Ok(Worker { address: address.to_owned(), child })
+        let mut command = program("dim-split")?;
+        command.arg(model).args(["--middle", &middle, "--verify"]).arg("--out").arg(&self.scratch.dir);
+        self.page.command(&typed(&command));
+        let start = Instant::now();
+        run_to_end(&mut command, &self.scratch.dir)?;
+        let path = self.scratch.dir.join(format!("{}.split.json", gguf.stem()));
+        let manifest = Manifest::read(&path)?;
+        let bytes: u64 = manifest.slices.iter().map(|slice| slice.bytes).sum();
+        self.page.outcome(&format!(
+            "{} blocks in {} files, {}, every byte compared with the model's; {:.1} s",
+            manifest.model.n_blocks,
+            manifest.slices.len(),
+            size(bytes as f64),
+            start.elapsed().as_secs_f64()
+        ));
+        Ok((path, manifest))
+    }
+
+    fn worker(&self, split: &Path, manifest: &Manifest, key: &Path) -> Result<Worker, Failure> {
+        let middle = middle_file(manifest)?;
+        let mut command = program("dim-worker")?;
+        command.arg(split.with_file_name(middle)).args(["--listen", "127.0.0.1:0"]);
+        command.args(["--ctx", &N_CTX.to_string(), "--threads", &self.args.threads.to_string()]);
+        command.args(["--announce", "never", "--verify", "never", "--mmap"]).arg("--key-file").arg(key);
+        self.page.command(&format!("dim-worker {middle} &"));
+        Worker::start(&mut command)
+    }
+
+    /// A host over the worker's process and this one.
+    fn host(&self, parts: &Parts, wire: RowType) -> Result<Host, Failure> {
+        let key = Key::from_file(&parts.key).map_err(explain)?;
+        let host = Host::open(&parts.manifest).map_err(explain)?.worker(&parts.worker.address, key);
+        // the worker is a process of ours: if it is lost, it has ended
+        let patience = Patience { give_up_after: Duration::from_secs(3), ..Patience::default() };
+        let host = host.wire(wire).resources(self.resources).verify(Verify::Never).patience(patience);
+        // mapped, as stock does it: nobody else writes to these files
+        let host = host.mmap(true);
+        host.connect(events()).map_err(explain)
+    }
+
+    fn script<'s>(&'s self, template: Option<&'s ChatTemplate>) -> Script<'s> {
+        let prompts = &self.args.prompts;
+        Script {
+            questions: match prompts.is_empty() {
+                true => QUESTIONS.iter().map(|q| (*q).to_owned()).collect(),
+                false => prompts.clone(),
+            },
+            text: prompts.first().map_or(TEXT, String::as_str),
+            template,
+            n_predict: self.args.n_predict as usize,
+        }
+    }
+
+    /// The conversation three times; the first one is shown as it goes.
+    fn converse(&self, model: &Path, parts: &Parts, stop: &AtomicBool) -> Result<[Arm; 3], Failure> {
+        let mut host = self.host(parts, RowType::F32)?;
+        // a model without one goes on with a text
+        let template = host.chat_template().ok();
+        let script = self.script(template.as_ref());
+        let session = &mut host.session().map_err(explain)?;
+        let exact = script.play("split, f32 rows", session, Some(&self.page), stop)?;
+        drop(host);
+
+        self.page.line("The same again by stock llama.cpp, the whole model in one process ...");
+        let mut whole = WholeModel::open(model, &self.resources, true, events()).map_err(explain)?;
+        let session = &mut whole.session().map_err(explain)?;
+        let stock = script.play("stock llama.cpp", session, None, stop)?;
+        drop(whole);
+
+        self.page.line("... and over both processes with rows of half the size, which is the default.\n");
+        let mut host = self.host(parts, RowType::F16)?;
+        let rounded = script.play("split, f16 rows", &mut host.session().map_err(explain)?, None, stop)?;
+        Ok([stock, exact, rounded])
+    }
+
+    /// The comparison: an error where the split is not what it says it is.
+    fn compare(&self, [stock, exact, rounded]: &[Arm; 3]) -> Result<(), Failure> {
+        if let (Some(split), Some(stock)) = (exact.replies.first(), stock.replies.first()) {
+            self.page.line(&token_under_token(split, stock));
+        }
+        self.page.line(&table(&[stock, exact, rounded]));
+        let (tokens, expected) = (exact.tokens(), stock.tokens());
+        if tokens != expected {
+            let at = agreeing(&tokens, &expected);
+            return Err(Failure::failed(format!(
+                "the split model's tokens differ from stock llama.cpp's from token {at} on"
+            ))
+            .hint("this should never happen: please report it with the output above"));
+        }
+        self.page.good(&format!("All {} tokens are those of stock llama.cpp.", expected.len()));
+        if rounded.tokens() != expected {
+            self.page.line("With f16 rows a reply goes another way where two tokens are nearly as likely.");
+        }
+        Ok(())
+    }
+
+    fn what_next(&self, manifest: &Path, middle: &str) {
+        let here = std::env::args().next().unwrap_or_else(|| "dim-host".to_owned());
+        let page = &self.page;
+        page.heading("\nWhat next");
+        match &self.args.keep {
+            Some(dir) => {
+                let dir = dir.display();
+                let split = manifest.file_name().unwrap_or_default().to_string_lossy();
+                page.line(&format!("  talk with it, from {dir}, in two terminals:"));
+                page.line(&format!("    dim-worker {middle} --key-file demo.key"));
+                page.line(&format!(
+                    "    dim-host chat --split {split} --key-file demo.key --worker 127.0.0.1:7878"
+                ));
+            }
+            None => {
+                page.line(&format!("  ask it yourself        {here} demo -p \"Why is the sky blue?\""));
+                page.line(&format!(
+                    "  talk with it           {here} demo --keep DIR    (keeps the files, and says how)"
+                ));
+            }
+        }
+        page.line(&format!("  a model of yours       {here} demo --model MODEL.gguf"));
+        page.line("  on two machines        README.md, \"With your model\"; with a phone: docs/SETUP.md");
     }
 }
 
-impl Drop for Worker {
-    fn drop(&mut self) {
-        let _ = self.child.kill();
-        let _ = self.child.wait();
+/// The file that goes to the worker.
+fn middle_file(manifest: &Manifest) -> Result<&str, Failure> {
+    let middle = manifest.slices.iter().find(|slice| slice.role == Role::Middle);
+    middle.map(|slice| slice.file.as_str()).ok_or_else(|| Failure::failed("dim-split wrote no middle"))
+}
+
+/// What a conversation over two processes takes.
+struct Parts {
+    manifest: PathBuf,
+    worker: Worker,
+    key: PathBuf,
+}
+
+/// What happens, less the picture: that has been drawn.
+fn events() -> impl FnMut(Event) + Send + 'static {
+    let mut show = shown::events(false);
+    move |event| {
+        if !matches!(event, Event::Ready { .. }) {
+            show(event);
+        }
     }
 }
 
-const PROMPT: &str = "A model that does not fit one machine can be cut in three. The first blocks and the last ones stay here, \
+/// Positions of the conversation.
+const N_CTX: u32 = 1024;
+
+/// The model that `.ci/model` fetches.
+const FETCHED: &str = "SmolLM2-135M-Instruct.Q4_1.gguf";
+
+const QUESTIONS: [&str; 3] = [
+    "What is the capital of France?",
+    "Tell me one thing to see there.",
+    "Why is the sky blue? Answer in one sentence.",
+];
+
+/// For a model without a chat template.
+const TEXT: &str = "A model that does not fit one machine can be cut in three. The first blocks and the last ones stay here, \
 the ones in the middle go to the phone that lies beside it, and only one row of numbers per token crosses the room.";
