@@ -7,9 +7,10 @@ use dim::host::report::{Report, Stop};
 use dim::host::template::{ChatTemplate, Role, Turn};
 use dim::{Sampling, Session};
 use gguf_tools::failure::Failure;
+use gguf_tools::terminal;
 
 use super::page::Page;
-use crate::{explain, shown};
+use crate::explain;
 
 /// What is said to the model: questions where it has a chat template, else a text to go on with.
 pub(super) struct Script<'a> {
@@ -73,9 +74,7 @@ impl Script<'_> {
 
     fn prompt(&self, session: &Session<'_>, turns: &[Turn]) -> Result<Vec<i32>, Failure> {
         let Some(template) = self.template else { return session.tokenize(self.text, true).map_err(explain) };
-        let rendered = template.render(turns).map_err(explain)?;
-        // a template may begin with the token that the tokenizer would add again
-        session.tokenize(&rendered, !template.adds_bos(&rendered)).map_err(explain)
+        session.tokenize_chat(template, turns).map_err(explain)
     }
 
     fn reply(&self, session: &mut Session<'_>, show: bool, stop: &AtomicBool) -> Result<Reply, Failure> {
@@ -84,7 +83,7 @@ impl Script<'_> {
         for token in generation.by_ref() {
             let token = token.map_err(explain)?;
             if show {
-                shown::text(&token.text);
+                terminal::print(&token.text)?;
             }
             pieces.push(token.text);
         }

@@ -6,11 +6,11 @@ use std::io::IsTerminal as _;
 use dim::host::report::thousands;
 use gguf_tools::manifest::Manifest;
 use gguf_tools::plan::Role;
+use gguf_tools::terminal;
 use gguf_tools::text::Safe;
 
 use super::conversation::{Arm, Reply};
 use crate::progress::size;
-use crate::shown;
 
 /// Standard output.
 pub(super) struct Page {
@@ -29,7 +29,7 @@ impl Page {
 
     /// A line as it is. That nobody reads it any more is no reason to stop.
     pub(super) fn line(&self, text: &str) {
-        shown::text(&format!("{text}\n"));
+        let _ = terminal::print(&format!("{text}\n"));
     }
 
     pub(super) fn heading(&self, text: &str) {
@@ -51,7 +51,7 @@ impl Page {
         if question {
             self.line(&format!("{} {}", self.paint("1;36", "you>"), self.paint("36", text)));
         } else {
-            shown::text(&self.paint("2", text));
+            let _ = terminal::print(&self.paint("2", text));
         }
     }
 
@@ -206,6 +206,7 @@ mod tests {
             stop: Stop::Length,
             error: None,
             seed: 0,
+            sampled: false,
             prompt_tokens: 30,
             prompt_tok_s: 0.0,
             gen_tok_s: 0.0,
