@@ -6,13 +6,15 @@
 
 mod common;
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
+use std::process::Command;
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
-use common::{Worker, failure, host_program};
+use common::{Worker, failure, host_program, worker_program};
 use dim::{Host, Key, Resources, RowType, Sampling, Session, WholeModel};
-use gguf_tools::gguf::Gguf;
+use gguf_tools::gguf::write::{GgufWriter, TensorSpec};
+use gguf_tools::gguf::{Gguf, Tensor, Value};
 use gguf_tools::plan::{Plan, Request};
 use gguf_tools::split::split;
 use llama_sys_patch::test_support;
@@ -165,11 +167,43 @@ fn families_over_processes_are_exact_and_survive_their_worker() {
     assert!(wrong.is_empty(), "{wrong:#?}");
 }
 
+/// A key that llama.cpp answers by ending the process: in a model and in a slice of one. Every program that is given the
+/// file says so in one line, and lives.
+#[test]
+fn a_file_that_llama_cpp_does_not_survive_is_one_error() {
+    let cut = Cut::new("gemma3", &[]);
+    let spoilt = |from: &Path, name: &str| {
+        let path = cut.file(name);
+        let gguf = Gguf::open(from).unwrap();
+        let mut keys: Vec<_> = gguf.metadata().map(|e| (e.key.to_owned(), e.value)).collect();
+        keys.push(("gemma3.expert_count".to_owned(), Value::U32(5000)));
+        let spec = |t: Tensor<'_>| TensorSpec::new(t.name(), t.tensor_type(), t.dims());
+        let specs: Vec<_> = gguf.tensors().map(spec).collect();
+        let mut writer = GgufWriter::create(&path, &keys, &specs).unwrap();
+        gguf.tensors().for_each(|t| writer.write(t.data().unwrap()).unwrap());
+        writer.finish().unwrap();
+        path
+    };
+    let (model, middle) = (spoilt(&cut.file("m.gguf"), "bad.gguf"), spoilt(&cut.middle(), "bad-middle.gguf"));
+    let mut stock = Command::new(host_program());
+    stock.args(["stock", "-p", "x", "--model"]).arg(&model);
+    let mut worker = Command::new(worker_program());
+    worker.arg(&middle).args(["--verify", "never", "--listen", "127.0.0.1:0", "--key-file"]).arg(&cut.key);
+    for (command, file) in [(&mut stock, &model), (&mut worker, &middle)] {
+        let says = failure(command.env("XDG_CACHE_HOME", cut.folder.path()), 2);
+        let error = says.lines().find(|line| line.starts_with("error: ")).unwrap();
+        assert!(error.contains(&file.display().to_string()), "{says}");
+        assert!(error.contains("GGML_ASSERT") && error.contains("SIGABRT"), "{says}");
+        assert!(!error.contains("/llama.cpp/"), "a folder of whoever built it: {says}");
+        assert!(says.contains("hint: "), "{says}");
+    }
+}
+
 /// Not only where llama.cpp would notice: what it loads of a slice computes nonsense.
 #[test]
 fn a_slice_is_not_taken_for_the_model() {
     let cut = Cut::new("gemma3", &[]);
-    let mut command = std::process::Command::new(host_program());
+    let mut command = Command::new(host_program());
     let says = failure(command.args(["stock", "-p", "x", "--model"]).arg(cut.middle()), 2);
     assert!(says.contains("slice") && says.contains("hint: "), "{says}");
 }
