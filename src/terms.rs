@@ -3,12 +3,14 @@
 use dim_core::blocks::BlockRange;
 use dim_core::digest::Sha;
 use dim_core::rows::RowType;
-use dim_wire::rows::RowTypes;
-use dim_wire::terms::{SliceRole, Terms};
+use dim_core::stage::{LocalStage, TakeBack};
+use dim_wire::rows::{RowTypes, Shape};
+use dim_wire::terms::{Engine, Machine, SliceRole, Terms};
 use gguf_tools::slice::SliceInfo;
 
 use crate::device;
 use crate::event::Offered;
+use crate::stage::local::LlamaStage;
 
 /// What this program needs of every worker.
 #[derive(Clone, Debug)]
@@ -38,35 +40,54 @@ pub(crate) fn of_host(
         max_rows: needs.max_rows,
         max_sessions,
         max_in_flight: dim_core::pipeline::MAX_IN_FLIGHT,
+        // whatever it cannot take back is evaluated anew
+        take_back: TakeBack::NOTHING,
         slice,
         ..of_model(head, blocks, &needs.software)
     }
 }
 
 /// What a worker with this slice holds and can do.
-pub(crate) fn of_worker(
-    slice: &SliceInfo,
-    software: &str,
-    n_ctx: u32,
-    max_rows: u32,
-    max_sessions: u32,
-) -> Terms {
+pub(crate) struct Offer<'a> {
+    pub slice: &'a SliceInfo,
+    pub software: &'a str,
+    pub instance: u64,
+    pub n_ctx: u32,
+    pub max_rows: u32,
+    pub max_sessions: u32,
+}
+
+/// The terms of a worker; what only the loaded stage knows is there once it is.
+pub(crate) fn of_worker(offer: &Offer<'_>, stage: Option<&LlamaStage>) -> Terms {
+    let n_embd = offer.slice.hparams.n_embd;
+    let (shape, input, output, take_back) = match stage {
+        None => (Shape::hidden(n_embd), None, None, TakeBack::ALL),
+        Some(stage) => {
+            let ((input, output), digests) = (stage.layouts(), stage.layout_digests());
+            let shape = Shape { input, output, reads_tokens: stage.reads_tokens() };
+            (shape, digests.0, digests.1, stage.take_back())
+        }
+    };
     Terms {
         row_types: RowTypes::ALL,
         role: SliceRole::Middle,
-        instance: u64::from(std::process::id()),
-        n_ctx,
-        max_rows,
-        max_sessions,
+        instance: offer.instance,
+        n_ctx: offer.n_ctx,
+        max_rows: offer.max_rows,
+        max_sessions: offer.max_sessions,
         max_in_flight: MAX_IN_FLIGHT,
-        slice: Some(slice.slice_sha256),
-        ..of_model(slice, slice.blocks, software)
+        shape,
+        input,
+        output,
+        take_back,
+        machine: Machine { engine: Engine::LlamaCpp, ..Machine::default() },
+        slice: Some(offer.slice.slice_sha256),
+        ..of_model(offer.slice, offer.slice.blocks, offer.software)
     }
 }
 
 fn of_model(slice: &SliceInfo, blocks: BlockRange, software: &str) -> Terms {
     Terms {
-        n_embd: slice.hparams.n_embd,
         n_blocks: slice.model_blocks,
         blocks,
         model: Some(slice.model_sha256),
@@ -92,7 +113,8 @@ pub(crate) fn blocks_of(offer: &Terms, n_blocks: u32) -> Option<BlockRange> {
     (first <= last && last < n_blocks).then_some(offer.blocks)
 }
 
-fn random_instance() -> u64 {
+/// A number for this process, by which a peer knows it again.
+pub(crate) fn random_instance() -> u64 {
     let mut bytes = [0; 8];
     // zero is allowed: it only keeps the worker from recognising a ghost of this process
     let _ = getrandom::fill(&mut bytes);
