@@ -6,11 +6,14 @@ use dim_core::rows::RowType;
 use dim_core::stage::{LocalStage, TakeBack};
 use dim_wire::rows::{RowTypes, Shape};
 use dim_wire::terms::{Engine, Machine, SliceRole, Terms};
+use gguf_tools::manifest::SliceEntry;
+use gguf_tools::needs::{Crossing, ValueKind};
 use gguf_tools::slice::SliceInfo;
+use llama_sys_patch::ValueType;
 
 use crate::device;
 use crate::event::Offered;
-use crate::stage::local::LlamaStage;
+use crate::stage::local::{LlamaStage, layout_of};
 
 /// What this program needs of every worker.
 #[derive(Clone, Debug)]
@@ -21,14 +24,57 @@ pub(crate) struct Needs {
     pub max_rows: u32,
 }
 
-/// The terms of a host that needs a worker with `blocks` of the model that `head` is of.
-pub(crate) fn of_host(
-    needs: &Needs,
-    head: &SliceInfo,
-    blocks: BlockRange,
-    slice: Option<Sha>,
-    max_sessions: u32,
-) -> Terms {
+/// What a host knows of the slice that a worker should hold.
+#[derive(Clone, Debug)]
+pub(crate) struct Expected {
+    pub blocks: BlockRange,
+    /// its identity
+    pub slice: Option<Sha>,
+    pub rows: ExpectedRows,
+}
+
+/// What a host knows of the rows that go in and out of a slice.
+#[derive(Clone, Debug, Default)]
+pub(crate) struct ExpectedRows {
+    shape: Shape,
+    input: Option<Sha>,
+    output: Option<Sha>,
+}
+
+impl ExpectedRows {
+    /// What a manifest says of them; of one that says nothing, nothing.
+    pub(crate) fn of(slice: &SliceEntry) -> ExpectedRows {
+        let (input, output) = (layout(&slice.input), layout(&slice.output));
+        let digest =
+            |layout: &llama_sys_patch::Layout| (!layout.parts.is_empty()).then(|| Sha(layout.digest()));
+        ExpectedRows {
+            input: digest(&input),
+            output: digest(&output),
+            shape: Shape {
+                input: layout_of(&input),
+                output: layout_of(&output),
+                reads_tokens: slice.reads_tokens,
+            },
+        }
+    }
+}
+
+/// The same in the engine's words, whose digest it has.
+fn layout(crossing: &Crossing) -> llama_sys_patch::Layout {
+    let part = |part: &gguf_tools::needs::Part| llama_sys_patch::Part {
+        name: part.name.clone(),
+        value_type: match part.kind {
+            ValueKind::F32 => ValueType::F32,
+            ValueKind::I32 => ValueType::I32,
+        },
+        values: part.values,
+    };
+    llama_sys_patch::Layout { parts: crossing.0.iter().map(part).collect() }
+}
+
+/// The terms of a host that needs a worker with this slice of the model that `head` is of.
+pub(crate) fn of_host(needs: &Needs, head: &SliceInfo, expected: &Expected, max_sessions: u32) -> Terms {
+    let ExpectedRows { shape, input, output } = expected.rows.clone();
     Terms {
         row_types: match needs.wire {
             RowType::F16 => RowTypes::F16,
@@ -42,8 +88,11 @@ pub(crate) fn of_host(
         max_in_flight: dim_core::pipeline::MAX_IN_FLIGHT,
         // whatever it cannot take back is evaluated anew
         take_back: TakeBack::NOTHING,
-        slice,
-        ..of_model(head, blocks, &needs.software)
+        shape,
+        input,
+        output,
+        slice: expected.slice,
+        ..of_model(head, expected.blocks, &needs.software)
     }
 }
 

@@ -93,7 +93,8 @@ fn here(info: &SliceInfo) -> Placement {
     Placement { role: info.role, blocks: info.blocks, worker: None }
 }
 
-/// A worker's stage, connected and checked, what it takes and gives, and the worker's address. `n_ubatch` becomes what it takes, if that is less.
+/// A worker's stage, connected and checked, what it takes and gives, and the worker's address. `n_ubatch` becomes what it
+/// takes, if that is less.
 fn dial(
     split: &Split,
     options: &HostOptions,
@@ -111,8 +112,8 @@ fn dial(
         Holder::Worker { address, key, max_sessions } => {
             // one session more than the conversation's, where the worker has it, is the canary's
             let max_sessions = if canary.is_ok() { max_sessions.min(2) } else { 1 };
-            let slice = split.files.slice_of(blocks);
-            let terms = terms::of_host(&options.needs(), &split.head, blocks, slice, max_sessions);
+            let expected = split.files.expected(blocks);
+            let terms = terms::of_host(&options.needs(), &split.head, &expected, max_sessions);
             let stage = retry(
                 options.patience,
                 |error, give_up_after| events.tell(retrying(error, give_up_after)),
