@@ -23,9 +23,9 @@ use dim_core::blocks::BlockRange;
 use dim_core::digest::Sha;
 use dim_wire::keys::Key;
 use dim_wire::message::{Farewell, Span};
-use dim_wire::rows::{RowTypes, RowsRef};
+use dim_wire::rows::{RowTypes, RowsRef, Shape};
 use dim_wire::terms::{SliceRole, Terms};
-use dim_wire::transport::{Event, Link, Listener, ListenerConfig, Readiness, Timing, dial};
+use dim_wire::transport::{ComputeTime, Event, Link, Listener, ListenerConfig, Readiness, Timing, dial};
 use half::f16;
 
 const N_EMBD: usize = 3584;
@@ -102,7 +102,7 @@ fn check(link: &mut Link, row: &[f16], position: &mut u32) {
 fn round_trip<'a>(link: &'a mut Link, row: &[f16], position: &mut u32) -> &'a [f16] {
     let span = [Span { session: 0, position: *position, count: 1 }];
     *position += 1;
-    let sent = link.send_step(&span, row.into()).unwrap();
+    let sent = link.send_step(&span, &[], row.into()).unwrap();
     match link.receive(Some(Instant::now() + Duration::from_secs(10))).unwrap() {
         Event::Done { step, rows, .. } => {
             assert_eq!(step, sent);
@@ -121,7 +121,7 @@ fn terms(name: &str) -> Terms {
     Terms {
         row_types: RowTypes::F16,
         role: SliceRole::Middle,
-        n_embd: N_EMBD as u32,
+        shape: Shape::hidden(N_EMBD as u32),
         n_blocks: 28,
         blocks: BlockRange { first: 11, last: 16 },
         n_ctx: N_CTX,
@@ -130,7 +130,7 @@ fn terms(name: &str) -> Terms {
         max_in_flight: 1,
         model: Some(Sha([1; 32])),
         arch: "qwen2".into(),
-        ..Terms::blank(1, "bench", name)
+        ..Terms::blank(2, "bench", name)
     }
 }
 
@@ -188,7 +188,7 @@ fn worker(key: &Key) {
                 let RowsRef::F16(values) = rows else { panic!("another format") };
                 out = values.iter().map(|&v| plus_one(v)).collect();
             }
-            sender.send_done(step, 1, out.as_slice().into(), Duration::ZERO, Duration::ZERO).unwrap();
+            sender.send_done(step, 1, out.as_slice().into(), at_once()).unwrap();
         }
     });
     let _ = std::io::stdin().read_to_end(&mut Vec::new());
@@ -229,4 +229,9 @@ impl Drop for Peer {
         drop(self.process.stdin.take());
         let _ = self.process.wait();
     }
+}
+
+/// A step that took no time.
+fn at_once() -> ComputeTime {
+    ComputeTime { began: Instant::now(), compute: Duration::ZERO, wait: Duration::ZERO }
 }

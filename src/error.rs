@@ -115,6 +115,9 @@ pub enum Error {
         /// The slice.
         path: PathBuf,
     },
+    /// A stage gives other rows than the next one takes.
+    #[error(transparent)]
+    OtherRows(Box<OtherRows>),
     /// More than one stage has a block.
     #[error("two stages have block {block}")]
     TwoHave {
@@ -239,6 +242,9 @@ impl Error {
                 "name the worker that holds them with --worker ADDR:PORT, or the file with --middle FILE"
             }
             Error::NotHere { .. } => NAME_THE_WORKER,
+            Error::OtherRows(_) => {
+                "take the slices of one dim-split run, and one version of DIM on all machines"
+            }
             Error::TwoHave { .. } => {
                 "head, middles and tail must follow each other: take the slices of one dim-split run"
             }
@@ -294,6 +300,30 @@ impl Error {
             Error::Model(error) => error.is_misuse(),
             Error::Link(error) => error.is_misuse(),
             _ => true,
+        }
+    }
+}
+
+/// What two stages that follow each other say of the rows between them.
+#[derive(Clone, Debug, thiserror::Error)]
+#[error("{}", self.sentence())]
+pub struct OtherRows {
+    /// The stage whose rows they are.
+    pub gives: String,
+    /// What those are made of.
+    pub given: String,
+    /// The stage behind it.
+    pub takes: String,
+    /// What its are made of.
+    pub taken: String,
+}
+
+impl OtherRows {
+    fn sentence(&self) -> String {
+        let OtherRows { gives, given, takes, taken } = self;
+        match given == taken {
+            true => format!("{gives} and {takes} mean other tensors by the same rows ({given})"),
+            false => format!("{gives} gives rows of {given}, {takes} takes rows of {taken}"),
         }
     }
 }

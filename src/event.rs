@@ -205,6 +205,8 @@ pub enum NoCanary {
     NoManifest,
     /// The manifest says nothing of it: it was cut by an older program, or without.
     NotInManifest,
+    /// More than one hidden row goes in and out: a canary is not made for that.
+    OtherRows,
 }
 
 /// Who is told; clones tell the same.

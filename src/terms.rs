@@ -3,12 +3,17 @@
 use dim_core::blocks::BlockRange;
 use dim_core::digest::Sha;
 use dim_core::rows::RowType;
-use dim_wire::rows::RowTypes;
-use dim_wire::terms::{SliceRole, Terms};
+use dim_core::stage::{LocalStage, TakeBack};
+use dim_wire::rows::{RowTypes, Shape};
+use dim_wire::terms::{Engine, Machine, SliceRole, Terms};
+use gguf_tools::manifest::SliceEntry;
+use gguf_tools::needs::{Crossing, ValueKind};
 use gguf_tools::slice::SliceInfo;
+use llama_sys_patch::ValueType;
 
 use crate::device;
 use crate::event::Offered;
+use crate::stage::local::{LlamaStage, layout_of};
 
 /// What this program needs of every worker.
 #[derive(Clone, Debug)]
@@ -19,14 +24,57 @@ pub(crate) struct Needs {
     pub max_rows: u32,
 }
 
-/// The terms of a host that needs a worker with `blocks` of the model that `head` is of.
-pub(crate) fn of_host(
-    needs: &Needs,
-    head: &SliceInfo,
-    blocks: BlockRange,
-    slice: Option<Sha>,
-    max_sessions: u32,
-) -> Terms {
+/// What a host knows of the slice that a worker should hold.
+#[derive(Clone, Debug)]
+pub(crate) struct Expected {
+    pub blocks: BlockRange,
+    /// its identity
+    pub slice: Option<Sha>,
+    pub rows: ExpectedRows,
+}
+
+/// What a host knows of the rows that go in and out of a slice.
+#[derive(Clone, Debug, Default)]
+pub(crate) struct ExpectedRows {
+    shape: Shape,
+    input: Option<Sha>,
+    output: Option<Sha>,
+}
+
+impl ExpectedRows {
+    /// What a manifest says of them; of one that says nothing, nothing.
+    pub(crate) fn of(slice: &SliceEntry) -> ExpectedRows {
+        let (input, output) = (layout(&slice.input), layout(&slice.output));
+        let digest =
+            |layout: &llama_sys_patch::Layout| (!layout.parts.is_empty()).then(|| Sha(layout.digest()));
+        ExpectedRows {
+            input: digest(&input),
+            output: digest(&output),
+            shape: Shape {
+                input: layout_of(&input),
+                output: layout_of(&output),
+                reads_tokens: slice.reads_tokens,
+            },
+        }
+    }
+}
+
+/// The same in the engine's words, whose digest it has.
+fn layout(crossing: &Crossing) -> llama_sys_patch::Layout {
+    let part = |part: &gguf_tools::needs::Part| llama_sys_patch::Part {
+        name: part.name.clone(),
+        value_type: match part.kind {
+            ValueKind::F32 => ValueType::F32,
+            ValueKind::I32 => ValueType::I32,
+        },
+        values: part.values,
+    };
+    llama_sys_patch::Layout { parts: crossing.0.iter().map(part).collect() }
+}
+
+/// The terms of a host that needs a worker with this slice of the model that `head` is of.
+pub(crate) fn of_host(needs: &Needs, head: &SliceInfo, expected: &Expected, max_sessions: u32) -> Terms {
+    let ExpectedRows { shape, input, output } = expected.rows.clone();
     Terms {
         row_types: match needs.wire {
             RowType::F16 => RowTypes::F16,
@@ -38,35 +86,57 @@ pub(crate) fn of_host(
         max_rows: needs.max_rows,
         max_sessions,
         max_in_flight: dim_core::pipeline::MAX_IN_FLIGHT,
-        slice,
-        ..of_model(head, blocks, &needs.software)
+        // whatever it cannot take back is evaluated anew
+        take_back: TakeBack::NOTHING,
+        shape,
+        input,
+        output,
+        slice: expected.slice,
+        ..of_model(head, expected.blocks, &needs.software)
     }
 }
 
 /// What a worker with this slice holds and can do.
-pub(crate) fn of_worker(
-    slice: &SliceInfo,
-    software: &str,
-    n_ctx: u32,
-    max_rows: u32,
-    max_sessions: u32,
-) -> Terms {
+pub(crate) struct Offer<'a> {
+    pub slice: &'a SliceInfo,
+    pub software: &'a str,
+    pub instance: u64,
+    pub n_ctx: u32,
+    pub max_rows: u32,
+    pub max_sessions: u32,
+}
+
+/// The terms of a worker; what only the loaded stage knows is there once it is.
+pub(crate) fn of_worker(offer: &Offer<'_>, stage: Option<&LlamaStage>) -> Terms {
+    let n_embd = offer.slice.hparams.n_embd;
+    let (shape, input, output, take_back) = match stage {
+        None => (Shape::hidden(n_embd), None, None, TakeBack::ALL),
+        Some(stage) => {
+            let ((input, output), digests) = (stage.layouts(), stage.layout_digests());
+            let shape = Shape { input, output, reads_tokens: stage.reads_tokens() };
+            (shape, digests.0, digests.1, stage.take_back())
+        }
+    };
     Terms {
         row_types: RowTypes::ALL,
         role: SliceRole::Middle,
-        instance: u64::from(std::process::id()),
-        n_ctx,
-        max_rows,
-        max_sessions,
+        instance: offer.instance,
+        n_ctx: offer.n_ctx,
+        max_rows: offer.max_rows,
+        max_sessions: offer.max_sessions,
         max_in_flight: MAX_IN_FLIGHT,
-        slice: Some(slice.slice_sha256),
-        ..of_model(slice, slice.blocks, software)
+        shape,
+        input,
+        output,
+        take_back,
+        machine: Machine { engine: Engine::LlamaCpp, ..Machine::default() },
+        slice: Some(offer.slice.slice_sha256),
+        ..of_model(offer.slice, offer.slice.blocks, offer.software)
     }
 }
 
 fn of_model(slice: &SliceInfo, blocks: BlockRange, software: &str) -> Terms {
     Terms {
-        n_embd: slice.hparams.n_embd,
         n_blocks: slice.model_blocks,
         blocks,
         model: Some(slice.model_sha256),
@@ -92,7 +162,8 @@ pub(crate) fn blocks_of(offer: &Terms, n_blocks: u32) -> Option<BlockRange> {
     (first <= last && last < n_blocks).then_some(offer.blocks)
 }
 
-fn random_instance() -> u64 {
+/// A number for this process, by which a peer knows it again.
+pub(crate) fn random_instance() -> u64 {
     let mut bytes = [0; 8];
     // zero is allowed: it only keeps the worker from recognising a ghost of this process
     let _ = getrandom::fill(&mut bytes);

@@ -4,11 +4,11 @@
 mod simulation;
 
 use dim_core::stage::Span;
-use dim_wire::endpoint::{Ask, Endpoint, Timing};
+use dim_wire::endpoint::{Ask, ClockOffset, ComputeTime, Endpoint, Timing};
 use dim_wire::error::HandshakeError;
 use dim_wire::fault::{ErrorCode, Farewell, Fault};
 use dim_wire::frame::Store;
-use dim_wire::handshake::{FIRST_FLIGHT, Lookup};
+use dim_wire::handshake::{FIRST_FLIGHT, GREETING, HostHandshake, Lookup, Purpose};
 use dim_wire::keys::Key;
 use dim_wire::link_error::{Awaited, LinkErrorKind};
 use dim_wire::message::{Message, Status};
@@ -302,8 +302,8 @@ fn who_breaks_a_rule_is_told_which() {
     // a STEP_DONE that nobody asked for is
     let mut world = World::serving();
     let rows = [f16::ONE; N_EMBD as usize];
-    let rule =
-        world.worker.endpoint.send_step_done(1, 1, RowsRef::F16(&rows), ms(0), ms(0)).unwrap_err().rule();
+    let time = ComputeTime { began: world.now, compute: ms(0), wait: ms(0) };
+    let rule = world.worker.endpoint.send_step_done(1, 1, RowsRef::F16(&rows), time).unwrap_err().rule();
     assert_eq!(rule, "step-id", "this side's own books refuse it first");
 }
 
@@ -314,22 +314,53 @@ fn nothing_is_sent_that_would_break_a_rule() {
     let mut values = vec![f16::ONE; N_EMBD as usize];
     values[7] = f16::INFINITY;
     let span = [Span { session: 0, position: 0, count: 1 }];
-    assert_eq!(host.send_step(&span, RowsRef::F16(&values)).unwrap_err().rule(), "non-finite");
+    assert_eq!(host.send_step(&span, &[], RowsRef::F16(&values)).unwrap_err().rule(), "non-finite");
     assert!(!host.is_sending() && !host.is_halfway());
     values[7] = f16::ONE;
-    assert_eq!(host.send_step(&span, RowsRef::F16(&values)), Ok(1));
+    assert_eq!(host.send_step(&span, &[], RowsRef::F16(&values)), Ok(1));
+}
+
+/// How far ahead a peer's clock is, whatever the way takes as long as it takes the same both ways.
+#[test]
+fn clocks_are_told_by_the_quickest_ping() {
+    let begun = std::time::Instant::now();
+    let mut worker = worker_at(begun);
+    // the host's clock begins a quarter of a second later
+    let now = begun + ms(250);
+    let mut host = Endpoint::host(&key(), Ask::Serve(Box::new(terms("host"))), &Timing::default(), now);
+    exchange(&mut host, &mut worker, now);
+    let mut current = Store::default();
+    let Ok(Some(_)) = worker.poll_event(&mut current, now) else { panic!() };
+    let agreed = dim_wire::terms::agree(&terms("host"), &terms("worker")).unwrap();
+    worker.accept(terms("worker"), agreed, now);
+    exchange(&mut host, &mut worker, now);
+    let Ok(Some(_)) = host.poll_event(&mut current, now) else { panic!() };
+    assert_eq!(host.clock_offset(), None);
+    let mut ping = |there_ms: u64, back_ms: u64| {
+        host.ping(now).unwrap();
+        let mut bytes = Vec::new();
+        assert!(host.poll_transmit(&[], &mut bytes, now));
+        assert_eq!(worker.receive(&bytes, now + ms(there_ms)), bytes.len());
+        bytes.clear();
+        assert!(worker.poll_transmit(&[], &mut bytes, now + ms(there_ms)));
+        assert_eq!(host.receive(&bytes, now + ms(there_ms + back_ms)), bytes.len());
+        host.clock_offset().unwrap()
+    };
+    assert_eq!(ping(20, 20), ClockOffset { us: 250_000, within_us: 20_000 });
+    assert_eq!(ping(5, 25), ClockOffset { us: 240_000, within_us: 15_000 }, "off by no more than it says");
+    assert_eq!(ping(50, 10), ClockOffset { us: 240_000, within_us: 15_000 }, "a slow one says less");
+    assert_eq!(ping(0, 0), ClockOffset { us: 250_000, within_us: 0 });
+    // and a step's beginning is told on that clock
+    assert_eq!(worker.clock_us(now), 250_000);
 }
 
 // --- the opening -----------------------------------------------------------------------------------------
 
 #[test]
 fn a_drip_feed_is_closed_at_the_absolute_deadline() {
-    let flight = *dim_wire::handshake::HostHandshake::new(&key(), dim_wire::handshake::Purpose::Key, 1..=1)
-        .unwrap()
-        .first_flight();
     for pace in [10, 30, 60, 1_000, 5_000] {
         let begun = std::time::Instant::now();
-        let mut worker = worker_at(begun);
+        let (mut worker, _, flight) = greeted_at(begun);
         let mut now = begun;
         for byte in &flight[..FIRST_FLIGHT - 1] {
             worker.receive(&[*byte], now);
@@ -357,14 +388,12 @@ fn a_drip_feed_is_closed_at_the_absolute_deadline() {
 #[test]
 fn a_key_holder_that_says_nothing_is_closed_after_five_seconds() {
     let now = std::time::Instant::now();
-    let mut worker = worker_at(now);
-    let mut host =
-        dim_wire::handshake::HostHandshake::new(&key(), dim_wire::handshake::Purpose::Key, 1..=1).unwrap();
-    worker.receive(host.first_flight(), now);
+    let (mut worker, mut host, flight) = greeted_at(now);
+    worker.receive(&flight, now);
     let mut answer = Vec::new();
     assert!(worker.poll_transmit(&[], &mut answer, now));
     worker.sent(answer.len(), now);
-    assert!(host.receive(&mut &answer[..]).unwrap().is_some());
+    assert!(host.receive(&mut &answer[..], &mut Vec::new()).unwrap().is_some());
     assert_eq!(worker.poll_timeout(), Some(now + ms(5_000)));
     worker.handle_timeout(now + ms(4_999));
     assert_eq!(worker.end(), None);
@@ -373,12 +402,24 @@ fn a_key_holder_that_says_nothing_is_closed_after_five_seconds() {
 }
 
 fn worker_at(now: std::time::Instant) -> Endpoint {
-    Endpoint::worker(Box::new(|_, _| Lookup::Found(key())), &Timing::default(), now)
+    Endpoint::worker(Box::new(|_| Lookup::Found(key())), &Timing::default(), now).unwrap()
+}
+
+/// A worker that has greeted, the host that was, and its first flight.
+fn greeted_at(now: std::time::Instant) -> (Endpoint, HostHandshake, Vec<u8>) {
+    let mut worker = worker_at(now);
+    let mut host = HostHandshake::new(&key(), Purpose::Key, dim_wire::VERSIONS);
+    let (mut greeting, mut flight) = (Vec::new(), Vec::new());
+    assert!(worker.poll_transmit(&[], &mut greeting, now));
+    worker.sent(greeting.len(), now);
+    assert!(host.receive(&mut &greeting[..], &mut flight).unwrap().is_none());
+    assert_eq!((greeting.len(), flight.len()), (GREETING, FIRST_FLIGHT));
+    (worker, host, flight)
 }
 
 #[test]
 fn a_worker_that_does_not_answer_is_given_up_after_five_seconds() {
-    let mut world = World::new(&Timing::default(), Ask::Serve(terms("host")));
+    let mut world = World::new(&Timing::default(), Ask::Serve(Box::new(terms("host"))));
     world.freeze(true);
     world.run_for(ms(4_999));
     world.seen();
@@ -392,7 +433,7 @@ fn a_worker_that_does_not_answer_is_given_up_after_five_seconds() {
 #[test]
 fn a_worker_that_prepares_has_a_minute_while_it_is_heard_and_three_seconds_after() {
     let preparing = |heard_for_ms: u64| {
-        let mut world = World::new(&Timing::default(), Ask::Serve(terms("host")));
+        let mut world = World::new(&Timing::default(), Ask::Serve(Box::new(terms("host"))));
         world.accepts = false;
         world.run_for(ms(0));
         while world.elapsed_ms() < heard_for_ms {
@@ -414,8 +455,8 @@ fn a_worker_that_prepares_has_a_minute_while_it_is_heard_and_three_seconds_after
 #[test]
 fn a_wrong_key_ends_the_handshake_and_says_so() {
     let now = std::time::Instant::now();
-    let mut host = Endpoint::host(&Key::from_bytes([9; 32]), Ask::Inquire, &Timing::default(), now).unwrap();
-    let mut worker = Endpoint::worker(Box::new(|_, _| Lookup::Unknown), &Timing::default(), now);
+    let mut host = Endpoint::host(&Key::from_bytes([9; 32]), Ask::Inquire, &Timing::default(), now);
+    let mut worker = Endpoint::worker(Box::new(|_| Lookup::Unknown), &Timing::default(), now).unwrap();
     exchange(&mut host, &mut worker, now);
     let refused = LinkErrorKind::Handshake(HandshakeError::Key);
     assert_eq!((host.end(), worker.end()), (Some(&refused), Some(&refused)));
@@ -425,7 +466,7 @@ fn a_wrong_key_ends_the_handshake_and_says_so() {
 fn a_refusal_names_every_difference_on_both_sides() {
     let now = std::time::Instant::now();
     let need = dim_wire::Terms { n_ctx: 1 << 21, max_sessions: 5, ..terms("host") };
-    let mut host = Endpoint::host(&key(), Ask::Serve(need), &Timing::default(), now).unwrap();
+    let mut host = Endpoint::host(&key(), Ask::Serve(Box::new(need)), &Timing::default(), now);
     let mut worker = worker_at(now);
     exchange(&mut host, &mut worker, now);
     let mut current = Store::default();

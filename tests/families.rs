@@ -48,6 +48,11 @@ const FAMILIES: &[(&str, &[&str])] = &[
     ("granitehybrid", &[]),
     ("mamba", &[]),
     ("qwen3vl", &[]),
+    // more than the hidden row crosses
+    ("gemma3n", &[]),
+    ("rwkv7", &[]),
+    ("talkie", &[]),
+    ("deepseek4", &[]),
 ];
 
 /// A tiny model, cut in three, and a key.

@@ -15,7 +15,7 @@ fn a_thousand_hostile_peers_cost_a_worker_less_than_16_mib() {
     let key = Key::from_bytes([1; 32]);
     let config = ListenerConfig {
         keys: Arc::new(key.clone()),
-        readiness: Readiness::Ready(Terms::blank(1, "test", "worker")),
+        readiness: Readiness::Ready(Terms::blank(2, "test", "worker")),
         timing: Timing::default(),
         notice: Box::new(|_| {}),
     };
@@ -30,7 +30,7 @@ fn a_thousand_hostile_peers_cost_a_worker_less_than_16_mib() {
         // the right beginning, the largest lengths there are, or nothing: and then they stay
         let sent: &[u8] = match n % 3 {
             0 => &dim_wire::handshake::MAGIC,
-            1 => &[0xFF; 74],
+            1 => &[0xFF; 82],
             _ => &[],
         };
         let _ = peer.write_all(sent);

@@ -18,7 +18,7 @@ use dim::stage::load::{LoadOptions, load_stage};
 use dim::stage::verified::{Verify, open_slice};
 use dim_wire::keys::Key;
 use dim_wire::message::{ErrorCode, Farewell, Fault};
-use dim_wire::rows::RowTypes;
+use dim_wire::rows::{RowTypes, Shape};
 use dim_wire::terms::{Reason, SliceRole, Terms};
 use dim_wire::transport::{Listener, ListenerConfig, Readiness, Sender, Timing};
 
@@ -43,7 +43,7 @@ impl Phone {
             row_types: RowTypes::ALL,
             role: SliceRole::Middle,
             instance: 7,
-            n_embd: info.hparams.n_embd,
+            shape: Shape::hidden(info.hparams.n_embd),
             n_blocks: info.model_blocks,
             blocks: info.blocks,
             n_ctx: 512,

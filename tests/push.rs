@@ -15,7 +15,7 @@ use dim::host::packages::Packages;
 use dim_wire::VERSIONS;
 use dim_wire::connection::{Connection, Role};
 use dim_wire::frame::{Inbox, Outgoing, Sealer};
-use dim_wire::handshake::{FIRST_FLIGHT, Lookup, Purpose, WorkerHandshake};
+use dim_wire::handshake::{FIRST_FLIGHT, Lookup, Named, Purpose, WorkerHandshake};
 use dim_wire::keys::Key;
 use dim_wire::message::{ErrorCode, Farewell, Fault, Message, PushOffer, PushOutcome};
 use dim_wire::terms::{OPENING_LIMIT, Reason, Terms};
@@ -89,12 +89,16 @@ struct Wire {
 
 impl Wire {
     fn accept(mut stream: TcpStream, key: &Key) -> Option<Wire> {
-        let mut handshake = WorkerHandshake::new(VERSIONS);
+        let mut handshake = WorkerHandshake::new(VERSIONS).unwrap();
+        stream.write_all(&handshake.greeting()).ok()?;
         loop {
             let mut buffer = [0; FIRST_FLIGHT];
             let n = stream.read(&mut buffer[..handshake.wants()]).ok().filter(|&n| n > 0)?;
             let mut input = &buffer[..n];
-            let look_up = |_, id| if id == key.id() { Lookup::Found(key.clone()) } else { Lookup::Unknown };
+            let look_up = |named: &Named| match named.is(key) {
+                true => Lookup::Found(key.clone()),
+                false => Lookup::Unknown,
+            };
             if let Some(verdict) = handshake.receive(&mut input, look_up) {
                 stream.write_all(&verdict.answer).unwrap();
                 let established = verdict.outcome.ok()?;
@@ -144,7 +148,7 @@ fn serve(stream: TcpStream, key: &Key, state: &Mutex<State>) {
     state.offers.push(offer.clone());
     match act {
         Act::Refuse(reason, text) => {
-            let terms = Terms::blank(1, "test", "a phone");
+            let terms = Terms::blank(2, "test", "a phone");
             return wire.say(&Message::Refuse { reason, terms, text: text.to_owned() });
         }
         Act::Busy => return wire.say(&Message::Busy { since_ms: 12_000, name: "Tom's Mac".to_owned() }),
@@ -178,7 +182,7 @@ fn serve(stream: TcpStream, key: &Key, state: &Mutex<State>) {
                 stored[usize::from(item)].extend_from_slice(bytes);
                 came += bytes.len() as u64;
             }
-            Message::Pong(number) => heard.push(format!("pong {number}")),
+            Message::Pong { number, .. } => heard.push(format!("pong {number}")),
             Message::Error(fault) => heard.push(fault.text),
             _ => {}
         });
@@ -210,7 +214,7 @@ fn serve(stream: TcpStream, key: &Key, state: &Mutex<State>) {
             let heard = &mut state.heard;
             while !heard.iter().any(|h| h == "pong 77") {
                 let mut note = |message: Message<'_>| {
-                    if let Message::Pong(number) = message {
+                    if let Message::Pong { number, .. } = message {
                         heard.push(format!("pong {number}"));
                     }
                 };

@@ -23,11 +23,12 @@ use dim_ab::link::{Link as Relay, LinkOptions};
 use dim_core::blocks::BlockRange;
 use dim_wire::keys::{Key, PairingCode};
 use dim_wire::message::{Farewell, Span};
-use dim_wire::rows::{RowTypes, RowsRef};
+use dim_wire::rows::{RowTypes, RowsRef, Shape};
 use dim_wire::terms::{SliceRole, Terms};
 use dim_wire::transport::push::{PushError, push};
 use dim_wire::transport::{
-    Event, Link, LinkError, LinkErrorKind, Listener, ListenerConfig, Readiness, Timing, dial, inquire, pair,
+    ComputeTime, Event, Link, LinkError, LinkErrorKind, Listener, ListenerConfig, Readiness, Timing, dial,
+    inquire, pair,
 };
 use gguf_tools::coreml::manifest::{
     Dims, FORMAT, Manifest, ModelIdentity, Package, PackageFile, RopeParameters, SliceIdentity, VERSION,
@@ -127,7 +128,7 @@ fn host_terms(instance: u64) -> Terms {
         row_types: RowTypes::F16,
         role: SliceRole::Middle,
         instance,
-        n_embd: N_EMBD as u32,
+        shape: Shape::hidden(N_EMBD as u32),
         n_blocks: 28,
         blocks: BlockRange { first: 11, last: 12 },
         n_ctx: N_CTX,
@@ -137,7 +138,7 @@ fn host_terms(instance: u64) -> Terms {
         model: digest("dim fake model"),
         slice: digest("dim fake slice"),
         arch: "fake".into(),
-        ..Terms::blank(1, "swift-interop", "a desk")
+        ..Terms::blank(2, "swift-interop", "a desk")
     }
 }
 
@@ -147,7 +148,7 @@ fn connect(address: &str, key: &Key, instance: u64) -> Link {
 
 fn send(link: &Link, session: u32, position: u32, rows: &[f16]) {
     let count = (rows.len() / N_EMBD) as u32;
-    link.send_step(&[Span { session, position, count }], rows.into()).unwrap();
+    link.send_step(&[Span { session, position, count }], &[], rows.into()).unwrap();
 }
 
 fn receive(link: &mut Link) -> Result<Vec<f16>, LinkError> {
@@ -169,13 +170,16 @@ fn strangers_and_mismatches(address: &str, key: &Key) {
     );
 
     let held = inquire(address, key, &Timing::default()).unwrap();
-    assert_eq!((held.n_embd, held.blocks), (N_EMBD as u32, BlockRange { first: 11, last: 12 }));
+    assert_eq!(
+        (&held.shape, held.blocks),
+        (&Shape::hidden(N_EMBD as u32), BlockRange { first: 11, last: 12 })
+    );
     type Change = fn(&mut Terms);
     let changes: [(&str, Change); 10] = [
         ("arch", |t| t.arch = "qwen2".into()),
         ("model", |t| t.model = Some(Sha([9; 32]))),
         ("n_blocks", |t| t.n_blocks = 29),
-        ("n_embd", |t| t.n_embd = 32),
+        ("rows", |t| t.shape = Shape::hidden(32)),
         ("role", |t| t.role = SliceRole::Tail),
         ("blocks", |t| t.blocks.last = 13),
         ("slice", |t| t.slice = Some(Sha([9; 32]))),
@@ -526,7 +530,7 @@ fn time_round_trips(words: &[String], folder: &Path) {
     let mut line = String::new();
     BufReader::new(rust.stdout.take().unwrap()).read_line(&mut line).unwrap();
     let terms = Terms {
-        n_embd: WIDTH as u32,
+        shape: Shape::hidden(WIDTH as u32),
         n_ctx: 1 << 20,
         max_rows: 1,
         max_sessions: 1,
@@ -542,7 +546,7 @@ fn time_round_trips(words: &[String], folder: &Path) {
             for trip in 0..1000 {
                 let begun = Instant::now();
                 let span = Span { session: 0, position: (turn * 1000 + trip) as u32, count: 1 };
-                link.send_step(&[span], row.as_slice().into()).unwrap();
+                link.send_step(&[span], &[], row.as_slice().into()).unwrap();
                 let Event::Done { rows, .. } = link.receive(Some(begun + Duration::from_secs(10))).unwrap()
                 else {
                     panic!("no answer")
@@ -578,7 +582,7 @@ fn time_round_trips(words: &[String], folder: &Path) {
 fn rust_worker(key: &Key) {
     let terms = Terms {
         row_types: RowTypes::F16,
-        n_embd: 3584,
+        shape: Shape::hidden(3584),
         n_ctx: 1 << 20,
         max_rows: 1,
         max_sessions: 1,
@@ -602,7 +606,7 @@ fn rust_worker(key: &Key) {
             let RowsRef::F16(values) = rows else { panic!("another format") };
             answer.clear();
             answer.extend_from_slice(values);
-            sender.send_done(step, 1, answer.as_slice().into(), Duration::ZERO, Duration::ZERO).unwrap();
+            sender.send_done(step, 1, answer.as_slice().into(), at_once()).unwrap();
         }
     });
     let _ = std::io::stdin().read_to_end(&mut Vec::new());
@@ -668,4 +672,9 @@ impl Drop for Swift {
         let _ = self.process.kill();
         let _ = self.process.wait();
     }
+}
+
+/// A step that took no time.
+fn at_once() -> ComputeTime {
+    ComputeTime { began: Instant::now(), compute: Duration::ZERO, wait: Duration::ZERO }
 }

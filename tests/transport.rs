@@ -11,15 +11,15 @@ use dim_core::bell::Bell;
 use dim_core::blocks::BlockRange;
 use dim_core::digest::Sha;
 use dim_wire::error::HandshakeError;
-use dim_wire::handshake::{HostHandshake, Purpose};
+use dim_wire::handshake::{FIRST_FLIGHT, GREETING, HostHandshake, Purpose};
 use dim_wire::keys::{Key, KeyStore, PairingCode};
 use dim_wire::message::{ErrorCode, Farewell, Fault, Span};
-use dim_wire::rows::{RowTypes, RowsRef};
+use dim_wire::rows::{RowTypes, RowsRef, Shape};
 use dim_wire::terms::{Reason, SliceRole, Terms};
 use dim_wire::transport::listen::MAX_STRANGERS;
 use dim_wire::transport::{
-    Event, Link, LinkError, LinkErrorKind, Listener, ListenerConfig, Notice, Readiness, Sender, Timing, dial,
-    inquire, pair,
+    ComputeTime, Event, Link, LinkError, LinkErrorKind, Listener, ListenerConfig, Notice, Readiness, Sender,
+    Timing, dial, inquire, pair,
 };
 use half::f16;
 
@@ -34,7 +34,7 @@ fn terms(name: &str) -> Terms {
         row_types: RowTypes::F16,
         role: SliceRole::Middle,
         instance: 0,
-        n_embd: N_EMBD as u32,
+        shape: Shape::hidden(N_EMBD as u32),
         n_blocks: 12,
         blocks: BlockRange { first: 4, last: 7 },
         n_ctx: 4096,
@@ -45,7 +45,7 @@ fn terms(name: &str) -> Terms {
         slice: Some(Sha([2; 32])),
         params: Some(Sha([3; 32])),
         arch: "qwen2".into(),
-        ..Terms::blank(1, "test 0", name)
+        ..Terms::blank(2, "test 0", name)
     }
 }
 
@@ -140,10 +140,15 @@ fn add_one(link: Link, gate: &Mutex<()>) -> Result<(), LinkError> {
                         RowsRef::F32(&out32)
                     }
                 };
-                sender.send_done(step, n_rows, out, begun.elapsed(), begun - arrived)?;
+                sender.send_done(
+                    step,
+                    n_rows,
+                    out,
+                    ComputeTime { began: begun, compute: begun.elapsed(), wait: begun - arrived },
+                )?;
             }
             Event::Rewind { .. } | Event::EndSession { .. } => {}
-            Event::Done { .. } => unreachable!("a worker gets no answers"),
+            Event::Done { .. } | Event::Failed { .. } => unreachable!("a worker gets no answers"),
         }
     }
 }
@@ -160,7 +165,7 @@ fn soon() -> Option<Instant> {
 fn token(link: &mut Link, position: u32) -> Result<(), LinkError> {
     let span = [Span { session: 0, position, count: 1 }];
     let sent = rows(1, position as f32);
-    let step = link.send_step(&span, sent.as_slice().into())?;
+    let step = link.send_step(&span, &[], sent.as_slice().into())?;
     match link.receive(soon())? {
         Event::Done { step: done, rows, .. } => {
             assert_eq!(done, step);
@@ -205,7 +210,7 @@ fn bytes_per_token_are_within_the_budget() {
 
 /// `rounds` times 4 chunks of 8 MiB each way, under way at once, with one thread at each end.
 fn saturate(rounds: u32, pace: Option<u32>) {
-    let wide = |name| Terms { n_embd: 8192, ..terms(name) };
+    let wide = |name| Terms { shape: Shape::hidden(8192), ..terms(name) };
     let readiness = Readiness::Ready(wide("worker"));
     let listener = Listener::bind(
         "127.0.0.1:0",
@@ -225,7 +230,7 @@ fn saturate(rounds: u32, pace: Option<u32>) {
         for _ in 0..4 * rounds {
             let received = receiver.receive(soon());
             let Ok(Event::Step { step, rows, .. }) = received else { panic!("no step: {received:?}") };
-            sender.send_done(step, 512, rows, Duration::ZERO, Duration::ZERO).unwrap();
+            sender.send_done(step, 512, rows, at_once()).unwrap();
         }
         let _ = receiver.receive(soon());
     });
@@ -234,7 +239,7 @@ fn saturate(rounds: u32, pace: Option<u32>) {
     for round in 0..rounds {
         for session in 0..4 {
             let span = [Span { session, position: round * 512, count: 512 }];
-            link.send_step(&span, chunk.as_slice().into()).unwrap();
+            link.send_step(&span, &[], chunk.as_slice().into()).unwrap();
         }
         for _ in 0..4 {
             let received = link.receive(soon());
@@ -258,7 +263,7 @@ fn a_slow_link_full_in_both_directions_does_not_lock_up() {
 
 #[test]
 fn a_goodbye_is_not_held_up_by_a_blocked_send() {
-    let wide = |name| Terms { n_embd: 8192, ..terms(name) };
+    let wide = |name| Terms { shape: Shape::hidden(8192), ..terms(name) };
     let readiness = Readiness::Ready(wide("worker"));
     let listener = Listener::bind(
         "127.0.0.1:0",
@@ -272,7 +277,7 @@ fn a_goodbye_is_not_held_up_by_a_blocked_send() {
     let sender = link.sender().clone();
     let sending = std::thread::spawn(move || {
         let chunk = vec![f16::ONE; 512 * 8192];
-        link.send_step(&[Span { session: 0, position: 0, count: 512 }], chunk.as_slice().into())
+        link.send_step(&[Span { session: 0, position: 0, count: 512 }], &[], chunk.as_slice().into())
     });
     until_blocked(&sender);
     assert!(!sending.is_finished(), "the relay took everything");
@@ -303,7 +308,7 @@ fn a_bell_rings_for_every_message_and_at_the_end_and_nothing_blocks() {
     link.receiver().notify(Some(bell.clone()));
     for position in 1..50 {
         let span = [Span { session: 0, position, count: 1 }];
-        let step = link.send_step(&span, rows(1, 1.0).as_slice().into()).unwrap();
+        let step = link.send_step(&span, &[], rows(1, 1.0).as_slice().into()).unwrap();
         let answered = loop {
             rung();
             match link.receiver().try_receive().unwrap() {
@@ -347,7 +352,7 @@ fn several_sessions_in_one_step_and_f32() {
         Span { session: 3, position: 0, count: 2 },
     ];
     let sent: Vec<f32> = (0..6 * N_EMBD).map(|i| i as f32 * 1e-3).collect();
-    link.send_step(&spans, sent.as_slice().into()).unwrap();
+    link.send_step(&spans, &[], sent.as_slice().into()).unwrap();
     let Event::Done { rows, .. } = link.receive(soon()).unwrap() else { panic!() };
     let RowsRef::F32(values) = rows else { panic!() };
     assert!(values.iter().zip(&sent).all(|(a, b)| *a == b + 1.0));
@@ -415,7 +420,7 @@ fn a_deadline_leaves_the_link_usable() {
     let gate = worker.gate.lock().unwrap();
     let mut link = worker.dial("host").unwrap();
     let sent = rows(1, 0.0);
-    link.send_step(&[Span { session: 0, position: 0, count: 1 }], sent.as_slice().into()).unwrap();
+    link.send_step(&[Span { session: 0, position: 0, count: 1 }], &[], sent.as_slice().into()).unwrap();
     let early = link.receive(Some(Instant::now() + Duration::from_millis(20)));
     assert!(matches!(early, Err(LinkError { kind: LinkErrorKind::Deadline { .. }, .. })), "{early:?}");
     drop(gate);
@@ -426,7 +431,7 @@ fn a_deadline_leaves_the_link_usable() {
 fn a_blocked_send_ends_when_the_peer_falls_silent() {
     // a real silence, because the write is blocked in the system: that it comes back is the transport's doing
     let timing = Timing { silence: Duration::from_millis(700), ..Timing::default() };
-    let wide = |name| Terms { n_embd: 8192, ..terms(name) };
+    let wide = |name| Terms { shape: Shape::hidden(8192), ..terms(name) };
     let listener = Listener::bind(
         "127.0.0.1:0",
         ListenerConfig {
@@ -440,7 +445,7 @@ fn a_blocked_send_ends_when_the_peer_falls_silent() {
     let _worker = listener.accept(Some(Duration::from_secs(5))).unwrap();
     pace.store(0, Ordering::Relaxed);
     let chunk = vec![f16::ONE; 512 * 8192];
-    let sent = link.send_step(&[Span { session: 0, position: 0, count: 512 }], chunk.as_slice().into());
+    let sent = link.send_step(&[Span { session: 0, position: 0, count: 512 }], &[], chunk.as_slice().into());
     let sent = sent.unwrap_err();
     let lost = link.receiver().explain(sent.clone());
     assert!(matches!(lost, LinkError { kind: LinkErrorKind::Silent { .. }, .. }), "{sent:?} {lost:?}");
@@ -463,7 +468,7 @@ fn a_fault_reaches_the_host_with_its_block_and_a_way_out() {
     let mut link = dial(&at, &key(), &terms("host"), &Timing::default()).unwrap();
     let (sender, mut receiver) = listener.accept(Some(Duration::from_secs(5))).unwrap().split();
     let sent = rows(1, 0.0);
-    link.send_step(&[Span { session: 0, position: 0, count: 1 }], sent.as_slice().into()).unwrap();
+    link.send_step(&[Span { session: 0, position: 0, count: 1 }], &[], sent.as_slice().into()).unwrap();
     let Ok(Event::Step { step, .. }) = receiver.receive(soon()) else { panic!() };
     let fault = Fault {
         step: Some(step),
@@ -505,7 +510,7 @@ fn every_mismatch_is_refused_with_its_reason() {
         (Reason::Model, |t| t.model = Some(Sha([9; 32]))),
         (Reason::Params, |t| t.params = Some(Sha([9; 32]))),
         (Reason::NBlocks, |t| t.n_blocks = 13),
-        (Reason::NEmbd, |t| t.n_embd = 65),
+        (Reason::Layout, |t| t.shape = Shape::hidden(65)),
         (Reason::Role, |t| t.role = SliceRole::Tail),
         (Reason::Blocks, |t| t.blocks.last = 8),
         (Reason::Slice, |t| t.slice = Some(Sha([9; 32]))),
@@ -530,33 +535,35 @@ fn every_mismatch_is_refused_with_its_reason() {
 
 #[test]
 fn version_skew_is_answered_with_both_ranges() {
-    // a host of the future, by hand: speaks 2-3
+    // a host of the future, by hand: speaks 3-4
     let worker = Adder::plain();
     let mut peer = TcpStream::connect(worker.listener.address()).unwrap();
     let mut preamble = dim_wire::handshake::MAGIC.to_vec();
-    preamble.extend([2, 0, 3, 0, 0, 0, 0, 0, 1, 2, 3, 4, 5, 6, 7, 8]);
+    preamble.extend([3, 0, 4, 0, 0, 0, 0, 0, 1, 2, 3, 4, 5, 6, 7, 8, 1, 2, 3, 4, 5, 6, 7, 8]);
     preamble.extend([48, 0]);
     preamble.extend([0; 48]);
     peer.write_all(&preamble).unwrap();
     let mut answer = Vec::new();
     peer.read_to_end(&mut answer).unwrap();
+    let answer = &answer[GREETING..];
     assert_eq!(answer.len(), 24);
-    assert_eq!(answer[8..16], [1, 0, 1, 0, 1, 0, 0, 0], "speaks 1-1, status VERSION, nothing chosen");
+    assert_eq!(answer[8..16], [2, 0, 2, 0, 1, 0, 0, 0], "speaks 2-2, status VERSION, nothing chosen");
 
     // a worker of the future, by hand: speaks 3-4
     let door = TcpListener::bind("127.0.0.1:0").unwrap();
     let at = door.local_addr().unwrap().to_string();
     let future = std::thread::spawn(move || {
         let (mut peer, _) = door.accept().unwrap();
-        peer.read_exact(&mut [0; 74]).unwrap();
-        let mut answer = dim_wire::handshake::MAGIC.to_vec();
-        answer.extend([3, 0, 4, 0, 1, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0]);
-        peer.write_all(&answer).unwrap();
+        let mut greeting = dim_wire::handshake::MAGIC.to_vec();
+        greeting.extend([3, 0, 4, 0, 0, 0, 0, 0]);
+        greeting.extend([7; 16]);
+        peer.write_all(&greeting).unwrap();
+        assert_eq!(peer.read(&mut [0; FIRST_FLIGHT]).unwrap(), 0, "nothing is said to it");
     });
     let refused = dial(&at, &key(), &terms("host"), &Timing::default()).unwrap_err();
     future.join().unwrap();
     let text = refused.to_string();
-    assert!(text.contains("speaks protocol versions 3-4") && text.contains("this side speaks 1-1"), "{text}");
+    assert!(text.contains("speaks protocol versions 3-4") && text.contains("this side speaks 2-2"), "{text}");
     assert!(text.contains("update the software on this side"), "{text}");
 }
 
@@ -579,7 +586,7 @@ fn garbage_is_closed_without_an_answer_and_the_host_goes_on() {
         let mut answer = Vec::new();
         // closed with bytes unread: a reset is an end too
         let _ = peer.read_to_end(&mut answer);
-        assert!(answer.is_empty(), "{bytes:?} was answered {answer:?}");
+        assert!(answer.len() <= GREETING, "{bytes:?} was answered {answer:?}");
         token(&mut link, i as u32).unwrap();
     }
     let notices = worker.notices.0.lock().unwrap();
@@ -592,11 +599,11 @@ fn a_key_holder_that_says_nothing_is_closed() {
     let timing = Timing { opening: Duration::from_millis(300), ..Timing::default() };
     let worker = Adder::start(config(Arc::new(key()), timing));
     let mut peer = TcpStream::connect(worker.listener.address()).unwrap();
-    let mut h = HostHandshake::new(&key(), Purpose::Key, 1..=1).unwrap();
-    peer.write_all(h.first_flight()).unwrap();
+    let (mut h, flight) = greeted(&mut peer);
+    peer.write_all(&flight).unwrap();
     let mut answer = [0; 98];
     peer.read_exact(&mut answer).unwrap();
-    h.receive(&mut &answer[..]).unwrap().unwrap();
+    h.receive(&mut &answer[..], &mut Vec::new()).unwrap().unwrap();
     assert_eq!(peer.read(&mut [0; 8]).unwrap(), 0);
     worker.until_noticed(
         |n| matches!(n, Notice::Refused { why, .. } if why.contains("did not say what it needs")),
@@ -613,12 +620,20 @@ fn a_crowd_of_idle_strangers_does_not_keep_a_host_out() {
     drop(crowd);
 }
 
-/// Message 1 of the handshake has nothing fresh of the worker in it: who has overheard one can send it again, and passes
-/// for a host until its first sealed message is due.
+/// The host's part of a handshake that a worker has greeted, up to its first flight.
+fn greeted(peer: &mut TcpStream) -> (HostHandshake, Vec<u8>) {
+    let (mut greeting, mut flight) = ([0; GREETING], Vec::new());
+    peer.read_exact(&mut greeting).unwrap();
+    let mut host = HostHandshake::new(&key(), Purpose::Key, dim_wire::VERSIONS);
+    assert!(host.receive(&mut &greeting[..], &mut flight).unwrap().is_none());
+    (host, flight)
+}
+
+/// Who has overheard a host's first flight is no nearer to the worker than who has not: the greeting was another.
 #[test]
 fn a_crowd_with_an_overheard_first_flight_does_not_keep_a_host_out() {
     let worker = Adder::plain();
-    let overheard = *HostHandshake::new(&key(), Purpose::Key, 1..=1).unwrap().first_flight();
+    let overheard = greeted(&mut TcpStream::connect(worker.listener.address()).unwrap()).1;
     let mut crowd: Vec<TcpStream> = (0..100)
         .map(|_| {
             let mut peer = TcpStream::connect(worker.listener.address()).unwrap();
@@ -637,6 +652,32 @@ fn a_crowd_with_an_overheard_first_flight_does_not_keep_a_host_out() {
     assert!(open <= MAX_STRANGERS, "{open} strangers are kept");
 }
 
+/// A crowd from one address drives out its own, not who comes alone from another.
+#[test]
+fn a_crowd_of_one_address_does_not_drive_out_who_comes_from_another() {
+    let timing = Timing { stranger: Duration::from_secs(30), ..Timing::default() };
+    let config = config(Arc::new(key()), timing);
+    let listener = Listener::bind("0.0.0.0:0", config).unwrap();
+    let port = listener.address().port();
+    let from = |ip: &str| -> Option<TcpStream> {
+        let socket = socket2::Socket::new(socket2::Domain::IPV4, socket2::Type::STREAM, None).unwrap();
+        socket.bind(&format!("{ip}:0").parse::<std::net::SocketAddr>().unwrap().into()).ok()?;
+        socket.connect(&format!("127.0.0.1:{port}").parse::<std::net::SocketAddr>().unwrap().into()).unwrap();
+        Some(socket.into())
+    };
+    let mut owner = from("127.0.0.1").unwrap();
+    // other loopback addresses exist on Linux only
+    let Some(first) = from("127.0.0.2") else { return };
+    let (mut host, flight) = greeted(&mut owner);
+    let crowd: Vec<TcpStream> =
+        std::iter::once(first).chain((0..100).filter_map(|_| from("127.0.0.2"))).collect();
+    assert_eq!(crowd.len(), 101);
+    owner.write_all(&flight).unwrap();
+    let mut answer = [0; 98];
+    owner.read_exact(&mut answer).unwrap();
+    assert!(host.receive(&mut &answer[..], &mut Vec::new()).unwrap().is_some());
+}
+
 #[test]
 fn the_link_s_own_thread_speaks_for_an_owner_who_is_away() {
     // in real time, because what is shown is that a thread does it
@@ -644,7 +685,8 @@ fn the_link_s_own_thread_speaks_for_an_owner_who_is_away() {
     let worker = Adder::start(config(Arc::new(key()), timing.clone()));
     let gate = worker.gate.lock().unwrap();
     let mut link = dial(&worker.at(), &key(), &terms("host"), &timing).unwrap();
-    link.send_step(&[Span { session: 0, position: 0, count: 1 }], rows(1, 0.0).as_slice().into()).unwrap();
+    link.send_step(&[Span { session: 0, position: 0, count: 1 }], &[], rows(1, 0.0).as_slice().into())
+        .unwrap();
     // the worker's owner is away; this side hears it all the same
     let early = link.receive(Some(Instant::now() + Duration::from_millis(1200)));
     assert!(matches!(early, Err(LinkError { kind: LinkErrorKind::Deadline { .. }, .. })), "{early:?}");
@@ -693,7 +735,7 @@ fn an_eavesdropper_sees_none_of_the_rows() {
             .unwrap();
     let pattern: Vec<f16> = (0..N_EMBD).map(|i| f16::from_f32(1.0 + i as f32 / 64.0)).collect();
     for position in 0..50 {
-        link.send_step(&[Span { session: 0, position, count: 1 }], pattern.as_slice().into()).unwrap();
+        link.send_step(&[Span { session: 0, position, count: 1 }], &[], pattern.as_slice().into()).unwrap();
         link.receive(soon()).unwrap();
     }
     link.close(Farewell::Finished);
@@ -849,4 +891,9 @@ fn taping_relay(to: SocketAddr) -> (String, Arc<Mutex<Vec<u8>>>) {
         true
     };
     (relay_with(to, write), tape)
+}
+
+/// A step that took no time.
+fn at_once() -> ComputeTime {
+    ComputeTime { began: Instant::now(), compute: Duration::ZERO, wait: Duration::ZERO }
 }

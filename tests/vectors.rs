@@ -6,17 +6,18 @@ use std::path::PathBuf;
 
 use dim_core::blocks::BlockRange;
 use dim_core::digest::Sha;
+use dim_core::stage::TakeBack;
 use dim_wire::connection::{Books, Connection, Role};
 use dim_wire::error::{HandshakeError, ReceiveError};
 use dim_wire::frame::{Inbox, Opener, Outgoing, Sealer};
-use dim_wire::handshake::{Established, HostHandshake, Lookup, Purpose, WorkerHandshake};
-use dim_wire::keys::{Key, KeyId, PairingCode};
+use dim_wire::handshake::{Established, HostHandshake, Lookup, Named, Purpose, WorkerHandshake};
+use dim_wire::keys::{Key, PairingCode};
 use dim_wire::message::{
-    Activity, ErrorCode, Farewell, Fault, Item, ItemKind, Message, PushOffer, PushOutcome, Span, Status,
-    Temperature, encode_step_done_head, encode_step_head,
+    Activity, DoneHead, ErrorCode, Farewell, Fault, Item, ItemKind, Kind, Message, PushOffer, PushOutcome,
+    Span, Status, StepFailed, Temperature, encode_step_done_head, encode_step_head,
 };
-use dim_wire::rows::{self, RowTypes, RowsRef};
-use dim_wire::terms::{self, Agreed, Reason, SliceRole, Terms, features};
+use dim_wire::rows::{self, Layout, Part, PartType, RowType, RowTypes, RowsRef, Shape};
+use dim_wire::terms::{self, Agreed, Engine, Machine, Measured, Reason, SliceRole, Terms, Unit, features};
 use half::f16;
 use ring::hmac;
 use serde_json::{Value, json};
@@ -26,7 +27,14 @@ use sha2::{Digest, Sha256};
 fn keys() {
     let keys: Vec<Value> = [[0u8; 32], [0xFF; 32], counting(1)]
         .into_iter()
-        .map(|k| json!({ "key": hex(&k), "id": Key::from_bytes(k).id().to_string() }))
+        .map(|k| {
+            let key = Key::from_bytes(k);
+            let named = Named { purpose: Purpose::Key, mark: [0; 8], salt: SALT, nonce: NONCE };
+            json!({
+                "key": hex(&k), "id": key.id().to_string(), "nonce": hex(&NONCE), "salt": hex(&SALT),
+                "mark": hex(&named.mark_of(&key)),
+            })
+        })
         .collect();
     let codes: Vec<Value> = [
         "00000000000000000000",
@@ -94,6 +102,10 @@ fn check_character(characters: &str) -> char {
 
 // --- handshake -------------------------------------------------------------------------------------------
 
+/// What both sides draw in all cases.
+const NONCE: [u8; 16] = *b"sixteen of these";
+const SALT: [u8; 8] = *b"eight mo";
+
 struct Case {
     name: &'static str,
     purpose: Purpose,
@@ -106,13 +118,13 @@ struct Case {
 
 fn cases() -> [Case; 3] {
     let plain = Case {
-        name: "paired key, version 1",
+        name: "paired key, version 2",
         purpose: Purpose::Key,
         key: counting(0x00),
         host_ephemeral: counting(0x20),
         worker_ephemeral: counting(0x40),
-        host_versions: (1, 1),
-        worker_versions: (1, 1),
+        host_versions: (2, 2),
+        worker_versions: (2, 2),
     };
     [
         Case {
@@ -137,17 +149,37 @@ fn code() -> PairingCode {
     PairingCode::parse(&format!("7Q3C0HV1K9XJ2M5T8R4W{}", check_character("7Q3C0HV1K9XJ2M5T8R4W"))).unwrap()
 }
 
-/// Both sides of a case: first flight, answer, what each has established.
-fn shake(case: &Case) -> (Vec<u8>, Vec<u8>, Established, Established) {
-    let (h, w) = (case.host_versions, case.worker_versions);
+/// Both sides of a case.
+struct Shaken {
+    greeting: Vec<u8>,
+    first: Vec<u8>,
+    answer: Vec<u8>,
+    host: Established,
+    worker: Established,
+}
+
+fn host_of(case: &Case) -> HostHandshake {
+    let (key, versions) = (Key::from_bytes(case.key), case.host_versions.0..=case.host_versions.1);
+    HostHandshake::with_secrets(&key, case.purpose, versions, SALT, case.host_ephemeral)
+}
+
+fn worker_of(case: &Case) -> WorkerHandshake {
+    let versions = case.worker_versions.0..=case.worker_versions.1;
+    WorkerHandshake::with_secrets(versions, NONCE, case.worker_ephemeral)
+}
+
+fn shake(case: &Case) -> Shaken {
     let key = Key::from_bytes(case.key);
-    let mut host =
-        HostHandshake::with_ephemeral(&key, case.purpose, h.0..=h.1, Some(&case.host_ephemeral)).unwrap();
-    let mut worker = WorkerHandshake::with_ephemeral(w.0..=w.1, case.worker_ephemeral);
-    let first = host.first_flight().to_vec();
-    let verdict = worker.receive(&mut &first[..], |_, _| Lookup::Found(key.clone())).unwrap();
-    let established = host.receive(&mut &verdict.answer[..]).unwrap().unwrap();
-    (first, verdict.answer, established, verdict.outcome.unwrap())
+    let (mut host, mut worker) = (host_of(case), worker_of(case));
+    let (greeting, mut first) = (worker.greeting().to_vec(), Vec::new());
+    assert!(host.receive(&mut &greeting[..], &mut first).unwrap().is_none());
+    let found = |named: &Named| match case.purpose == Purpose::Pairing || named.is(&key) {
+        true => Lookup::Found(key.clone()),
+        false => Lookup::Unknown,
+    };
+    let verdict = worker.receive(&mut &first[..], found).unwrap();
+    let host = host.receive(&mut &verdict.answer[..], &mut Vec::new()).unwrap().unwrap();
+    Shaken { greeting, first, answer: verdict.answer, host, worker: verdict.outcome.unwrap() }
 }
 
 #[test]
@@ -155,19 +187,22 @@ fn noise() {
     let cases_json: Vec<Value> = cases()
         .iter()
         .map(|case| {
-            let (first, answer, host, worker) = shake(case);
+            let Shaken { greeting, first, answer, host, worker } = shake(case);
             assert_eq!(host.hash, worker.hash);
-            let trace = by_hand(case, &first, &answer);
+            let trace = by_hand(case, &greeting, &first, &answer);
             assert_eq!(trace["handshake_hash"], hex(&host.hash), "the library and section 3.3 agree");
             json!({
                 "name": case.name,
                 "purpose": case.purpose as u8,
                 "psk": hex(&case.key),
+                "host_salt": hex(&SALT),
                 "host_ephemeral": hex(&case.host_ephemeral),
+                "worker_nonce": hex(&NONCE),
                 "worker_ephemeral": hex(&case.worker_ephemeral),
                 "host_versions": [case.host_versions.0, case.host_versions.1],
                 "worker_versions": [case.worker_versions.0, case.worker_versions.1],
                 "version": host.version,
+                "greeting": hex(&greeting),
                 "first_flight": hex(&first),
                 "answer": hex(&answer),
                 "trace": trace,
@@ -176,7 +211,7 @@ fn noise() {
         .collect();
 
     let [_, _, plain] = cases();
-    let (first, answer, _, _) = shake(&plain);
+    let Shaken { greeting, first, answer, .. } = shake(&plain);
     let change = |bytes: &[u8], at: usize, to: u8| {
         let mut bytes = bytes.to_vec();
         bytes[at] = to;
@@ -191,25 +226,26 @@ fn noise() {
         ("reserved byte set", change(&first, 15, 1)),
         ("pairing with a key id", change(&first, 12, 1)),
         ("only newer versions", change(&change(&first, 8, 5), 10, 6)),
-        ("only older versions", change(&change(&first, 8, 0), 10, 0)),
-        ("unknown key id", change(&first, 16, first[16] ^ 1)),
-        ("message 1 too short", change(&first, 24, 47)),
-        ("message 1 too long", change(&first, 25, 0xFF)),
-        ("ephemeral key altered", change(&first, 26, first[26] ^ 1)),
-        ("tag altered", change(&first, 73, first[73] ^ 1)),
-        ("the versions altered on the way", change(&first, 10, 2)),
+        ("only older versions", change(&change(&first, 8, 0), 10, 1)),
+        ("another salt", change(&first, 16, first[16] ^ 1)),
+        ("a mark of no key", change(&first, 24, first[24] ^ 1)),
+        ("message 1 too short", change(&first, 32, 47)),
+        ("message 1 too long", change(&first, 33, 0xFF)),
+        ("ephemeral key altered", change(&first, 34, first[34] ^ 1)),
+        ("tag altered", change(&first, 81, first[81] ^ 1)),
+        ("the versions altered on the way", change(&first, 10, 3)),
+        ("meant for another greeting", shake(&Case { worker_versions: (1, 2), ..cases()[2] }).first),
         ("the host's ephemeral key is zero", zero_point(&plain)),
     ]
     .into_iter()
     .map(|(name, bytes)| {
-        let mut worker = WorkerHandshake::with_ephemeral(1..=1, plain.worker_ephemeral);
+        let mut worker = worker_of(&plain);
         let key = Key::from_bytes(plain.key);
-        let id = key.id();
-        let found = |_, asked: KeyId| if asked == id { Lookup::Found(key) } else { Lookup::Unknown };
+        let found = |named: &Named| if named.is(&key) { Lookup::Found(key) } else { Lookup::Unknown };
         let verdict = worker.receive(&mut &bytes[..], found).expect("enough bytes for a verdict");
         json!({
             "name": name,
-            "worker_versions": [1, 1],
+            "worker_versions": [2, 2],
             "bytes": hex(&bytes),
             "rule": verdict.outcome.unwrap_err().rule(),
             "answer": hex(&verdict.answer),
@@ -222,30 +258,42 @@ fn noise() {
         (clear[12], clear[14]) = (s, 0);
         clear
     };
+    // everything that the worker sends: its greeting, mostly the right one, and what comes behind it
+    let behind = |bytes: Vec<u8>| [&greeting[..], &bytes].concat();
+    let greeted = |at: usize, to: u8| change(&greeting, at, to);
     let refused_by_host: Vec<Value> = [
-        ("not this protocol", b"HTTP/1.1 400 Bad Request".to_vec()),
-        ("no version in common", change(&change(&status(1), 8, 3), 10, 4)),
-        ("key not accepted", status(2)),
-        ("no pairing open", status(3)),
-        ("crowded", status(4)),
-        ("unknown status", status(5)),
-        ("a status with a version chosen", change(&status(2), 14, 1)),
-        ("reserved byte set", change(&answer, 13, 1)),
-        ("a version that was not offered", change(&answer, 14, 2)),
-        ("a worse version than possible", change(&answer, 14, 0)),
-        ("the clear answer altered, still sensible", change(&change(&answer, 8, 0), 9, 0)),
-        ("message 2 too short", change(&answer, 24, 71)),
-        ("ephemeral key altered", change(&answer, 26, answer[26] ^ 1)),
-        ("payload altered", change(&answer, 60, answer[60] ^ 1)),
-        ("tag altered", change(&answer, 97, answer[97] ^ 1)),
-        ("the worker's ephemeral key is zero", [&answer[..26], &[0; 32], &answer[58..]].concat()),
+        ("not this protocol", b"HTTP/1.1 400 Bad Request\r\n\r\n".to_vec()),
+        ("the magic as text", greeted(4, b'\n')),
+        ("greeting: lowest version above highest", greeted(8, 9)),
+        ("greeting: reserved byte set", greeted(13, 1)),
+        ("greeting: no version in common", change(&greeted(8, 3), 10, 4)),
+        ("greeting: only older versions", change(&greeted(8, 1), 10, 1)),
+        ("another greeting than the one answered to", [change(&greeting, 16, 0), answer.clone()].concat()),
     ]
     .into_iter()
+    .chain(
+        [
+            ("no version in common", status(1)),
+            ("versions that it did not greet with", change(&change(&status(1), 8, 3), 10, 4)),
+            ("key not accepted", status(2)),
+            ("no pairing open", status(3)),
+            ("crowded", status(4)),
+            ("unknown status", status(5)),
+            ("a status with a version chosen", change(&status(2), 14, 1)),
+            ("reserved byte set", change(&answer, 13, 1)),
+            ("a version that was not offered", change(&answer, 14, 3)),
+            ("a worse version than possible", change(&answer, 14, 0)),
+            ("the clear answer altered", change(&answer, 8, 1)),
+            ("message 2 too short", change(&answer, 24, 71)),
+            ("ephemeral key altered", change(&answer, 26, answer[26] ^ 1)),
+            ("payload altered", change(&answer, 60, answer[60] ^ 1)),
+            ("tag altered", change(&answer, 97, answer[97] ^ 1)),
+            ("the worker's ephemeral key is zero", [&answer[..26], &[0; 32], &answer[58..]].concat()),
+        ]
+        .map(|(name, bytes)| (name, behind(bytes))),
+    )
     .map(|(name, bytes)| {
-        let key = Key::from_bytes(plain.key);
-        let mut host =
-            HostHandshake::with_ephemeral(&key, Purpose::Key, 1..=1, Some(&plain.host_ephemeral)).unwrap();
-        let error = host.receive(&mut &bytes[..]).expect_err(name);
+        let error = host_of(&plain).receive(&mut &bytes[..], &mut Vec::new()).expect_err(name);
         json!({ "name": name, "bytes": hex(&bytes), "rule": error.rule() })
     })
     .collect();
@@ -258,19 +306,20 @@ fn noise() {
 
 /// A first flight under the right key whose ephemeral key is the zero point.
 fn zero_point(case: &Case) -> Vec<u8> {
-    let (first, _, _, _) = shake(case);
-    let mut noise = Symmetric::begin(&first[..24]);
+    let Shaken { greeting, first, .. } = shake(case);
+    let mut noise = Symmetric::begin(&[&greeting[..], &first[..32]].concat());
     noise.mix_key_and_hash(&case.key);
     noise.mix_hash(&[0; 32]);
     noise.mix_key(&[0; 32]);
     let tag = noise.seal(&[]);
-    [&first[..26], &[0; 32], &tag[..]].concat()
+    [&first[..34], &[0; 32], &tag[..]].concat()
 }
 
 /// Section 3.3 step by step, with nothing of the Noise library but its curve.
-fn by_hand(case: &Case, first: &[u8], answer: &[u8]) -> Value {
-    let (message_1, message_2) = (&first[26..], &answer[26..]);
-    let mut noise = Symmetric::begin(&first[..24]);
+fn by_hand(case: &Case, greeting: &[u8], first: &[u8], answer: &[u8]) -> Value {
+    let (message_1, message_2) = (&first[34..], &answer[26..]);
+    let clear = [greeting, &first[..32]].concat();
+    let mut noise = Symmetric::begin(&clear);
     let begun = (hex(&noise.h), hex(&noise.ck));
     noise.mix_key_and_hash(&case.key);
     let after_psk = noise.state();
@@ -291,7 +340,7 @@ fn by_hand(case: &Case, first: &[u8], answer: &[u8]) -> Value {
     assert_eq!(message_2[32..], sealed_2, "message 2");
     let [host_key, worker_key, _] = hkdf(&noise.ck, &[]);
     json!({
-        "prologue": hex(&[PROLOGUE, &first[..24]].concat()),
+        "prologue": hex(&[PROLOGUE, &clear].concat()),
         "h_after_prologue": begun.0,
         "ck_at_first": begun.1,
         "after_psk": after_psk,
@@ -315,10 +364,10 @@ struct Symmetric {
 }
 
 impl Symmetric {
-    fn begin(preamble: &[u8]) -> Symmetric {
+    fn begin(clear: &[u8]) -> Symmetric {
         let name: [u8; 32] = Sha256::digest(b"Noise_NNpsk0_25519_ChaChaPoly_SHA256").into();
         let mut noise = Symmetric { h: name, ck: name, k: [0; 32] };
-        noise.mix_hash(&[PROLOGUE, preamble].concat());
+        noise.mix_hash(&[PROLOGUE, clear].concat());
         noise
     }
 
@@ -553,18 +602,22 @@ const RETIRED: u32 = 1;
 
 fn host_terms() -> Terms {
     Terms {
-        version: 1,
+        version: 2,
         row_types: RowTypes::F16,
         role: SliceRole::Middle,
         features: RETIRED,
         instance: 0x1122_3344_5566_7788,
-        n_embd: 4,
         n_blocks: 24,
         blocks: BlockRange { first: 11, last: 16 },
+        shape: Shape::hidden(4),
+        input: Some(Sha(counting(0x70))),
+        output: None,
         n_ctx: 2048,
         max_rows: 128,
         max_sessions: 2,
         max_in_flight: 2,
+        take_back: TakeBack::NOTHING,
+        machine: Machine::default(),
         model: Some(Sha(counting(0x10))),
         slice: Some(Sha(counting(0x30))),
         params: Some(Sha(counting(0x50))),
@@ -583,6 +636,13 @@ fn worker_terms() -> Terms {
         max_rows: 64,
         max_sessions: 8,
         max_in_flight: 4,
+        take_back: TakeBack::ALL,
+        machine: Machine {
+            engine: Engine::CoreMl,
+            unit: Unit::Npu,
+            budget_mib: Some(2100),
+            measured: Measured { rows: 1, us: 140_000 },
+        },
         software: "dim-worker 0.1.0".into(),
         name: "Zoë's iPhone 📱".into(),
         ..host_terms()
@@ -610,16 +670,43 @@ fn agreed() -> Agreed {
     terms::agree(&host_terms(), &worker_terms()).unwrap()
 }
 
-fn step_bytes(step: u32, spans: &[Span], values: RowsRef<'_>) -> Vec<u8> {
+/// Rows of all kinds of parts, with token ids: 3 F32, 2 I32, 2 F32 that may not be rounded, 2 F16; back, the first two.
+fn several_parts() -> Shape {
+    let part = |part_type, may_round, values| Part { part_type, may_round, values };
+    let input = Layout {
+        parts: vec![
+            part(PartType::F32, true, 3),
+            part(PartType::I32, false, 2),
+            part(PartType::F32, false, 2),
+            part(PartType::F16, false, 2),
+        ],
+    };
+    Shape { output: Layout { parts: input.parts[..2].to_vec() }, input, reads_tokens: true }
+}
+
+fn shape_json(shape: &Shape) -> Value {
+    let layout = |layout: &Layout| -> Vec<Value> {
+        let number = |part_type| match part_type {
+            PartType::F16 => 1,
+            PartType::F32 => 2,
+            PartType::I32 => 3,
+        };
+        layout.parts.iter().map(|p| json!([number(p.part_type), u8::from(p.may_round), p.values])).collect()
+    };
+    json!({ "tokens": shape.reads_tokens, "input": layout(&shape.input), "output": layout(&shape.output) })
+}
+
+fn step_bytes(step: u32, spans: &[Span], tokens: &[i32], values: RowsRef<'_>) -> Vec<u8> {
     let mut bytes = Vec::new();
-    encode_step_head(&mut bytes, step, spans, values);
+    encode_step_head(&mut bytes, step, spans, tokens, values);
     bytes.extend_from_slice(rows::as_bytes(values));
     bytes
 }
 
 fn done_bytes(step: u32, n_rows: u32, values: RowsRef<'_>) -> Vec<u8> {
     let mut bytes = Vec::new();
-    encode_step_done_head(&mut bytes, step, n_rows, 1500, 20, values);
+    let head = DoneHead { step, n_rows, compute_us: 1500, wait_us: 20, began_us: 1 << 33 };
+    encode_step_done_head(&mut bytes, head, values);
     bytes.extend_from_slice(rows::as_bytes(values));
     bytes
 }
@@ -641,6 +728,7 @@ fn good_messages() -> Vec<(&'static str, Message<'static>, Value)> {
         battery_percent: Some(81),
         free_mib: Some(1234),
         step: 77,
+        pause_in_s: Some(90),
     };
     let fault = Fault {
         code: ErrorCode::NonFinite,
@@ -655,8 +743,13 @@ fn good_messages() -> Vec<(&'static str, Message<'static>, Value)> {
         ("ACCEPT", Message::Accept(worker_terms()), terms_json(&worker_terms())),
         (
             "OFFER without a slice",
-            Message::Offer(Terms::blank(1, "dim-worker 0.1.0", "phone")),
-            terms_json(&Terms::blank(1, "dim-worker 0.1.0", "phone")),
+            Message::Offer(Terms::blank(2, "dim-worker 0.1.0", "phone")),
+            terms_json(&Terms::blank(2, "dim-worker 0.1.0", "phone")),
+        ),
+        (
+            "OFFER of several parts",
+            Message::Offer(Terms { shape: several_parts(), ..worker_terms() }),
+            terms_json(&Terms { shape: several_parts(), ..worker_terms() }),
         ),
         (
             "REFUSE",
@@ -687,17 +780,35 @@ fn good_messages() -> Vec<(&'static str, Message<'static>, Value)> {
         ("REWIND", Message::Rewind { session: 1, position: 200 }, json!({ "session": 1, "position": 200 })),
         ("END_SESSION", Message::EndSession { session: 1 }, json!({ "session": 1 })),
         (
+            "STEP_FAILED",
+            Message::StepFailed(StepFailed { step: 9, fault: Some(fault.clone()) }),
+            json!({
+                "void": false, "code": 5, "step": 9, "session": 1, "block": 17, "count": 3,
+                "text": "3 values are not finite",
+            }),
+        ),
+        (
+            "STEP_FAILED, called off",
+            Message::StepFailed(StepFailed { step: 10, fault: None }),
+            json!({ "void": true, "code": 0, "step": 10, "session": null, "block": null, "count": 0, "text": "" }),
+        ),
+        ("CANCEL", Message::Cancel { step: 10 }, json!({ "step": 10 })),
+        (
             "HEARTBEAT",
             Message::Heartbeat(status),
-            json!({ "state": 1, "temperature": 3, "battery": 81, "free_mib": 1234, "step": 77 }),
+            json!({ "state": 1, "temperature": 3, "battery": 81, "free_mib": 1234, "step": 77, "pause_in_s": 90 }),
         ),
         (
             "HEARTBEAT of a host",
             Message::Heartbeat(Status::default()),
-            json!({ "state": 0, "temperature": 0, "battery": null, "free_mib": null, "step": 0 }),
+            json!({ "state": 0, "temperature": 0, "battery": null, "free_mib": null, "step": 0, "pause_in_s": null }),
         ),
         ("PING", Message::Ping(0x0102_0304_0506_0708), json!({ "number": 0x0102_0304_0506_0708u64 })),
-        ("PONG", Message::Pong(0x0102_0304_0506_0708), json!({ "number": 0x0102_0304_0506_0708u64 })),
+        (
+            "PONG",
+            Message::Pong { number: 0x0102_0304_0506_0708, clock_us: 1 << 40 },
+            json!({ "number": 0x0102_0304_0506_0708u64, "clock_us": 1u64 << 40 }),
+        ),
         (
             "ERROR",
             Message::Error(fault),
@@ -743,11 +854,16 @@ fn good_messages() -> Vec<(&'static str, Message<'static>, Value)> {
 }
 
 fn terms_json(t: &Terms) -> Value {
+    let machine = &t.machine;
     json!({
         "version": t.version, "dtypes": t.row_types.bits(), "role": t.role as u8, "features": t.features,
-        "instance": t.instance, "n_embd": t.n_embd, "n_blocks": t.n_blocks, "first_block": t.blocks.first,
+        "instance": t.instance, "n_blocks": t.n_blocks, "first_block": t.blocks.first,
         "last_block": t.blocks.last, "n_ctx": t.n_ctx, "max_rows": t.max_rows, "max_sessions": t.max_sessions,
-        "max_in_flight": t.max_in_flight, "model": digest(t.model), "slice": digest(t.slice), "params": digest(t.params),
+        "max_in_flight": t.max_in_flight, "take_back": t.take_back.0,
+        "engine": machine.engine as u8, "unit": machine.unit as u8, "budget_mib": machine.budget_mib,
+        "measured_rows": machine.measured.rows, "measured_us": machine.measured.us,
+        "model": digest(t.model), "slice": digest(t.slice), "params": digest(t.params),
+        "input": digest(t.input), "output": digest(t.output), "shape": shape_json(&t.shape),
         "arch": t.arch, "software": t.software, "name": t.name,
     })
 }
@@ -775,46 +891,74 @@ fn messages() {
     let mut good = Vec::new();
     for (name, message, fields) in good_messages() {
         let bytes = encoded(&message);
-        assert_eq!(Message::decode(&bytes, 0), Ok(message), "{name}");
-        good.push(json!({ "name": name, "n_embd": 0, "fields": fields, "hex": hex(&bytes) }));
+        assert_eq!(Message::decode(&bytes, &Shape::default()), Ok(message), "{name}");
+        let shape = shape_json(&Shape::default());
+        good.push(json!({ "name": name, "shape": shape, "fields": fields, "hex": hex(&bytes) }));
     }
     let f16s: Vec<f16> = NUMBERS.iter().map(|&x| f16::from_f32(x)).collect();
     let spans = [Span { session: 1, position: 7, count: 2 }, Span { session: 0, position: 0, count: 1 }];
     let one = [Span { session: 0, position: 41, count: 1 }];
-    let with_rows: [(&str, Vec<u8>, &[Span]); 4] = [
-        ("STEP, one row, F16", step_bytes(1, &one, RowsRef::F16(&f16s[..4])), &one),
-        ("STEP, two sessions, F16", step_bytes(2, &spans, RowsRef::F16(&f16s)), &spans),
-        ("STEP, two sessions, F32", step_bytes(3, &spans, RowsRef::F32(&NUMBERS)), &spans),
-        ("STEP_DONE, F16", done_bytes(2, 3, RowsRef::F16(&f16s)), &[]),
+    let (plain, parts) = (Shape::hidden(4), several_parts());
+    let places = |row_type| 3 * parts.input.width(row_type);
+    // bits of an I32 are any bits
+    let wide16: Vec<f16> = (0..places(RowType::F16)).map(|i| f16::from_bits(0x3C00 + i as u16)).collect();
+    let wide32: Vec<f32> =
+        (0..places(RowType::F32)).map(|i| f32::from_bits(0x3F80_0000 + i as u32)).collect();
+    let ids = [5, -1, i32::MAX];
+    let exact = {
+        let mut bytes = step_bytes(4, &one, &[], RowsRef::F16(&f16s[..4]));
+        bytes[1] |= 0x10;
+        bytes
+    };
+    type WithRows<'a> = (&'a str, Vec<u8>, &'a [Span], &'a Shape);
+    let with_rows: [WithRows<'_>; 8] = [
+        ("STEP, one row, F16", step_bytes(1, &one, &[], RowsRef::F16(&f16s[..4])), &one, &plain),
+        ("STEP, two sessions, F16", step_bytes(2, &spans, &[], RowsRef::F16(&f16s)), &spans, &plain),
+        ("STEP, two sessions, F32", step_bytes(3, &spans, &[], RowsRef::F32(&NUMBERS)), &spans, &plain),
+        ("STEP_DONE, F16", done_bytes(2, 3, RowsRef::F16(&f16s)), &[], &plain),
+        ("STEP, each row by itself", exact, &one, &plain),
+        (
+            "STEP, several parts and token ids, F16",
+            step_bytes(5, &spans, &ids, RowsRef::F16(&wide16)),
+            &spans,
+            &parts,
+        ),
+        (
+            "STEP, several parts and token ids, F32",
+            step_bytes(6, &spans, &ids, RowsRef::F32(&wide32)),
+            &spans,
+            &parts,
+        ),
+        ("STEP_DONE, two parts, F16", done_bytes(5, 3, RowsRef::F16(&wide16[..21])), &[], &parts),
     ];
-    for (name, bytes, spans) in &with_rows {
-        let message = Message::decode(bytes, 4).unwrap();
+    for (name, bytes, spans, shape) in &with_rows {
+        let message = Message::decode(bytes, shape).unwrap();
         assert_eq!(encoded(&message), *bytes, "{name}");
-        let (step, n_rows, row_type, hidden) = match message {
-            Message::Step(s) => (s.step, s.n_rows, s.row_type, s.hidden),
-            Message::StepDone(s) => (s.step, s.n_rows, s.row_type, s.hidden),
+        let spans: Vec<_> = spans.iter().map(|s| [s.session, s.position, s.count]).collect();
+        let fields = match message {
+            Message::Step(s) => json!({
+                "step": s.step, "n_rows": s.n_rows, "row_format": rows::number(s.row_type), "exact": s.is_exact,
+                "spans": spans, "tokens": s.tokens().collect::<Vec<_>>(), "rows": hex(s.rows),
+            }),
+            Message::StepDone(s) => json!({
+                "step": s.step, "n_rows": s.n_rows, "row_format": rows::number(s.row_type),
+                "compute_us": s.compute_us, "wait_us": s.wait_us, "began_us": s.began_us, "rows": hex(s.rows),
+            }),
             other => panic!("{other:?}"),
         };
-        let mut fields = json!({
-            "step": step, "n_rows": n_rows, "row_format": rows::number(row_type),
-            "spans": spans.iter().map(|s| [s.session, s.position, s.count]).collect::<Vec<_>>(),
-            "hidden": hex(hidden),
-        });
-        if spans.is_empty() {
-            fields["compute_us"] = 1500.into();
-            fields["wait_us"] = 20.into();
-        }
-        good.push(json!({ "name": name, "n_embd": 4, "fields": fields, "hex": hex(bytes) }));
+        good.push(json!({ "name": name, "shape": shape_json(shape), "fields": fields, "hex": hex(bytes) }));
     }
 
-    let bad: Vec<Value> = bad_messages(&with_rows[0].1, &with_rows[3].1)
-        .into_iter()
-        .map(|(name, bytes, rule)| {
-            let found = Message::decode(&bytes, 4).map(|m| m.kind()).map_err(|e| e.rule());
+    let of_shape = |shape: &Shape, list: Vec<(&'static str, Vec<u8>, &'static str)>| -> Vec<Value> {
+        let refused = |(name, bytes, rule): (&str, Vec<u8>, &str)| {
+            let found = Message::decode(&bytes, shape).map(|m| m.kind()).map_err(|e| e.rule());
             assert_eq!(found, Err(rule), "{name}");
-            json!({ "name": name, "n_embd": 4, "hex": hex(&bytes), "rule": rule })
-        })
-        .collect();
+            json!({ "name": name, "shape": shape_json(shape), "hex": hex(&bytes), "rule": rule })
+        };
+        list.into_iter().map(refused).collect()
+    };
+    let mut bad = of_shape(&plain, bad_messages(&with_rows[0].1, &with_rows[3].1));
+    bad.extend(of_shape(&parts, bad_steps_of_parts(&with_rows[5].1)));
 
     check(
         "messages.json",
@@ -822,20 +966,36 @@ fn messages() {
     );
 }
 
+fn change(bytes: &[u8], at: usize, to: u8) -> Vec<u8> {
+    let mut bytes = bytes.to_vec();
+    bytes[at] = to;
+    bytes
+}
+
+/// Drops or adds bytes at the end and says so in the header.
+fn resize(bytes: &[u8], by: isize) -> Vec<u8> {
+    let mut bytes = bytes.to_vec();
+    bytes.resize(bytes.len().saturating_add_signed(by), 0);
+    let length = bytes.len() as u32;
+    bytes[4..8].copy_from_slice(&length.to_le_bytes());
+    bytes
+}
+
+/// Of a step of three rows with token ids.
+fn bad_steps_of_parts(step: &[u8]) -> Vec<(&'static str, Vec<u8>, &'static str)> {
+    vec![
+        ("STEP without the last row's last part", resize(step, -4), "truncated"),
+        ("STEP with a place too many", resize(step, 2), "trailing-bytes"),
+        (
+            "STEP whose token ids are not filled up with zeros",
+            change(step, 16 + 2 * 16 + 12, 1),
+            "reserved-not-zero",
+        ),
+        ("STEP of no rows, with token ids", change(step, 12, 0), "trailing-bytes"),
+    ]
+}
+
 fn bad_messages(step: &[u8], done: &[u8]) -> Vec<(&'static str, Vec<u8>, &'static str)> {
-    let change = |bytes: &[u8], at: usize, to: u8| {
-        let mut bytes = bytes.to_vec();
-        bytes[at] = to;
-        bytes
-    };
-    // drops or adds bytes at the end and says so in the header
-    let resize = |bytes: &[u8], by: isize| {
-        let mut bytes = bytes.to_vec();
-        bytes.resize(bytes.len().saturating_add_signed(by), 0);
-        let length = bytes.len() as u32;
-        bytes[4..8].copy_from_slice(&length.to_le_bytes());
-        bytes
-    };
     let hello = encoded(&Message::Hello(host_terms()));
     let ping = encoded(&Message::Ping(1));
     let heartbeat = encoded(&Message::Heartbeat(Status::default()));
@@ -843,11 +1003,12 @@ fn bad_messages(step: &[u8], done: &[u8]) -> Vec<(&'static str, Vec<u8>, &'stati
     let result =
         encoded(&Message::PushResult { outcome: PushOutcome::Stored, item: None, text: String::new() });
     let error = encoded(&Message::Error(Fault::new(ErrorCode::Internal, "ab")));
+    let failed = encoded(&Message::StepFailed(StepFailed { step: 10, fault: None }));
     vec![
         ("empty", vec![], "truncated"),
         ("half a header", ping[..5].to_vec(), "truncated"),
         ("kind 0", change(&ping, 0, 0), "unknown-kind"),
-        ("kind 0x07, between two that exist", change(&ping, 0, 7), "unknown-kind"),
+        ("kind 0x0C, between two that exist", change(&ping, 0, 0x0C), "unknown-kind"),
         ("kind 0xFF", change(&ping, 0, 0xFF), "unknown-kind"),
         ("shorter than its header says", ping[..15].to_vec(), "truncated"),
         ("longer than its header says", [&ping[..], &[0]].concat(), "trailing-bytes"),
@@ -861,15 +1022,34 @@ fn bad_messages(step: &[u8], done: &[u8]) -> Vec<(&'static str, Vec<u8>, &'stati
         ("HELLO with an unknown dtype", change(&hello, 10, 8), "bad-value"),
         ("HELLO with the retired dtype", change(&hello, 10, 4), "bad-value"),
         ("HELLO with an unknown role", change(&hello, 11, 4), "bad-value"),
-        ("HELLO with a string of 64 KiB", change(&change(&hello, 152, 0xFF), 153, 0xFF), "string-too-long"),
-        ("HELLO with an architecture of 33 bytes", change(&hello, 152, 33), "string-too-long"),
-        ("HELLO with a string that is not UTF-8", change(&hello, 154, 0xFF), "not-utf8"),
+        ("HELLO with a tick", change(&hello, 58, 1), "reserved-not-zero"),
+        ("HELLO with an unknown engine", change(&hello, 56, 3), "bad-value"),
+        ("HELLO with an unknown unit", change(&hello, 57, 4), "bad-value"),
+        ("HELLO that may want token ids", change(&hello, 232, 2), "bad-value"),
+        ("HELLO with 129 parts", change(&hello, 233, 129), "bad-value"),
+        ("HELLO with a reserved byte behind its counts", change(&hello, 239, 1), "reserved-not-zero"),
+        ("HELLO with a part of no type", change(&hello, 240, 0), "bad-value"),
+        ("HELLO with a part of an unknown type", change(&hello, 240, 4), "bad-value"),
+        ("HELLO with an I32 that may be rounded", change(&hello, 240, 3), "bad-value"),
+        ("HELLO with unknown flags of a part", change(&hello, 241, 2), "bad-value"),
+        ("HELLO with a reserved byte in a part", change(&hello, 242, 1), "reserved-not-zero"),
+        ("HELLO with a part of no values", change(&hello, 244, 0), "bad-value"),
+        (
+            "HELLO with an odd number of F16",
+            change(&change(&change(&hello, 240, 1), 241, 0), 244, 3),
+            "bad-value",
+        ),
+        ("HELLO with one part more than it has", change(&hello, 234, 2), "reserved-not-zero"),
+        ("HELLO with a next hop", change(&hello, hello.len() - 2, 1), "reserved-not-zero"),
+        ("HELLO with a string of 64 KiB", change(&change(&hello, 256, 0xFF), 257, 0xFF), "string-too-long"),
+        ("HELLO with an architecture of 33 bytes", change(&hello, 256, 33), "string-too-long"),
+        ("HELLO with a string that is not UTF-8", change(&hello, 258, 0xFF), "not-utf8"),
         (
             "REFUSE for no known reason",
             change(
                 &encoded(&Message::Refuse { reason: Reason::Arch, terms: host_terms(), text: String::new() }),
                 2,
-                17,
+                18,
             ),
             "bad-value",
         ),
@@ -881,6 +1061,20 @@ fn bad_messages(step: &[u8], done: &[u8]) -> Vec<(&'static str, Vec<u8>, &'stati
             "END_SESSION with a reserved byte",
             change(&encoded(&Message::EndSession { session: 0 }), 15, 1),
             "reserved-not-zero",
+        ),
+        (
+            "CANCEL with a reserved byte",
+            change(&encoded(&Message::Cancel { step: 1 }), 15, 1),
+            "reserved-not-zero",
+        ),
+        ("STEP_FAILED that is neither", change(&failed, 1, 2), "bad-value"),
+        ("STEP_FAILED, called off for a reason", change(&failed, 2, 1), "reserved-not-zero"),
+        ("STEP_FAILED, called off with a count", change(&failed, 20, 1), "reserved-not-zero"),
+        ("HEARTBEAT with a reserved byte at its end", change(&heartbeat, 22, 1), "reserved-not-zero"),
+        (
+            "PONG without a clock",
+            resize(&encoded(&Message::Pong { number: 1, clock_us: 2 }), -8),
+            "truncated",
         ),
         ("ERROR with a text of 1,001 bytes", change(&change(&error, 24, 0xE9), 25, 3), "string-too-long"),
         ("STEP in row format 0", change(step, 1, 0), "bad-value"),
@@ -958,6 +1152,17 @@ fn unexpected(step: &[u8], done: &[u8]) -> Vec<Value> {
         ("a STEP while pushing", "worker", "pushing", step.to_vec()),
         ("a PUSH_STORED sent to a worker", "worker", "pushing", m(Message::PushStored { item: 0, bytes: 1 })),
         ("a PING after GOODBYE", "worker", "closed", m(Message::Ping(1))),
+        ("a CANCEL before HELLO", "worker", "opening", m(Message::Cancel { step: 1 })),
+        ("a CANCEL sent to a host", "host", "serving", m(Message::Cancel { step: 1 })),
+        (
+            "a STEP_FAILED sent to a worker",
+            "worker",
+            "serving",
+            m(Message::StepFailed(StepFailed { step: 1, fault: None })),
+        ),
+        ("a TICK, which nobody may send yet", "worker", "serving", bare(Kind::Tick)),
+        ("a PROBE, which nobody may send yet", "worker", "opening", bare(Kind::Probe)),
+        ("a PROBED, which nobody may send yet", "host", "opening", bare(Kind::Probed)),
     ];
     list.into_iter()
         .map(|(name, receiver, state, bytes)| {
@@ -967,6 +1172,11 @@ fn unexpected(step: &[u8], done: &[u8]) -> Vec<Value> {
             json!({ "name": name, "receiver": receiver, "state": state, "hex": hex(&bytes), "rule": "unexpected" })
         })
         .collect()
+}
+
+/// A header alone.
+fn bare(kind: Kind) -> Vec<u8> {
+    vec![kind as u8, 0, 0, 0, 8, 0, 0, 0]
 }
 
 fn in_state(role: Role, state: &str) -> Connection {
@@ -996,15 +1206,34 @@ fn terms_compared() {
         ("the host needs exactly what there is", |h, w| {
             (h.n_ctx, h.max_sessions) = (w.n_ctx, w.max_sessions)
         }),
-        ("versions", |_, w| w.version = 2),
-        ("no slice", |_, w| *w = Terms::blank(1, "dim-worker 0.1.0", "phone")),
+        ("versions", |_, w| w.version = 3),
+        ("no slice", |_, w| *w = Terms::blank(2, "dim-worker 0.1.0", "phone")),
         ("architecture", |_, w| w.arch = "llama".into()),
         ("model", |_, w| alter(&mut w.model, 0, 1)),
         ("both models unknown", |h, w| (h.model, w.model) = (None, None)),
         ("parameters", |_, w| alter(&mut w.params, 31, 0x80)),
         ("blocks of the model", |_, w| w.n_blocks = 25),
-        ("row length", |_, w| w.n_embd = 8),
-        ("both row lengths zero", |h, w| (h.n_embd, w.n_embd) = (0, 0)),
+        ("row length", |_, w| w.shape = Shape::hidden(8)),
+        ("rows that may not be rounded", |_, w| w.shape.input.parts[0].may_round = false),
+        ("another type", |_, w| {
+            w.shape.output.parts[0] = Part { part_type: PartType::I32, may_round: false, values: 4 };
+        }),
+        ("token ids", |h, _| h.shape.reads_tokens = true),
+        ("the worker says nothing of its rows", |_, w| w.shape = Shape::default()),
+        ("a middle that gives no rows", |h, w| {
+            (h.shape.output, w.shape.output) = (Layout::default(), Layout::default());
+        }),
+        ("other tensors", |_, w| alter(&mut w.input, 3, 1)),
+        ("the worker does not know what its rows mean", |_, w| w.input = None),
+        ("the host does not know the rows", |h, _| h.shape = Shape::default()),
+        ("several parts, F16", |h, w| (h.shape, w.shape) = (several_parts(), several_parts())),
+        ("several parts, F32", |h, w| {
+            (h.shape, w.shape, h.row_types) = (several_parts(), several_parts(), RowTypes::F32);
+        }),
+        ("the host has to take back what the worker can", |h, w| {
+            (h.take_back, w.take_back) = (TakeBack(4), TakeBack(4));
+        }),
+        ("the host has to take back more", |h, w| (h.take_back, w.take_back) = (TakeBack(5), TakeBack(4))),
         ("role", |_, w| w.role = SliceRole::Tail),
         ("first block", |_, w| w.blocks.first = 10),
         ("last block", |_, w| w.blocks.last = 17),
@@ -1021,7 +1250,20 @@ fn terms_compared() {
         ("no rows", |_, w| w.max_rows = 0),
         ("nothing in flight", |h, _| h.max_in_flight = 0),
         ("a step above 2 GiB", |h, w| {
-            (h.max_rows, w.max_rows, h.n_embd, w.n_embd) = (1 << 20, 1 << 20, 1024, 1024)
+            (h.max_rows, w.max_rows) = (1 << 20, 1 << 20);
+            (h.shape, w.shape) = (Shape::hidden(1024), Shape::hidden(1024));
+        }),
+        ("an answer above 2 GiB", |h, w| {
+            (h.max_rows, w.max_rows) = (1 << 20, 1 << 20);
+            for terms in [h, w] {
+                terms.shape.output = Layout::hidden(1024);
+            }
+        }),
+        ("parts that no number of bytes holds", |h, w| {
+            for terms in [h, w] {
+                let part = Part { part_type: PartType::I32, may_round: false, values: u32::MAX };
+                terms.shape.input.parts = vec![part; 128];
+            }
         }),
         ("65,536 sessions", |h, w| (h.max_sessions, w.max_sessions) = (65_536, 65_536)),
         ("everything at once", |h, w| {
@@ -1032,7 +1274,7 @@ fn terms_compared() {
                 params: Some(Sha([9; 32])),
                 slice: Some(Sha([9; 32])),
                 n_blocks: 1,
-                n_embd: 1,
+                shape: Shape::hidden(1),
                 role: SliceRole::Head,
                 blocks: BlockRange { first: 0, last: 0 },
                 row_types: RowTypes::F32,
@@ -1042,6 +1284,8 @@ fn terms_compared() {
                 max_in_flight: 0,
                 ..h.clone()
             };
+            h.take_back = TakeBack::ALL;
+            w.take_back = TakeBack::NOTHING;
         }),
     ];
     let list: Vec<Value> = changes
@@ -1073,7 +1317,8 @@ fn alter(digest: &mut Option<Sha>, byte: usize, bits: u8) {
 
 fn agreed_json(a: &Agreed) -> Value {
     json!({
-        "version": a.version, "row_dtype": rows::number(a.row_type), "n_embd": a.n_embd,
+        "version": a.version, "row_dtype": rows::number(a.row_type), "shape": shape_json(&a.shape),
+        "features": a.features, "take_back": a.take_back.0,
         "first_block": a.blocks.first, "last_block": a.blocks.last, "n_ctx": a.n_ctx, "max_rows": a.max_rows,
         "max_sessions": a.max_sessions, "max_in_flight": a.max_in_flight,
         "limit_host_to_worker": a.host_limit(), "limit_worker_to_host": a.worker_limit(),
@@ -1088,6 +1333,7 @@ fn sessions() {
     // (step, row format, spans, n_rows or the sum)
     let step = |id: u32, spans: &[[u32; 3]]| json!({ "event": "STEP", "step": id, "row_format": 1, "n_rows": spans.iter().map(|s| s[2]).sum::<u32>(), "spans": spans });
     let done = |id: u32, n: u32| json!({ "event": "STEP_DONE", "step": id, "row_format": 1, "n_rows": n });
+    let failed = |id: u32| json!({ "event": "STEP_FAILED", "step": id });
     let rewind = |s: u32, p: u32| json!({ "event": "REWIND", "session": s, "position": p });
     let end = |s: u32| json!({ "event": "END_SESSION", "session": s });
     let with = |mut event: Value, field: &str, value: Value| {
@@ -1200,6 +1446,23 @@ fn sessions() {
             ],
         ),
         (
+            "a step that failed, and what stood on it",
+            vec![
+                step(1, &[[0, 0, 2]]),
+                step(2, &[[0, 2, 1]]),
+                failed(2),
+                failed(1),
+                failed(1),
+                // the lengths stay until they are taken back
+                failed(2),
+                step(3, &[[0, 2, 1]]),
+                rewind(0, 0),
+                step(3, &[[0, 0, 2]]),
+                done(3, 2),
+                failed(3),
+            ],
+        ),
+        (
             "counts",
             vec![
                 with(step(1, &[[0, 0, 2]]), "n_rows", json!(1)),
@@ -1258,8 +1521,9 @@ fn play(books: &mut Books, event: &Value) -> Result<(), dim_wire::Misbehaved> {
                 .iter()
                 .map(|s| Span { session: word(&s[0]), position: word(&s[1]), count: word(&s[2]) })
                 .collect();
-            books.step(n("step"), n("n_rows"), format(), spans.into_iter())
+            books.step(n("step"), n("n_rows"), format().into(), spans.into_iter())
         }
+        "STEP_FAILED" => books.step_failed(n("step")),
         "STEP_DONE" => books.step_done(n("step"), n("n_rows"), format()),
         "REWIND" => books.rewind(n("session"), n("position")),
         _ => books.end(n("session")),
@@ -1281,20 +1545,27 @@ fn transcripts() {
         ("worker", m(Message::Offer(worker_terms()))),
         ("host", m(Message::Hello(host_terms()))),
         ("worker", m(Message::Accept(worker_terms()))),
-        ("host", step_bytes(1, &[span(0, 0, 3)], RowsRef::F16(&chunk))),
-        ("host", step_bytes(2, &[span(0, 3, 1)], RowsRef::F16(&row(1.0)))),
+        ("host", step_bytes(1, &[span(0, 0, 3)], &[], RowsRef::F16(&chunk))),
+        ("host", step_bytes(2, &[span(0, 3, 1)], &[], RowsRef::F16(&row(1.0)))),
         ("worker", done_bytes(1, 3, RowsRef::F16(&chunk))),
         ("worker", m(Message::Heartbeat(Status { step: 1, ..Status::default() }))),
         ("worker", done_bytes(2, 1, RowsRef::F16(&row(2.0)))),
         ("host", m(Message::Rewind { session: 0, position: 2 })),
         (
             "host",
-            step_bytes(3, &[span(0, 2, 1), span(1, 0, 1)], RowsRef::F16(&[row(1.5), row(2.5)].concat())),
+            step_bytes(3, &[span(0, 2, 1), span(1, 0, 1)], &[], RowsRef::F16(&[row(1.5), row(2.5)].concat())),
         ),
         ("host", m(Message::Ping(99))),
         ("worker", done_bytes(3, 2, RowsRef::F16(&[row(3.5), row(4.5)].concat()))),
-        ("worker", m(Message::Pong(99))),
+        ("worker", m(Message::Pong { number: 99, clock_us: 1_234_567 })),
         ("host", m(Message::EndSession { session: 1 })),
+        // a guess and another that stands on it; the guess was wrong
+        ("host", step_bytes(4, &[span(0, 3, 1)], &[], RowsRef::F16(&row(5.0)))),
+        ("host", step_bytes(5, &[span(0, 4, 1)], &[], RowsRef::F16(&row(6.0)))),
+        ("host", m(Message::Cancel { step: 5 })),
+        ("worker", done_bytes(4, 1, RowsRef::F16(&row(6.0)))),
+        ("host", m(Message::Rewind { session: 0, position: 4 })),
+        ("worker", m(Message::StepFailed(StepFailed { step: 5, fault: None }))),
         ("host", m(Message::Goodbye(Farewell::Finished))),
     ];
     let refuse = vec![
@@ -1311,7 +1582,7 @@ fn transcripts() {
     let fault = vec![
         ("host", m(Message::Hello(host_terms()))),
         ("worker", m(Message::Accept(worker_terms()))),
-        ("host", step_bytes(1, &[span(0, 0, 1)], RowsRef::F16(&row(1.0)))),
+        ("host", step_bytes(1, &[span(0, 0, 1)], &[], RowsRef::F16(&row(1.0)))),
         (
             "worker",
             m(Message::Error(Fault {
@@ -1362,7 +1633,7 @@ fn transcripts() {
 /// Plays a conversation with a [`Connection`] at both ends, so that every transcript is also one that may
 /// happen.
 fn transcript(name: &str, case: &Case, entries: Vec<(&str, Vec<u8>)>) -> Value {
-    let (first, answer, host, worker) = shake(case);
+    let Shaken { greeting, first, answer, host, worker } = shake(case);
     let mut host = End::new(Role::Host, host);
     let mut worker = End::new(Role::Worker, worker);
     let played: Vec<Value> = entries
@@ -1379,8 +1650,11 @@ fn transcript(name: &str, case: &Case, entries: Vec<(&str, Vec<u8>)>) -> Value {
         "name": name,
         "purpose": case.purpose as u8,
         "psk": hex(&case.key),
+        "host_salt": hex(&SALT),
         "host_ephemeral": hex(&case.host_ephemeral),
+        "worker_nonce": hex(&NONCE),
         "worker_ephemeral": hex(&case.worker_ephemeral),
+        "greeting": hex(&greeting),
         "first_flight": hex(&first),
         "answer": hex(&answer),
         "messages": played,
@@ -1407,16 +1681,16 @@ impl End {
     }
 
     fn send(&mut self, plain: &[u8]) -> Vec<u8> {
-        let n_embd = self.connection.books().map_or(0, |b| b.agreed().n_embd);
-        let message = Message::decode(plain, n_embd).unwrap();
+        let shape = self.connection.books().map_or(Shape::default(), |b| b.agreed().shape.clone());
+        let message = Message::decode(plain, &shape).unwrap();
         match &message {
             Message::Step(s) => {
                 let spans: Vec<Span> = s.spans().collect();
-                let values: Vec<f16> = s.hidden.chunks(2).map(|b| f16::from_le_bytes([b[0], b[1]])).collect();
-                assert_eq!(self.connection.send_step(&spans, RowsRef::F16(&values)), Ok(s.step));
+                let values: Vec<f16> = s.rows.chunks(2).map(|b| f16::from_le_bytes([b[0], b[1]])).collect();
+                assert_eq!(self.connection.send_step(&spans, &[], RowsRef::F16(&values)), Ok(s.step));
             }
             Message::StepDone(s) => {
-                let values: Vec<f16> = s.hidden.chunks(2).map(|b| f16::from_le_bytes([b[0], b[1]])).collect();
+                let values: Vec<f16> = s.rows.chunks(2).map(|b| f16::from_le_bytes([b[0], b[1]])).collect();
                 self.connection.send_step_done(s.step, s.n_rows, RowsRef::F16(&values)).unwrap();
             }
             other => self.connection.send(other).unwrap(),
@@ -1502,15 +1776,16 @@ fn collect_rules(value: &Value, rules: &mut Vec<String>) {
 fn a_stranger_costs_no_curve_work() {
     let key = Key::from_bytes(counting(1));
     let other = Key::from_bytes(counting(2));
-    let host = HostHandshake::new(&other, Purpose::Key, 1..=1).unwrap();
-    let mut worker = WorkerHandshake::new(1..=1);
-    let verdict = worker.receive(&mut &host.first_flight()[..], |_, _| Lookup::Found(key.clone())).unwrap();
-    assert_eq!(verdict.outcome.unwrap_err(), HandshakeError::Key);
-    assert_eq!(worker.curve_work(), 0);
-
-    let host = HostHandshake::new(&key, Purpose::Key, 1..=1).unwrap();
-    let mut worker = WorkerHandshake::new(1..=1);
-    let verdict = worker.receive(&mut &host.first_flight()[..], |_, _| Lookup::Found(key.clone())).unwrap();
-    assert!(verdict.outcome.is_ok());
-    assert_eq!(worker.curve_work(), 2, "one ephemeral key, one shared secret: the counter counts");
+    for (host_key, work) in [(&other, 0), (&key, 2)] {
+        let mut host = HostHandshake::new(host_key, Purpose::Key, 2..=2);
+        let mut worker = WorkerHandshake::new(2..=2).unwrap();
+        let mut flight = Vec::new();
+        host.receive(&mut &worker.greeting()[..], &mut flight).unwrap();
+        let verdict = worker.receive(&mut &flight[..], |_| Lookup::Found(key.clone())).unwrap();
+        assert_eq!(verdict.outcome.is_ok(), work > 0);
+        if work == 0 {
+            assert_eq!(verdict.outcome.unwrap_err(), HandshakeError::Key);
+        }
+        assert_eq!(worker.curve_work(), work, "one ephemeral key, one shared secret: the counter counts");
+    }
 }

@@ -8,10 +8,13 @@ use dim_core::digest::Sha;
 use dim_wire::connection::{Connection, Role};
 use dim_wire::error::{FrameError, ReceiveError};
 use dim_wire::frame::{Inbox, MAX_BODY, Opener, Outgoing, Sealer, Store, wire_bytes};
-use dim_wire::handshake::{Established, HostHandshake, Lookup, Purpose, WorkerHandshake};
+use dim_wire::handshake::{
+    Established, FIRST_FLIGHT, GREETING, HostHandshake, Lookup, PREAMBLE, Purpose, SECOND_FLIGHT,
+    WorkerHandshake,
+};
 use dim_wire::keys::Key;
-use dim_wire::message::{Kind, Message, Span, encode_step_done_head, encode_step_head};
-use dim_wire::rows::{RowTypes, RowsRef, as_bytes};
+use dim_wire::message::{DoneHead, Kind, MAX_PARTS, Message, Span, encode_step_done_head, encode_step_head};
+use dim_wire::rows::{Layout, Part, PartType, RowTypes, RowsRef, Shape, as_bytes};
 use dim_wire::terms::{self, Agreed, Reason, SliceRole, Terms};
 use half::f16;
 use proptest::prelude::*;
@@ -127,18 +130,20 @@ proptest! {
         a in prop_oneof![Just(0u8), 1u8..4, any::<u8>()],
         b in prop_oneof![Just(0u16), 1u16..70, any::<u16>()],
         body in prop::collection::vec(prop_oneof![Just(0u8), any::<u8>()], 0..400),
-        n_embd in prop_oneof![Just(0u32), 1u32..16, any::<u32>()],
+        n_embd in prop_oneof![1u32..16, any::<u32>()],
+        reads_tokens in any::<bool>(),
     ) {
         let mut bytes = vec![kind, a];
         bytes.extend(b.to_le_bytes());
         bytes.extend((8 + body.len() as u32).to_le_bytes());
         bytes.extend(&body);
-        if let Ok(message) = Message::decode(&bytes, n_embd) {
+        let shape = Shape { reads_tokens, ..Shape::hidden(n_embd) };
+        if let Ok(message) = Message::decode(&bytes, &shape) {
             let mut again = Vec::new();
             message.encode(&mut again);
-            let text_was_made_safe = again.len() != bytes.len() || matches!(message.kind(), Kind::Error);
+            let text_was_made_safe = again.len() != bytes.len() || matches!(message.kind(), Kind::Error | Kind::StepFailed);
             if !text_was_made_safe {
-                prop_assert_eq!(Message::decode(&again, n_embd), Ok(message));
+                prop_assert_eq!(Message::decode(&again, &shape), Ok(message));
             }
         }
     }
@@ -231,11 +236,19 @@ fn a_limit_is_checked_before_memory_is_taken() {
 
 fn shake() -> (Established, Established) {
     let key = Key::from_bytes([3; 32]);
-    let mut host = HostHandshake::new(&key, Purpose::Key, 1..=1).unwrap();
-    let mut worker = WorkerHandshake::new(1..=1);
-    let verdict = worker.receive(&mut &host.first_flight()[..], |_, _| Lookup::Found(key.clone())).unwrap();
-    let established = host.receive(&mut &verdict.answer[..]).unwrap().unwrap();
+    let (mut host, mut worker, flight) = met(&key);
+    let verdict = worker.receive(&mut &flight[..], |_| Lookup::Found(key.clone())).unwrap();
+    let established = host.receive(&mut &verdict.answer[..], &mut Vec::new()).unwrap().unwrap();
     (established, verdict.outcome.unwrap())
+}
+
+/// A worker that has greeted a host, and the host's first flight.
+fn met(host: &Key) -> (HostHandshake, WorkerHandshake, Vec<u8>) {
+    let mut host = HostHandshake::new(host, Purpose::Key, 2..=2);
+    let worker = WorkerHandshake::new(2..=2).unwrap();
+    let mut flight = Vec::new();
+    assert!(host.receive(&mut &worker.greeting()[..], &mut flight).unwrap().is_none());
+    (host, worker, flight)
 }
 
 proptest! {
@@ -245,15 +258,26 @@ proptest! {
     #[test]
     fn a_handshake_split_anywhere_is_the_same(pieces in prop::collection::vec(1usize..30, 1..20)) {
         let key = Key::from_bytes([3; 32]);
-        let mut host = HostHandshake::new(&key, Purpose::Key, 1..=3).unwrap();
-        let mut worker = WorkerHandshake::new(1..=2);
-        let mut flight = host.first_flight().to_vec();
-        flight.extend(b"what follows");
+        let mut host = HostHandshake::new(&key, Purpose::Key, 1..=3);
+        let mut worker = WorkerHandshake::new(1..=2).unwrap();
         let (mut at, mut pieces) = (0, pieces.iter().cycle());
+        let (greeting, mut flight) = (worker.greeting(), Vec::new());
+        while at < greeting.len() {
+            prop_assert!(flight.is_empty());
+            let end = (at + pieces.next().unwrap()).min(greeting.len());
+            let mut input = &greeting[at..end];
+            prop_assert!(host.receive(&mut input, &mut flight).unwrap().is_none());
+            at = end - input.len();
+        }
+        flight.extend(b"what follows");
+        at = 0;
         let verdict = loop {
             let end = (at + pieces.next().unwrap()).min(flight.len());
             let mut input = &flight[at..end];
-            let verdict = worker.receive(&mut input, |_, _| Lookup::Found(key.clone()));
+            let verdict = worker.receive(&mut input, |named| match named.is(&key) {
+                true => Lookup::Found(key.clone()),
+                false => Lookup::Unknown,
+            });
             at = end - input.len();
             if let Some(verdict) = verdict {
                 break verdict;
@@ -266,7 +290,7 @@ proptest! {
         let established = loop {
             let end = (at + pieces.next().unwrap()).min(answer.len());
             let mut input = &answer[at..end];
-            let done = host.receive(&mut input).unwrap();
+            let done = host.receive(&mut input, &mut Vec::new()).unwrap();
             at = end - input.len();
             if let Some(established) = done {
                 break established;
@@ -281,68 +305,99 @@ proptest! {
     fn garbage_is_never_a_handshake(bytes in prop::collection::vec(any::<u8>(), 0..200), magic in any::<bool>()) {
         let mut flight = if magic { dim_wire::handshake::MAGIC.to_vec() } else { Vec::new() };
         flight.extend(bytes);
-        let mut worker = WorkerHandshake::new(1..=1);
+        let mut worker = WorkerHandshake::new(2..=2).unwrap();
         let key = Key::from_bytes([3; 32]);
-        if let Some(verdict) = worker.receive(&mut &flight[..], |_, _| Lookup::Found(key)) {
+        if let Some(verdict) = worker.receive(&mut &flight[..], |_| Lookup::Found(key)) {
             prop_assert!(verdict.outcome.is_err());
         }
         prop_assert_eq!(worker.curve_work(), 0);
-        let mut host = HostHandshake::new(&Key::from_bytes([3; 32]), Purpose::Key, 1..=1).unwrap();
-        prop_assert!(!matches!(host.receive(&mut &flight[..]), Ok(Some(_))));
+        let mut host = HostHandshake::new(&Key::from_bytes([3; 32]), Purpose::Key, 2..=2);
+        prop_assert!(!matches!(host.receive(&mut &flight[..], &mut Vec::new()), Ok(Some(_))));
     }
 }
 
 #[test]
 fn every_flipped_bit_of_a_handshake_is_noticed() {
     let key = Key::from_bytes([3; 32]);
-    let mut refused_by = [0; 2];
-    for bit in 0..74 * 8 {
-        let host = HostHandshake::new(&key, Purpose::Key, 1..=1).unwrap();
-        let mut flight = host.first_flight().to_vec();
+    let mut refused_by = [0; 3];
+    for bit in 0..GREETING * 8 {
+        let mut host = HostHandshake::new(&key, Purpose::Key, 2..=2);
+        let mut worker = WorkerHandshake::new(2..=2).unwrap();
+        let (mut greeting, mut flight) = (worker.greeting(), Vec::new());
+        greeting[bit / 8] ^= 1 << (bit % 8);
+        // what the host does not refuse by itself the worker does: it is in the prologue
+        if host.receive(&mut &greeting[..], &mut flight).is_ok() {
+            let verdict = worker.receive(&mut &flight[..], |_| Lookup::Found(key.clone())).unwrap();
+            assert!(verdict.outcome.is_err(), "bit {bit} of the worker's greeting");
+        }
+        refused_by[0] += 1;
+    }
+    for bit in 0..FIRST_FLIGHT * 8 {
+        let (_, mut worker, mut flight) = met(&key);
         flight[bit / 8] ^= 1 << (bit % 8);
-        let mut worker = WorkerHandshake::new(1..=1);
-        // a worker that finds the key under any id: the id is bound too
-        let verdict = worker.receive(&mut &flight[..], |_, _| Lookup::Found(key.clone())).unwrap();
+        // a worker that finds the key by any mark: the mark is bound too
+        let verdict = worker.receive(&mut &flight[..], |_| Lookup::Found(key.clone())).unwrap();
         // X25519 ignores the top bit of a public key, but the tag covers it
         assert!(verdict.outcome.is_err(), "bit {bit} of the host's flight");
         assert_eq!(worker.curve_work(), 0);
-        refused_by[0] += 1;
-    }
-    for bit in 0..98 * 8 {
-        let mut host = HostHandshake::new(&key, Purpose::Key, 1..=1).unwrap();
-        let mut worker = WorkerHandshake::new(1..=1);
-        let verdict =
-            worker.receive(&mut &host.first_flight()[..], |_, _| Lookup::Found(key.clone())).unwrap();
-        let mut answer = verdict.answer;
-        answer[bit / 8] ^= 1 << (bit % 8);
-        assert!(host.receive(&mut &answer[..]).is_err(), "bit {bit} of the worker's answer");
         refused_by[1] += 1;
     }
-    assert_eq!(refused_by, [592, 784]);
+    for bit in 0..SECOND_FLIGHT * 8 {
+        let (mut host, mut worker, flight) = met(&key);
+        let verdict = worker.receive(&mut &flight[..], |_| Lookup::Found(key.clone())).unwrap();
+        let mut answer = verdict.answer;
+        answer[bit / 8] ^= 1 << (bit % 8);
+        assert!(host.receive(&mut &answer[..], &mut Vec::new()).is_err(), "bit {bit} of the worker's answer");
+        refused_by[2] += 1;
+    }
+    assert_eq!(refused_by, [256, 656, 784]);
 }
 
 #[test]
 fn a_hundred_thousand_strangers_get_nothing_and_cost_no_curve_work() {
     // none, wrong and old keys; a host's flight is costly, so each is used under many wrong keys
     let ours = Key::from_bytes([1; 32]);
-    let flights: Vec<_> = (0..100u8)
-        .map(|n| {
-            *HostHandshake::new(&Key::from_bytes([100 + n % 100; 32]), Purpose::Key, 1..=1)
-                .unwrap()
-                .first_flight()
-        })
-        .collect();
+    let flights: Vec<_> = (0..100u8).map(|n| met(&Key::from_bytes([100 + n % 100; 32])).2).collect();
     let mut accepted = 0;
     for n in 0..100_000usize {
-        let mut flight = flights[n % flights.len()];
-        flight[26 + n % 48] ^= (n / 4800) as u8;
-        let mut worker = WorkerHandshake::new(1..=1);
-        let verdict = worker.receive(&mut &flight[..], |_, _| Lookup::Found(ours.clone())).unwrap();
+        let mut flight = flights[n % flights.len()].clone();
+        flight[PREAMBLE + 2 + n % 48] ^= (n / 4800) as u8;
+        let mut worker = WorkerHandshake::new(2..=2).unwrap();
+        let verdict = worker.receive(&mut &flight[..], |_| Lookup::Found(ours.clone())).unwrap();
         accepted += u32::from(verdict.outcome.is_ok());
         assert_eq!(worker.curve_work(), 0);
         assert_eq!(verdict.answer.len(), 24);
     }
     assert_eq!(accepted, 0);
+}
+
+/// What was overheard of one handshake is worth nothing in another, and does not show that the host is the same.
+#[test]
+fn a_first_flight_is_good_for_one_greeting_and_no_two_are_alike() {
+    let key = Key::from_bytes([3; 32]);
+    let (_, mut worker, flight) = met(&key);
+    for _ in 0..100 {
+        let mut other = WorkerHandshake::new(2..=2).unwrap();
+        let verdict = other.receive(&mut &flight[..], |_| Lookup::Found(key.clone())).unwrap();
+        assert!(
+            verdict.outcome.is_err() && other.curve_work() == 0,
+            "a flight that was meant for another greeting"
+        );
+    }
+    let named = worker.receive(&mut &flight[..], |named| match named.is(&key) {
+        true => Lookup::Found(key.clone()),
+        false => Lookup::Unknown,
+    });
+    assert!(named.unwrap().outcome.is_ok());
+    // who plays the worker with one and the same nonce each time learns no name to know the host again by
+    let fixed = WorkerHandshake::with_secrets(2..=2, [1; 16], [2; 32]).greeting();
+    let mut marks = std::collections::BTreeSet::new();
+    for _ in 0..100 {
+        let (mut host, mut flight) = (HostHandshake::new(&key, Purpose::Key, 2..=2), Vec::new());
+        host.receive(&mut &fixed[..], &mut flight).unwrap();
+        marks.insert(flight[24..32].to_vec());
+    }
+    assert_eq!(marks.len(), 100);
 }
 
 // --- messages and terms ----------------------------------------------------------------------------------
@@ -351,7 +406,7 @@ fn host_terms() -> Terms {
     Terms {
         row_types: RowTypes::F32,
         role: SliceRole::Middle,
-        n_embd: 4,
+        shape: Shape::hidden(4),
         n_blocks: 12,
         blocks: BlockRange { first: 3, last: 5 },
         n_ctx: 64,
@@ -362,7 +417,7 @@ fn host_terms() -> Terms {
         slice: Some(Sha([2; 32])),
         params: Some(Sha([3; 32])),
         arch: "llama".into(),
-        ..Terms::blank(1, "test", "host")
+        ..Terms::blank(2, "test", "host")
     }
 }
 
@@ -376,13 +431,13 @@ fn a_token_costs_at_most_64_bytes_more_than_its_values_each_way() {
         let values = vec![f16::ONE; n_embd];
         let rows = RowsRef::F16(&values);
         let mut head = Vec::new();
-        encode_step_head(&mut head, 1, &[Span { session: 0, position: 0, count: 1 }], rows);
+        encode_step_head(&mut head, 1, &[Span { session: 0, position: 0, count: 1 }], &[], rows);
         let there = wire_bytes(head.len() + 2 * n_embd);
         head.clear();
-        encode_step_done_head(&mut head, 1, 1, 0, 0, rows);
+        encode_step_done_head(&mut head, done(1, 1), rows);
         let back = wire_bytes(head.len() + 2 * n_embd);
         assert!(there <= 2 * n_embd + 64 && back <= 2 * n_embd + 64, "{n_embd}: {there} {back}");
-        assert_eq!((there, back), (2 * n_embd + 50, 2 * n_embd + 42), "PROTOCOL.md, section 13");
+        assert_eq!((there, back), (2 * n_embd + 50, 2 * n_embd + 50), "PROTOCOL.md, section 13");
     }
 }
 
@@ -392,10 +447,156 @@ fn the_longest_step_is_exactly_the_limit() {
     let values = vec![1f32; 16 * 4];
     let spans: Vec<Span> = (0..3).map(|session| Span { session, position: 0, count: 1 }).collect();
     let mut head = Vec::new();
-    encode_step_head(&mut head, 1, &spans, RowsRef::F32(&values));
+    encode_step_head(&mut head, 1, &spans, &[], RowsRef::F32(&values));
     assert!(a.host_limit() >= head.len() + values.len() * 4);
-    let wide = Agreed { n_embd: 4096, ..a };
+    let wide = Agreed { shape: Shape::hidden(4096), ..a };
     assert_eq!(wide.host_limit(), head.len() + 16 * 4096 * 4);
+    let tokens = Agreed { shape: Shape { reads_tokens: true, ..Shape::hidden(4096) }, max_rows: 15, ..wide };
+    assert_eq!(tokens.host_limit(), head.len() + 64 + 15 * 4096 * 4, "15 ids and what fills them up");
+}
+
+fn done(step: u32, n_rows: u32) -> DoneHead {
+    DoneHead { step, n_rows, compute_us: 0, wait_us: 0, began_us: 0 }
+}
+
+/// Every field of a layout that a peer may write, 20 values each in every part: one clear rule, or terms that are compared.
+#[test]
+fn two_thousand_hostile_layouts_are_each_refused_by_name_or_compared() {
+    let parts = |n| -> Vec<Part> {
+        let types =
+            [(PartType::F32, true), (PartType::I32, false), (PartType::F16, false), (PartType::F32, false)];
+        (0..n)
+            .map(|i| Part { part_type: types[i % 4].0, may_round: types[i % 4].1, values: 2 + 2 * i as u32 })
+            .collect()
+    };
+    let shape =
+        Shape { input: Layout { parts: parts(5) }, output: Layout { parts: parts(3) }, reads_tokens: true };
+    let terms = Terms { shape, ..host_terms() };
+    let mut good = Vec::new();
+    Message::Hello(terms.clone()).encode(&mut good);
+    let counts = 232;
+    assert_eq!(&good[counts..counts + 8], [1, 5, 3, 0, 0, 0, 0, 0]);
+    let mut rules: std::collections::BTreeMap<&str, u32> = std::collections::BTreeMap::new();
+    let mut tried = 0;
+    for at in counts..counts + 8 + 8 * 8 {
+        for value in [0u8, 1, 2, 3, 4, 5, 6, 7, 8, 9, 15, 16, 32, 63, 64, 127, 128, 129, 200, 254, 255] {
+            for fills in [false, true] {
+                let mut bytes = good.clone();
+                if bytes[at] == value {
+                    continue;
+                }
+                bytes[at] = value;
+                if fills {
+                    // enough parts for whatever the counts say now
+                    let missing =
+                        (usize::from(bytes[counts + 1]) + usize::from(bytes[counts + 2])).saturating_sub(8);
+                    let behind = bytes.split_off(counts + 8 + 64);
+                    (0..missing).for_each(|_| bytes.extend([2, 1, 0, 0, 4, 0, 0, 0]));
+                    bytes.extend(behind);
+                    let length = bytes.len() as u32;
+                    bytes[4..8].copy_from_slice(&length.to_le_bytes());
+                }
+                tried += 1;
+                let rule = match Message::decode(&bytes, &Shape::default()) {
+                    Ok(Message::Hello(host)) => {
+                        assert!(host.shape.input.parts.len() <= MAX_PARTS);
+                        assert!(host.shape.output.parts.len() <= MAX_PARTS);
+                        let found = terms::agree(&host, &terms).err().unwrap_or_default();
+                        assert_eq!(
+                            found.first().map(|m| m.reason),
+                            Some(Reason::Layout),
+                            "byte {at}: {value}"
+                        );
+                        assert!(
+                            found[0].text.contains("the worker's") && found[0].text.contains("use slices")
+                        );
+                        "compared"
+                    }
+                    Ok(other) => panic!("{other:?}"),
+                    Err(error) => error.rule(),
+                };
+                *rules.entry(rule).or_default() += 1;
+            }
+        }
+    }
+    println!("{tried} layouts: {rules:?}");
+    assert!(
+        tried > 2_000
+            && rules["compared"] > 100
+            && rules["bad-value"] > 500
+            && rules["reserved-not-zero"] > 300
+    );
+}
+
+/// Rows of several parts, in both formats, with token ids: what goes out comes in, and a row too few or too many does not.
+#[test]
+fn rows_of_several_parts_go_both_ways() {
+    let part = |part_type, may_round, values| Part { part_type, may_round, values };
+    let input = Layout {
+        parts: vec![
+            part(PartType::F32, true, 3),
+            part(PartType::I32, false, 2),
+            part(PartType::F16, false, 4),
+        ],
+    };
+    let output = Layout { parts: input.parts[..2].to_vec() };
+    let shape = Shape { input, output, reads_tokens: true };
+    for row_types in [RowTypes::F16, RowTypes::F32] {
+        let worker = Terms { row_types: RowTypes::ALL, shape: shape.clone(), ..host_terms() };
+        // a host that does not know the rows takes the worker's
+        let host = Terms { row_types, shape: Shape::default(), ..host_terms() };
+        let agreed = terms::agree(&host, &worker).unwrap();
+        assert_eq!(agreed.shape, shape);
+        let mut ends = [Role::Host, Role::Worker].map(|role| Connection::new(role, Purpose::Key));
+        ends.iter_mut().for_each(|end| end.begin_serving(agreed.clone()));
+        let [host, worker] = &mut ends;
+        let spans = [Span { session: 1, position: 0, count: 3 }];
+        let tokens = [7, -1, i32::MAX];
+        let (bits16, bits32): (Vec<f16>, Vec<f32>) = (
+            (0..3 * 11).map(|i| f16::from_bits(0x3C00 + i)).collect(),
+            (0..3 * 7).map(|i| f32::from_bits(0x3F80_0000 + i)).collect(),
+        );
+        let values = match agreed.row_type {
+            dim_wire::RowType::F16 => RowsRef::F16(&bits16),
+            dim_wire::RowType::F32 => RowsRef::F32(&bits32),
+        };
+        assert_eq!(host.send_step(&spans, &[], values).unwrap_err().rule(), "row-count");
+        assert_eq!(host.send_step(&spans, &tokens[..2], values).unwrap_err().rule(), "row-count");
+        let two = [Span { session: 1, position: 0, count: 2 }];
+        assert_eq!(host.send_step(&two, &tokens[..2], values).unwrap_err().rule(), "row-count");
+        let step = host.send_step(&spans, &tokens, values).unwrap();
+        let mut bytes = Vec::new();
+        encode_step_head(&mut bytes, step, &spans, &tokens, values);
+        assert_eq!(bytes.len() % 8, 0, "rows begin at a multiple of 8");
+        bytes.extend(as_bytes(values));
+        assert_eq!(bytes.len(), 16 + 16 + 16 + 3 * agreed.input_bytes());
+        let Ok(Message::Step(heard)) = worker.receive(&bytes) else { panic!() };
+        assert_eq!(heard.tokens().collect::<Vec<_>>(), tokens);
+        assert_eq!(heard.rows, as_bytes(values));
+        // back, the first two parts
+        let width = agreed.output_bytes() / agreed.row_type.width();
+        let back = match agreed.row_type {
+            dim_wire::RowType::F16 => RowsRef::F16(&bits16[..3 * width]),
+            dim_wire::RowType::F32 => RowsRef::F32(&bits32[..3 * width]),
+        };
+        assert_eq!(worker.send_step_done(step, 3, values).unwrap_err().rule(), "row-count");
+        worker.send_step_done(step, 3, back).unwrap();
+        let mut bytes = Vec::new();
+        encode_step_done_head(&mut bytes, done(step, 3), back);
+        bytes.extend(as_bytes(back));
+        let Ok(Message::StepDone(heard)) = host.receive(&bytes) else { panic!() };
+        assert_eq!(heard.rows, as_bytes(back));
+    }
+}
+
+#[test]
+fn a_digest_that_differs_is_refused_and_names_what_to_update() {
+    let known = |byte| Terms { input: Some(Sha([byte; 32])), ..host_terms() };
+    assert!(terms::agree(&known(1), &known(1)).is_ok());
+    assert!(terms::agree(&known(1), &host_terms()).is_ok(), "compared only if both are known");
+    let found = terms::agree(&known(1), &known(2)).unwrap_err();
+    assert_eq!(found[0].reason, Reason::Layout);
+    assert!(found[0].text.contains("update the older"), "{}", found[0].text);
 }
 
 #[test]
@@ -407,7 +608,7 @@ fn every_combination_of_mismatches_is_refused_by_both_sides_alike() {
         (Reason::Model, |t| t.model = Some(Sha([9; 32]))),
         (Reason::Params, |t| t.params = Some(Sha([9; 32]))),
         (Reason::NBlocks, |t| t.n_blocks += 1),
-        (Reason::NEmbd, |t| t.n_embd += 1),
+        (Reason::Layout, |t| t.shape = Shape::hidden(5)),
         (Reason::Role, |t| t.role = SliceRole::Tail),
         (Reason::Blocks, |t| t.blocks.first -= 1),
         (Reason::Slice, |t| t.slice = Some(Sha([9; 32]))),
@@ -570,10 +771,10 @@ impl World {
         let values: Vec<f32> = tokens.iter().flat_map(|&t| [t as f32, 0.0, 0.0, 0.0]).collect();
         let rows = RowsRef::from(values.as_slice());
         // the host's own books refuse a context that is full, and too many under way
-        let Ok(step) = self.host.connection.send_step(&spans, rows) else { return };
+        let Ok(step) = self.host.connection.send_step(&spans, &[], rows) else { return };
         let mut frame = Vec::new();
         let mut head = Vec::new();
-        encode_step_head(&mut head, step, &spans, rows);
+        encode_step_head(&mut head, step, &spans, &[], rows);
         seal_into(&mut self.host.sealer, &head, as_bytes(rows), &mut frame);
         self.to_worker.push_back(frame);
         let mut digests = Vec::new();
@@ -622,7 +823,7 @@ impl World {
         let answer = match heard {
             Ok(Message::Step(s)) => {
                 let values: Vec<f32> =
-                    s.hidden.chunks(4).map(|b| f32::from_le_bytes([b[0], b[1], b[2], b[3]])).collect();
+                    s.rows.chunks(4).map(|b| f32::from_le_bytes([b[0], b[1], b[2], b[3]])).collect();
                 let mut rows = values.chunks(4);
                 let mut out = Vec::new();
                 for span in s.spans() {
@@ -655,7 +856,7 @@ impl World {
             let rows = RowsRef::from(values.as_slice());
             self.worker.connection.send_step_done(step, n_rows, rows).unwrap();
             let (mut head, mut frame) = (Vec::new(), Vec::new());
-            encode_step_done_head(&mut head, step, n_rows, 0, 0, rows);
+            encode_step_done_head(&mut head, done(step, n_rows), rows);
             seal_into(&mut self.worker.sealer, &head, as_bytes(rows), &mut frame);
             self.to_host.push_back(frame);
         }
@@ -678,7 +879,7 @@ impl World {
         match heard {
             Ok(Message::StepDone(s)) => {
                 let digests: Vec<f32> =
-                    s.hidden.chunks(16).map(|b| f32::from_le_bytes([b[0], b[1], b[2], b[3]])).collect();
+                    s.rows.chunks(16).map(|b| f32::from_le_bytes([b[0], b[1], b[2], b[3]])).collect();
                 self.answers += 1;
                 if Some(digests) != self.due.pop_front() {
                     self.wrong += 1;
@@ -724,9 +925,9 @@ impl World {
                     self.host_hears();
                     assert_eq!(epoch, self.epoch, "a replay was refused");
                 }
-                let step = self.host.connection.send_step(&spans, rows).unwrap();
+                let step = self.host.connection.send_step(&spans, &[], rows).unwrap();
                 let (mut head, mut frame) = (Vec::new(), Vec::new());
-                encode_step_head(&mut head, step, &spans, rows);
+                encode_step_head(&mut head, step, &spans, &[], rows);
                 seal_into(&mut self.host.sealer, &head, as_bytes(rows), &mut frame);
                 self.to_worker.push_back(frame);
                 let mut digests = Vec::new();

@@ -32,6 +32,10 @@ def sha256(*parts):
 
 # --- section 2: keys and codes ---------------------------------------------------------------------------
 
+def mark(key, nonce, salt):
+    return hmac.digest(key, b"dim key mark v2" + nonce + salt, "sha256")[:8]
+
+
 def check_character(characters):
     total, factor = 0, 2
     for c in reversed(characters):
@@ -55,7 +59,9 @@ def parse_code(typed):
 def check_keys():
     vectors, n = load("keys.json"), 0
     for v in vectors["keys"]:
-        assert sha256(b"dim key id v1", bytes.fromhex(v["key"]))[:8].hex() == v["id"], v
+        key, nonce, salt = (bytes.fromhex(v[name]) for name in ("key", "nonce", "salt"))
+        assert sha256(b"dim key id v1", key)[:8].hex() == v["id"], v
+        assert mark(key, nonce, salt).hex() == v["mark"], v
         n += 1
     for v in vectors["codes"]:
         c = v["characters"]
@@ -101,11 +107,12 @@ def public_of(secret):
 class Noise:
     """The symmetric state, with a trace of what section 3.3 names."""
 
-    def __init__(self, preamble):
+    def __init__(self, greeting, preamble):
         self.h = self.ck = sha256(b"Noise_NNpsk0_25519_ChaChaPoly_SHA256")
         self.k = None
-        self.trace = {"prologue": (PROLOGUE + preamble).hex(), "ck_at_first": self.ck.hex()}
-        self.mix_hash(PROLOGUE + preamble)
+        prologue = PROLOGUE + greeting + preamble
+        self.trace = {"prologue": prologue.hex(), "ck_at_first": self.ck.hex()}
+        self.mix_hash(prologue)
         self.trace["h_after_prologue"] = self.h.hex()
 
     def mix_hash(self, data):
@@ -128,13 +135,15 @@ class Noise:
         self.trace[name] = {"h": self.h.hex(), "ck": self.ck.hex(), "k": self.k.hex()}
 
 
-def handshake(v, host_versions=(1, 1), worker_versions=(1, 1)):
-    """Both flights, both transport keys and the trace, from nothing but the secrets."""
+def handshake(v, host_versions=(2, 2), worker_versions=(2, 2)):
+    """Greeting, both flights, both transport keys and the trace, from nothing but the secrets."""
     psk, purpose = bytes.fromhex(v["psk"]), v["purpose"]
     e, f = bytes.fromhex(v["host_ephemeral"]), bytes.fromhex(v["worker_ephemeral"])
-    key_id = bytes(8) if purpose else sha256(b"dim key id v1", psk)[:8]
-    preamble = MAGIC + struct.pack("<HHB3x", *host_versions, purpose) + key_id
-    noise = Noise(preamble)
+    nonce, salt = bytes.fromhex(v["worker_nonce"]), bytes.fromhex(v["host_salt"])
+    greeting = MAGIC + struct.pack("<HH4x", *worker_versions) + nonce
+    named = bytes(16) if purpose else salt + mark(psk, nonce, salt)
+    preamble = MAGIC + struct.pack("<HHB3x", *host_versions, purpose) + named
+    noise = Noise(greeting, preamble)
     noise.mix_psk(psk)
     noise.mix_hash(public_of(e))
     noise.mix_key(public_of(e))
@@ -156,13 +165,14 @@ def handshake(v, host_versions=(1, 1), worker_versions=(1, 1)):
     noise.trace.update(handshake_hash=noise.h.hex(), host_key=host_key.hex(), worker_key=worker_key.hex())
     first = preamble + struct.pack("<H", 48) + message_1
     answer = clear + struct.pack("<H", 72) + message_2
-    return first, answer, host_key, worker_key, noise.trace
+    return greeting, first, answer, host_key, worker_key, noise.trace
 
 
 def check_noise():
     vectors, n = load("noise.json"), 0
     for v in vectors["cases"]:
-        first, answer, _, _, trace = handshake(v, v["host_versions"], v["worker_versions"])
+        greeting, first, answer, _, _, trace = handshake(v, v["host_versions"], v["worker_versions"])
+        assert greeting.hex() == v["greeting"], v["name"]
         assert first.hex() == v["first_flight"], v["name"]
         assert answer.hex() == v["answer"], v["name"]
         assert trace == v["trace"], v["name"]
@@ -179,7 +189,7 @@ def check_noise():
     return n
 
 
-def worker_refuses(case, flight, versions=(1, 1)):
+def worker_refuses(case, flight, versions=(2, 2)):
     """Section 3.1 and 3.2, for a worker that knows the case's key: the rule broken and the answer."""
     def status(s):
         return MAGIC + struct.pack("<HHBx2x8x", *versions, s)
@@ -187,36 +197,44 @@ def worker_refuses(case, flight, versions=(1, 1)):
     if flight[:8] != MAGIC[: len(flight[:8])]:
         return "bad-magic", b""
     low, high, purpose = struct.unpack("<HHB", flight[8:13])
-    key_id, psk = flight[16:24], bytes.fromhex(case["psk"])
-    if low > high or purpose > 1 or flight[13:16] != bytes(3) or (purpose and key_id != bytes(8)):
+    salt, psk = flight[16:24], bytes.fromhex(case["psk"])
+    if low > high or purpose > 1 or flight[13:16] != bytes(3) or (purpose and flight[16:32] != bytes(16)):
         return "bad-preamble", b""
     if high < versions[0] or low > versions[1]:
         return "version", status(1)
-    if key_id != sha256(b"dim key id v1", psk)[:8]:
-        return "key", status(2)
-    if struct.unpack("<H", flight[24:26])[0] != 48:
+    if struct.unpack("<H", flight[32:34])[0] != 48:
         return "noise-length", b""
-    noise = Noise(flight[:24])
+    if flight[24:32] != mark(psk, bytes.fromhex(case["worker_nonce"]), salt):
+        return "key", status(2)
+    noise = Noise(bytes.fromhex(case["greeting"]), flight[:32])
     noise.mix_psk(psk)
-    noise.mix_hash(flight[26:58])
-    noise.mix_key(flight[26:58])
+    noise.mix_hash(flight[34:66])
+    noise.mix_key(flight[34:66])
     try:
-        unseal(noise.k, 0, noise.h, flight[58:74])
+        unseal(noise.k, 0, noise.h, flight[66:82])
     except InvalidTag:
         return "key", status(2)
     try:
-        curve(bytes.fromhex(case["worker_ephemeral"]), flight[26:58])
+        curve(bytes.fromhex(case["worker_ephemeral"]), flight[34:66])
     except ValueError:  # `cryptography` refuses the all-zero result
         return "zero-dh", b""
     return None, b""
 
 
-def host_refuses(case, answer, versions=(1, 1)):
-    """Section 3.2, for the case's host: the rule that the answer breaks."""
+def host_refuses(case, said, versions=(2, 2)):
+    """Section 3.1 and 3.2, for the case's host: the rule that a worker's bytes break."""
+    greeting, answer = said[:32], said[32:]
+    if greeting[:8] != MAGIC:
+        return "bad-magic"
+    low, high, zero = struct.unpack("<HHI", greeting[8:16])
+    if low > high or zero:
+        return "bad-greeting"
+    if low > versions[1] or high < versions[0]:
+        return "version"
     if answer[:8] != MAGIC:
         return "bad-magic"
-    low, high, status, zero, chosen = struct.unpack("<HHBBH", answer[8:16])
-    if low > high or zero or answer[16:24] != bytes(8):
+    status, zero, chosen = struct.unpack("<BBH", answer[12:16])
+    if answer[8:12] != greeting[8:12] or zero or answer[16:24] != bytes(8):
         return "bad-answer"
     if status:
         if chosen or status > 4:
@@ -226,12 +244,12 @@ def host_refuses(case, answer, versions=(1, 1)):
         return "bad-answer"
     if struct.unpack("<H", answer[24:26])[0] != 72:
         return "noise-length"
-    first, _, _, _, _ = handshake(case)
-    noise = Noise(first[:24])
+    _, first, _, _, _, _ = handshake({**case, "worker_nonce": greeting[16:].hex()})
+    noise = Noise(greeting, first[:32])
     noise.mix_psk(bytes.fromhex(case["psk"]))
-    noise.mix_hash(first[26:58])
-    noise.mix_key(first[26:58])
-    noise.mix_hash(first[58:74])
+    noise.mix_hash(first[34:66])
+    noise.mix_key(first[34:66])
+    noise.mix_hash(first[66:82])
     noise.mix_hash(answer[26:58])
     noise.mix_key(answer[26:58])
     try:
@@ -323,7 +341,8 @@ def check_frames():
 def check_transcripts():
     n = 0
     for v in load("transcripts.json"):
-        first, answer, host_key, worker_key, _ = handshake(v)
+        greeting, first, answer, host_key, worker_key, _ = handshake(v)
+        assert greeting.hex() == v["greeting"], v["name"]
         assert (first.hex(), answer.hex()) == (v["first_flight"], v["answer"]), v["name"]
         sealers = {"host": Sealer(host_key), "worker": Sealer(worker_key)}
         for m in v["messages"]:

@@ -117,7 +117,7 @@ impl Split {
         };
         let needs = options.needs();
         let found = discovery::find(search, &need, events, &mut |address, key, blocks| {
-            let terms = terms::of_host(&needs, &self.head, blocks, self.files.slice_of(blocks), 1);
+            let terms = terms::of_host(&needs, &self.head, &self.files.expected(blocks), 1);
             WorkerStage::connect(address, key, terms, Timing::default(), options.step_timeout)
         })?;
         let assigned = |discovery::Found { address, blocks, stage }| Assigned {

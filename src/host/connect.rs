@@ -13,6 +13,7 @@ use crate::host::Host;
 use crate::host::assign::{Assigned, Assignment, Holder, retrying};
 use crate::host::builder::HostOptions;
 use crate::host::engine::SplitEngine;
+use crate::host::seams::{self, Sides};
 use crate::host::split::Split;
 use crate::retry::{Retry, retry, wait};
 use crate::stage::load::{self, LoadOptions};
@@ -23,7 +24,7 @@ use crate::terms;
 /// A middle whose worker, if it has one, is dialled.
 enum Dialled {
     Here(std::path::PathBuf, Box<SliceInfo>),
-    Remote(Box<dyn RemoteStage>),
+    Remote(Box<dyn RemoteStage>, Option<Sides>),
 }
 
 impl Assignment {
@@ -41,8 +42,8 @@ impl Assignment {
             let (worker, ready) = match holder {
                 Holder::Here { path, info } => (None, Dialled::Here(path, info)),
                 remote => {
-                    let (stage, address) = dial(split, options, events, blocks, remote, &mut n_ubatch)?;
-                    (Some(address), Dialled::Remote(stage))
+                    let (dialled, address) = dial(split, options, events, blocks, remote, &mut n_ubatch)?;
+                    (Some(address), dialled)
                 }
             };
             placements.push(Placement { role: Role::Middle, blocks, worker });
@@ -62,14 +63,25 @@ impl Assignment {
         };
         let head = local(&split.files.head, &split.head)?;
         let vocabulary = head.inner().model().clone();
+        let mut sides = vec![Sides::of_stage("the head", &head)];
         let mut stages = vec![StageSlot::Local(Box::new(head))];
         for middle in dialled {
             stages.push(match middle {
-                Dialled::Here(path, info) => StageSlot::Local(Box::new(local(&path, &info)?)),
-                Dialled::Remote(stage) => StageSlot::Remote(stage),
+                Dialled::Here(path, info) => {
+                    let middle = local(&path, &info)?;
+                    sides.push(Sides::of_stage(format!("the middle {}", info.blocks), &middle));
+                    StageSlot::Local(Box::new(middle))
+                }
+                Dialled::Remote(stage, worker) => {
+                    sides.extend(worker);
+                    StageSlot::Remote(stage)
+                }
             });
         }
-        stages.push(StageSlot::Local(Box::new(local(&split.files.tail, &split.tail)?)));
+        let tail = local(&split.files.tail, &split.tail)?;
+        sides.push(Sides::of_stage("the tail", &tail));
+        seams::check(&sides)?;
+        stages.push(StageSlot::Local(Box::new(tail)));
         let pipeline = Pipeline::new(stages, options.wire, options.patience);
         events.tell(Event::Ready { stages: placements, n_blocks: split.head.model_blocks });
         let engine = SplitEngine::new(pipeline, n_ubatch, events.clone());
@@ -81,7 +93,8 @@ fn here(info: &SliceInfo) -> Placement {
     Placement { role: info.role, blocks: info.blocks, worker: None }
 }
 
-/// A worker's stage, connected and checked, and the worker's address. `n_ubatch` becomes what it takes, if that is less.
+/// A worker's stage, connected and checked, what it takes and gives, and the worker's address. `n_ubatch` becomes what it
+/// takes, if that is less.
 fn dial(
     split: &Split,
     options: &HostOptions,
@@ -89,7 +102,7 @@ fn dial(
     blocks: dim_core::blocks::BlockRange,
     holder: Holder,
     n_ubatch: &mut u32,
-) -> Result<(Box<dyn RemoteStage>, String), Error> {
+) -> Result<(Dialled, String), Error> {
     let canary = match options.canary {
         true => split.files.canary_of(blocks),
         false => Err(NoCanary::Off),
@@ -99,8 +112,8 @@ fn dial(
         Holder::Worker { address, key, max_sessions } => {
             // one session more than the conversation's, where the worker has it, is the canary's
             let max_sessions = if canary.is_ok() { max_sessions.min(2) } else { 1 };
-            let slice = split.files.slice_of(blocks);
-            let terms = terms::of_host(&options.needs(), &split.head, blocks, slice, max_sessions);
+            let expected = split.files.expected(blocks);
+            let terms = terms::of_host(&options.needs(), &split.head, &expected, max_sessions);
             let stage = retry(
                 options.patience,
                 |error, give_up_after| events.tell(retrying(error, give_up_after)),
@@ -119,17 +132,19 @@ fn dial(
         session = link.agreed().max_sessions.saturating_sub(1);
         *n_ubatch = link.agreed().max_rows.min(*n_ubatch);
     }
-    match canary {
+    let sides = stage.link().map(Sides::of_worker);
+    let is_hidden = stage.link().is_none_or(|link| link.agreed().shape.is_hidden());
+    match canary.and_then(|canary| if is_hidden { Ok(canary) } else { Err(NoCanary::OtherRows) }) {
         Err(why) => {
             events.tell(Event::Unchecked { address: address.clone(), why });
-            Ok((Box::new(stage), address))
+            Ok((Dialled::Remote(Box::new(stage), sides), address))
         }
         Ok(canary) => {
             let n_embd = split.head.hparams.n_embd as usize;
             let (dtype, n_ctx, max_rows) = (options.wire, options.resources.n_ctx, *n_ubatch);
             let room = Room { n_embd, dtype, n_ctx, max_rows, session };
             let stage = Guarded::new(stage, canary.clone(), room);
-            Ok((Box::new(checked(stage, options, events)?), address))
+            Ok((Dialled::Remote(Box::new(checked(stage, options, events)?), sides), address))
         }
     }
 }

@@ -17,6 +17,7 @@ pub mod packages;
 mod prompt;
 pub mod report;
 pub mod sampler;
+mod seams;
 mod session;
 mod split;
 pub mod template;

@@ -17,6 +17,7 @@ use crate::error::{DifferentModels, Error};
 use crate::event::{Events, NoCanary};
 use crate::stage::load;
 use crate::stage::verified::{Verify, open_slice};
+use crate::terms::{Expected, ExpectedRows};
 
 /// A middle that a manifest or an argument names.
 #[derive(Clone, Debug)]
@@ -26,6 +27,8 @@ pub(crate) struct MiddleFile {
     /// its identity, if it is known
     pub sha256: Option<Sha>,
     pub canary: Option<Canary>,
+    /// what is known of the rows that go in and out
+    pub rows: ExpectedRows,
 }
 
 /// The files of a split model.
@@ -51,6 +54,7 @@ impl SplitFiles {
                 blocks: BlockRange { first: slice.first, last: slice.last },
                 sha256: Sha::parse(&slice.sha256),
                 canary: slice.canary.clone(),
+                rows: ExpectedRows::of(slice),
             }
         });
         let middles = middles.collect();
@@ -65,7 +69,13 @@ impl SplitFiles {
                 return Err(Error::WrongRole { path: path.clone(), found: info.role, wanted: Role::Middle });
             }
             let sha256 = Some(info.slice_sha256);
-            Ok(MiddleFile { path: path.clone(), blocks: info.blocks, sha256, canary: None })
+            Ok(MiddleFile {
+                path: path.clone(),
+                blocks: info.blocks,
+                sha256,
+                canary: None,
+                rows: ExpectedRows::default(),
+            })
         };
         let middles = middles.iter().map(middle).collect::<Result<_, Error>>()?;
         Ok(SplitFiles { head: head.to_owned(), tail: tail.to_owned(), middles, has_manifest: false })
@@ -75,9 +85,11 @@ impl SplitFiles {
         self.middles.iter().find(|m| m.blocks == blocks)
     }
 
-    /// The identity of the slice with these blocks, if it is known.
-    pub(crate) fn slice_of(&self, blocks: BlockRange) -> Option<Sha> {
-        self.middle(blocks)?.sha256
+    /// What is known of the slice with these blocks.
+    pub(crate) fn expected(&self, blocks: BlockRange) -> Expected {
+        let middle = self.middle(blocks);
+        let rows = middle.map(|middle| middle.rows.clone()).unwrap_or_default();
+        Expected { blocks, slice: middle.and_then(|middle| middle.sha256), rows }
     }
 
     /// What the middle with these blocks has to answer, or why that is not known.

@@ -155,7 +155,7 @@ impl LocalStage for LlamaStage {
 }
 
 /// The same without names: the types of ours.
-fn layout_of(layout: &llama_sys_patch::Layout) -> Layout {
+pub(crate) fn layout_of(layout: &llama_sys_patch::Layout) -> Layout {
     let part = |part: &llama_sys_patch::Part| match part.value_type {
         ValueType::F32 => Part { part_type: PartType::F32, may_round: true, values: part.values },
         ValueType::I32 => Part { part_type: PartType::I32, may_round: false, values: part.values },

@@ -12,9 +12,9 @@ use dim_core::bell::Bell;
 use dim_core::blocks::BlockRange;
 use dim_core::ids::{JobId, SessionId};
 use dim_core::rows::{Rows, RowsRef};
-use dim_core::stage::{Answer, RemoteStage, Span, StageError, Traffic};
+use dim_core::stage::{Answer, RemoteStage, Span, StageError, TakeBack, Traffic};
 use dim_wire::keys::Key;
-use dim_wire::message::{ErrorCode, Farewell};
+use dim_wire::message::{ErrorCode, Farewell, Fault};
 use dim_wire::terms::Terms;
 use dim_wire::transport::{Counters, Event, Link, LinkError, LinkErrorKind, Timing, dial};
 
@@ -26,12 +26,23 @@ pub struct WorkerStage {
     /// an attempt to connect that is under way
     dialling: Option<Receiver<Result<Link, LinkError>>>,
     bell: Option<Bell>,
-    /// each step without an answer, oldest first, and since when the worker has had nothing before it to do
-    unanswered: VecDeque<(JobId, Instant)>,
+    /// each step without an answer, oldest first
+    unanswered: VecDeque<Unanswered>,
     /// a send failed, then: what the worker said before it closed may still be there to be read
     send_failed: Option<(LinkError, Instant)>,
     /// of the connections before this one
     earlier: Counters,
+}
+
+/// A step without an answer.
+struct Unanswered {
+    job: JobId,
+    /// its number on the wire; `None`: it was not sent, because the link is over
+    step: Option<u32>,
+    /// since when the worker has had nothing before it to do
+    since: Instant,
+    /// nobody wants the answer, and the worker has been told
+    is_called_off: bool,
 }
 
 /// Whom to dial, and how.
@@ -77,8 +88,14 @@ impl WorkerStage {
         timing: Timing,
         step_limit: Duration,
     ) -> Result<WorkerStage, LinkError> {
-        let target = Target { address: address.to_owned(), key: key.clone(), terms, timing };
+        let mut target = Target { address: address.to_owned(), key: key.clone(), terms, timing };
         let link = target.dial()?;
+        // what this host builds upon every worker that comes after this one has to be able to do
+        let agreed = link.agreed();
+        target.terms.take_back = agreed.take_back;
+        target.terms.shape = agreed.shape.clone();
+        let peer = link.peer_terms();
+        (target.terms.input, target.terms.output) = (peer.input, peer.output);
         Ok(WorkerStage {
             target,
             step_limit,
@@ -136,7 +153,7 @@ impl WorkerStage {
 
     /// When the oldest step has taken too long.
     fn step_deadline(&self) -> Option<Instant> {
-        self.unanswered.front().map(|(_, since)| *since + self.step_limit)
+        self.unanswered.front().map(|step| step.since + self.step_limit)
     }
 
     /// When a link that cannot be written to is given up, whatever may still be read from it.
@@ -154,7 +171,11 @@ impl WorkerStage {
         let answered = match receive(link) {
             Ok(None) => return self.nothing_yet(),
             Ok(Some(Event::Done { rows: values, compute, wait, .. })) => {
-                copy(values, rows).map(|()| (compute, wait))
+                copy(values, rows).map(|()| (compute, wait, None))
+            }
+            Ok(Some(Event::Failed { fault, .. })) => {
+                let failed = fault.map_or(StageError::Void, |fault| of_step(fault, link.peer()));
+                Ok((Duration::ZERO, Duration::ZERO, Some(failed)))
             }
             Ok(Some(_)) => Err(StageError::NoAnswer),
             Err(error) => {
@@ -167,12 +188,12 @@ impl WorkerStage {
                 return Err(self.over(error));
             }
         };
-        let done = answered.and_then(|(compute, wait)| match self.unanswered.pop_front() {
-            Some((job, _)) => Ok(Answer::done(job, compute, wait)),
+        let done = answered.and_then(|(compute, wait, failed)| match self.unanswered.pop_front() {
+            Some(Unanswered { job, .. }) => Ok(Answer { job, compute, wait, failed }),
             None => Err(StageError::Unasked),
         });
-        if let Some((_, since)) = self.unanswered.front_mut() {
-            *since = Instant::now();
+        if let Some(next) = self.unanswered.front_mut() {
+            next.since = Instant::now();
         }
         done.map(Some).inspect_err(|_| self.hang_up())
     }
@@ -196,21 +217,28 @@ impl WorkerStage {
 
 /// Whether another attempt makes sense, and whose fault it is.
 fn sort(error: LinkError) -> StageError {
-    let LinkErrorKind::Fault(fault) = &error.kind else {
-        return match error {
-            _ if error.is_pause() => StageError::paused(error),
-            _ if error.may_pass() => StageError::lost(error),
-            _ => StageError::refused(error),
-        };
-    };
-    let (block, count) = (fault.block, fault.count.into());
-    match fault.code {
+    match &error.kind {
+        LinkErrorKind::Fault(fault) if is_of_values(fault) => of_step(fault.clone(), &error.peer),
+        _ if error.is_pause() => StageError::paused(error),
+        _ if error.may_pass() => StageError::lost(error),
+        LinkErrorKind::Fault(_) => StageError::failed(error),
+        _ => StageError::refused(error),
+    }
+}
+
+fn is_of_values(fault: &Fault) -> bool {
+    matches!(fault.code, ErrorCode::NonFinite | ErrorCode::Overflow)
+}
+
+/// What a worker said of one step.
+fn of_step(fault: Fault, peer: &str) -> StageError {
+    let (code, block, count) = (fault.code, fault.block, fault.count.into());
+    let error = LinkErrorKind::Fault(fault).with(peer);
+    match code {
         ErrorCode::NonFinite => StageError::NotFinite { block, count, said: Some(Arc::new(error)) },
         ErrorCode::Overflow => {
             StageError::TooLargeForF16 { block, count, max_abs: None, said: Some(Arc::new(error)) }
         }
-        _ if error.is_pause() => StageError::paused(error),
-        _ if error.may_pass() => StageError::lost(error),
         _ => StageError::failed(error),
     }
 }
@@ -243,12 +271,31 @@ impl RemoteStage for WorkerStage {
         self.link.as_ref().map_or(1, |link| link.agreed().max_in_flight as usize)
     }
 
-    fn submit(&mut self, job: JobId, spans: &[Span], _: &[i32], rows: &Rows) -> Result<(), StageError> {
+    fn reads_tokens(&self) -> bool {
+        self.link.as_ref().is_some_and(|link| link.agreed().shape.reads_tokens)
+    }
+
+    fn take_back(&self) -> TakeBack {
+        self.target.terms.take_back
+    }
+
+    fn submit(&mut self, job: JobId, spans: &[Span], tokens: &[i32], rows: &Rows) -> Result<(), StageError> {
         let Some(link) = &self.link else { return Err(self.not_connected()) };
-        let result = link.send_step(spans, rows.as_ref()).map(drop);
-        self.sent(result)?;
-        self.unanswered.push_back((job, Instant::now()));
+        let result = link.send_step(spans, tokens, rows.as_ref());
+        let step = result.as_ref().ok().copied();
+        self.sent(result.map(drop))?;
+        self.unanswered.push_back(Unanswered { job, step, since: Instant::now(), is_called_off: false });
         Ok(())
+    }
+
+    fn cancel(&mut self, job: JobId) {
+        let unanswered = self.unanswered.iter_mut().find(|step| step.job == job && !step.is_called_off);
+        let Some((link, unanswered)) = self.link.as_ref().zip(unanswered) else { return };
+        let Some(step) = unanswered.step else { return };
+        unanswered.is_called_off = true;
+        let result = link.sender().cancel(step);
+        // of a link that is over the next poll tells
+        let _ = self.sent(result);
     }
 
     fn poll(&mut self, rows: &mut Rows) -> Result<Option<Answer>, StageError> {

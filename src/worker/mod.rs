@@ -26,7 +26,7 @@ use crate::resources::Resources;
 use crate::stage::load::{self, LoadOptions};
 use crate::stage::local::LlamaStage;
 use crate::stage::verified::Verify;
-use crate::terms::of_worker;
+use crate::terms::{Offer, of_worker, random_instance};
 
 pub use serve::serve;
 
@@ -122,7 +122,16 @@ impl WorkerBuilder {
             return Err(Error::NotAMiddle { path: self.slice, found: info.role });
         }
         let n_ctx = self.resources.n_ctx_for(info.hparams.n_ctx_train, &events);
-        let terms = of_worker(&info, &self.software, n_ctx, self.resources.n_ubatch, self.max_sessions);
+        let instance = random_instance();
+        let offer = Offer {
+            slice: &info,
+            software: &self.software,
+            instance,
+            n_ctx,
+            max_rows: self.resources.n_ubatch,
+            max_sessions: self.max_sessions,
+        };
+        let terms = of_worker(&offer, None);
         let readiness = Readiness::NotReady(terms, Reason::NotReady, "still loading its slice".to_owned());
         let told = events.clone();
         let notice = Box::new(move |notice: &_| told.tell(Event::Notice(Clone::clone(notice))));
@@ -130,7 +139,7 @@ impl WorkerBuilder {
         let listener = Arc::new(Listener::bind(&self.listen, config).map_err(Error::Listen)?);
         let resources = Resources { n_ctx, ..self.resources };
         let options = WorkerBuilder { resources, ..self };
-        Ok(Worker { listener, info, options, events, stage: None, announcement: None })
+        Ok(Worker { listener, info, instance, options, events, stage: None, announcement: None })
     }
 }
 
@@ -138,6 +147,8 @@ impl WorkerBuilder {
 pub struct Worker {
     listener: Arc<Listener>,
     info: SliceInfo,
+    /// random, as its terms say it
+    instance: u64,
     options: WorkerBuilder,
     events: Events,
     stage: Option<LlamaStage>,
@@ -194,8 +205,15 @@ impl Worker {
         let compute_bytes = chooses_rows.then_some(COMPUTE_BYTES);
         let options = LoadOptions { resources, mmap, max_sessions, compute_bytes };
         let stage = load::stage(&self.options.slice, &self.info, &options, &self.events)?;
-        let n_ubatch = stage.inner().info().n_ubatch;
-        let terms = of_worker(&self.info, &self.options.software, resources.n_ctx, n_ubatch, max_sessions);
+        let offer = Offer {
+            slice: &self.info,
+            software: &self.options.software,
+            instance: self.instance,
+            n_ctx: resources.n_ctx,
+            max_rows: stage.inner().info().n_ubatch,
+            max_sessions,
+        };
+        let terms = of_worker(&offer, Some(&stage));
         self.stage = Some(stage);
         self.listener.set_readiness(Readiness::Ready(terms));
         Ok(())

@@ -10,13 +10,13 @@ use std::time::{Duration, Instant};
 use dim_core::blocks::BlockRange;
 use dim_core::digest::Sha;
 use dim_core::stage::Span;
-use dim_wire::endpoint::{Ask, Endpoint, Filed, Timing};
+use dim_wire::endpoint::{Ask, ComputeTime, Endpoint, Filed, Timing};
 use dim_wire::frame::{Inbox, Store};
-use dim_wire::handshake::Lookup;
+use dim_wire::handshake::{Lookup, Named};
 use dim_wire::keys::Key;
 use dim_wire::link_error::LinkErrorKind;
 use dim_wire::message::Message;
-use dim_wire::rows::{self, RowTypes, RowsRef};
+use dim_wire::rows::{self, RowTypes, RowsRef, Shape};
 use dim_wire::terms::{SliceRole, Terms, agree};
 use half::f16;
 
@@ -34,7 +34,7 @@ pub(crate) fn terms(name: &str) -> Terms {
     Terms {
         row_types: RowTypes::F16,
         role: SliceRole::Middle,
-        n_embd: N_EMBD,
+        shape: Shape::hidden(N_EMBD),
         n_blocks: 12,
         blocks: BlockRange { first: 4, last: 7 },
         n_ctx: 1 << 20,
@@ -43,7 +43,7 @@ pub(crate) fn terms(name: &str) -> Terms {
         max_in_flight: 4,
         model: Some(Sha([1; 32])),
         arch: "qwen2".into(),
-        ..Terms::blank(1, "test 0", name)
+        ..Terms::blank(2, "test 0", name)
     }
 }
 
@@ -194,7 +194,7 @@ impl Side {
                     && let Some((count, values)) = self.outgoing.pop_front()
                 {
                     let span = [Span { session: 0, position: self.position, count }];
-                    self.endpoint.send_step(&span, RowsRef::F16(&values)).unwrap();
+                    self.endpoint.send_step(&span, &[], RowsRef::F16(&values)).unwrap();
                     self.position += count;
                     self.payload = rows::as_bytes(RowsRef::F16(&values)).to_vec();
                 }
@@ -263,8 +263,8 @@ impl World {
             Ask::Pair { .. } => panic!("pairing has a code"),
             _ => key(),
         };
-        let host = Endpoint::host(&host_key, ask, timing, now).unwrap();
-        let look_up = Box::new(|_, id| match id == key().id() {
+        let host = Endpoint::host(&host_key, ask, timing, now);
+        let look_up = Box::new(|named: &Named| match named.is(&key()) {
             true => Lookup::Found(key()),
             false => Lookup::Unknown,
         });
@@ -272,7 +272,7 @@ impl World {
             begun: now,
             now,
             host: Side::new(host),
-            worker: Side::new(Endpoint::worker(look_up, timing, now)),
+            worker: Side::new(Endpoint::worker(look_up, timing, now).unwrap()),
             to_worker: Pipe::new(),
             to_host: Pipe::new(),
             compute: Duration::ZERO,
@@ -290,7 +290,7 @@ impl World {
     }
 
     pub(crate) fn serving_with(timing: &Timing) -> World {
-        let mut world = World::new(timing, Ask::Serve(terms("host")));
+        let mut world = World::new(timing, Ask::Serve(Box::new(terms("host"))));
         world.run_for(Duration::ZERO);
         assert_eq!(world.trace, [(0, Seen::Accepted)]);
         world.trace.clear();
@@ -383,10 +383,9 @@ impl World {
             if self.worker.endpoint.end().is_none() {
                 let n_rows = values.len() as u32 / N_EMBD;
                 let rows = RowsRef::F16(&values);
-                self.worker
-                    .endpoint
-                    .send_step_done(step, n_rows, rows, self.compute, Duration::ZERO)
-                    .unwrap();
+                let time =
+                    ComputeTime { began: now - self.compute, compute: self.compute, wait: Duration::ZERO };
+                self.worker.endpoint.send_step_done(step, n_rows, rows, time).unwrap();
                 self.worker.payload = rows::as_bytes(rows).to_vec();
             }
             self.worker.reads = true;
@@ -402,7 +401,7 @@ impl World {
             Ok(Some(received)) => {
                 match received.message {
                     Message::Step(s) => {
-                        let values: &[f16] = bytemuck::cast_slice(s.hidden);
+                        let values: &[f16] = bytemuck::cast_slice(s.rows);
                         let answer = values.iter().map(|v| f16::from_f32(v.to_f32() + 1.0)).collect();
                         let begins = self.answers.back().map_or(now, |(at, ..)| *at).max(now);
                         self.answers.push_back((begins + self.compute, s.step, answer));
@@ -441,7 +440,7 @@ impl World {
             Ok(Some(received)) => match received.message {
                 Message::Accept(_) => Seen::Accepted,
                 Message::StepDone(s) => {
-                    let values: &[f16] = bytemuck::cast_slice(s.hidden);
+                    let values: &[f16] = bytemuck::cast_slice(s.rows);
                     assert!(values.iter().all(|v| v == &values[0]), "rows of another step");
                     Seen::Answer(s.step, values[0].to_f32())
                 }

@@ -28,13 +28,45 @@ public struct PairKey: Equatable, Sendable {
 
     private init(unchecked bytes: [UInt8]) { self.bytes = bytes }
 
-    /// What travels in clear to say which key is meant.
+    /// What names the key in file names and logs; it never crosses the wire.
     public var id: KeyID {
         KeyID([UInt8](SystemPrimitives.sha256(Array("dim key id v1".utf8) + bytes).prefix(KeyID.count)))!
     }
 
     /// The key as a key file holds it.
     public var line: String { hex(bytes) }
+}
+
+/// How a host names its key in clear: otherwise on each connection, so that nobody knows it again by it.
+public struct KeyMark: Equatable, Sendable {
+    public static let nonceBytes = 16
+    public static let saltBytes = 8
+    public static let markBytes = 8
+    /// of a pairing code
+    public static let none = KeyMark(
+        salt: [UInt8](repeating: 0, count: saltBytes), mark: [UInt8](repeating: 0, count: markBytes))
+
+    /// the host's, random
+    public let salt: [UInt8]
+    public let mark: [UInt8]
+
+    public init(salt: [UInt8], mark: [UInt8]) {
+        self.salt = salt
+        self.mark = mark
+    }
+
+    /// The mark of `key` for a worker with this nonce.
+    public init(of key: PairKey, nonce: [UInt8], salt: [UInt8] = randomBytes(saltBytes)) {
+        self.salt = salt
+        let all = SystemPrimitives.hmac(key: key.bytes, Array("dim key mark v2".utf8) + nonce + salt)
+        mark = Array(all.prefix(KeyMark.markBytes))
+    }
+
+    /// Whether it names `key`. All bytes are looked at, whatever they are.
+    public func names(_ key: PairKey, nonce: [UInt8]) -> Bool {
+        let right = KeyMark(of: key, nonce: nonce, salt: salt).mark
+        return zip(right, mark).reduce(0) { $0 | ($1.0 ^ $1.1) } == 0
+    }
 }
 
 /// The first 8 bytes of a hash of a key.

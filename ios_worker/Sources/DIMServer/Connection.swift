@@ -194,9 +194,11 @@ final class Connection: @unchecked Sendable {
             // in the order of arrival among steps
             computeAll()
             stage?.rewind(session: session, position: position)
+            locked { wire.rewound(session: session, to: position) }
         case .endSession(let session):
             computeAll()
             stage?.end(session: session)
+            locked { wire.rewound(session: session, to: 0) }
         case .pushData(let data): store(data)
         case .heartbeat: break
         case .closed(let ending): closed(ending)
@@ -260,6 +262,15 @@ final class Connection: @unchecked Sendable {
     private func compute() {
         let (step, received) = waiting.removeFirst()
         guard let stage else { return }
+        let void = locked {
+            let void = wire.isVoid(step)
+            if void {
+                wire.stepFailed(step, nil, now: monotonicMilliseconds())
+                flush()
+            }
+            return void
+        }
+        if void { return }
         var answer = WorkerConnection.stepDoneBuffer(step)
         locked { computing = true }
         let started = monotonicMicroseconds()
@@ -288,7 +299,12 @@ final class Connection: @unchecked Sendable {
             computing = false
             let now = monotonicMilliseconds()
             if let failure {
-                wire.fail(failure.report(step: step.id, worker: server.name), now: now)
+                let report = failure.report(step: step.id, worker: server.name)
+                switch failure {
+                // of its sessions only, which hold what they held before it
+                case .nonFinite, .overflow: wire.stepFailed(step, report, now: now)
+                case .noMemory, .compute: wire.fail(report, now: now)
+                }
             } else {
                 lastStep = step.id
                 wire.stepDone(

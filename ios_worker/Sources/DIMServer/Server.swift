@@ -158,7 +158,9 @@ public final class Server: @unchecked Sendable {
         guard let shape else { return (terms, nil) }
         terms.dtypes = shape.dtypes
         terms.role = .middle
-        terms.nEmbd = UInt32(shape.nEmbd)
+        terms.shape = .hidden(shape.nEmbd)
+        terms.takeBack = .max
+        terms.machine = shape.machine
         terms.modelBlocks = UInt32(shape.modelBlocks)
         terms.firstBlock = UInt32(shape.firstBlock)
         terms.lastBlock = UInt32(shape.lastBlock)

@@ -211,6 +211,7 @@ extension StageShape {
         modelBlocks = manifest.model.nBlocks
         firstBlock = manifest.slice.firstBlock
         lastBlock = manifest.slice.lastBlock
+        machine.engine = .coreML
         nEmbd = manifest.dims.nEmbd
         nCtx = manifest.nCtx
         dtypes = [.f16, .f32]

@@ -21,6 +21,7 @@ public struct StageShape: Equatable, Sendable {
     public var model = Digest.unknown
     public var slice = Digest.unknown
     public var parameters = Digest.unknown
+    public var machine = Machine()
 
     public init() {}
 }

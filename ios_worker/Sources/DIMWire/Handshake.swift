@@ -1,26 +1,67 @@
-// The two flights in clear before everything else (docs/PROTOCOL.md section 3.1, 3.2): layouts and checks, no states.
+// What is said in clear before everything else (docs/PROTOCOL.md section 3.1, 3.2): layouts and checks, no states.
 import DIMCrypto
 
-/// The first 24 bytes that a host sends.
+/// The first 32 bytes on a connection: a worker's.
+public struct Greeting: Equatable, Sendable {
+    public static let bytes = 32
+
+    public var lowest: UInt16
+    public var highest: UInt16
+    /// 16 random bytes, others on each connection
+    public var nonce: [UInt8]
+
+    public init(lowest: UInt16 = protocolVersion, highest: UInt16 = protocolVersion, nonce: [UInt8]) {
+        self.lowest = lowest
+        self.highest = highest
+        self.nonce = nonce
+    }
+
+    init(_ bytes: [UInt8]) throws(RuleBroken) {
+        guard Array(bytes.prefix(Preamble.magic.count)) == Preamble.magic else {
+            throw RuleBroken(.badMagic, hex(bytes.prefix(8)))
+        }
+        var reader = Reader(bytes, from: Preamble.magic.count)
+        lowest = try reader.u16()
+        highest = try reader.u16()
+        let reserved = try reader.u32()
+        guard lowest <= highest, reserved == 0 else {
+            throw RuleBroken(.badGreeting, "versions \(lowest)-\(highest), reserved \(reserved)")
+        }
+        nonce = try reader.array(KeyMark.nonceBytes)
+    }
+
+    func encoded() -> [UInt8] {
+        var writer = Writer(reserving: Greeting.bytes)
+        writer.array(Preamble.magic)
+        writer.u16(lowest)
+        writer.u16(highest)
+        writer.u32(0)
+        writer.array(nonce)
+        return writer.bytes
+    }
+}
+
+/// The first 32 bytes that a host sends.
 public struct Preamble: Equatable, Sendable {
     public enum Purpose: UInt8, Sendable {
         case paired = 0
         case pairing = 1
     }
 
-    public static let bytes = 24
+    public static let bytes = 32
     static let magic: [UInt8] = [0xD1, 0x44, 0x49, 0x4D, 0x0D, 0x0A, 0x1A, 0x0A]
 
     public var lowest: UInt16
     public var highest: UInt16
     public var purpose: Purpose
-    public var keyID: KeyID
+    /// names the key to a worker; zeros with a pairing code
+    public var mark: KeyMark
 
-    public init(lowest: UInt16 = protocolVersion, highest: UInt16 = protocolVersion, key: PairKey, purpose: Purpose) {
+    public init(lowest: UInt16 = protocolVersion, highest: UInt16 = protocolVersion, purpose: Purpose, mark: KeyMark) {
         self.lowest = lowest
         self.highest = highest
         self.purpose = purpose
-        keyID = purpose == .paired ? key.id : .none
+        self.mark = purpose == .paired ? mark : .none
     }
 
     /// The versions that a preamble offers; this much keeps its place in every version with this magic.
@@ -44,9 +85,9 @@ public struct Preamble: Equatable, Sendable {
         guard let known = Purpose(rawValue: purpose) else { throw RuleBroken(.badPreamble, "purpose \(purpose)") }
         self.purpose = known
         for byte in try reader.array(3) where byte != 0 { throw RuleBroken(.badPreamble, "reserved bytes") }
-        keyID = KeyID(try reader.array(KeyID.count))!
-        guard known == .paired || keyID == .none else {
-            throw RuleBroken(.badPreamble, "a key id together with a pairing code")
+        mark = KeyMark(salt: try reader.array(KeyMark.saltBytes), mark: try reader.array(KeyMark.markBytes))
+        guard known == .paired || mark == .none else {
+            throw RuleBroken(.badPreamble, "a key's mark together with a pairing code")
         }
     }
 
@@ -57,12 +98,13 @@ public struct Preamble: Equatable, Sendable {
         writer.u16(highest)
         writer.u8(purpose.rawValue)
         writer.zeros(3)
-        writer.array(keyID.bytes)
+        writer.array(mark.salt)
+        writer.array(mark.mark)
         return writer.bytes
     }
 }
 
-/// The first 24 bytes that a worker sends.
+/// The clear 24 bytes of a worker's answer.
 public struct Answer: Equatable, Sendable {
     public static let bytes = 24
 
@@ -112,8 +154,8 @@ public struct Answer: Equatable, Sendable {
 }
 
 /// The prologue of the Noise handshake: roles, and what was said in clear.
-func noisePrologue(preamble: [UInt8]) -> [UInt8] {
-    Array("dim wire: host initiates, worker responds".utf8) + preamble
+func noisePrologue(greeting: [UInt8], preamble: [UInt8]) -> [UInt8] {
+    Array("dim wire: host initiates, worker responds".utf8) + greeting + preamble
 }
 
 /// Bytes of Noise message 1 and 2.

@@ -9,12 +9,13 @@ public enum HostEvent: Equatable, Sendable {
     /// the worker's terms fit: serving begins
     case accepted(Terms, Agreed)
     case stepDone(StepDone)
+    case stepFailed(StepFailed)
     case granted(PairGrant)
     /// how many bytes of each item the worker has
     case needs([UInt64])
     case stored(item: Int, bytes: UInt64)
     case heartbeat(Heartbeat)
-    case pong(UInt64)
+    case pong(UInt64, clock: UInt64)
     case closed(Ending)
 }
 
@@ -29,6 +30,7 @@ public struct HostConnection {
     }
 
     private enum State {
+        case greeting
         case answer
         case message2(clear: [UInt8], Answer)
         /// INQUIRE sent, or nothing yet
@@ -40,10 +42,15 @@ public struct HostConnection {
         case closed
     }
 
-    private var state = State.answer
+    private var state = State.greeting
     var link: Link
     private let dialledAt: Milliseconds
-    private var noise: NoiseInitiator
+    /// once the worker has greeted
+    private var noise: NoiseInitiator?
+    private var greeted: Greeting?
+    private let key: PairKey
+    private let salt: [UInt8]
+    private let ephemeral: [UInt8]
     private let purpose: Purpose
     private let versions: ClosedRange<UInt16>
     private var chosen: UInt16 = 0
@@ -54,26 +61,50 @@ public struct HostConnection {
     private var ping: UInt64?
     private var pending: [HostEvent] = []
 
-    /// The first flight is in `output` at once.
+    /// Nothing is said before the worker has greeted.
     public init(
-        purpose: Purpose, key: PairKey, dialledAt: Milliseconds, ephemeral: [UInt8] = randomBytes(keyBytes),
-        versions: ClosedRange<UInt16> = protocolVersion...protocolVersion
+        purpose: Purpose, key: PairKey, dialledAt: Milliseconds, salt: [UInt8] = randomBytes(KeyMark.saltBytes),
+        ephemeral: [UInt8] = randomBytes(keyBytes), versions: ClosedRange<UInt16> = protocolVersion...protocolVersion
     ) {
         self.purpose = purpose
+        self.key = key
+        self.salt = salt
+        self.ephemeral = ephemeral
         self.dialledAt = dialledAt
         self.versions = versions
         link = Link(now: dialledAt)
+    }
+
+    /// The worker greets: the first flight.
+    private mutating func readGreeting(_ now: Milliseconds) throws(RuleBroken) -> Bool {
+        for index in 0..<min(link.input.count, Preamble.magic.count)
+        where link.input[index] != Preamble.magic[index] {
+            throw RuleBroken(.badMagic, "byte \(index) is \(link.input[index])")
+        }
+        guard link.input.count >= Greeting.bytes else { return false }
+        let bytes = link.input.take(Greeting.bytes)
+        let greeting = try Greeting(bytes)
+        guard versions.overlaps(greeting.lowest...greeting.highest) else {
+            throw RuleBroken(
+                .version, "the worker speaks \(greeting.lowest)-\(greeting.highest), this host \(versions)")
+        }
         var pairing = false
         if case .pair = purpose { pairing = true }
         let preamble = Preamble(
-            lowest: versions.lowerBound, highest: versions.upperBound, key: key, purpose: pairing ? .pairing : .paired
+            lowest: versions.lowerBound, highest: versions.upperBound, purpose: pairing ? .pairing : .paired,
+            mark: KeyMark(of: key, nonce: greeting.nonce, salt: salt)
         ).encoded()
-        noise = NoiseInitiator(prologue: noisePrologue(preamble: preamble), psk: key.bytes, ephemeral: ephemeral)
+        let noise = NoiseInitiator(
+            prologue: noisePrologue(greeting: bytes, preamble: preamble), psk: key.bytes, ephemeral: ephemeral)
         var flight = Writer(reserving: Preamble.bytes + 2 + message1Bytes)
         flight.array(preamble)
         flight.u16(UInt16(noise.message1.count))
         flight.array(noise.message1)
-        link.sendClear(flight.bytes, now: dialledAt)
+        link.sendClear(flight.bytes, now: now)
+        self.noise = noise
+        greeted = greeting
+        state = .answer
+        return true
     }
 
     // MARK: in
@@ -108,6 +139,7 @@ public struct HostConnection {
     private mutating func advance(_ now: Milliseconds) throws(RuleBroken) -> Bool {
         switch state {
         case .closed: return false
+        case .greeting: return try readGreeting(now)
         case .answer: return try readAnswer()
         case .message2(let clear, let answer): return try readMessage2(clear, answer, now)
         case .opening, .serving, .pushing, .pairing:
@@ -121,6 +153,9 @@ public struct HostConnection {
         guard link.input.count >= Answer.bytes else { return false }
         let clear = link.input.take(Answer.bytes)
         let answer = try Answer(clear)
+        guard answer.lowest == greeted?.lowest, answer.highest == greeted?.highest else {
+            throw RuleBroken(.badAnswer, "other versions than it greeted with")
+        }
         if let rule = answer.status.rule {
             throw RuleBroken(rule, "the worker (versions \(answer.lowest)-\(answer.highest)) refused the handshake")
         }
@@ -143,7 +178,8 @@ public struct HostConnection {
         let payload: [UInt8]
         let transport: NoiseTransport
         do throws(NoiseError) {
-            (payload, transport) = try noise.readMessage2(message2)
+            guard let read = try noise?.readMessage2(message2) else { return false }
+            (payload, transport) = read
         } catch .zeroResult {
             throw RuleBroken(.zeroDH, "the worker's ephemeral key is a point of small order")
         } catch {
@@ -175,7 +211,7 @@ public struct HostConnection {
     private mutating func take(_ message: [UInt8], _ now: Milliseconds) throws(RuleBroken) {
         let kind = try Message.kind(of: message)
         guard isAllowed(kind) else { throw RuleBroken(.unexpected, "\(kind.name) is not allowed here") }
-        switch try Message(decoding: message, nEmbd: Int(agreed?.nEmbd ?? 0)) {
+        switch try Message(decoding: message, shape: agreed?.shape ?? Shape()) {
         case .offer(let terms):
             inquired -= 1
             pending.append(.offered(terms))
@@ -199,17 +235,21 @@ public struct HostConnection {
             end(.paired)
         case .stepDone(let done):
             try books?.stepDone(id: done.id, rows: done.rows.count, format: done.rows.format)
-            let bad = done.rows.nonFiniteCount
+            let bad = done.rows.nonFiniteCount(agreed?.shape.output ?? Layout())
             guard bad == 0 else { throw RuleBroken(.nonFinite, "\(bad) values of step \(done.id) are not finite") }
             pending.append(.stepDone(done))
+        case .stepFailed(let failed):
+            try books?.stepFailed(id: failed.id)
+            pending.append(.stepFailed(failed))
         case .heartbeat(let beat):
             heartbeatsCame = true
             pending.append(.heartbeat(beat))
-        case .ping(let number): link.send(.pong(number), now: now)
-        case .pong(let number):
+        case .ping(let number):
+            link.send(.pong(number, clock: UInt64(max(0, now - dialledAt)) * 1000), now: now)
+        case .pong(let number, let clock):
             guard ping == number else { return }
             ping = nil
-            pending.append(.pong(number))
+            pending.append(.pong(number, clock: clock))
         case .error(let report): end(.peerFailed(report))
         case .goodbye(let reason): end(.goodbye(reason))
         case .pushNeed(let have):
@@ -221,7 +261,7 @@ public struct HostConnection {
             pending.append(.needs(have))
         case .pushStored(let item, let bytes): pending.append(.stored(item: Int(item), bytes: bytes))
         case .pushResult(let result): end(.pushed(result))
-        case .hello, .inquire, .step, .rewind, .endSession, .pairRequest, .pairStored, .pushOffer, .pushData:
+        case .hello, .inquire, .step, .rewind, .endSession, .cancel, .pairRequest, .pairStored, .pushOffer, .pushData:
             throw RuleBroken(.unexpected, "\(kind.name) is the host's to send")
         }
     }
@@ -236,7 +276,8 @@ public struct HostConnection {
             case .heartbeat: true
             default: false
             }
-        case .serving: kind == .stepDone || kind == .heartbeat || kind == .ping || kind == .pong
+        case .serving:
+            kind == .stepDone || kind == .stepFailed || kind == .heartbeat || kind == .ping || kind == .pong
         case .pushing(_, let needed):
             switch kind {
             case .heartbeat, .ping, .pong: true
@@ -245,7 +286,7 @@ public struct HostConnection {
             default: false
             }
         case .pairing: kind == .pairGrant
-        case .answer, .message2, .closed: false
+        case .greeting, .answer, .message2, .closed: false
         }
     }
 
@@ -270,12 +311,14 @@ public struct HostConnection {
 
     /// Sends a STEP with the next id; throws what the worker would refuse, before anything is sent.
     @discardableResult
-    public mutating func step(spans: [Span], rows: Rows, now: Milliseconds) throws(RuleBroken) -> UInt32 {
+    public mutating func step(
+        spans: [Span], tokens: [Int32] = [], rows: Rows, now: Milliseconds
+    ) throws(RuleBroken) -> UInt32 {
         guard var books else { throw RuleBroken(.unexpected, "no worker has accepted") }
         let id = books.nextID
         try books.step(id: id, rows: rows.count, format: rows.format, spans: spans)
         self.books = books
-        link.send(.step(Step(id: id, spans: spans, rows: rows)), now: now)
+        link.send(.step(Step(id: id, spans: spans, tokens: tokens, rows: rows)), now: now)
         return id
     }
 
@@ -283,6 +326,9 @@ public struct HostConnection {
         try books?.rewind(session: session, position: position)
         link.send(.rewind(session: session, position: position), now: now)
     }
+
+    /// Nobody wants the answer to this step any more.
+    public mutating func cancel(step: UInt32, now: Milliseconds) { link.send(.cancel(step), now: now) }
 
     public mutating func end(session: UInt32, now: Milliseconds) throws(RuleBroken) {
         try books?.end(session: session)
@@ -334,13 +380,13 @@ public struct HostConnection {
     private var isEncrypted: Bool {
         switch state {
         case .opening, .serving, .pushing, .pairing: true
-        case .answer, .message2, .closed: false
+        case .greeting, .answer, .message2, .closed: false
         }
     }
 
     private var deadline: Milliseconds? {
         switch state {
-        case .answer, .message2, .pairing: dialledAt + Time.opening
+        case .greeting, .answer, .message2, .pairing: dialledAt + Time.opening
         case .opening, .pushing(_, needed: false):
             heartbeatsCame
                 ? min(dialledAt + Time.openingWithHeartbeats, link.silenceDeadline) : dialledAt + Time.opening

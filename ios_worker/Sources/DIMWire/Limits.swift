@@ -18,6 +18,8 @@ public enum Limit {
     public static let framePlaintext = 65_519
     /// a STEP, a STEP_DONE: bytes
     public static let stepMessage = UInt64(Int32.max)
+    /// parts of a row, of one way
+    public static let parts = 128
     /// strings: bytes of UTF-8
     public static let arch = 32
     public static let name = 64
@@ -46,4 +48,4 @@ public enum Time {
 }
 
 /// The version of the protocol that this code speaks.
-public let protocolVersion: UInt16 = 1
+public let protocolVersion: UInt16 = 2

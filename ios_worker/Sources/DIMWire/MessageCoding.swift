@@ -26,7 +26,7 @@ struct Header {
 
 extension Message {
     /// What stands in for "none" in fields of 32 bits.
-    private static let none32 = UInt32.max
+    fileprivate static let none32 = UInt32.max
     private static let none16 = UInt16.max
     private static let none8 = UInt8.max
 
@@ -39,8 +39,8 @@ extension Message {
 
     /// Reads one whole message. Only its layout is checked, not whether it fits what was agreed. As long as the table of
     /// kinds: a case for each.
-    /// - Parameter nEmbd: values of a row, from which the length of STEP and STEP_DONE follows
-    public init(decoding message: [UInt8], nEmbd: Int) throws(RuleBroken) {
+    /// - Parameter shape: what rows are made of, from which the length of STEP and STEP_DONE follows
+    public init(decoding message: [UInt8], shape: Shape) throws(RuleBroken) {
         let header = try Header(message)
         guard let kind = Kind(rawValue: header.kind) else { throw RuleBroken(.unknownKind, "kind \(header.kind)") }
         guard header.length <= message.count else {
@@ -78,24 +78,22 @@ extension Message {
             // rows run to the end of the message: their reader has checked it
             self =
                 kind == .step
-                ? .step(try Step(from: &reader, message: message, header: header, nEmbd: nEmbd))
-                : .stepDone(try StepDone(from: &reader, message: message, header: header, nEmbd: nEmbd))
+                ? .step(try Step(from: &reader, message: message, header: header, shape))
+                : .stepDone(try StepDone(from: &reader, message: message, header: header, shape))
             return
         case .rewind: self = .rewind(session: try reader.u32(), position: try reader.u32())
         case .endSession:
             self = .endSession(try reader.u32())
             try reader.zeros(4)
+        case .stepFailed: self = .stepFailed(try StepFailed(from: &reader, header: header))
+        case .cancel:
+            self = .cancel(try reader.u32())
+            try reader.zeros(4)
+        case .probe, .probed, .tick: throw RuleBroken(.unexpected, "\(kind.name) is to come")
         case .heartbeat: self = .heartbeat(try Heartbeat(from: &reader))
         case .ping: self = .ping(try reader.u64())
-        case .pong: self = .pong(try reader.u64())
-        case .error:
-            var report = ErrorReport(code: ErrorCode(wire: header.b), text: "")
-            report.step = try reader.u32()
-            report.session = Message.known(try reader.u32())
-            report.block = Message.known(try reader.u32())
-            report.count = try reader.u32()
-            report.text = try reader.string(atMost: Limit.text)
-            self = .error(report)
+        case .pong: self = .pong(try reader.u64(), clock: try reader.u64())
+        case .error: self = .error(try ErrorReport(from: &reader, code: header.b))
         case .goodbye:
             guard let reason = GoodbyeReason(rawValue: header.b) else {
                 throw RuleBroken(.badValue, "GOODBYE \(header.b)")
@@ -163,7 +161,8 @@ extension Message {
             }
         case .pairStored: header(&writer, .pairStored) { _ in }
         case .step(let step):
-            header(&writer, .step, a: step.rows.format.rawValue, b: UInt16(clamping: step.spans.count)) {
+            let format = step.rows.format.rawValue | (step.exact ? Step.exactBit : 0)
+            header(&writer, .step, a: format, b: UInt16(clamping: step.spans.count)) {
                 $0.u32(step.id)
                 $0.u32(UInt32(step.rows.count))
                 for span in step.spans {
@@ -172,6 +171,8 @@ extension Message {
                     $0.u32(span.count)
                     $0.u32(0)
                 }
+                for id in step.tokens { $0.u32(UInt32(bitPattern: id)) }
+                if step.tokens.count % 2 == 1 { $0.u32(0) }
                 step.rows.write(to: &$0)
             }
         case .stepDone(let done):
@@ -180,6 +181,7 @@ extension Message {
                 $0.u32(UInt32(done.rows.count))
                 $0.u32(done.computeMicroseconds)
                 $0.u32(done.waitedMicroseconds)
+                $0.u64(done.began)
                 done.rows.write(to: &$0)
             }
         case .rewind(let session, let position):
@@ -200,17 +202,26 @@ extension Message {
                 $0.u8(0)
                 $0.u32(beat.memory ?? Message.none32)
                 $0.u32(beat.lastStep)
-                $0.u32(0)
+                $0.u16(beat.pauseIn ?? Message.none16)
+                $0.u16(0)
             }
         case .ping(let number): header(&writer, .ping) { $0.u64(number) }
-        case .pong(let number): header(&writer, .pong) { $0.u64(number) }
+        case .pong(let number, let clock):
+            header(&writer, .pong) {
+                $0.u64(number)
+                $0.u64(clock)
+            }
         case .error(let report):
-            header(&writer, .error, b: report.code.rawValue) {
-                $0.u32(report.step)
-                $0.u32(report.session ?? Message.none32)
-                $0.u32(report.block ?? Message.none32)
-                $0.u32(report.count)
-                $0.string(report.text, atMost: Limit.text)
+            header(&writer, .error, b: report.code.rawValue) { report.write(to: &$0) }
+        case .stepFailed(let failed):
+            var said = failed.report ?? ErrorReport(code: .internal, text: "")
+            said.step = failed.id
+            let void = failed.report == nil
+            header(&writer, .stepFailed, a: void ? 1 : 0, b: void ? 0 : said.code.rawValue) { said.write(to: &$0) }
+        case .cancel(let step):
+            header(&writer, .cancel) {
+                $0.u32(step)
+                $0.u32(0)
             }
         case .goodbye(let reason): header(&writer, .goodbye, b: reason.rawValue) { _ in }
         case .pushOffer(let offer):
@@ -254,6 +265,8 @@ extension Message {
         case .stepDone: .stepDone
         case .rewind: .rewind
         case .endSession: .endSession
+        case .stepFailed: .stepFailed
+        case .cancel: .cancel
         case .heartbeat: .heartbeat
         case .ping: .ping
         case .pong: .pong
@@ -269,17 +282,19 @@ extension Message {
 
     /// `a` and `b` must be zero where a kind gives them no meaning.
     private static func checkFreeFields(_ header: Header, _ kind: Kind) throws(RuleBroken) {
-        let usesA = kind == .step || kind == .stepDone || kind == .pushResult
+        let usesA = kind == .step || kind == .stepDone || kind == .stepFailed || kind == .pushResult
         let usesB: Bool =
             switch kind {
-            case .refuse, .step, .error, .goodbye, .pushOffer, .pushNeed, .pushData, .pushStored, .pushResult: true
+            case .refuse, .step, .stepFailed, .error, .goodbye, .pushOffer, .pushNeed, .pushData, .pushStored,
+                .pushResult:
+                true
             default: false
             }
         if !usesA, header.a != 0 { throw RuleBroken(.reservedNotZero, "a of \(kind.name) is \(header.a)") }
         if !usesB, header.b != 0 { throw RuleBroken(.reservedNotZero, "b of \(kind.name) is \(header.b)") }
     }
 
-    private static func known(_ value: UInt32) -> UInt32? { value == none32 ? nil : value }
+    fileprivate static func known(_ value: UInt32) -> UInt32? { value == none32 ? nil : value }
 
     private func header(
         _ writer: inout Writer, _ kind: Kind, a: UInt8 = 0, b: UInt16 = 0, _ body: (inout Writer) -> Void
@@ -292,20 +307,63 @@ extension Message {
     }
 }
 
+extension ErrorReport {
+    fileprivate init(from reader: inout Reader, code: UInt16) throws(RuleBroken) {
+        self.init(code: ErrorCode(wire: code), text: "")
+        step = try reader.u32()
+        session = Message.known(try reader.u32())
+        block = Message.known(try reader.u32())
+        count = try reader.u32()
+        text = try reader.string(atMost: Limit.text)
+    }
+
+    fileprivate func write(to writer: inout Writer) {
+        writer.u32(step)
+        writer.u32(session ?? Message.none32)
+        writer.u32(block ?? Message.none32)
+        writer.u32(count)
+        writer.string(text, atMost: Limit.text)
+    }
+}
+
+extension StepFailed {
+    fileprivate init(from reader: inout Reader, header: Header) throws(RuleBroken) {
+        let report = try ErrorReport(from: &reader, code: header.b)
+        switch header.a {
+        case 0: self.init(id: report.step, report: report)
+        case 1:
+            var void = ErrorReport(code: .internal, text: "")
+            void.step = report.step
+            // nothing more is said of one that was called off
+            guard header.b == 0, report == void else { throw RuleBroken(.reservedNotZero, "a void step with a reason") }
+            self.init(id: report.step, report: nil)
+        default: throw RuleBroken(.badValue, "STEP_FAILED \(header.a)")
+        }
+    }
+}
+
 extension Step {
-    fileprivate init(from reader: inout Reader, message: [UInt8], header: Header, nEmbd: Int) throws(RuleBroken) {
-        let format = try knownFormat(header.a)
+    /// of the row format: each row by itself
+    static let exactBit: UInt8 = 0x10
+
+    fileprivate init(from reader: inout Reader, message: [UInt8], header: Header, _ shape: Shape) throws(RuleBroken) {
+        let format = try knownFormat(header.a & ~Step.exactBit)
+        exact = header.a & Step.exactBit != 0
         id = try reader.u32()
         let count = try reader.u32()
-        let expected =
-            UInt64(Step.headerBytes) + UInt64(header.b) * UInt64(Span.bytes)
-            + Rows.bytes(format, count: count, nEmbd: nEmbd)
-        try checkLength(message, expected)
+        let head = UInt64(Step.headerBytes) + UInt64(header.b) * UInt64(Span.bytes) + shape.tokenBytes(count)
+        let (expected, overflow) = head.addingReportingOverflow(Rows.bytes(format, count: count, shape.input))
+        try checkLength(message, overflow ? .max : expected)
         spans = []
         spans.reserveCapacity(Int(header.b))
         for _ in 0..<header.b {
             spans.append(Span(session: try reader.u32(), position: try reader.u32(), count: try reader.u32()))
             try reader.zeros(4)
+        }
+        tokens = []
+        if shape.readsTokens {
+            for _ in 0..<count { tokens.append(Int32(bitPattern: try reader.u32())) }
+            if count % 2 == 1 { try reader.zeros(4) }
         }
         rows = try Rows(from: &reader, message: message, format: format, count: Int(count))
     }
@@ -313,14 +371,17 @@ extension Step {
 
 extension StepDone {
     fileprivate init(
-        from reader: inout Reader, message: [UInt8], header: Header, nEmbd: Int
+        from reader: inout Reader, message: [UInt8], header: Header, _ shape: Shape
     ) throws(RuleBroken) {
         let format = try knownFormat(header.a)
         id = try reader.u32()
         let count = try reader.u32()
         computeMicroseconds = try reader.u32()
         waitedMicroseconds = try reader.u32()
-        try checkLength(message, UInt64(StepDone.headerBytes) + Rows.bytes(format, count: count, nEmbd: nEmbd))
+        began = try reader.u64()
+        let rowBytes = Rows.bytes(format, count: count, shape.output)
+        let (expected, overflow) = UInt64(StepDone.headerBytes).addingReportingOverflow(rowBytes)
+        try checkLength(message, overflow ? .max : expected)
         rows = try Rows(from: &reader, message: message, format: format, count: Int(count))
     }
 }
@@ -354,7 +415,9 @@ extension Heartbeat {
         let memory = try reader.u32()
         self.memory = memory == .max ? nil : memory
         lastStep = try reader.u32()
-        try reader.zeros(4)
+        let pauseIn = try reader.u16()
+        self.pauseIn = pauseIn == .max ? nil : pauseIn
+        try reader.zeros(2)
     }
 }
 

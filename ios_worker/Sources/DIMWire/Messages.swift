@@ -8,23 +8,34 @@ public enum Kind: UInt8, Sendable, CaseIterable {
     case busy = 0x04
     case inquire = 0x05
     case offer = 0x06
+    /// to come
+    case probe = 0x07
     case pairRequest = 0x08
     case pairGrant = 0x09
     case pairStored = 0x0A
+    /// to come
+    case probed = 0x0B
     case step = 0x10
     case stepDone = 0x11
     case rewind = 0x12
     case endSession = 0x13
+    case stepFailed = 0x14
+    case cancel = 0x15
     case heartbeat = 0x20
     case ping = 0x21
     case pong = 0x22
     case error = 0x23
     case goodbye = 0x24
+    /// to come
+    case tick = 0x25
     case pushOffer = 0x30
     case pushNeed = 0x31
     case pushData = 0x32
     case pushStored = 0x33
     case pushResult = 0x34
+
+    /// The number is taken and its bytes are told in PROTOCOL.md, but nobody may send it yet.
+    var isToCome: Bool { self == .probe || self == .probed || self == .tick }
 
     /// The name in PROTOCOL.md and in the golden vectors.
     public var name: String {
@@ -35,18 +46,23 @@ public enum Kind: UInt8, Sendable, CaseIterable {
         case .busy: "BUSY"
         case .inquire: "INQUIRE"
         case .offer: "OFFER"
+        case .probe: "PROBE"
         case .pairRequest: "PAIR_REQUEST"
         case .pairGrant: "PAIR_GRANT"
         case .pairStored: "PAIR_STORED"
+        case .probed: "PROBED"
         case .step: "STEP"
         case .stepDone: "STEP_DONE"
         case .rewind: "REWIND"
         case .endSession: "END_SESSION"
+        case .stepFailed: "STEP_FAILED"
+        case .cancel: "CANCEL"
         case .heartbeat: "HEARTBEAT"
         case .ping: "PING"
         case .pong: "PONG"
         case .error: "ERROR"
         case .goodbye: "GOODBYE"
+        case .tick: "TICK"
         case .pushOffer: "PUSH_OFFER"
         case .pushNeed: "PUSH_NEED"
         case .pushData: "PUSH_DATA"
@@ -70,9 +86,14 @@ public enum Message: Equatable, Sendable {
     case stepDone(StepDone)
     case rewind(session: UInt32, position: UInt32)
     case endSession(UInt32)
+    case stepFailed(StepFailed)
+    /// the step that nobody wants any more
+    case cancel(UInt32)
     case heartbeat(Heartbeat)
+    /// the sender's clock, microseconds
     case ping(UInt64)
-    case pong(UInt64)
+    /// the PING's number, and the clock of who answers
+    case pong(UInt64, clock: UInt64)
     case error(ErrorReport)
     case goodbye(GoodbyeReason)
     case pushOffer(PushOffer)
@@ -139,11 +160,16 @@ public struct Span: Equatable, Sendable {
 public struct Step: Equatable, Sendable {
     public var id: UInt32
     public var spans: [Span]
+    /// of the rows, where they are wanted
+    public var tokens: [Int32]
+    /// to come: each row by itself
+    public var exact = false
     public var rows: Rows
 
-    public init(id: UInt32, spans: [Span], rows: Rows) {
+    public init(id: UInt32, spans: [Span], tokens: [Int32] = [], rows: Rows) {
         self.id = id
         self.spans = spans
+        self.tokens = tokens
         self.rows = rows
     }
 
@@ -155,16 +181,34 @@ public struct StepDone: Equatable, Sendable {
     public var computeMicroseconds: UInt32
     /// between the complete STEP and the beginning of its evaluation
     public var waitedMicroseconds: UInt32
+    /// when it began to be computed, on the worker's clock
+    public var began: UInt64
     public var rows: Rows
 
-    public init(id: UInt32, computeMicroseconds: UInt32, waitedMicroseconds: UInt32, rows: Rows) {
+    public init(
+        id: UInt32, computeMicroseconds: UInt32, waitedMicroseconds: UInt32, began: UInt64 = 0, rows: Rows
+    ) {
         self.id = id
         self.computeMicroseconds = computeMicroseconds
         self.waitedMicroseconds = waitedMicroseconds
+        self.began = began
         self.rows = rows
     }
 
-    public static let headerBytes = 24
+    public static let headerBytes = 32
+}
+
+/// A STEP of which there are no rows.
+public struct StepFailed: Equatable, Sendable {
+    public var id: UInt32
+    /// nil: it was called off, or stands on one that was or that failed
+    public var report: ErrorReport?
+
+    public init(id: UInt32, report: ErrorReport?) {
+        self.id = id
+        self.report = report
+        self.report?.step = id
+    }
 }
 
 public struct Heartbeat: Equatable, Sendable {
@@ -190,6 +234,8 @@ public struct Heartbeat: Equatable, Sendable {
     /// what the process may still take, MiB; nil = unknown
     public var memory: UInt32?
     public var lastStep: UInt32 = 0
+    /// seconds until it expects to pause; nil = unknown
+    public var pauseIn: UInt16?
 
     public init() {}
 }

@@ -21,7 +21,7 @@ public struct Rows: Sendable, Equatable {
     public var format: RowFormat
     /// n_rows
     public var count: Int
-    /// (n_rows, n_embd) elements, little-endian; begins at a multiple of 8 in the array it is a slice of
+    /// row after row, each its parts, little-endian; begins at a multiple of 8 in the array it is a slice of
     public var hidden: ArraySlice<UInt8>
 
     public init(format: RowFormat, count: Int, hidden: ArraySlice<UInt8>) {
@@ -30,13 +30,30 @@ public struct Rows: Sendable, Equatable {
         self.hidden = hidden
     }
 
-    /// How many values are infinite or not a number.
-    public var nonFiniteCount: Int { hidden.withUnsafeBytes { countNonFinite($0, format.dtype) } }
+    /// How many numbers are infinite or not a number; what is no number is passed over.
+    public func nonFiniteCount(_ layout: Layout) -> Int {
+        if layout.parts.count == 1, layout.parts[0].kind != .i32, layout.parts[0].dtype(in: format) == format.dtype {
+            return hidden.withUnsafeBytes { countNonFinite($0, format.dtype) }
+        }
+        let parts = layout.parts.map { ($0.dtype(in: format), Int($0.bytes(format))) }
+        return hidden.withUnsafeBytes { all in
+            var total = 0
+            var offset = 0
+            while offset < all.count {
+                for (dtype, bytes) in parts {
+                    let part = UnsafeRawBufferPointer(rebasing: all[offset..<offset + bytes])
+                    if let dtype { total += countNonFinite(part, dtype) }
+                    offset += bytes
+                }
+            }
+            return total
+        }
+    }
 
-    /// Bytes of the hidden.
-    static func bytes(_ format: RowFormat, count: UInt32, nEmbd: Int) -> UInt64 {
-        // 2^32 rows of 2^31 values of 4 bytes still fit
-        return UInt64(count) * UInt64(UInt32(clamping: nEmbd) & 0x7FFF_FFFF) * UInt64(format.dtype.width)
+    /// Bytes of so many rows; more than any message has where that is so.
+    static func bytes(_ format: RowFormat, count: UInt32, _ layout: Layout) -> UInt64 {
+        // 2^32 rows of 2^31 bytes still fit
+        layout.bytes(format).map { UInt64(count) * $0 } ?? .max
     }
 
     /// Reads what is left of `message`, whose length has been checked.
@@ -46,6 +63,17 @@ public struct Rows: Sendable, Equatable {
 
     func write(to writer: inout Writer) {
         writer.array(hidden)
+    }
+}
+
+extension Part {
+    /// What its numbers are in rows of this format; nil: they are none.
+    fileprivate func dtype(in format: RowFormat) -> DType? {
+        switch kind {
+        case .f16: .f16
+        case .f32: format.dtype == .f16 && mayRound ? .f16 : .f32
+        case .i32: nil
+        }
     }
 }
 

@@ -5,6 +5,7 @@
 public enum Rule: String, Sendable, CaseIterable {
     case badMagic = "bad-magic"
     case deadline
+    case badGreeting = "bad-greeting"
     case badPreamble = "bad-preamble"
     case version
     case key
@@ -41,7 +42,8 @@ public enum Rule: String, Sendable, CaseIterable {
     /// The code of the ERROR that answers it; nil where the answer is a close without a word, a status or a REFUSE.
     public var answer: ErrorCode? {
         switch self {
-        case .badMagic, .deadline, .badPreamble, .version, .key, .noPairing, .crowded, .noiseLength, .zeroDH,
+        case .badMagic, .deadline, .badGreeting, .badPreamble, .version, .key, .noPairing, .crowded, .noiseLength,
+            .zeroDH,
             .answerChanged, .badAnswer, .frameLength, .badTag, .pushItems:
             nil
         case .tooLong, .truncated, .trailingBytes, .unknownKind, .reservedNotZero, .notUTF8, .stringTooLong,
@@ -107,7 +109,7 @@ public enum HandshakeStatus: UInt8, Sendable, CaseIterable {
     }
 }
 
-/// `b` of REFUSE. Up to `tooLarge` they are in the order in which terms are compared.
+/// `b` of REFUSE. Up to `takeBack` they are in the order in which terms are compared.
 public enum RefusalReason: UInt16, Sendable, CaseIterable {
     case version = 1
     case noSlice = 2
@@ -115,7 +117,7 @@ public enum RefusalReason: UInt16, Sendable, CaseIterable {
     case model = 4
     case parameters = 5
     case modelBlocks = 6
-    case nEmbd = 7
+    case layout = 7
     case role = 8
     case blocks = 9
     case slice = 10
@@ -125,6 +127,7 @@ public enum RefusalReason: UInt16, Sendable, CaseIterable {
     case rows = 14
     case inFlight = 15
     case tooLarge = 16
+    case takeBack = 17
     case notReady = 32
     case stopping = 33
     case noMemory = 34
@@ -141,7 +144,7 @@ public enum RefusalReason: UInt16, Sendable, CaseIterable {
         case .model: "MODEL"
         case .parameters: "PARAMS"
         case .modelBlocks: "N_BLOCKS"
-        case .nEmbd: "N_EMBD"
+        case .layout: "LAYOUT"
         case .role: "ROLE"
         case .blocks: "BLOCKS"
         case .slice: "SLICE"
@@ -151,6 +154,7 @@ public enum RefusalReason: UInt16, Sendable, CaseIterable {
         case .rows: "ROWS"
         case .inFlight: "IN_FLIGHT"
         case .tooLarge: "TOO_LARGE"
+        case .takeBack: "TAKE_BACK"
         case .notReady: "NOT_READY"
         case .stopping: "STOPPING"
         case .noMemory: "NO_MEMORY"

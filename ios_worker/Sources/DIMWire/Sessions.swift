@@ -22,12 +22,15 @@ public struct SessionBooks: Sendable {
     public var nextID: UInt32 { lastID &+ 1 }
 
     /// A STEP: all its rules are checked before anything changes.
-    public mutating func step(id: UInt32, rows: Int, format: RowFormat, spans: [Span]) throws(RuleBroken) {
+    public mutating func step(
+        id: UInt32, rows: Int, format: RowFormat, exact: Bool = false, spans: [Span]
+    ) throws(RuleBroken) {
         guard id == nextID, id != 0 else { throw RuleBroken(.stepID, "step \(id) after step \(lastID)") }
         guard unanswered.count < agreed.maxInFlight else {
             throw RuleBroken(.inFlight, "\(unanswered.count) steps are unanswered")
         }
         try check(format)
+        guard !exact || agreed.features.contains(.exact) else { throw RuleBroken(.rowFormat, "each row by itself") }
         guard spans.count >= 1, spans.count <= agreed.maxSessions, spans.allSatisfy({ $0.count >= 1 }) else {
             throw RuleBroken(.spanCount, "\(spans.count) spans, or one of no rows")
         }
@@ -68,6 +71,17 @@ public struct SessionBooks: Sendable {
         try check(format)
         unanswered.removeFirst()
     }
+
+    /// A STEP_FAILED. The lengths stay until they are taken back.
+    public mutating func stepFailed(id: UInt32) throws(RuleBroken) {
+        guard let oldest = unanswered.first, oldest.id == id else {
+            throw RuleBroken(.stepID, "STEP_FAILED \(id), the oldest unanswered is \(unanswered.first?.id ?? 0)")
+        }
+        unanswered.removeFirst()
+    }
+
+    /// The oldest STEP without an answer.
+    var oldest: UInt32? { unanswered.first?.id }
 
     public mutating func rewind(session: UInt32, position: UInt32) throws(RuleBroken) {
         try check(session)

@@ -31,6 +31,59 @@ public struct Features: OptionSet, Sendable, Hashable {
     public let rawValue: UInt32
     public init(rawValue: UInt32) { self.rawValue = rawValue }
     public static let push = Features(rawValue: 2)
+    /// to come: rows of a STEP one by one
+    public static let exact = Features(rawValue: 4)
+}
+
+/// What a worker computes with, for people and for who plans; nothing of it is agreed on.
+public struct Machine: Hashable, Sendable {
+    public enum Engine: UInt8, Sendable, CaseIterable {
+        case notSaid = 0
+        case llamaCpp = 1
+        case coreML = 2
+    }
+
+    public enum Unit: UInt8, Sendable, CaseIterable {
+        case notSaid = 0
+        case cpu = 1
+        case gpu = 2
+        case neuralEngine = 3
+    }
+
+    public var engine: Engine = .notSaid
+    public var unit: Unit = .notSaid
+    /// memory offered for slices and caches, MiB; nil = not said
+    public var budget: UInt32?
+    /// rows of the step that was measured; 0 = none was
+    public var measuredRows: UInt32 = 0
+    /// what it took on all blocks of the slice
+    public var measuredMicroseconds: UInt32 = 0
+
+    public init() {}
+
+    fileprivate init(from reader: inout Reader) throws(RuleBroken) {
+        let engine = try reader.u8()
+        let unit = try reader.u8()
+        guard let knownEngine = Engine(rawValue: engine) else { throw RuleBroken(.badValue, "engine \(engine)") }
+        guard let knownUnit = Unit(rawValue: unit) else { throw RuleBroken(.badValue, "unit \(unit)") }
+        self.engine = knownEngine
+        self.unit = knownUnit
+        // the interval of ticks, to come
+        try reader.zeros(2)
+        let budget = try reader.u32()
+        self.budget = budget == .max ? nil : budget
+        measuredRows = try reader.u32()
+        measuredMicroseconds = try reader.u32()
+    }
+
+    fileprivate func write(to writer: inout Writer) {
+        writer.u8(engine.rawValue)
+        writer.u8(unit.rawValue)
+        writer.u16(0)
+        writer.u32(budget ?? .max)
+        writer.u32(measuredRows)
+        writer.u32(measuredMicroseconds)
+    }
 }
 
 public enum SliceRole: UInt8, Sendable, CaseIterable {
@@ -62,7 +115,6 @@ public struct Terms: Hashable, Sendable {
     public var role: SliceRole = .none
     public var features: Features = []
     public var instance: UInt64 = 0
-    public var nEmbd: UInt32 = 0
     public var modelBlocks: UInt32 = 0
     public var firstBlock: UInt32 = 0
     public var lastBlock: UInt32 = 0
@@ -70,9 +122,17 @@ public struct Terms: Hashable, Sendable {
     public var maxRows: UInt32 = 0
     public var maxSessions: UInt32 = 0
     public var maxInFlight: UInt32 = 0
+    /// rows that a session can be rewound by, or has to be; max = any
+    public var takeBack: UInt32 = 0
+    public var machine = Machine()
     public var model: Digest = .unknown
     public var slice: Digest = .unknown
     public var parameters: Digest = .unknown
+    /// of what a row in means
+    public var input: Digest = .unknown
+    /// of what a row out means
+    public var output: Digest = .unknown
+    public var shape = Shape()
     public var arch: String = ""
     public var software: String = ""
     public var name: String = ""
@@ -90,7 +150,6 @@ public struct Terms: Hashable, Sendable {
         self.role = known
         features = Features(rawValue: try reader.u32())
         instance = try reader.u64()
-        nEmbd = try reader.u32()
         modelBlocks = try reader.u32()
         firstBlock = try reader.u32()
         lastBlock = try reader.u32()
@@ -98,12 +157,19 @@ public struct Terms: Hashable, Sendable {
         maxRows = try reader.u32()
         maxSessions = try reader.u32()
         maxInFlight = try reader.u32()
+        takeBack = try reader.u32()
+        machine = try Machine(from: &reader)
         model = Digest(try reader.array(32))!
         slice = Digest(try reader.array(32))!
         parameters = Digest(try reader.array(32))!
+        input = Digest(try reader.array(32))!
+        output = Digest(try reader.array(32))!
+        shape = try Shape(from: &reader)
         arch = try reader.string(atMost: Limit.arch)
         software = try reader.string(atMost: Limit.name)
         name = try reader.string(atMost: Limit.name)
+        // the next hop, to come
+        try reader.zeros(2)
     }
 
     func write(to writer: inout Writer) {
@@ -112,7 +178,6 @@ public struct Terms: Hashable, Sendable {
         writer.u8(role.rawValue)
         writer.u32(features.rawValue)
         writer.u64(instance)
-        writer.u32(nEmbd)
         writer.u32(modelBlocks)
         writer.u32(firstBlock)
         writer.u32(lastBlock)
@@ -120,12 +185,14 @@ public struct Terms: Hashable, Sendable {
         writer.u32(maxRows)
         writer.u32(maxSessions)
         writer.u32(maxInFlight)
-        writer.array(model.bytes)
-        writer.array(slice.bytes)
-        writer.array(parameters.bytes)
+        writer.u32(takeBack)
+        machine.write(to: &writer)
+        for digest in [model, slice, parameters, input, output] { writer.array(digest.bytes) }
+        shape.write(to: &writer)
         writer.string(arch, atMost: Limit.arch)
         writer.string(software, atMost: Limit.name)
         writer.string(name, atMost: Limit.name)
+        writer.u16(0)
     }
 }
 
@@ -140,13 +207,14 @@ public struct Agreed: Equatable, Sendable {
     public let version: UInt16
     public let dtype: DType
     public let features: Features
-    public let nEmbd: UInt32
+    public let shape: Shape
     public let firstBlock: UInt32
     public let lastBlock: UInt32
     public let nCtx: UInt32
     public let maxRows: UInt32
     public let maxSessions: UInt32
     public let maxInFlight: UInt32
+    public let takeBack: UInt32
 
     /// Compares `host`'s terms with `worker`'s on a connection of version `chosen`; throws the first mismatch.
     public init(host: Terms, worker: Terms, chosen: UInt16) throws(Mismatch) {
@@ -155,13 +223,14 @@ public struct Agreed: Equatable, Sendable {
         // no mismatch: there is exactly one
         dtype = host.dtypes.single ?? .f16
         features = host.features.intersection(worker.features)
-        nEmbd = host.nEmbd
+        shape = worker.shape
         firstBlock = host.firstBlock
         lastBlock = host.lastBlock
         nCtx = host.nCtx
         maxRows = min(host.maxRows, worker.maxRows)
         maxSessions = host.maxSessions
         maxInFlight = min(host.maxInFlight, worker.maxInFlight)
+        takeBack = worker.takeBack
     }
 
     /// Everything in which two terms do not fit, in the order of PROTOCOL.md; both sides come to the same list.
@@ -189,8 +258,15 @@ public struct Agreed: Equatable, Sendable {
             .modelBlocks, if: host.modelBlocks != worker.modelBlocks,
             "the host's model has \(host.modelBlocks) blocks, the worker's slice is from one of \(worker.modelBlocks)")
         refuse(
-            .nEmbd, if: host.nEmbd != worker.nEmbd || host.nEmbd == 0,
-            "rows of the host have \(host.nEmbd) values, rows of the worker \(worker.nEmbd)")
+            .layout, if: !worker.hasRows || (host.shape.isKnown && host.shape != worker.shape),
+            "the host's rows are \(host.rows), the worker's \(worker.rows): use slices of one split on both sides, "
+                + "and give the worker the right one")
+        refuse(
+            .layout,
+            if: list.last?.reason != .layout
+                && !(host.input.agrees(with: worker.input) && host.output.agrees(with: worker.output)),
+            "host and worker mean other tensors by the same rows: use slices of one split and one version of DIM on "
+                + "both sides; update the older")
         refuse(
             .role, if: host.role != worker.role,
             "the host needs a \(host.role) slice, the worker holds a \(worker.role)")
@@ -223,36 +299,64 @@ public struct Agreed: Equatable, Sendable {
         if let dtype {
             let maxRows = min(host.maxRows, worker.maxRows)
             let format = RowFormat(dtype)
-            let longest = stepBytes(format, host.maxSessions, maxRows, host.nEmbd)
+            let longest = stepBytes(format, host.maxSessions, maxRows, worker.shape)
+            let answer = doneBytes(format, maxRows, worker.shape)
             refuse(
-                .tooLarge, if: longest == nil || host.maxSessions > UInt32(UInt16.max),
-                "a step of \(maxRows) rows of \(host.nEmbd) values is longer than 2 GiB: fewer rows on the host")
+                .tooLarge, if: longest == nil || answer == nil || host.maxSessions > UInt32(UInt16.max),
+                "a step of \(maxRows) rows of \(worker.rows) is longer than 2 GiB: fewer rows on the host")
         }
+        refuse(
+            .takeBack, if: host.takeBack > worker.takeBack,
+            "the host has to take back \(host.takeBack) rows of a conversation, the worker can \(worker.takeBack): "
+                + "start it as it was started before, or begin anew")
         return list
     }
-
-    /// bytes of one row
-    public var rowBytes: Int { Int(nEmbd) * dtype.width }
 
     /// Largest message host -> worker while serving: bytes.
     public var hostMessageLimit: Int {
         max(
             Limit.openingMessage,
-            Agreed.stepBytes(RowFormat(dtype), maxSessions, maxRows, nEmbd) ?? 0)
+            Agreed.stepBytes(RowFormat(dtype), maxSessions, maxRows, shape) ?? 0)
     }
 
     /// Largest message worker -> host while serving: bytes.
     public var workerMessageLimit: Int {
-        max(Limit.openingMessage, 24 + Int(maxRows) * rowBytes)
+        max(Limit.openingMessage, Agreed.doneBytes(RowFormat(dtype), maxRows, shape) ?? 0)
     }
 
     /// Bytes of the longest STEP; nil if it is longer than any may be.
-    private static func stepBytes(_ format: RowFormat, _ sessions: UInt32, _ rows: UInt32, _ nEmbd: UInt32) -> Int? {
-        let (values, overflow) = (UInt64(rows) * UInt64(nEmbd))
-            .multipliedReportingOverflow(by: UInt64(format.dtype.width))
-        guard !overflow, values <= Limit.stepMessage else { return nil }
-        let sum = values + 16 + 16 * UInt64(sessions)
+    private static func stepBytes(_ format: RowFormat, _ sessions: UInt32, _ rows: UInt32, _ shape: Shape) -> Int? {
+        let head = UInt64(Step.headerBytes) + UInt64(Span.bytes) * UInt64(sessions)
+        return longest(head + shape.tokenBytes(rows), rows, shape.input.bytes(format))
+    }
+
+    /// Bytes of the longest STEP_DONE; nil if it is longer than any may be.
+    private static func doneBytes(_ format: RowFormat, _ rows: UInt32, _ shape: Shape) -> Int? {
+        longest(UInt64(StepDone.headerBytes), rows, shape.output.bytes(format))
+    }
+
+    private static func longest(_ head: UInt64, _ rows: UInt32, _ rowBytes: UInt64?) -> Int? {
+        // a row has at most 2^31 bytes here
+        guard let rowBytes else { return nil }
+        let sum = head + UInt64(rows) * rowBytes
         return sum <= Limit.stepMessage ? Int(sum) : nil
+    }
+}
+
+extension Terms {
+    /// The rows that a slice of this role has are said.
+    fileprivate var hasRows: Bool {
+        let (input, output) = (!shape.input.parts.isEmpty, !shape.output.parts.isEmpty)
+        return switch role {
+        case .none: true
+        case .head: output
+        case .middle: input && output
+        case .tail: input
+        }
+    }
+
+    fileprivate var rows: String {
+        "\(shape.input) in and \(shape.output) out" + (shape.readsTokens ? ", with token ids" : "")
     }
 }
 

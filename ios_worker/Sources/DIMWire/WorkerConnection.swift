@@ -11,12 +11,12 @@ import DIMCrypto
 
 /// What a worker knows before anybody has connected.
 public struct WorkerSecrets: Sendable {
-    public var keys: [KeyID: PairKey] = [:]
+    public var keys: [PairKey]
     /// of the pairing window, while it is open
     public var pairing: PairKey?
 
     public init(keys: [PairKey] = [], pairing: PairKey? = nil) {
-        for key in keys { self.keys[key.id] = key }
+        self.keys = keys
         self.pairing = pairing
     }
 }
@@ -32,9 +32,11 @@ public enum WorkerEvent: Equatable, Sendable {
     case pushOffered(PushOffer)
     /// call `grant` or `fail`
     case pairRequested(name: String, software: String)
-    /// evaluate and call `stepDone`
+    /// unless it `isVoid` when its turn comes evaluate and call `stepDone` or `stepFailed`
     case step(Step)
+    /// when the steps before it are answered call `rewound`
     case rewind(session: UInt32, position: UInt32)
+    /// the same, to 0
     case endSession(UInt32)
     case pushData(PushData)
     case heartbeat(Heartbeat)
@@ -45,7 +47,7 @@ public enum WorkerEvent: Equatable, Sendable {
 public struct WorkerConnection {
     private enum State {
         case preamble
-        case message1(preamble: [UInt8], Preamble, PairKey, chosen: UInt16)
+        case message1(preamble: [UInt8], Preamble, chosen: UInt16)
         case opening
         /// HELLO or PUSH_OFFER was passed on, its answer is awaited
         case deciding(Decision)
@@ -68,6 +70,7 @@ public struct WorkerConnection {
     private let secrets: WorkerSecrets
     private let crowded: Bool
     private let ephemeral: [UInt8]
+    private let greeting: Greeting
     var terms: Terms
     private(set) var chosen: UInt16 = 0
     private var inquiries = 0
@@ -76,16 +79,24 @@ public struct WorkerConnection {
     private var books: SessionBooks?
     private var pushBooks: PushBooks?
     private var ping: UInt64?
+    /// steps that nobody wants any more and that have no answer yet
+    private var calledOff: Set<UInt32> = []
+    /// the last STEP that was read
+    private var lastRead: UInt32 = 0
+    /// sessions that stand on a step that failed or was called off, and from which position on
+    private var broken: [UInt32: UInt32] = [:]
     /// events that follow from one message, in order
     private var pending: [WorkerEvent] = []
 
     /// - Parameters:
     ///   - terms: what the worker holds and can; the version is set by the handshake
     ///   - acceptedAt: when TCP accepted
+    ///   - nonce: 16 random bytes
     ///   - ephemeral: 32 random bytes
     ///   - crowded: too many handshakes are under way: this one only gets its status
     public init(
-        terms: Terms, secrets: WorkerSecrets, acceptedAt: Milliseconds, ephemeral: [UInt8] = randomBytes(keyBytes),
+        terms: Terms, secrets: WorkerSecrets, acceptedAt: Milliseconds,
+        nonce: [UInt8] = randomBytes(KeyMark.nonceBytes), ephemeral: [UInt8] = randomBytes(keyBytes),
         crowded: Bool = false
     ) {
         self.terms = terms
@@ -93,7 +104,10 @@ public struct WorkerConnection {
         self.acceptedAt = acceptedAt
         self.ephemeral = ephemeral
         self.crowded = crowded
+        greeting = Greeting(nonce: nonce)
         link = Link(now: acceptedAt)
+        // the worker speaks first
+        link.sendClear(greeting.encoded(), now: acceptedAt)
     }
 
     // MARK: in
@@ -136,8 +150,8 @@ public struct WorkerConnection {
         switch state {
         case .closed, .deciding: return false
         case .preamble: return try readPreamble(now)
-        case .message1(let bytes, let preamble, let key, let chosen):
-            return try readMessage1(bytes, preamble, key, chosen, now)
+        case .message1(let bytes, let preamble, let chosen):
+            return try readMessage1(bytes, preamble, chosen, now)
         case .opening, .serving, .pushing, .pairing:
             guard let message = try link.nextMessage(limit: limit) else { return false }
             try take(message, now)
@@ -165,35 +179,41 @@ public struct WorkerConnection {
             answer(.crowded, now)
             throw RuleBroken(.crowded, "too many handshakes are under way")
         }
+        state = .message1(preamble: bytes, preamble, chosen: protocolVersion)
+        return true
+    }
+
+    /// The key that the host names.
+    private mutating func key(of preamble: Preamble, _ now: Milliseconds) throws(RuleBroken) -> PairKey {
         switch preamble.purpose {
         case .paired:
-            guard let key = secrets.keys[preamble.keyID] else {
+            guard let key = secrets.keys.first(where: { preamble.mark.names($0, nonce: greeting.nonce) }) else {
                 answer(.key, now)
-                throw RuleBroken(.key, "key id \(hex(preamble.keyID.bytes)) is not known")
+                throw RuleBroken(.key, "its key is not known")
             }
-            state = .message1(preamble: bytes, preamble, key, chosen: protocolVersion)
+            return key
         case .pairing:
             guard let key = secrets.pairing else {
                 answer(.noPairing, now)
                 throw RuleBroken(.noPairing, "no pairing code is open")
             }
-            state = .message1(preamble: bytes, preamble, key, chosen: protocolVersion)
+            return key
         }
-        return true
     }
 
     private mutating func readMessage1(
-        _ preambleBytes: [UInt8], _ preamble: Preamble, _ key: PairKey, _ chosen: UInt16, _ now: Milliseconds
+        _ preambleBytes: [UInt8], _ preamble: Preamble, _ chosen: UInt16, _ now: Milliseconds
     ) throws(RuleBroken) -> Bool {
         guard link.input.count >= 2 else { return false }
         let length = Int(link.input[0]) | Int(link.input[1]) << 8
         guard length == message1Bytes else { throw RuleBroken(.noiseLength, "message 1 of \(length) bytes") }
         guard link.input.count >= 2 + length else { return false }
         let message1 = Array(link.input.take(2 + length).dropFirst(2))
+        let key = try key(of: preamble, now)
 
         do throws(NoiseError) {
-            var noise = try NoiseResponder(
-                prologue: noisePrologue(preamble: preambleBytes), psk: key.bytes, message1: message1)
+            let prologue = noisePrologue(greeting: greeting.encoded(), preamble: preambleBytes)
+            var noise = try NoiseResponder(prologue: prologue, psk: key.bytes, message1: message1)
             let clear = Answer(status: .go, chosen: chosen).encoded()
             let (message2, transport) = try noise.writeMessage2(ephemeral: ephemeral, payload: clear)
             var flight = Writer(reserving: Answer.bytes + 2 + message2Bytes)
@@ -206,7 +226,7 @@ public struct WorkerConnection {
             terms.version = chosen
             let paired = preamble.purpose == .paired
             state = paired ? .opening : .pairing(granted: false)
-            pending.append(.handshaken(paired ? preamble.keyID : nil, connection: transport.name))
+            pending.append(.handshaken(paired ? key.id : nil, connection: transport.name))
         } catch .zeroResult {
             throw RuleBroken(.zeroDH, "the host's ephemeral key is a point of small order")
         } catch {
@@ -230,7 +250,7 @@ public struct WorkerConnection {
     private mutating func take(_ message: [UInt8], _ now: Milliseconds) throws(RuleBroken) {
         let kind = try Message.kind(of: message)
         guard isAllowed(kind) else { throw RuleBroken(.unexpected, "\(kind.name) is not allowed here") }
-        let decoded = try Message(decoding: message, nEmbd: Int(agreed?.nEmbd ?? 0))
+        let decoded = try Message(decoding: message, shape: agreed?.shape ?? Shape())
         if case .serving = state { firstServingMessage = false }
 
         switch decoded {
@@ -258,8 +278,10 @@ public struct WorkerConnection {
             pending.append(.pairRequested(name: name, software: software))
         case .pairStored: end(.paired)
         case .step(let step):
-            try books?.step(id: step.id, rows: step.rows.count, format: step.rows.format, spans: step.spans)
-            let bad = step.rows.nonFiniteCount
+            try books?.step(
+                id: step.id, rows: step.rows.count, format: step.rows.format, exact: step.exact, spans: step.spans)
+            lastRead = step.id
+            let bad = step.rows.nonFiniteCount(agreed?.shape.input ?? Layout())
             guard bad == 0 else { throw RuleBroken(.nonFinite, "\(bad) values of step \(step.id) are not finite") }
             pending.append(.step(step))
         case .rewind(let session, let position):
@@ -268,16 +290,19 @@ public struct WorkerConnection {
         case .endSession(let session):
             try books?.end(session: session)
             pending.append(.endSession(session))
+        case .cancel(let step):
+            // answered, or never sent: nothing to call off
+            if let oldest = books?.oldest, (oldest...lastRead).contains(step) { calledOff.insert(step) }
         case .pushData(let data):
             try pushBooks?.data(data)
             pending.append(.pushData(data))
         case .heartbeat(let beat): pending.append(.heartbeat(beat))
-        case .ping(let number): link.send(.pong(number), now: now)
-        case .pong(let number): if ping == number { ping = nil }
+        case .ping(let number): link.send(.pong(number, clock: clock(now)), now: now)
+        case .pong(let number, _): if ping == number { ping = nil }
         case .refuse(let refusal): end(.refusedByPeer(refusal))
         case .error(let report): end(.peerFailed(report))
         case .goodbye(let reason): end(.goodbye(reason))
-        case .accept, .busy, .offer, .pairGrant, .stepDone, .pushNeed, .pushStored, .pushResult:
+        case .accept, .busy, .offer, .pairGrant, .stepDone, .stepFailed, .pushNeed, .pushStored, .pushResult:
             throw RuleBroken(.unexpected, "\(kind.name) is the worker's to send")
         }
     }
@@ -288,7 +313,7 @@ public struct WorkerConnection {
         case .opening: kind == .inquire || kind == .hello || kind == .pushOffer
         case .serving:
             switch kind {
-            case .step, .rewind, .endSession, .heartbeat, .ping, .pong: true
+            case .step, .rewind, .endSession, .cancel, .heartbeat, .ping, .pong: true
             case .refuse: firstServingMessage
             default: false
             }
@@ -361,6 +386,33 @@ public struct WorkerConnection {
         [UInt8](repeating: 0, count: StepDone.headerBytes + step.rows.hidden.count)
     }
 
+    /// Whether a step need not be evaluated: it was called off, or stands on one that was or that failed. Answer it with
+    /// `stepFailed` and no report.
+    public func isVoid(_ step: Step) -> Bool {
+        calledOff.contains(step.id) || step.spans.contains { broken[$0.session] != nil }
+    }
+
+    /// Answers the oldest STEP, which was not evaluated: its sessions are broken until they are rewound.
+    public mutating func stepFailed(_ step: Step, _ report: ErrorReport?, now: Milliseconds) {
+        guard case .serving = state else { return }
+        do {
+            try books?.stepFailed(id: step.id)
+        } catch {
+            preconditionFailure("the worker answers in order: \(error)")
+        }
+        calledOff.remove(step.id)
+        for span in step.spans { broken[span.session] = min(broken[span.session] ?? .max, span.position) }
+        link.send(.stepFailed(StepFailed(id: step.id, report: report)), now: now)
+    }
+
+    /// A session was rewound, behind the steps before that: what it was before it broke is whole again.
+    public mutating func rewound(session: UInt32, to position: UInt32) {
+        if let from = broken[session], position <= from { broken[session] = nil }
+    }
+
+    /// This side's clock: microseconds since the connection began.
+    public func clock(_ now: Milliseconds) -> UInt64 { UInt64(max(0, now - acceptedAt)) * 1000 }
+
     /// Answers the oldest STEP with a buffer made by `stepDoneBuffer`, the rows written at its end.
     public mutating func stepDone(
         _ message: inout [UInt8], for step: Step, computeMicroseconds: UInt32, waitedMicroseconds: UInt32,
@@ -372,6 +424,7 @@ public struct WorkerConnection {
         } catch {
             preconditionFailure("the worker answers in order: \(error)")
         }
+        calledOff.remove(step.id)
         var header = Writer(reserving: StepDone.headerBytes)
         header.u8(Kind.stepDone.rawValue)
         header.u8(step.rows.format.rawValue)
@@ -381,6 +434,8 @@ public struct WorkerConnection {
         header.u32(UInt32(step.rows.count))
         header.u32(computeMicroseconds)
         header.u32(waitedMicroseconds)
+        let ended = clock(now)
+        header.u64(ended - min(ended, UInt64(computeMicroseconds)))
         message.replaceSubrange(0..<StepDone.headerBytes, with: header.bytes)
         link.send(encoded: message, now: now)
     }

@@ -143,10 +143,17 @@ import Testing
         #expect(!ended(crowd[59]))
     }
 
-    /// Whether the worker has closed its end.
+    /// Whether the worker has closed its end, behind its greeting.
     private func ended(_ socket: Socket) -> Bool {
         var byte: UInt8 = 0
-        return withUnsafeMutableBytes(of: &byte) { socket.receive(into: $0, waiting: false) } == .ended
+        for _ in 0...Greeting.bytes {
+            switch withUnsafeMutableBytes(of: &byte, { socket.receive(into: $0, waiting: false) }) {
+            case .bytes: continue
+            case .ended: return true
+            case .nothing: return false
+            }
+        }
+        return false
     }
 
     @Test func strangersDoNotMakeItReadTheKeychain() throws {

@@ -231,14 +231,23 @@ import Testing
         let host = try TestHost(worker.address, .serve(.host(of: shape)))
         _ = host.accepted()
         try host.step([Span(session: 0, position: 0, count: 1)], rows(1, seed: 1))
-        guard case .peerFailed(let report) = host.closed() else {
-            Issue.record("not failed: \(String(describing: host.ending))")
+        let failed = host.wait { if case .stepFailed(let failed) = $0 { failed } else { nil } }
+        guard let report = failed?.report else {
+            Issue.record("not failed: \(host.events)")
             return
         }
+        #expect(failed?.id == 1)
         #expect(report.code == .nonFinite)
         #expect(report.block == 11)
         #expect(report.count == 3)
         #expect(report.text == "block 11 produced 3 values that are not finite on a worker (fp16)")
+        // the session goes on where it is rewound to, and another one anyhow
+        try host.step([Span(session: 0, position: 1, count: 1)], rows(1, seed: 1))
+        try host.step([Span(session: 1, position: 0, count: 1)], rows(1, seed: 1))
+        let void = host.wait { if case .stepFailed(let failed) = $0, failed.id == 2 { failed } else { nil } }
+        #expect(void == StepFailed(id: 2, report: nil))
+        let other = host.wait { if case .stepFailed(let failed) = $0, failed.id == 3 { failed } else { nil } }
+        #expect(other?.report?.code == .nonFinite, "it was computed")
     }
 
     @Test func stopsAndStartsAgainAsAnAppDoes() throws {

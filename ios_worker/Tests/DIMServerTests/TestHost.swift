@@ -198,7 +198,7 @@ extension Terms {
         terms.dtypes = .f16
         terms.role = .middle
         terms.instance = instance
-        terms.nEmbd = UInt32(shape.nEmbd)
+        terms.shape = .hidden(shape.nEmbd)
         terms.modelBlocks = UInt32(shape.modelBlocks)
         terms.firstBlock = UInt32(shape.firstBlock)
         terms.lastBlock = UInt32(shape.lastBlock)

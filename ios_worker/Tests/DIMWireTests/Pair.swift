@@ -21,7 +21,7 @@ struct Pair {
     init(
         _ purpose: HostConnection.Purpose = .serve(Terms.ofHost), key: PairKey = Pair.key,
         terms: Terms = .ofWorker, secrets: WorkerSecrets = WorkerSecrets(keys: [Pair.key]),
-        versions: ClosedRange<UInt16> = 1...1, crowded: Bool = false
+        versions: ClosedRange<UInt16> = 2...2, crowded: Bool = false
     ) {
         host = HostConnection(purpose: purpose, key: key, dialledAt: now, versions: versions)
         worker = WorkerConnection(terms: terms, secrets: secrets, acceptedAt: now, crowded: crowded)
@@ -32,6 +32,15 @@ struct Pair {
         var pair = Pair(.serve(host), terms: worker)
         pair.run()
         return pair
+    }
+
+    /// The host's first flight, taken off its output, once the worker has greeted.
+    mutating func greeted() -> [UInt8] {
+        let greeting = worker.output
+        worker.sent()
+        deliver(toHost: greeting)
+        defer { host.sent() }
+        return host.output
     }
 
     /// Passes bytes to and fro until nothing moves.
@@ -110,7 +119,8 @@ extension Terms {
         terms.dtypes = [.f16, .f32]
         terms.role = .middle
         terms.instance = 77
-        terms.nEmbd = 8
+        terms.shape = .hidden(8)
+        terms.takeBack = .max
         terms.modelBlocks = 28
         terms.firstBlock = 11
         terms.lastBlock = 16
@@ -132,6 +142,7 @@ extension Terms {
         terms.dtypes = .f16
         terms.instance = 99
         terms.nCtx = 32
+        terms.takeBack = 0
         terms.maxRows = 8
         terms.maxSessions = 2
         terms.maxInFlight = 2

@@ -1,5 +1,7 @@
 //! The books that both sides keep alike: sessions, positions and steps while serving, files while pushing.
 
+#![deny(clippy::cast_possible_truncation)]
+
 use std::collections::VecDeque;
 
 use dim_core::rows::{RowType, RowsRef};
@@ -7,8 +9,8 @@ use dim_core::stage::Span;
 
 use crate::error::Misbehaved;
 use crate::message::PushOffer;
-use crate::rows;
-use crate::terms::Agreed;
+use crate::rows::{self, Layout};
+use crate::terms::{Agreed, features};
 
 /// Sessions, positions and steps of a connection. Host and worker keep the same: the host writes when it
 /// sends, the worker when it receives.
@@ -57,6 +59,11 @@ impl Books {
         self.unanswered.len()
     }
 
+    /// The number of the oldest STEP without an answer.
+    pub fn oldest_step(&self) -> Option<u32> {
+        self.unanswered.front().map(|(step, _)| *step)
+    }
+
     /// The number of the last STEP; 0: none yet.
     pub fn last_step(&self) -> u32 {
         self.last_step
@@ -67,7 +74,7 @@ impl Books {
         &mut self,
         step: u32,
         n_rows: u32,
-        row_type: RowType,
+        format: Format,
         spans: impl ExactSizeIterator<Item = Span> + Clone,
     ) -> Result<(), Misbehaved> {
         let a = &self.agreed;
@@ -75,12 +82,12 @@ impl Books {
         if step != expected || expected == 0 {
             return Err(Misbehaved::StepId { step, expected });
         }
-        let steps = self.unanswered.len() as u32 + 1;
+        let steps = saturated(self.unanswered.len()).saturating_add(1);
         if steps > a.max_in_flight {
             return Err(Misbehaved::InFlight { steps, max_in_flight: a.max_in_flight });
         }
-        self.check_type(row_type)?;
-        let n_spans = spans.len() as u32;
+        self.check_format(format)?;
+        let n_spans = saturated(spans.len());
         if n_spans == 0 || n_spans > a.max_sessions {
             return Err(Misbehaved::SpanCount { spans: n_spans, max_sessions: a.max_sessions });
         }
@@ -113,7 +120,8 @@ impl Books {
             sum += u64::from(span.count);
         }
         if sum != u64::from(n_rows) {
-            return Err(Misbehaved::RowCount { rows: n_rows, expected: sum.min(u64::from(u32::MAX)) as u32 });
+            let expected = u32::try_from(sum).unwrap_or(u32::MAX);
+            return Err(Misbehaved::RowCount { rows: n_rows, expected });
         }
 
         for span in spans {
@@ -127,16 +135,30 @@ impl Books {
 
     /// A STEP_DONE goes from worker to host. On an error nothing has changed.
     pub fn step_done(&mut self, step: u32, n_rows: u32, row_type: RowType) -> Result<(), Misbehaved> {
-        let (expected, rows) = self.unanswered.front().copied().unwrap_or((0, 0));
-        if step != expected || expected == 0 {
-            return Err(Misbehaved::StepId { step, expected });
-        }
+        let rows = self.oldest(step)?;
         if n_rows != rows {
             return Err(Misbehaved::RowCount { rows: n_rows, expected: rows });
         }
-        self.check_type(row_type)?;
+        self.check_format(Format { row_type, is_exact: false })?;
         self.unanswered.pop_front();
         Ok(())
+    }
+
+    /// A STEP_FAILED goes from worker to host. The lengths stay as they are: a REWIND takes back what was not computed.
+    /// On an error nothing has changed.
+    pub fn step_failed(&mut self, step: u32) -> Result<(), Misbehaved> {
+        self.oldest(step)?;
+        self.unanswered.pop_front();
+        Ok(())
+    }
+
+    /// How many rows the oldest step without an answer has, which must be this one.
+    fn oldest(&self, step: u32) -> Result<u32, Misbehaved> {
+        let (expected, rows) = self.unanswered.front().copied().unwrap_or((0, 0));
+        match step == expected && expected != 0 {
+            true => Ok(rows),
+            false => Err(Misbehaved::StepId { step, expected }),
+        }
     }
 
     /// A REWIND goes from host to worker. On an error nothing has changed.
@@ -156,28 +178,69 @@ impl Books {
         Ok(())
     }
 
-    /// Rows that are about to be sent: as many as said, and finite.
-    pub(crate) fn check_rows(&self, values: RowsRef<'_>, n_rows: u32) -> Result<(), Misbehaved> {
-        if values.len() as u128 != u128::from(n_rows) * u128::from(self.agreed.n_embd) {
-            let rows = values.len() / (self.agreed.n_embd as usize).max(1);
-            return Err(Misbehaved::RowCount { rows: rows as u32, expected: n_rows });
+    /// Rows for the worker that are about to be sent, with their token ids: as many as said, and finite.
+    pub(crate) fn check_input(
+        &self,
+        tokens: &[i32],
+        values: RowsRef<'_>,
+        n_rows: u32,
+    ) -> Result<(), Misbehaved> {
+        let expected = if self.agreed.shape.reads_tokens { n_rows } else { 0 };
+        if tokens.len() as u128 != u128::from(expected) {
+            return Err(Misbehaved::TokenCount { tokens: saturated(tokens.len()), expected });
         }
-        match rows::non_finite(values) {
-            0 => Ok(()),
-            count => Err(Misbehaved::NonFinite { count }),
-        }
+        check_rows(&self.agreed.shape.input, values, n_rows)
     }
 
-    fn check_type(&self, row_type: RowType) -> Result<(), Misbehaved> {
-        match row_type == self.agreed.row_type {
+    /// Rows for the host that are about to be sent.
+    pub(crate) fn check_output(&self, values: RowsRef<'_>, n_rows: u32) -> Result<(), Misbehaved> {
+        check_rows(&self.agreed.shape.output, values, n_rows)
+    }
+
+    fn check_format(&self, format: Format) -> Result<(), Misbehaved> {
+        let is_agreed = format.row_type == self.agreed.row_type
+            && (!format.is_exact || self.agreed.features & features::EXACT != 0);
+        match is_agreed {
             true => Ok(()),
-            false => Err(Misbehaved::RowFormat { format: rows::number(row_type) }),
+            false => Err(Misbehaved::RowFormat { format: rows::number(format.row_type) }),
         }
     }
 }
 
+/// How the rows of a step come, and how they are to be evaluated.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Format {
+    /// Their number format.
+    pub row_type: RowType,
+    /// Each by itself.
+    pub is_exact: bool,
+}
+
+impl From<RowType> for Format {
+    fn from(row_type: RowType) -> Format {
+        Format { row_type, is_exact: false }
+    }
+}
+
+/// As many rows of this layout as said, and every number of them finite.
+fn check_rows(layout: &Layout, values: RowsRef<'_>, n_rows: u32) -> Result<(), Misbehaved> {
+    let width = layout.width(values.row_type());
+    if values.len() as u128 != u128::from(n_rows) * width as u128 {
+        let rows = saturated(values.len() / width.max(1));
+        return Err(Misbehaved::RowCount { rows, expected: n_rows });
+    }
+    match rows::non_finite(layout, values) {
+        0 => Ok(()),
+        count => Err(Misbehaved::NonFinite { count }),
+    }
+}
+
+fn saturated(n: usize) -> u32 {
+    u32::try_from(n).unwrap_or(u32::MAX)
+}
+
 fn session(lengths: &[u32], session: u32) -> Result<u32, Misbehaved> {
-    let unknown = Misbehaved::Session { session, max_sessions: lengths.len() as u32 };
+    let unknown = Misbehaved::Session { session, max_sessions: saturated(lengths.len()) };
     lengths.get(session as usize).copied().ok_or(unknown)
 }
 

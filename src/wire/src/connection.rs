@@ -19,12 +19,12 @@ use dim_core::stage::Span;
 
 pub use crate::books::Books;
 
-use crate::books::PushBooks;
+use crate::books::{Format, PushBooks};
 use crate::error::{Malformed, Misbehaved, ReceiveError};
 use crate::handshake::Purpose;
 use crate::layout::{OPENING_LIMIT, PUSH_LIMIT};
 use crate::message::{Kind, Message, PushOffer};
-use crate::rows;
+use crate::rows::{self, Layout, Shape};
 use crate::terms::Agreed;
 
 /// Which side of a connection this is.
@@ -125,14 +125,19 @@ impl Connection {
     ///
     /// # Errors
     /// The rule that this side would break; nothing has changed then.
-    pub fn send_step(&mut self, spans: &[Span], rows: RowsRef<'_>) -> Result<u32, Misbehaved> {
+    pub fn send_step(
+        &mut self,
+        spans: &[Span],
+        tokens: &[i32],
+        rows: RowsRef<'_>,
+    ) -> Result<u32, Misbehaved> {
         let State::Serving(books) = &mut self.state else {
             return Err(Misbehaved::Unexpected { kind: Kind::Step as u8 });
         };
         let step = books.last_step().wrapping_add(1);
         let n_rows = spans.iter().fold(0u32, |n, s| n.saturating_add(s.count));
-        books.check_rows(rows, n_rows)?;
-        books.step(step, n_rows, rows.row_type(), spans.iter().copied())?;
+        books.check_input(tokens, rows, n_rows)?;
+        books.step(step, n_rows, rows.row_type().into(), spans.iter().copied())?;
         Ok(step)
     }
 
@@ -144,7 +149,7 @@ impl Connection {
         let State::Serving(books) = &mut self.state else {
             return Err(Misbehaved::Unexpected { kind: Kind::StepDone as u8 });
         };
-        books.check_rows(rows, n_rows)?;
+        books.check_output(rows, n_rows)?;
         books.step_done(step, n_rows, rows.row_type())
     }
 
@@ -206,10 +211,10 @@ impl Connection {
         if !self.allows(self.role.peer(), kind) {
             return Err(Misbehaved::Unexpected { kind: kind as u8 }.into());
         }
-        let n_embd = self.books().map_or(0, |b| b.agreed().n_embd);
-        let message = Message::decode(bytes, n_embd)?;
+        let unknown = Shape::default();
+        let message = Message::decode(bytes, self.books().map_or(&unknown, |b| &b.agreed().shape))?;
         self.note(self.role.peer(), &message)?;
-        if let Message::Pong(number) = message
+        if let Message::Pong { number, .. } = message
             && self.ping == Some(number)
         {
             self.ping = None;
@@ -235,9 +240,9 @@ impl Connection {
             (State::Pairing { last: None }, PairRequest) => from_host,
             (State::Pairing { last: Some(PairRequest) }, PairGrant) => !from_host,
             (State::Pairing { last: Some(PairGrant) }, PairStored) => from_host,
-            (State::Serving(_), Step | Rewind | EndSession) => from_host,
+            (State::Serving(_), Step | Rewind | EndSession | Cancel) => from_host,
             (State::Serving(books), Refuse) => from_host && books.untouched,
-            (State::Serving(_), StepDone) => !from_host,
+            (State::Serving(_), StepDone | StepFailed) => !from_host,
             (State::Pushing(_), PushData) => from_host,
             (State::Pushing(_), PushStored | PushResult) => !from_host,
             (State::Serving(_) | State::Pushing(_), Heartbeat | Ping | Pong) => true,
@@ -256,7 +261,7 @@ impl Connection {
                 self.state = State::Closed;
             }
             (_, Message::PairStored) => self.state = State::Closed,
-            (_, Message::Heartbeat(_) | Message::Ping(_) | Message::Pong(_)) => {}
+            (_, Message::Heartbeat(_) | Message::Ping(_) | Message::Pong { .. }) => {}
             (State::Opening { asked, inquiries }, message) => {
                 match message {
                     Message::Inquire => *inquiries += 1,
@@ -269,13 +274,15 @@ impl Connection {
             (State::Serving(books), message) => {
                 match message {
                     Message::Step(s) => {
-                        books.step(s.step, s.n_rows, s.row_type, s.spans())?;
-                        finite(s.row_type, s.hidden)?;
+                        let format = Format { row_type: s.row_type, is_exact: s.is_exact };
+                        books.step(s.step, s.n_rows, format, s.spans())?;
+                        finite(&books.agreed().shape.input, s.row_type, s.rows)?;
                     }
                     Message::StepDone(s) => {
                         books.step_done(s.step, s.n_rows, s.row_type)?;
-                        finite(s.row_type, s.hidden)?;
+                        finite(&books.agreed().shape.output, s.row_type, s.rows)?;
                     }
+                    Message::StepFailed(s) => books.step_failed(s.step)?,
                     Message::Rewind { session, position } => books.rewind(*session, *position)?,
                     Message::EndSession { session } => books.end(*session)?,
                     _ => {}
@@ -293,14 +300,15 @@ impl Connection {
 
 /// Every value received is finite. Bytes that do not lie aligned (only tests have such) are looked at all the
 /// same.
-fn finite(row_type: RowType, hidden: &[u8]) -> Result<(), Misbehaved> {
-    let count = match rows::from_bytes(row_type, hidden) {
-        Some(values) => rows::non_finite(values),
+fn finite(layout: &Layout, row_type: RowType, bytes: &[u8]) -> Result<(), Misbehaved> {
+    let non_finite = |values| rows::non_finite(layout, values);
+    let count = match rows::from_bytes(row_type, bytes) {
+        Some(values) => non_finite(values),
         None => {
-            let mut aligned = vec![0f32; hidden.len().div_ceil(4)];
+            let mut aligned = vec![0f32; bytes.len().div_ceil(4)];
             let copy: &mut [u8] = bytemuck::cast_slice_mut(&mut aligned);
-            copy[..hidden.len()].copy_from_slice(hidden);
-            rows::from_bytes(row_type, &copy[..hidden.len()]).map_or(u32::MAX, rows::non_finite)
+            copy[..bytes.len()].copy_from_slice(bytes);
+            rows::from_bytes(row_type, &copy[..bytes.len()]).map_or(u32::MAX, non_finite)
         }
     };
     if count == 0 { Ok(()) } else { Err(Misbehaved::NonFinite { count }) }

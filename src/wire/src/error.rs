@@ -115,6 +115,14 @@ pub enum Misbehaved {
         /// How many should be there, or the most.
         expected: u32,
     },
+    /// Token ids where none were agreed on, or too few.
+    #[error("a step has {tokens} token ids where {expected} were due")]
+    TokenCount {
+        /// How many.
+        tokens: u32,
+        /// How many should be there.
+        expected: u32,
+    },
     /// Rows in another format than the one agreed on.
     #[error("rows come in format {format:#04x}, which was not agreed on")]
     RowFormat {
@@ -161,7 +169,7 @@ impl Misbehaved {
             Misbehaved::Context { .. } => "context",
             Misbehaved::StepId { .. } => "step-id",
             Misbehaved::SpanCount { .. } => "span-count",
-            Misbehaved::RowCount { .. } => "row-count",
+            Misbehaved::RowCount { .. } | Misbehaved::TokenCount { .. } => "row-count",
             Misbehaved::RowFormat { .. } => "row-format",
             Misbehaved::InFlight { .. } => "in-flight",
             Misbehaved::NonFinite { .. } => "non-finite",
@@ -231,6 +239,9 @@ pub enum HandshakeError {
     /// The preamble has a field that makes no sense.
     #[error("the peer's first bytes make no sense")]
     BadPreamble,
+    /// The worker's greeting has a field that makes no sense.
+    #[error("the worker's first bytes make no sense")]
+    BadGreeting,
     /// The worker's answer has a field that makes no sense.
     #[error("the worker's answer makes no sense")]
     BadAnswer,
@@ -280,6 +291,7 @@ impl HandshakeError {
         match self {
             HandshakeError::BadMagic => "bad-magic",
             HandshakeError::BadPreamble => "bad-preamble",
+            HandshakeError::BadGreeting => "bad-greeting",
             HandshakeError::BadAnswer => "bad-answer",
             HandshakeError::Version { .. } => "version",
             HandshakeError::Key => "key",

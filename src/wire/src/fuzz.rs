@@ -5,17 +5,18 @@
 
 use dim_core::blocks::BlockRange;
 use dim_core::digest::Sha;
+use dim_core::stage::TakeBack;
 
 use super::connection::{Books, Connection, Role};
 use super::frame::{Inbox, Opener, Outgoing, Sealer};
-use super::handshake::{HostHandshake, Lookup, Purpose, WorkerHandshake};
-use super::message::{Item, ItemKind, Message, PushOffer, Span};
-use super::rows::RowType;
-use super::terms::Agreed;
+use super::handshake::{FIRST_FLIGHT, HostHandshake, Lookup, Named, Purpose, WorkerHandshake};
+use super::message::{HEADER, Item, ItemKind, MAX_PARTS, Message, PushOffer, Span};
+use super::rows::{Layout, Part, PartType, RowType, RowTypes, Shape};
+use super::terms::{self, Agreed, Reason, SliceRole, Terms};
 use crate::keys::{Key, PairingCode};
 
 /// How many parts there are: first bytes below this mean something.
-pub const PARTS: u8 = 7;
+pub const PARTS: u8 = 8;
 
 /// Runs one input.
 ///
@@ -31,23 +32,87 @@ pub fn exercise(input: &[u8]) {
         4 => an_answer(rest),
         5 => a_script(rest),
         6 => typed_text(rest),
+        7 => a_layout(rest),
         _ => {}
     }
 }
 
-/// n_embd, then a message.
+/// The shape of rows, then a message.
 fn one_message(input: &[u8]) {
-    let Some((&n_embd, bytes)) = input.split_first() else { return };
-    if let Ok(message) = Message::decode(bytes, n_embd.into()) {
+    let Some((&number, bytes)) = input.split_first() else { return };
+    let shape = shape_of(number);
+    if let Ok(message) = Message::decode(bytes, &shape) {
         let (mut once, mut twice) = (Vec::new(), Vec::new());
         message.encode(&mut once);
         // a text may have been made safe to show, which may cut it; after that nothing changes any more
-        if let Ok(again) = Message::decode(&once, n_embd.into()) {
+        if let Ok(again) = Message::decode(&once, &shape) {
             again.encode(&mut twice);
             assert_eq!(once, twice);
         } else {
             panic!("{message:?} cannot be read again");
         }
+    }
+}
+
+/// One hidden row of so many values; with the high bit, some parts of all types and token ids.
+fn shape_of(number: u8) -> Shape {
+    if number & 0x80 == 0 {
+        return Shape::hidden(number.into());
+    }
+    let part = |part_type, may_round, values| Part { part_type, may_round, values };
+    let parts = vec![
+        part(PartType::F32, true, u32::from(number & 7) + 1),
+        part(PartType::I32, false, 2),
+        part(PartType::F32, false, u32::from(number >> 3 & 3) + 1),
+        part(PartType::F16, false, 2),
+    ];
+    let input = Layout { parts };
+    Shape { output: Layout { parts: input.parts[1..].to_vec() }, input, reads_tokens: number & 0x40 != 0 }
+}
+
+/// What two sides may say of their rows: whatever it is they agree, on limits that fit every message, or they name a
+/// reason.
+fn a_layout(input: &[u8]) {
+    let Some((&[n_input, n_output, tokens, rows], parts)) = input.split_first_chunk() else { return };
+    let terms = |software: &str| Terms {
+        max_rows: u32::from(rows) << (rows % 24),
+        max_sessions: 2,
+        max_in_flight: 2,
+        n_ctx: 64,
+        n_blocks: 4,
+        role: SliceRole::Middle,
+        row_types: RowTypes::F16,
+        blocks: BlockRange { first: 1, last: 2 },
+        model: Some(Sha([1; 32])),
+        ..Terms::blank(2, software, "")
+    };
+    let mut bytes = Vec::new();
+    Message::Hello(terms("host")).encode(&mut bytes);
+    // behind the digests: the counts of the parts, then the parts
+    let at = HEADER + 224;
+    let strings = bytes.split_off(at + 8);
+    bytes[at..at + 3].copy_from_slice(&[tokens % 3, n_input, n_output]);
+    bytes.extend_from_slice(parts);
+    bytes.extend_from_slice(&strings);
+    let length = u32::try_from(bytes.len()).unwrap_or(u32::MAX);
+    bytes[4..8].copy_from_slice(&length.to_le_bytes());
+    let Ok(Message::Hello(host)) = Message::decode(&bytes, &Shape::default()) else { return };
+    let all = host.shape.input.parts.iter().chain(&host.shape.output.parts);
+    assert!(all.clone().count() <= 2 * MAX_PARTS && all.clone().all(|part| part.values > 0));
+    let worker = Terms { software: "worker".into(), row_types: RowTypes::ALL, ..host.clone() };
+    match terms::agree(&host, &worker) {
+        Ok(agreed) => {
+            assert!(agreed.host_limit() < 1 << 31 && agreed.worker_limit() < 1 << 31);
+            assert_eq!(agreed.shape, host.shape);
+        }
+        Err(mismatches) => assert!(!mismatches.is_empty()),
+    }
+    // one value more, and they are not the same any more
+    let mut other = worker;
+    if let Some(part) = other.shape.output.parts.last_mut() {
+        part.values = part.values.wrapping_add(2).max(2);
+        let mismatches = terms::agree(&host, &other).err().unwrap_or_default();
+        assert!(mismatches.iter().any(|mismatch| mismatch.reason == Reason::Layout));
     }
 }
 
@@ -121,11 +186,11 @@ fn pieces(mut bytes: &[u8], piece: u8) -> impl Iterator<Item = &[u8]> {
 }
 
 fn a_first_flight(input: &[u8]) {
-    let mut worker = WorkerHandshake::new(2..=3);
+    let mut worker = WorkerHandshake::with_secrets(2..=3, [3; 16], [5; 32]);
     let mut rest = input;
     while !rest.is_empty() {
         let before = rest.len();
-        let lookup = |_, id: crate::keys::KeyId| match id.0[0] & 3 {
+        let lookup = |named: &Named| match named.mark[0] & 3 {
             0 => Lookup::Unknown,
             1 => Lookup::NoPairing,
             2 => Lookup::Crowded,
@@ -144,10 +209,11 @@ fn a_first_flight(input: &[u8]) {
 fn an_answer(input: &[u8]) {
     // making a host costs a scalar multiplication: one for all inputs would keep state between them
     let key = Key::from_bytes([7; 32]);
-    let Ok(mut host) = HostHandshake::with_ephemeral(&key, Purpose::Key, 2..=3, Some(&[9; 32])) else {
-        return;
-    };
-    assert!(!matches!(host.receive(&mut &input[..]), Ok(Some(_))), "a stranger's answer was believed");
+    let mut host = HostHandshake::with_secrets(&key, Purpose::Key, 2..=3, [4; 8], [9; 32]);
+    let (mut input, mut flight) = (input, Vec::new());
+    let outcome = host.receive(&mut input, &mut flight);
+    assert!(!matches!(outcome, Ok(Some(_))), "a stranger's answer was believed");
+    assert!(flight.is_empty() || flight.len() == FIRST_FLIGHT);
 }
 
 /// Events of 4 bytes each, for the books and for a model of them.
@@ -178,7 +244,7 @@ fn a_script(input: &[u8]) {
                     && n_rows <= agreed.max_rows
                     && spans.iter().all(fits)
                     && (spans.len() < 2 || spans[0].session != spans[1].session);
-                let taken = books.step(step, n_rows, format, spans.iter().copied());
+                let taken = books.step(step, n_rows, format.into(), spans.iter().copied());
                 assert_eq!(taken.is_ok(), right, "{spans:?} {taken:?}");
                 if right {
                     spans.iter().for_each(|s| lengths[s.session as usize] += u64::from(s.count));
@@ -191,8 +257,16 @@ fn a_script(input: &[u8]) {
                     Some(&due) if position != 0 => due,
                     _ => (session, count),
                 };
-                let right = under_way.first() == Some(&(step, n_rows));
-                assert_eq!(books.step_done(step, n_rows, format).is_ok(), right);
+                let has_failed = what & 32 != 0;
+                let right = match has_failed {
+                    true => under_way.first().is_some_and(|due| due.0 == step),
+                    false => under_way.first() == Some(&(step, n_rows)),
+                };
+                let taken = match has_failed {
+                    true => books.step_failed(step),
+                    false => books.step_done(step, n_rows, format),
+                };
+                assert_eq!(taken.is_ok(), right);
                 if right {
                     under_way.remove(0);
                 }
@@ -238,14 +312,16 @@ fn typed_text(input: &[u8]) {
 
 fn agreed() -> Agreed {
     Agreed {
-        version: 1,
+        version: 2,
         row_type: RowType::F16,
-        n_embd: 4,
+        shape: Shape::hidden(4),
         blocks: BlockRange { first: 1, last: 2 },
         n_ctx: 64,
         max_rows: 16,
         max_sessions: 3,
         max_in_flight: 2,
+        features: 0,
+        take_back: TakeBack::ALL,
     }
 }
 

@@ -7,7 +7,7 @@
 //! |---|---|
 //! | [`codec`] | one bounded reader over untrusted bytes, one writer |
 //! | [`layout`] | sizes and limits |
-//! | [`rows`] | hidden rows as bytes |
+//! | [`rows`] | rows: what they are made of, and their bytes |
 //! | [`keys`] | keys, pairing codes, and where they are kept |
 //! | [`fault`] | faults and farewells |
 //! | [`error`] | every rule of the protocol as a variant, with the name it has in PROTOCOL.md |
@@ -50,7 +50,7 @@ pub use rows::{RowType, RowTypes, RowsRef};
 pub use terms::{Agreed, Terms};
 
 /// The lowest and the highest version of the protocol that this software speaks.
-pub const VERSIONS: std::ops::RangeInclusive<u16> = 1..=1;
+pub const VERSIONS: std::ops::RangeInclusive<u16> = 2..=2;
 
 #[cfg(target_endian = "big")]
 compile_error!(

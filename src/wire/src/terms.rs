@@ -2,21 +2,32 @@
 //! follows.
 //!
 //! Both sides have both terms after HELLO and ACCEPT (or REFUSE) and run [`agree`] on them, so both come to
-//! the same result and either can tell its user what differs and which side to fix.
+//! the same result and either can tell its user what differs and which side to fix. What the bytes are stands in
+//! `terms/coding.rs`.
+
+#![deny(clippy::cast_possible_truncation)]
+
+mod coding;
+mod machine;
 
 use dim_core::blocks::BlockRange;
 use dim_core::digest::Sha;
-use dim_core::rows::RowType;
+use dim_core::rows::{Layout, RowType};
+use dim_core::stage::TakeBack;
 
-use crate::codec::{Malformed, Reader, Writer};
 pub use crate::layout::OPENING_LIMIT;
-use crate::layout::{MAX_ARCH, MAX_NAME, SPAN, STEP, STEP_DONE};
-use crate::rows::RowTypes;
+use crate::layout::{SPAN, STEP, STEP_DONE, token_bytes};
+use crate::rows::{RowTypes, Shape};
+pub use machine::{Engine, Machine, Measured, Unit};
 
 /// Bits of [`Terms::features`]. The bit 1 is retired; bits without a meaning are ignored.
 pub mod features {
     /// Files can be pushed to this worker.
     pub const PUSH: u32 = 2;
+    /// Rows of a step can be evaluated one by one. Reserved: nobody has it yet.
+    pub const EXACT: u32 = 4;
+    /// The worker can measure itself. Reserved: nobody has it yet.
+    pub const PROBE: u32 = 8;
 }
 
 /// The place of a slice in its model.
@@ -43,13 +54,17 @@ pub struct Terms {
     pub features: u32,
     /// Random, made once by each process.
     pub instance: u64,
-    /// The length of a hidden row.
-    pub n_embd: u32,
     /// Blocks of the whole model.
     pub n_blocks: u32,
     /// The blocks of the slice, as this side says them: that there are any, and that the model has them, is checked by
     /// [`agree`]. Without a slice, 0..0.
     pub blocks: BlockRange,
+    /// What crosses the cuts. A host that does not know it leaves it empty, and takes the worker's.
+    pub shape: Shape,
+    /// Digest of what a row to the worker means, if it is known: the same bytes may be other tensors.
+    pub input: Option<Sha>,
+    /// Digest of what a row from the worker means, if it is known.
+    pub output: Option<Sha>,
     /// Host: positions per session it needs. Worker: the most it can serve.
     pub n_ctx: u32,
     /// The most rows in a step that this side wants or takes.
@@ -58,6 +73,11 @@ pub struct Terms {
     pub max_sessions: u32,
     /// The most steps without an answer that this side wants or takes.
     pub max_in_flight: u32,
+    /// Host: how much it has to be able to take back of a session; nothing, if it would rather replay. Worker: how much
+    /// can be.
+    pub take_back: TakeBack,
+    /// Worker: what it computes with. Host: nothing.
+    pub machine: Machine,
     /// Identity of the model, if this side has one. (In the bytes, zeros stand for a digest that is not known.)
     pub model: Option<Sha>,
     /// Identity of the slice, if it is known.
@@ -81,13 +101,17 @@ impl Terms {
             role: SliceRole::None,
             features: 0,
             instance: 0,
-            n_embd: 0,
             n_blocks: 0,
             blocks: BlockRange { first: 0, last: 0 },
+            shape: Shape::default(),
+            input: None,
+            output: None,
             n_ctx: 0,
             max_rows: 0,
             max_sessions: 0,
             max_in_flight: 0,
+            take_back: TakeBack::NOTHING,
+            machine: Machine::default(),
             model: None,
             slice: None,
             params: None,
@@ -96,61 +120,9 @@ impl Terms {
             name: name.to_owned(),
         }
     }
-
-    pub(crate) fn decode(r: &mut Reader<'_>) -> Result<Terms, Malformed> {
-        let version = r.u16()?;
-        let row_types = RowTypes::from_bits(r.u8()?)?;
-        let role = match r.u8()? {
-            0 => SliceRole::None,
-            1 => SliceRole::Head,
-            2 => SliceRole::Middle,
-            3 => SliceRole::Tail,
-            other => return Err(Malformed::BadValue { field: "role", value: other.into() }),
-        };
-        Ok(Terms {
-            version,
-            row_types,
-            role,
-            features: r.u32()?,
-            instance: r.u64()?,
-            n_embd: r.u32()?,
-            n_blocks: r.u32()?,
-            blocks: BlockRange { first: r.u32()?, last: r.u32()? },
-            n_ctx: r.u32()?,
-            max_rows: r.u32()?,
-            max_sessions: r.u32()?,
-            max_in_flight: r.u32()?,
-            model: digest(r)?,
-            slice: digest(r)?,
-            params: digest(r)?,
-            arch: r.string(MAX_ARCH)?,
-            software: r.string(MAX_NAME)?,
-            name: r.string(MAX_NAME)?,
-        })
-    }
-
-    pub(crate) fn encode(&self, w: &mut Writer<'_>) {
-        w.u16(self.version)
-            .u8(self.row_types.bits())
-            .u8(self.role as u8)
-            .u32(self.features)
-            .u64(self.instance);
-        w.u32(self.n_embd).u32(self.n_blocks).u32(self.blocks.first).u32(self.blocks.last);
-        w.u32(self.n_ctx).u32(self.max_rows).u32(self.max_sessions).u32(self.max_in_flight);
-        for digest in [self.model, self.slice, self.params] {
-            w.bytes(&digest.map_or(UNKNOWN, |sha| sha.0));
-        }
-        w.string(&self.arch, MAX_ARCH).string(&self.software, MAX_NAME).string(&self.name, MAX_NAME);
-    }
 }
 
-const UNKNOWN: [u8; 32] = [0; 32];
-
-fn digest(r: &mut Reader<'_>) -> Result<Option<Sha>, Malformed> {
-    Ok(Some(r.array()?).filter(|&bytes| bytes != UNKNOWN).map(Sha))
-}
-
-/// Why a side refuses. The numbers up to 16 are also the order of comparison.
+/// Why a side refuses. The numbers up to 17 are also the order of comparison.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 #[repr(u16)]
 #[allow(missing_docs)]
@@ -161,7 +133,7 @@ pub enum Reason {
     Model = 4,
     Params = 5,
     NBlocks = 6,
-    NEmbd = 7,
+    Layout = 7,
     Role = 8,
     Blocks = 9,
     Slice = 10,
@@ -171,6 +143,7 @@ pub enum Reason {
     Rows = 14,
     InFlight = 15,
     TooLarge = 16,
+    TakeBack = 17,
     NotReady = 32,
     Stopping = 33,
     NoMemory = 34,
@@ -181,17 +154,23 @@ pub enum Reason {
 
 impl Reason {
     /// Every reason, in the order of their numbers.
-    pub const ALL: [Reason; 22] = {
+    pub const ALL: [Reason; 23] = {
         use Reason::*;
         [
-            Version, NoSlice, Arch, Model, Params, NBlocks, NEmbd, Role, Blocks, Slice, DType, Context,
-            Sessions, Rows, InFlight, TooLarge, NotReady, Stopping, NoMemory, NoPush, NoSpace, PushItems,
+            Version, NoSlice, Arch, Model, Params, NBlocks, Layout, Role, Blocks, Slice, DType, Context,
+            Sessions, Rows, InFlight, TooLarge, TakeBack, NotReady, Stopping, NoMemory, NoPush, NoSpace,
+            PushItems,
         ]
     };
 
     /// The reason with this number.
     pub fn from_u16(reason: u16) -> Option<Reason> {
         Reason::ALL.into_iter().find(|&r| r as u16 == reason)
+    }
+
+    /// Whether it is a difference that both sides see, and not the worker's own reason.
+    pub fn is_compared(self) -> bool {
+        self <= Reason::TakeBack
     }
 
     /// Whether waiting may help.
@@ -217,8 +196,8 @@ pub struct Agreed {
     pub version: u16,
     /// The row format.
     pub row_type: RowType,
-    /// The length of a row.
-    pub n_embd: u32,
+    /// What rows are made of.
+    pub shape: Shape,
     /// The blocks of the slice.
     pub blocks: BlockRange,
     /// Positions per session.
@@ -229,27 +208,49 @@ pub struct Agreed {
     pub max_sessions: u32,
     /// The most steps without an answer.
     pub max_in_flight: u32,
+    /// What both sides can do: see [`features`].
+    pub features: u32,
+    /// How much of a session the worker can take back.
+    pub take_back: TakeBack,
 }
 
 impl Agreed {
-    /// Bytes of a row's values.
-    pub fn row_bytes(&self) -> usize {
-        self.n_embd as usize * self.row_type.width()
+    /// Bytes of a row to the worker.
+    pub fn input_bytes(&self) -> usize {
+        self.shape.input.bytes(self.row_type)
+    }
+
+    /// Bytes of a row from the worker.
+    pub fn output_bytes(&self) -> usize {
+        self.shape.output.bytes(self.row_type)
     }
 
     /// The longest message from host to worker.
     pub fn host_limit(&self) -> usize {
-        let step = STEP + SPAN * self.max_sessions as usize + self.largest_rows();
+        let n_rows = self.max_rows as usize;
+        let tokens = if self.shape.reads_tokens { token_bytes(n_rows) } else { 0 };
+        let step = STEP + SPAN * self.max_sessions as usize + tokens + n_rows * self.input_bytes();
         step.max(OPENING_LIMIT)
     }
 
     /// The longest message from worker to host.
     pub fn worker_limit(&self) -> usize {
-        (STEP_DONE + self.largest_rows()).max(OPENING_LIMIT)
+        (STEP_DONE + self.max_rows as usize * self.output_bytes()).max(OPENING_LIMIT)
     }
 
-    fn largest_rows(&self) -> usize {
-        self.max_rows as usize * self.row_bytes()
+    /// Both limits, of whatever was agreed on: they may be beyond every message.
+    fn largest(&self) -> u128 {
+        let row = |layout: &Layout| -> u128 {
+            let width = self.row_type.width() as u128;
+            layout.parts.iter().map(|part| part.width(self.row_type) as u128 * width).sum()
+        };
+        let n_rows = u128::from(self.max_rows);
+        let tokens = if self.shape.reads_tokens { 4 * n_rows + 4 } else { 0 };
+        let step = STEP as u128
+            + SPAN as u128 * u128::from(self.max_sessions)
+            + tokens
+            + n_rows * row(&self.shape.input);
+        step.max(STEP_DONE as u128 + n_rows * row(&self.shape.output))
     }
 }
 
@@ -267,18 +268,26 @@ pub fn agree(host: &Terms, worker: &Terms) -> Result<Agreed, Vec<Mismatch>> {
     let agreed = Agreed {
         version: host.version,
         row_type: row_type.unwrap_or(RowType::F16),
-        n_embd: host.n_embd,
+        shape: worker.shape.clone(),
         blocks: host.blocks,
         n_ctx: host.n_ctx,
         max_rows: host.max_rows.min(worker.max_rows),
         max_sessions: host.max_sessions,
         max_in_flight: host.max_in_flight.min(worker.max_in_flight),
+        features: host.features & worker.features,
+        take_back: worker.take_back,
     };
-    let rows = u128::from(agreed.max_rows) * u128::from(agreed.n_embd) * agreed.row_type.width() as u128;
-    let largest = rows + SPAN as u128 * u128::from(agreed.max_sessions) + STEP as u128;
+    let largest = agreed.largest();
     let fits = largest <= LARGEST_STEP && agreed.max_sessions <= u32::from(u16::MAX);
     found.unless(fits, Reason::TooLarge, || {
         format!("a step of {} rows would be {largest} bytes: ask for fewer rows a step", agreed.max_rows)
+    });
+    found.unless(host.take_back <= worker.take_back, Reason::TakeBack, || {
+        let (h, w) = (rows_back(host.take_back), rows_back(worker.take_back));
+        format!(
+            "the host has to take back {h} of a conversation, the worker can {w}: start it as it was started before, \
+             or begin anew"
+        )
     });
     if found.0.is_empty() { Ok(agreed) } else { Err(found.0) }
 }
@@ -327,11 +336,24 @@ impl Mismatches {
                 "the host's model has {h} blocks, the worker's {w}: use slices of one split on both sides"
             )
         });
-        self.unless(h.n_embd == w.n_embd && h.n_embd > 0, Reason::NEmbd, || {
-            let (h, w) = (h.n_embd, w.n_embd);
-            format!(
-                "the host's rows have {h} values, the worker's {w}: use slices of one split on both sides"
-            )
+        let has_rows = match w.role {
+            SliceRole::None => true,
+            SliceRole::Head => !w.shape.output.is_empty(),
+            SliceRole::Middle => !w.shape.input.is_empty() && !w.shape.output.is_empty(),
+            SliceRole::Tail => !w.shape.input.is_empty(),
+        };
+        let fits = has_rows && (h.shape.is_unknown() || h.shape == w.shape);
+        let same = same_if_known(h.input, w.input) && same_if_known(h.output, w.output);
+        self.unless(fits && same, Reason::Layout, || match fits {
+            false => format!(
+                "the host's rows are {}, the worker's {}: use slices of one split on both sides, and give the worker the \
+                 right one",
+                rows(&h.shape),
+                rows(&w.shape)
+            ),
+            true => "host and worker mean other tensors by the same rows: use slices of one split and one version of \
+                     DIM on both sides; update the older"
+                .to_owned(),
         });
     }
 
@@ -401,6 +423,19 @@ pub fn short(identity: Option<Sha>) -> String {
 
 fn shown(text: &str) -> &str {
     if text.is_empty() { "(nameless)" } else { text }
+}
+
+fn rows(shape: &Shape) -> String {
+    let tokens = if shape.reads_tokens { ", with token ids" } else { "" };
+    format!("{} in and {} out{tokens}", shape.input, shape.output)
+}
+
+fn rows_back(take_back: TakeBack) -> String {
+    match take_back {
+        TakeBack::ALL => "any number of rows".to_owned(),
+        TakeBack::NOTHING => "none".to_owned(),
+        TakeBack(n) => format!("{n} rows"),
+    }
 }
 
 fn role(role: SliceRole) -> &'static str {

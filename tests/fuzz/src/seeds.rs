@@ -13,8 +13,18 @@ fn main() {
     let mut seeds: Vec<Vec<u8>> = Vec::new();
     let messages = load("messages.json");
     for v in ["good", "bad"].iter().flat_map(|k| messages[*k].as_array().unwrap()) {
-        let n_embd = v["n_embd"].as_u64().unwrap() as u8;
-        seeds.push([&[0, n_embd], &hex(&v["hex"])[..]].concat());
+        // the number that the fuzz body makes about this shape of
+        let shape = match v["shape"]["input"].as_array().unwrap().len() {
+            0 => 0,
+            1 => v["shape"]["input"][0][2].as_u64().unwrap() as u8,
+            _ => 0xCA,
+        };
+        let bytes = hex(&v["hex"]);
+        seeds.push([&[0, shape], &bytes[..]].concat());
+        // terms: what they say of rows, alone
+        if [1, 2, 6].contains(bytes.first().unwrap_or(&0)) && bytes.len() > 240 {
+            seeds.push([&[7, bytes[233], bytes[234], bytes[232], 8], &bytes[240..]].concat());
+        }
     }
     // whole conversations, as each side hears them, in each state
     for v in load("transcripts.json").as_array().unwrap() {
@@ -32,7 +42,7 @@ fn main() {
             seeds.push([&[2, role | 2 | 2 << 2, 0], &heard[..]].concat());
         }
         seeds.push([&[3], &hex(&v["first_flight"])[..]].concat());
-        seeds.push([&[4], &hex(&v["answer"])[..]].concat());
+        seeds.push([&[4], &hex(&v["greeting"])[..], &hex(&v["answer"])].concat());
     }
     let noise = load("noise.json");
     for v in noise["refused_by_worker"].as_array().unwrap() {

@@ -40,7 +40,7 @@ use crate::connection::{Connection, Role};
 use crate::error::{FrameError, HandshakeError, Misbehaved, ReceiveError};
 use crate::fault::Fault;
 use crate::frame::{Inbox, Store};
-use crate::handshake::{Lookup, Purpose};
+use crate::handshake::{Lookup, Named, Purpose};
 use crate::keys::{Key, KeyId};
 use crate::link_error::{Awaited, LinkErrorKind};
 use crate::message::{Kind, Message, PushOffer, Status};
@@ -50,10 +50,11 @@ use outbox::Outbox;
 use timers::{Timer, Timers};
 
 pub use opening::Ask;
+pub use serving::{ClockOffset, ComputeTime};
 pub use timers::{HEARTBEAT_EVERY, Timing};
 
 /// How a worker finds the key that a host names.
-pub type LookUp = Box<dyn FnMut(Purpose, KeyId) -> Lookup + Send>;
+pub type LookUp = Box<dyn FnMut(&Named) -> Lookup + Send>;
 
 /// Bytes and messages since the connection began, the handshake's included.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -123,33 +124,37 @@ pub struct Endpoint {
     last_sent: Instant,
     own_status: Status,
     peer_status: Option<Status>,
-    /// the number of a PING that we owe a PONG
-    pong: Option<u64>,
+    /// the number of a PING that we owe a PONG, and our clock when it came
+    pong: Option<(u64, u64)>,
     /// when our PING left
     pinged: Option<Instant>,
     round_trip_time: Option<Duration>,
+    clock_offset: Option<ClockOffset>,
+    /// worker: steps that were called off and not answered yet
+    called_off: Vec<u32>,
 }
 
 impl Endpoint {
-    /// A host's side: the handshake under `key`, and then `ask`. All times count from `now`.
+    /// A host's side: waits for the worker's greeting, then the handshake under `key`, and then `ask`. All times count
+    /// from `now`.
+    pub fn host(key: &Key, ask: Ask, timing: &Timing, now: Instant) -> Endpoint {
+        let purpose = ask.purpose();
+        let mut endpoint = Endpoint::new(Role::Host, purpose, Handshake::host(key, purpose), timing, now);
+        endpoint.ask = Some(ask);
+        endpoint.timers.set(Timer::Opening, now + timing.opening);
+        endpoint
+    }
+
+    /// A worker's side, which greets whoever has just connected. All times count from `now`.
     ///
     /// # Errors
     /// [`HandshakeError::Crypto`] if the system has no random numbers.
-    pub fn host(key: &Key, ask: Ask, timing: &Timing, now: Instant) -> Result<Endpoint, HandshakeError> {
-        let purpose = ask.purpose();
-        let (handshake, first_flight) = Handshake::host(key, purpose)?;
-        let mut endpoint = Endpoint::new(Role::Host, purpose, handshake, timing, now);
-        endpoint.ask = Some(ask);
-        endpoint.outbox.push_bytes(&first_flight);
-        endpoint.timers.set(Timer::Opening, now + timing.opening);
-        Ok(endpoint)
-    }
-
-    /// A worker's side, for whoever has just connected. All times count from `now`.
-    pub fn worker(look_up: LookUp, timing: &Timing, now: Instant) -> Endpoint {
-        let mut endpoint = Endpoint::new(Role::Worker, Purpose::Key, Handshake::worker(look_up), timing, now);
+    pub fn worker(look_up: LookUp, timing: &Timing, now: Instant) -> Result<Endpoint, HandshakeError> {
+        let (handshake, greeting) = Handshake::worker(look_up)?;
+        let mut endpoint = Endpoint::new(Role::Worker, Purpose::Key, handshake, timing, now);
+        endpoint.outbox.push_bytes(&greeting);
         endpoint.timers.set(Timer::Opening, now + timing.stranger);
-        endpoint
+        Ok(endpoint)
     }
 
     fn new(role: Role, purpose: Purpose, handshake: Handshake, timing: &Timing, now: Instant) -> Endpoint {
@@ -183,6 +188,8 @@ impl Endpoint {
             pong: None,
             pinged: None,
             round_trip_time: None,
+            clock_offset: None,
+            called_off: Vec::new(),
         }
     }
 
@@ -265,15 +272,18 @@ impl Endpoint {
             return if self.end.is_some() { Filed::Over } else { Filed::Own };
         }
         let kind = inbox.message().first().copied().unwrap_or(0);
-        if [Kind::Heartbeat as u8, Kind::Ping as u8, Kind::Pong as u8].contains(&kind) {
+        // the connection's own business; a step is called off before its turn comes
+        let own = [Kind::Heartbeat as u8, Kind::Ping as u8, Kind::Pong as u8, Kind::Cancel as u8];
+        if own.contains(&kind) {
             let received = self.connection.receive(inbox.message());
             let filed = match received {
                 Ok(message) => {
-                    // none of the three borrows
+                    // none of the four borrows
                     match message {
                         Message::Heartbeat(status) => self.heartbeat_came(status, now),
-                        Message::Ping(number) => self.pong = Some(number),
-                        Message::Pong(_) => self.pong_came(now),
+                        Message::Ping(number) => self.pong = Some((number, self.clock_us(now))),
+                        Message::Pong { clock_us, .. } => self.pong_came(clock_us, now),
+                        Message::Cancel { step } => self.call_off(step),
                         _ => {}
                     }
                     Filed::Own
@@ -557,6 +567,16 @@ impl Endpoint {
     /// How long the last PING took.
     pub fn round_trip_time(&self) -> Option<Duration> {
         self.round_trip_time
+    }
+
+    /// How the peer's clock goes, by the quickest PING so far.
+    pub fn clock_offset(&self) -> Option<ClockOffset> {
+        self.clock_offset
+    }
+
+    /// A time on this side's clock.
+    pub fn clock_us(&self, at: Instant) -> u64 {
+        u64::try_from(at.saturating_duration_since(self.begun).as_micros()).unwrap_or(u64::MAX)
     }
 }
 

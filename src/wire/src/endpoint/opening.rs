@@ -8,7 +8,9 @@ use crate::VERSIONS;
 use crate::connection::Role;
 use crate::error::{HandshakeError, Misbehaved};
 use crate::frame::Inbox;
-use crate::handshake::{Established, FIRST_FLIGHT, HostHandshake, Purpose, SECOND_FLIGHT, WorkerHandshake};
+use crate::handshake::{
+    Established, FIRST_FLIGHT, GREETING, HostHandshake, Purpose, SECOND_FLIGHT, WorkerHandshake,
+};
 use crate::keys::Key;
 use crate::layout::OPENING_LIMIT;
 use crate::link_error::{LinkErrorKind, refusal_text};
@@ -21,7 +23,7 @@ pub enum Ask {
     /// What does the worker hold? Answered by OFFER.
     Inquire,
     /// Rows are to be evaluated on these terms, whose version is filled in. Answered by ACCEPT.
-    Serve(Terms),
+    Serve(Box<Terms>),
     /// Files are to be stored. Answered by PUSH_NEED.
     Push(PushOffer),
     /// A key is wanted; the endpoint's key is that of a pairing code. Answered by PAIR_GRANT.
@@ -53,22 +55,19 @@ enum Side {
     Worker(Box<WorkerHandshake>, LookUp),
 }
 
-const _: () = assert!(FIRST_FLIGHT <= SECOND_FLIGHT, "one buffer is for either");
+const _: () = assert!(FIRST_FLIGHT <= SECOND_FLIGHT && GREETING <= SECOND_FLIGHT, "one buffer is for all");
 
 impl Handshake {
-    /// The host's side, and what it says first.
-    pub(super) fn host(
-        key: &Key,
-        purpose: Purpose,
-    ) -> Result<(Handshake, [u8; FIRST_FLIGHT]), HandshakeError> {
-        let handshake = HostHandshake::new(key, purpose, VERSIONS)?;
-        let first_flight = *handshake.first_flight();
-        Ok((Handshake { side: Side::Host(Box::new(handshake)), buffer: [0; SECOND_FLIGHT] }, first_flight))
+    pub(super) fn host(key: &Key, purpose: Purpose) -> Handshake {
+        let handshake = HostHandshake::new(key, purpose, VERSIONS);
+        Handshake { side: Side::Host(Box::new(handshake)), buffer: [0; SECOND_FLIGHT] }
     }
 
-    pub(super) fn worker(look_up: LookUp) -> Handshake {
-        let handshake = Box::new(WorkerHandshake::new(VERSIONS));
-        Handshake { side: Side::Worker(handshake, look_up), buffer: [0; SECOND_FLIGHT] }
+    /// The worker's side, and what it says first.
+    pub(super) fn worker(look_up: LookUp) -> Result<(Handshake, [u8; GREETING]), HandshakeError> {
+        let handshake = Box::new(WorkerHandshake::new(VERSIONS)?);
+        let greeting = handshake.greeting();
+        Ok((Handshake { side: Side::Worker(handshake, look_up), buffer: [0; SECOND_FLIGHT] }, greeting))
     }
 
     /// Never more than the handshake's own bytes: what follows belongs to the inbox.
@@ -84,7 +83,11 @@ impl Handshake {
     fn received(&mut self, n: usize) -> (Vec<u8>, Result<Option<Established>, HandshakeError>) {
         let mut input = &self.buffer[..n];
         match &mut self.side {
-            Side::Host(handshake) => (Vec::new(), handshake.receive(&mut input)),
+            Side::Host(handshake) => {
+                let mut flight = Vec::new();
+                let outcome = handshake.receive(&mut input, &mut flight);
+                (flight, outcome)
+            }
             Side::Worker(handshake, look_up) => match handshake.receive(&mut input, look_up) {
                 Some(verdict) => (verdict.answer, verdict.outcome.map(Some)),
                 None => (Vec::new(), Ok(None)),
@@ -122,7 +125,7 @@ impl Endpoint {
             None => {}
             Some(Ask::Inquire) => self.say(&Message::Inquire),
             Some(Ask::Serve(need)) => {
-                let hello = Terms { version: self.version, ..need };
+                let hello = Terms { version: self.version, ..*need };
                 self.say(&Message::Hello(hello.clone()));
                 self.hello = Some(hello);
             }
@@ -167,11 +170,10 @@ impl Endpoint {
                 Err(self.finish(LinkErrorKind::Busy { host: name, since_ms }))
             }
             Message::Refuse { reason, terms, text } => {
-                let compared = reason <= Reason::TooLarge;
                 let differences = self
                     .hello
                     .as_ref()
-                    .filter(|_| compared)
+                    .filter(|_| reason.is_compared())
                     .map(|hello| terms::agree(hello, &terms).err().unwrap_or_default());
                 self.peer_terms.get_or_insert(terms);
                 let mismatches = differences.unwrap_or_default();
@@ -204,6 +206,10 @@ impl Endpoint {
             Message::StepDone(done) => {
                 self.counters.round_trips += 1;
                 Ok(Message::StepDone(done))
+            }
+            Message::StepFailed(failed) => {
+                self.counters.round_trips += 1;
+                Ok(Message::StepFailed(failed))
             }
             other => Ok(other),
         }

@@ -9,8 +9,28 @@ use super::timers::Timer;
 use super::{Endpoint, LinkErrorKind};
 use crate::error::Misbehaved;
 use crate::fault::{Farewell, Fault};
-use crate::message::{Message, encode_step_done_head, encode_step_head};
+use crate::message::{DoneHead, Message, StepFailed, encode_step_done_head, encode_step_head};
 use crate::rows;
+
+/// When a worker computed a step.
+#[derive(Clone, Copy, Debug)]
+pub struct ComputeTime {
+    /// When it began.
+    pub began: Instant,
+    /// How long it took.
+    pub compute: Duration,
+    /// How long the complete step lay there before.
+    pub wait: Duration,
+}
+
+/// How a peer's clock goes, in terms of this side's: both count microseconds since the connection began.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct ClockOffset {
+    /// What has to be added to a time of ours to have the peer's.
+    pub us: i64,
+    /// How far off that may be: half a round trip.
+    pub within_us: u64,
+}
 
 impl Endpoint {
     /// Both sides have agreed: steps or files go.
@@ -26,14 +46,20 @@ impl Endpoint {
     ///
     /// # Panics
     /// If a message before it is still halfway.
-    pub fn send_step(&mut self, spans: &[Span], rows: RowsRef<'_>) -> Result<u32, Misbehaved> {
-        let step = self.connection.send_step(spans, rows)?;
+    pub fn send_step(
+        &mut self,
+        spans: &[Span],
+        tokens: &[i32],
+        rows: RowsRef<'_>,
+    ) -> Result<u32, Misbehaved> {
+        let step = self.connection.send_step(spans, tokens, rows)?;
         let payload = rows::as_bytes(rows).len();
-        self.begin(payload, |head| encode_step_head(head, step, spans, rows));
+        self.begin(payload, |head| encode_step_head(head, step, spans, tokens, rows));
         Ok(step)
     }
 
-    /// Worker: answers the oldest step without an answer; as [`send_step`](Self::send_step).
+    /// Worker: answers the oldest step without an answer, which it `began` to compute then; as
+    /// [`send_step`](Self::send_step).
     ///
     /// # Errors
     /// The rule that this side would break; nothing has changed then.
@@ -45,15 +71,48 @@ impl Endpoint {
         step: u32,
         n_rows: u32,
         rows: RowsRef<'_>,
-        compute: Duration,
-        wait: Duration,
+        time: ComputeTime,
     ) -> Result<(), Misbehaved> {
         self.connection.send_step_done(step, n_rows, rows)?;
         let payload = rows::as_bytes(rows).len();
-        let (compute_us, wait_us) = (micros(compute), micros(wait));
-        self.begin(payload, |head| encode_step_done_head(head, step, n_rows, compute_us, wait_us, rows));
-        self.counters.round_trips += 1;
+        let (compute_us, wait_us) = (micros(time.compute), micros(time.wait));
+        let began_us = self.clock_us(time.began);
+        let head = DoneHead { step, n_rows, compute_us, wait_us, began_us };
+        self.begin(payload, |out| encode_step_done_head(out, head, rows));
+        self.answered(step);
         Ok(())
+    }
+
+    /// Worker: the oldest step without an answer was not evaluated; `None`: because it was called off, or stands on one
+    /// that was or that failed.
+    ///
+    /// # Errors
+    /// The rule that this side would break; nothing has changed then.
+    pub fn send_step_failed(&mut self, step: u32, fault: Option<Fault>) -> Result<(), Misbehaved> {
+        self.send(&Message::StepFailed(StepFailed { step, fault }))?;
+        self.answered(step);
+        Ok(())
+    }
+
+    fn answered(&mut self, step: u32) {
+        self.called_off.retain(|&off| off != step);
+        self.counters.round_trips += 1;
+    }
+
+    /// Worker: the host does not want this step any more.
+    pub(super) fn call_off(&mut self, step: u32) {
+        let Some(books) = self.books() else { return };
+        // answered, or never sent: nothing to call off. What was read and not polled yet is not in the books.
+        let most = u64::from(books.last_step()) + u64::from(books.agreed().max_in_flight);
+        let oldest = books.oldest_step().unwrap_or(books.last_step().saturating_add(1));
+        if step >= oldest && u64::from(step) <= most && !self.called_off.contains(&step) {
+            self.called_off.push(step);
+        }
+    }
+
+    /// Worker: whether this step, which has no answer yet, was called off.
+    pub fn is_called_off(&self, step: u32) -> bool {
+        self.called_off.contains(&step)
     }
 
     /// Host: begins a message with these bytes of a file, which are its payload; as [`send_step`](Self::send_step).
@@ -77,7 +136,7 @@ impl Endpoint {
         }
     }
 
-    /// Any other message: REWIND, END_SESSION, PING.
+    /// Any other message: REWIND, END_SESSION, CANCEL, PING.
     ///
     /// # Errors
     /// The rule that this side would break; nothing has changed then.
@@ -87,8 +146,8 @@ impl Endpoint {
         Ok(())
     }
 
-    /// Asks the peer for an answer; [`round_trip_time`](Self::round_trip_time) tells how long it took. Does nothing
-    /// while another PING is under way.
+    /// Asks the peer for an answer; [`round_trip_time`](Self::round_trip_time) tells how long it took, and
+    /// [`clock_offset`](Self::clock_offset) how the peer's clock goes. Does nothing while another PING is under way.
     ///
     /// # Errors
     /// [`Misbehaved::Unexpected`] before anything is agreed on, or after the end.
@@ -96,25 +155,34 @@ impl Endpoint {
         if self.connection.is_pinging() {
             return Ok(());
         }
-        let number = super::millis(now.saturating_duration_since(self.begun));
-        self.send(&Message::Ping(number))?;
+        self.send(&Message::Ping(self.clock_us(now)))?;
         self.pinged = Some(now);
         Ok(())
     }
 
-    pub(super) fn pong_came(&mut self, now: Instant) {
+    pub(super) fn pong_came(&mut self, clock_us: u64, now: Instant) {
         // a PONG that nobody waits for changes nothing
         if !self.connection.is_pinging()
             && let Some(sent) = self.pinged.take()
         {
-            self.round_trip_time = Some(now.saturating_duration_since(sent));
+            let round_trip = now.saturating_duration_since(sent);
+            self.round_trip_time = Some(round_trip);
+            // it was read there half-way, as far as anybody knows
+            let within_us = u64::from(micros(round_trip)).div_ceil(2);
+            let halfway = self.clock_us(sent).saturating_add(within_us);
+            let us = i64::try_from(i128::from(clock_us) - i128::from(halfway));
+            if let Ok(us) = us
+                && self.clock_offset.is_none_or(|known| within_us <= known.within_us)
+            {
+                self.clock_offset = Some(ClockOffset { us, within_us });
+            }
         }
     }
 
     /// Queues the PONG that is owed, and a HEARTBEAT if one is due.
     pub(super) fn say_what_is_due(&mut self, now: Instant) {
-        if let Some(number) = self.pong.take() {
-            let _ = self.send(&Message::Pong(number));
+        if let Some((number, clock_us)) = self.pong.take() {
+            let _ = self.send(&Message::Pong { number, clock_us });
         }
         if !self.is_sending() && self.timers.is_due(Timer::Heartbeat, now) {
             let _ = self.send(&Message::Heartbeat(self.own_status));

@@ -51,7 +51,8 @@ impl Key {
         &self.0
     }
 
-    /// What the key is called in clear: the first 8 bytes of a hash of it.
+    /// What the key is called on this side, in file names and logs: the first 8 bytes of a hash of it. It never crosses
+    /// the wire, where a key is [named](crate::handshake::Named) otherwise each time.
     pub fn id(&self) -> KeyId {
         let digest: [u8; 32] =
             Sha256::new().chain_update(b"dim key id v1").chain_update(self.0).finalize().into();
@@ -120,7 +121,7 @@ impl fmt::Debug for Key {
     }
 }
 
-/// What a key is called in clear.
+/// What a key is called in file names and logs.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct KeyId(pub [u8; 8]);
 

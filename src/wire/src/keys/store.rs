@@ -3,11 +3,14 @@
 use std::fs;
 use std::io::{self, Write};
 use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, SystemTime};
 
 use serde::{Deserialize, Serialize};
 use zeroize::Zeroize;
 
 use super::{BadKey, Key, KeyId};
+use crate::handshake::Named;
 
 /// Whom a key is shared with, for people to read and for a host to find the key for an address.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -26,6 +29,16 @@ pub struct Peer {
 #[derive(Clone, Debug)]
 pub struct KeyStore {
     directory: PathBuf,
+    /// what [`find_named`](KeyStore::find_named) has read
+    known: Arc<Mutex<Option<Known>>>,
+}
+
+/// The keys of the directory as they were when it was last looked at.
+#[derive(Debug)]
+struct Known {
+    changed: SystemTime,
+    read: SystemTime,
+    keys: Vec<Key>,
 }
 
 impl KeyStore {
@@ -42,7 +55,7 @@ impl KeyStore {
 
     /// The store in this directory, which need not exist.
     pub fn at(directory: impl Into<PathBuf>) -> KeyStore {
-        KeyStore { directory: directory.into() }
+        KeyStore { directory: directory.into(), known: Arc::default() }
     }
 
     /// Where it is.
@@ -82,6 +95,25 @@ impl KeyStore {
         let key = Key::from_file(&path)?;
         // a file that was renamed by hand holds another key than its name says
         Ok((key.id() == id).then_some(key))
+    }
+
+    /// The key that a host names, if it is one of these. Keys that cannot be read are none. The directory is read anew
+    /// only when it has changed: anybody may ask.
+    pub fn find_named(&self, named: &Named) -> Option<Key> {
+        let now = SystemTime::now();
+        let changed = fs::metadata(&self.directory).and_then(|m| m.modified()).ok()?;
+        let mut known = self.known.lock().unwrap_or_else(PoisonError::into_inner);
+        // a change in the same moment as the last look may not show in the time
+        let is_current = known.as_ref().is_some_and(|known| {
+            let settled = known.read.duration_since(known.changed).is_ok_and(|since| since > SETTLED);
+            known.changed == changed && settled
+        });
+        if !is_current {
+            let ids = self.list().ok()?.into_iter().map(|(id, _)| id);
+            let keys = ids.filter_map(|id| self.find(id).ok().flatten()).collect();
+            *known = Some(Known { changed, read: now, keys });
+        }
+        known.as_ref()?.keys.iter().find(|key| named.is(key)).cloned()
     }
 
     /// Every key's id and peer, sorted by id. Files that are none of ours are passed over.
@@ -162,6 +194,9 @@ impl KeyStore {
         })
     }
 }
+
+/// How long ago a directory has to have changed for its time to be believed: file systems count in steps.
+const SETTLED: Duration = Duration::from_secs(2);
 
 fn parse_id(text: &str) -> Option<KeyId> {
     let digit = |b: u8| matches!(b, b'0'..=b'9' | b'a'..=b'f');

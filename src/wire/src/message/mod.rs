@@ -11,6 +11,7 @@
 
 #![deny(clippy::cast_possible_truncation)]
 
+mod failed;
 mod push;
 mod status;
 mod step;
@@ -19,15 +20,16 @@ pub use dim_core::stage::Span;
 
 pub use crate::fault::{ErrorCode, Farewell, Fault};
 pub use crate::layout::{
-    HEADER, MAX_ARCH, MAX_ITEMS, MAX_NAME, MAX_PUSH_DATA, MAX_TEXT, NONE, SPAN, STEP, STEP_DONE,
+    HEADER, MAX_ARCH, MAX_ITEMS, MAX_NAME, MAX_PARTS, MAX_PUSH_DATA, MAX_TEXT, NONE, SPAN, STEP, STEP_DONE,
 };
+pub use failed::StepFailed;
 pub use push::{Item, ItemKind, PushOffer, PushOutcome, encode_push_data_head};
 pub use status::{Activity, Status, Temperature};
-pub use step::{Step, StepDone, encode_step_done_head, encode_step_head, span_bytes};
+pub use step::{DoneHead, Step, StepDone, encode_step_done_head, encode_step_head, span_bytes};
 
 use crate::codec::{Malformed, Reader, Writer};
 use crate::keys::Key;
-use crate::rows;
+use crate::rows::{self, Shape};
 use crate::terms::{Reason, Terms};
 
 /// The numbers of the messages. A retired number would stay here, never to be used again.
@@ -46,30 +48,40 @@ pub enum Kind {
     Inquire = 0x05,
     /// Worker: this. Terms.
     Offer = 0x06,
+    /// Host: measure yourself. To come.
+    Probe = 0x07,
     /// Host, pairing: name, software.
     PairRequest = 0x08,
     /// Worker, pairing: 32-byte key, name, software.
     PairGrant = 0x09,
     /// Host, pairing: it has stored the key. Nothing.
     PairStored = 0x0A,
-    /// Host: evaluate. `a` = row format, `b` = number of spans; u32 step, u32 n_rows, spans, hidden.
+    /// Worker: what it measured. To come.
+    Probed = 0x0B,
+    /// Host: evaluate. `a` = row format, `b` = number of spans; u32 step, u32 n_rows, spans, token ids, rows.
     Step = 0x10,
-    /// Worker: evaluated. `a` = row format; u32 step, u32 n_rows, u32 compute us, u32 wait us, hidden.
+    /// Worker: evaluated. `a` = row format; u32 step, u32 n_rows, u32 compute us, u32 wait us, u64 began us, rows.
     StepDone = 0x11,
     /// Host: forget a session's end. u32 session, u32 position.
     Rewind = 0x12,
     /// Host: forget a session. u32 session, u32 zero.
     EndSession = 0x13,
+    /// Worker: not evaluated. `a` = 1: called off, `b` = code; u32 step, u32 session, u32 block, u32 count, text.
+    StepFailed = 0x14,
+    /// Host: a step need not be evaluated. u32 step, u32 zero.
+    Cancel = 0x15,
     /// Either side, when it has been silent. See [`Status`].
     Heartbeat = 0x20,
-    /// Either side: answer this. u64.
+    /// Either side: answer this. u64 clock us.
     Ping = 0x21,
-    /// Either side: the answer. The same u64.
+    /// Either side: the answer. The same u64, u64 clock us.
     Pong = 0x22,
     /// Either side's last message. `b` = code; u32 step, u32 session, u32 block, u32 count, text.
     Error = 0x23,
     /// Either side's last message. `b` = why. Nothing.
     Goodbye = 0x24,
+    /// Host: nothing but that it is there, while a reply runs. To come.
+    Tick = 0x25,
     /// Host: files to store. `b` = items; 32-byte model, 32-byte slice, u32 first, u32 last, items, name.
     PushOffer = 0x30,
     /// Worker: what it has of them. `b` = items; u64 each.
@@ -84,7 +96,7 @@ pub enum Kind {
 
 impl Kind {
     /// Every kind, in the order of their numbers.
-    pub const ALL: [Kind; 23] = {
+    pub const ALL: [Kind; 28] = {
         use Kind::*;
         [
             Hello,
@@ -93,18 +105,23 @@ impl Kind {
             Busy,
             Inquire,
             Offer,
+            Probe,
             PairRequest,
             PairGrant,
             PairStored,
+            Probed,
             Step,
             StepDone,
             Rewind,
             EndSession,
+            StepFailed,
+            Cancel,
             Heartbeat,
             Ping,
             Pong,
             Error,
             Goodbye,
+            Tick,
             PushOffer,
             PushNeed,
             PushData,
@@ -117,6 +134,11 @@ impl Kind {
     pub fn from_u8(kind: u8) -> Result<Kind, Malformed> {
         Kind::ALL.into_iter().find(|&k| k as u8 == kind).ok_or(Malformed::UnknownKind { kind })
     }
+
+    /// Its number is taken and its bytes are told in PROTOCOL.md, but nobody may send it yet.
+    pub fn is_to_come(self) -> bool {
+        matches!(self, Kind::Probe | Kind::Probed | Kind::Tick)
+    }
 }
 
 /// One message, decoded. Rows and file bytes are borrowed; everything else is small and owned.
@@ -125,27 +147,66 @@ impl Kind {
 pub enum Message<'a> {
     Hello(Terms),
     Accept(Terms),
-    Refuse { reason: Reason, terms: Terms, text: String },
-    Busy { since_ms: u64, name: String },
+    Refuse {
+        reason: Reason,
+        terms: Terms,
+        text: String,
+    },
+    Busy {
+        since_ms: u64,
+        name: String,
+    },
     Inquire,
     Offer(Terms),
-    PairRequest { name: String, software: String },
-    PairGrant { key: Key, name: String, software: String },
+    PairRequest {
+        name: String,
+        software: String,
+    },
+    PairGrant {
+        key: Key,
+        name: String,
+        software: String,
+    },
     PairStored,
     Step(Step<'a>),
     StepDone(StepDone<'a>),
-    Rewind { session: u32, position: u32 },
-    EndSession { session: u32 },
+    Rewind {
+        session: u32,
+        position: u32,
+    },
+    EndSession {
+        session: u32,
+    },
+    StepFailed(StepFailed),
+    Cancel {
+        step: u32,
+    },
     Heartbeat(Status),
+    /// the sender's clock, in microseconds
     Ping(u64),
-    Pong(u64),
+    /// the number of the PING, and the clock of who answers it
+    Pong {
+        number: u64,
+        clock_us: u64,
+    },
     Error(Fault),
     Goodbye(Farewell),
     PushOffer(PushOffer),
     PushNeed(Vec<u64>),
-    PushData { item: u16, offset: u64, bytes: &'a [u8] },
-    PushStored { item: u16, bytes: u64 },
-    PushResult { outcome: PushOutcome, item: Option<u16>, text: String },
+    PushData {
+        item: u16,
+        offset: u64,
+        bytes: &'a [u8],
+    },
+    PushStored {
+        item: u16,
+        bytes: u64,
+    },
+    PushResult {
+        outcome: PushOutcome,
+        item: Option<u16>,
+        text: String,
+    },
 }
 
 impl<'a> Message<'a> {
@@ -165,9 +226,11 @@ impl<'a> Message<'a> {
             Message::StepDone(_) => Kind::StepDone,
             Message::Rewind { .. } => Kind::Rewind,
             Message::EndSession { .. } => Kind::EndSession,
+            Message::StepFailed(_) => Kind::StepFailed,
+            Message::Cancel { .. } => Kind::Cancel,
             Message::Heartbeat(_) => Kind::Heartbeat,
             Message::Ping(_) => Kind::Ping,
-            Message::Pong(_) => Kind::Pong,
+            Message::Pong { .. } => Kind::Pong,
             Message::Error(_) => Kind::Error,
             Message::Goodbye(_) => Kind::Goodbye,
             Message::PushOffer(_) => Kind::PushOffer,
@@ -178,26 +241,32 @@ impl<'a> Message<'a> {
         }
     }
 
-    /// Reads a whole message. `n_embd` is the row length agreed on; nothing else of the agreement is checked
+    /// Reads a whole message. `shape` is what rows are made of, as agreed on; nothing else of the agreement is checked
     /// here.
     ///
     /// # Errors
     /// The rule of layout that the bytes break.
-    pub fn decode(bytes: &'a [u8], n_embd: u32) -> Result<Message<'a>, Malformed> {
+    pub fn decode(bytes: &'a [u8], shape: &Shape) -> Result<Message<'a>, Malformed> {
         let mut r = Reader::new(bytes);
         let (kind, a, b) = decode_header(&mut r, bytes.len())?;
         let message = match kind {
-            Kind::Step => Message::Step(Step::decode(&mut r, a, b, n_embd)?),
-            Kind::StepDone => Message::StepDone(StepDone::decode(&mut r, a, n_embd)?),
+            Kind::Step => Message::Step(Step::decode(&mut r, a, b, shape)?),
+            Kind::StepDone => Message::StepDone(StepDone::decode(&mut r, a, shape)?),
             Kind::Rewind => Message::Rewind { session: r.u32()?, position: r.u32()? },
             Kind::EndSession => {
                 let session = r.u32()?;
                 r.zeros(4)?;
                 Message::EndSession { session }
             }
+            Kind::StepFailed => Message::StepFailed(StepFailed::decode(&mut r, a, b)?),
+            Kind::Cancel => {
+                let step = r.u32()?;
+                r.zeros(4)?;
+                Message::Cancel { step }
+            }
             Kind::Heartbeat => Message::Heartbeat(Status::decode(&mut r)?),
             Kind::Ping => Message::Ping(r.u64()?),
-            Kind::Pong => Message::Pong(r.u64()?),
+            Kind::Pong => Message::Pong { number: r.u64()?, clock_us: r.u64()? },
             Kind::Error => Message::Error(Fault::decode(&mut r, b)?),
             Kind::Goodbye => Message::Goodbye(Farewell::from_u16(b)?),
             Kind::PushOffer | Kind::PushNeed | Kind::PushData | Kind::PushStored | Kind::PushResult => {
@@ -242,9 +311,16 @@ impl<'a> Message<'a> {
             Message::EndSession { session } => {
                 w.u32(*session).zeros(4);
             }
+            Message::StepFailed(failed) => failed.encode(&mut w),
+            Message::Cancel { step } => {
+                w.u32(*step).zeros(4);
+            }
             Message::Heartbeat(status) => status.encode(&mut w),
-            Message::Ping(number) | Message::Pong(number) => {
-                w.u64(*number);
+            Message::Ping(clock_us) => {
+                w.u64(*clock_us);
+            }
+            Message::Pong { number, clock_us } => {
+                w.u64(*number).u64(*clock_us);
             }
             Message::Error(fault) => fault.encode(&mut w),
             Message::PushOffer(offer) => offer.encode(&mut w),
@@ -271,8 +347,9 @@ impl<'a> Message<'a> {
         let count = |n: usize| u16::try_from(n).unwrap_or(u16::MAX);
         match self {
             Message::Refuse { reason, .. } => (0, *reason as u16),
-            Message::Step(s) => (rows::number(s.row_type), count(s.n_spans())),
+            Message::Step(s) => (s.format(), count(s.n_spans())),
             Message::StepDone(s) => (rows::number(s.row_type), 0),
+            Message::StepFailed(failed) => failed.header_fields(),
             Message::Error(fault) => (0, fault.code as u16),
             Message::Goodbye(why) => (0, *why as u16),
             Message::PushOffer(offer) => (0, count(offer.items.len())),
@@ -295,10 +372,11 @@ fn decode_header(r: &mut Reader<'_>, length: usize) -> Result<(Kind, u8, u16), M
     if said < length {
         return Err(Malformed::TrailingBytes { extra: length - said });
     }
-    let uses_a = matches!(kind, Kind::Step | Kind::StepDone | Kind::PushResult);
+    let uses_a = matches!(kind, Kind::Step | Kind::StepDone | Kind::StepFailed | Kind::PushResult);
     let uses_b = matches!(
         kind,
         Kind::Step
+            | Kind::StepFailed
             | Kind::Refuse
             | Kind::Error
             | Kind::Goodbye

@@ -16,6 +16,8 @@ pub struct Status {
     pub free_mib: Option<u32>,
     /// The last step it finished, 0: none.
     pub step: u32,
+    /// In how many seconds it expects to pause, if it knows: it grows hot, or is about to be locked.
+    pub pause_in_s: Option<u16>,
 }
 
 impl Default for Status {
@@ -26,6 +28,7 @@ impl Default for Status {
             battery_percent: None,
             free_mib: None,
             step: 0,
+            pause_in_s: None,
         }
     }
 }
@@ -79,13 +82,15 @@ impl Status {
         r.zeros(1)?;
         let free_mib = Some(r.u32()?).filter(|&m| m != NONE);
         let step = r.u32()?;
-        r.zeros(4)?;
-        Ok(Status { activity, temperature, battery_percent, free_mib, step })
+        let pause_in_s = Some(r.u16()?).filter(|&s| s != u16::MAX);
+        r.zeros(2)?;
+        Ok(Status { activity, temperature, battery_percent, free_mib, step, pause_in_s })
     }
 
     pub(super) fn encode(&self, w: &mut Writer<'_>) {
         w.u8(self.activity as u8).u8(self.temperature as u8);
         w.u8(self.battery_percent.unwrap_or(255)).zeros(1);
-        w.u32(self.free_mib.unwrap_or(NONE)).u32(self.step).zeros(4);
+        w.u32(self.free_mib.unwrap_or(NONE)).u32(self.step);
+        w.u16(self.pause_in_s.unwrap_or(u16::MAX)).zeros(2);
     }
 }

@@ -18,7 +18,7 @@ use crate::terms::Terms;
 /// # Errors
 /// [`LinkError`]; [`LinkError::may_pass`] tells which are worth trying again.
 pub fn dial(address: &str, key: &Key, need: &Terms, timing: &Timing) -> Result<Link, LinkError> {
-    let mut opening = begin(address, key, Ask::Serve(need.clone()), timing)?;
+    let mut opening = begin(address, key, Ask::Serve(Box::new(need.clone())), timing)?;
     while !matches!(opening.next()?, Message::Accept(_)) {}
     link::start(opening, None)
 }
@@ -92,7 +92,6 @@ fn begin(address: &str, key: &Key, ask: Ask, timing: &Timing) -> Result<Opening,
         Ok(stream)
     };
     let stream = connect().map_err(unreachable)?;
-    let endpoint = Endpoint::host(key, ask, timing, now)
-        .map_err(|error| LinkErrorKind::Handshake(error).with(address))?;
+    let endpoint = Endpoint::host(key, ask, timing, now);
     Ok(Opening::new(stream, address.to_owned(), endpoint))
 }

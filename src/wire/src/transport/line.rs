@@ -319,7 +319,7 @@ impl Line {
                 let mut state = self.state();
                 state.endpoint.heard(came.take().unwrap_or(0), now);
                 let filed = match polled {
-                    Ok(true) => Some(state.endpoint.file(&mut inbox, Ok(()), now)),
+                    Ok(true) => Some(self.file_all(&mut state, &mut inbox, now)),
                     Ok(false) => None,
                     Err(error) => Some(state.endpoint.file(&mut inbox, Err(error), now)),
                 };
@@ -359,6 +359,18 @@ impl Line {
                 self.send_own();
             }
         }
+    }
+
+    /// Files a complete message, and what lies complete behind it: a step that is called off there need not be begun.
+    fn file_all(&self, state: &mut State, inbox: &mut Inbox, now: Instant) -> Filed {
+        let mut filed = state.endpoint.file(inbox, Ok(()), now);
+        while filed != Filed::Over && state.endpoint.events() < self.most_ready && inbox.poll() == Ok(true) {
+            match state.endpoint.file(inbox, Ok(()), now) {
+                Filed::Own => {}
+                more => filed = more,
+            }
+        }
+        filed
     }
 
     /// What there is to do once nobody reads: an end is told to everybody.

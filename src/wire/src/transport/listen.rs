@@ -6,8 +6,8 @@
 //! ```
 //!
 //! Nothing that a newcomer does touches the host being served. A newcomer is a stranger until its first sealed message
-//! has opened: until then all it has shown may have been overheard. When 16 strangers are there the oldest is closed
-//! for the newest: a host needs milliseconds, who needs longer is none.
+//! has opened. When 16 strangers are there, one is closed for the newest: of the address that has the most of them, the
+//! oldest. A host needs milliseconds, who needs longer is none.
 
 use std::net::{IpAddr, Shutdown, SocketAddr, TcpStream};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
@@ -24,8 +24,8 @@ use super::{LinkError, Timing, tcp};
 use crate::endpoint::{Endpoint, LookUp};
 use crate::error::HandshakeError;
 use crate::fault::Farewell;
-use crate::handshake::{Lookup, Purpose};
-use crate::keys::{Key, KeyId, KeyStore, PairingCode, PairingWindow, Peer};
+use crate::handshake::{Lookup, Named, Purpose};
+use crate::keys::{Key, KeyStore, PairingCode, PairingWindow, Peer};
 use crate::link_error::{Awaited, LinkErrorKind};
 use crate::message::Message;
 use crate::terms::{self, Reason, Terms};
@@ -37,8 +37,8 @@ const TROUBLED: Duration = Duration::from_millis(100);
 
 /// Where a worker's keys are.
 pub trait KeyRing: Send + Sync {
-    /// The key with this id.
-    fn find(&self, id: KeyId) -> Option<Key>;
+    /// The key that a host names, if it is here. Asked for every stranger: it must not take long.
+    fn find(&self, named: &Named) -> Option<Key>;
     /// Keeps the key of a host that has just been paired, whose name is `name`.
     ///
     /// # Errors
@@ -48,8 +48,8 @@ pub trait KeyRing: Send + Sync {
 
 /// One key from a file, and no pairing.
 impl KeyRing for Key {
-    fn find(&self, id: KeyId) -> Option<Key> {
-        (self.id() == id).then(|| self.clone())
+    fn find(&self, named: &Named) -> Option<Key> {
+        named.is(self).then(|| self.clone())
     }
 
     fn add(&self, _: &Key, _: &str) -> Result<(), String> {
@@ -59,8 +59,8 @@ impl KeyRing for Key {
 
 /// The user's own keys.
 impl KeyRing for KeyStore {
-    fn find(&self, id: KeyId) -> Option<Key> {
-        KeyStore::find(self, id).ok().flatten()
+    fn find(&self, named: &Named) -> Option<Key> {
+        self.find_named(named)
     }
 
     fn add(&self, key: &Key, name: &str) -> Result<(), String> {
@@ -236,7 +236,16 @@ struct Shared {
 /// A newcomer that has not shown yet that it holds a key.
 struct Stranger {
     number: u64,
+    from: IpAddr,
     stream: TcpStream,
+}
+
+/// Which of too many strangers is closed for a newer one: the oldest of the address that has the most of them. Who comes
+/// alone is not driven out by somebody's crowd.
+fn to_close(strangers: &[Stranger]) -> usize {
+    let of = |from: IpAddr| strangers.iter().filter(|s| s.from == from).count();
+    let most = strangers.iter().map(|s| of(s.from)).max().unwrap_or(0);
+    strangers.iter().position(|s| of(s.from) == most).unwrap_or(0)
 }
 
 impl Shared {
@@ -275,7 +284,7 @@ impl Shared {
         );
     }
 
-    /// Gives a newcomer a thread; whoever has been a stranger for longest leaves for it when there are too many.
+    /// Gives a newcomer a thread; somebody else leaves for it when there are too many.
     fn begin(self: &Arc<Shared>, stream: TcpStream, from: SocketAddr) {
         let begun = Instant::now();
         let Ok(handle) = stream.try_clone() else { return };
@@ -286,10 +295,11 @@ impl Shared {
                 return;
             }
             if strangers.len() >= MAX_STRANGERS {
-                let oldest = strangers.remove(0);
+                let leaves = to_close(&strangers);
+                let oldest = strangers.remove(leaves);
                 let _ = oldest.stream.shutdown(Shutdown::Both);
             }
-            strangers.push(Stranger { number, stream: handle });
+            strangers.push(Stranger { number, from: from.ip(), stream: handle });
         }
         let shared = self.clone();
         let run = move || {
@@ -319,7 +329,10 @@ impl Shared {
             return;
         }
         let pairing_try = Arc::new(AtomicBool::new(false));
-        let endpoint = Endpoint::worker(self.look_up(pairing_try.clone()), &self.timing, begun);
+        let endpoint = match Endpoint::worker(self.look_up(pairing_try.clone()), &self.timing, begun) {
+            Ok(endpoint) => endpoint,
+            Err(error) => return self.refused(from.ip(), error.to_string()),
+        };
         let mut opening = Opening::new(stream, from.to_string(), endpoint);
         let wish = opening.next().map(Wish::of);
         let tried = pairing_try.load(Ordering::Relaxed);
@@ -356,8 +369,8 @@ impl Shared {
 
     fn look_up(self: &Arc<Shared>, pairing_try: Arc<AtomicBool>) -> LookUp {
         let shared = self.clone();
-        Box::new(move |purpose, id| match purpose {
-            Purpose::Key => shared.keys.find(id).map_or(Lookup::Unknown, Lookup::Found),
+        Box::new(move |named| match named.purpose {
+            Purpose::Key => shared.keys.find(named).map_or(Lookup::Unknown, Lookup::Found),
             Purpose::Pairing => {
                 let now = shared.now_ms();
                 let key = lock(&shared.pairing).as_mut().and_then(|w| w.begin_try(now));
@@ -373,7 +386,7 @@ impl Shared {
     fn answer(&self, opening: &mut Opening, mut wish: Wish) -> Result<Option<Terms>, LinkError> {
         loop {
             match wish {
-                Wish::Serve(hello) => return Ok(Some(hello)),
+                Wish::Serve(hello) => return Ok(Some(*hello)),
                 Wish::Pair(name) => return self.grant(opening, name).map(|()| None),
                 Wish::Push => {
                     let terms = self.terms(opening);
@@ -467,7 +480,7 @@ impl Shared {
 /// What a peer with a key wants.
 enum Wish {
     Know,
-    Serve(Terms),
+    Serve(Box<Terms>),
     Push,
     Pair(String),
     Nothing,
@@ -477,7 +490,7 @@ impl Wish {
     fn of(message: Message<'_>) -> Wish {
         match message {
             Message::Inquire => Wish::Know,
-            Message::Hello(hello) => Wish::Serve(hello),
+            Message::Hello(hello) => Wish::Serve(Box::new(hello)),
             Message::PushOffer(_) => Wish::Push,
             Message::PairRequest { name, .. } => Wish::Pair(name),
             _ => Wish::Nothing,

@@ -22,7 +22,7 @@ pub mod push;
 mod slot;
 pub mod tcp;
 
-pub use crate::endpoint::{Counters, Timing};
+pub use crate::endpoint::{ClockOffset, ComputeTime, Counters, Timing};
 pub use crate::link_error::{Awaited, LinkError, LinkErrorKind};
 pub use dial::{dial, inquire, pair};
 pub use link::{Event, Link, Receiver, Sender};
