@@ -7,9 +7,10 @@ use dim::host::report::{Report, Stop};
 use dim::host::template::{ChatTemplate, Role, Turn};
 use dim::{Sampling, Session};
 use gguf_tools::failure::Failure;
+use gguf_tools::terminal;
 
 use super::page::Page;
-use crate::{explain, shown};
+use crate::explain;
 
 /// What is said to the model: questions where it has a chat template, else a text to go on with.
 pub(super) struct Script<'a> {
@@ -59,11 +60,11 @@ impl Script<'_> {
                 session.warm_up().map_err(explain)?;
             }
             if let Some(page) = page {
-                page.said(said, self.template.is_some());
+                page.said(said, self.template.is_some())?;
             }
             let reply = self.reply(session, page.is_some(), stop)?;
             if let Some(page) = page {
-                page.line(if reply.report.stop == Stop::Length { " [...]\n" } else { "\n" });
+                page.line(if reply.report.stop == Stop::Length { " [...]\n" } else { "\n" })?;
             }
             turns.push(Turn { role: Role::Assistant, content: reply.report.text.clone() });
             arm.replies.push(reply);
@@ -72,10 +73,11 @@ impl Script<'_> {
     }
 
     fn prompt(&self, session: &Session<'_>, turns: &[Turn]) -> Result<Vec<i32>, Failure> {
-        let Some(template) = self.template else { return session.tokenize(self.text, true).map_err(explain) };
-        let rendered = template.render(turns).map_err(explain)?;
-        // a template may begin with the token that the tokenizer would add again
-        session.tokenize(&rendered, !template.adds_bos(&rendered)).map_err(explain)
+        let tokens = match self.template {
+            Some(template) => session.tokenize_chat(template, turns),
+            None => session.tokenize(self.text, true),
+        };
+        tokens.map_err(explain)
     }
 
     fn reply(&self, session: &mut Session<'_>, show: bool, stop: &AtomicBool) -> Result<Reply, Failure> {
@@ -84,7 +86,7 @@ impl Script<'_> {
         for token in generation.by_ref() {
             let token = token.map_err(explain)?;
             if show {
-                shown::text(&token.text);
+                terminal::print(&token.text)?;
             }
             pieces.push(token.text);
         }

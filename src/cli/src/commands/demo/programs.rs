@@ -7,6 +7,7 @@ use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
 use gguf_tools::failure::Failure;
+use gguf_tools::terminal::steer;
 
 use crate::progress::size;
 
@@ -60,12 +61,16 @@ pub(super) fn run_to_end(command: &mut Command, dir: &Path) -> Result<(), Failur
         std::thread::sleep(Duration::from_millis(20));
         if terminal && start.elapsed() > Duration::from_millis(500) {
             let written = bytes_in(dir).saturating_sub(before);
-            eprint!("\r\x1b[K  {:.0} s, {} written", start.elapsed().as_secs_f64(), size(written as f64));
+            steer(format_args!(
+                "\r\x1b[K  {:.0} s, {} written",
+                start.elapsed().as_secs_f64(),
+                size(written as f64)
+            ));
             shown = true;
         }
     };
     if shown {
-        eprint!("\r\x1b[K");
+        steer(format_args!("\r\x1b[K"));
     }
     if status.success() {
         let _ = std::fs::remove_file(&log);
