@@ -60,11 +60,11 @@ impl Script<'_> {
                 session.warm_up().map_err(explain)?;
             }
             if let Some(page) = page {
-                page.said(said, self.template.is_some());
+                page.said(said, self.template.is_some())?;
             }
             let reply = self.reply(session, page.is_some(), stop)?;
             if let Some(page) = page {
-                page.line(if reply.report.stop == Stop::Length { " [...]\n" } else { "\n" });
+                page.line(if reply.report.stop == Stop::Length { " [...]\n" } else { "\n" })?;
             }
             turns.push(Turn { role: Role::Assistant, content: reply.report.text.clone() });
             arm.replies.push(reply);
@@ -73,8 +73,11 @@ impl Script<'_> {
     }
 
     fn prompt(&self, session: &Session<'_>, turns: &[Turn]) -> Result<Vec<i32>, Failure> {
-        let Some(template) = self.template else { return session.tokenize(self.text, true).map_err(explain) };
-        session.tokenize_chat(template, turns).map_err(explain)
+        let tokens = match self.template {
+            Some(template) => session.tokenize_chat(template, turns),
+            None => session.tokenize(self.text, true),
+        };
+        tokens.map_err(explain)
     }
 
     fn reply(&self, session: &mut Session<'_>, show: bool, stop: &AtomicBool) -> Result<Reply, Failure> {

@@ -108,21 +108,20 @@ impl<'a> Demo<'a> {
 
     fn run(&self, stop: &AtomicBool) -> Result<(), Failure> {
         let page = &self.page;
-        page.heading("DIM: one model over two processes\n");
+        page.heading("DIM: one model over two processes\n")?;
         let model = self.model()?;
         let (manifest_path, manifest) = self.cut(&model)?;
         let key = self.scratch.dir.join("demo.key");
         write_key(&key)?;
         let worker = self.worker(&manifest_path, &manifest, &key)?;
-        page.line(&format!("\n{}", picture(&manifest, worker.pid(), &worker.address)));
+        page.line(&format!("\n{}", picture(&manifest, worker.pid(), &worker.address)))?;
 
         let middle = middle_file(&manifest)?.to_owned();
         let parts = Parts { manifest: manifest_path, worker, key };
         let arms = self.converse(&model, &parts, stop)?;
         let Parts { manifest, .. } = parts;
         self.compare(&arms)?;
-        self.what_next(&manifest, &middle);
-        Ok(())
+        self.what_next(&manifest, &middle)
     }
 
     /// The model that is cut: of SmolLM2 its F16 form.
@@ -131,14 +130,14 @@ impl<'a> Demo<'a> {
         let in_scratch = |name: &str| self.scratch.dir.join(name);
         match Weights::of(self.args) {
             Weights::Given(model) => {
-                page.outcome(&format!("the model: {}", model.display()));
+                page.outcome(&format!("the model: {}", model.display()))?;
                 Ok(model)
             }
             Weights::Fetched(quantised) => {
                 page.outcome(&format!(
                     "the model: SmolLM2-135M-Instruct by Hugging Face, small but trained, Apache-2.0; {} in Q4_1",
                     size(std::fs::metadata(&quantised).map_or(0, |file| file.len()) as f64)
-                ));
+                ))?;
                 let model = in_scratch("SmolLM2-135M-Instruct.F16.gguf");
                 let mut command = program("dim-dequantise")?;
                 self.make(
@@ -154,7 +153,7 @@ impl<'a> Demo<'a> {
                         "because SmolLM2-135M-Instruct is not here (`sh .ci/model` fetches it, or says why not)"
                     }
                 };
-                page.outcome(&format!("the model: random weights, {why}: it will talk nonsense"));
+                page.outcome(&format!("the model: random weights, {why}: it will talk nonsense"))?;
                 let model = in_scratch("demo.gguf");
                 self.make(program("dim-synth")?.arg(&model).args(["--shape", &shape]), "synthesised")?;
                 Ok(model)
@@ -164,10 +163,10 @@ impl<'a> Demo<'a> {
 
     /// Shows and runs a program that writes into the scratch folder.
     fn make(&self, command: &mut Command, outcome: &str) -> Result<(), Failure> {
-        self.page.command(&typed(command));
+        self.page.command(&typed(command))?;
         let start = Instant::now();
         run_to_end(command, &self.scratch.dir)?;
-        self.page.outcome(&format!("{outcome}; {:.1} s", start.elapsed().as_secs_f64()));
+        self.page.outcome(&format!("{outcome}; {:.1} s", start.elapsed().as_secs_f64()))?;
         Ok(())
     }
 
@@ -183,7 +182,7 @@ impl<'a> Demo<'a> {
         };
         let mut command = program("dim-split")?;
         command.arg(model).args(["--middle", &middle, "--verify"]).arg("--out").arg(&self.scratch.dir);
-        self.page.command(&typed(&command));
+        self.page.command(&typed(&command))?;
         let start = Instant::now();
         run_to_end(&mut command, &self.scratch.dir)?;
         let path = self.scratch.dir.join(format!("{}.split.json", gguf.stem()));
@@ -195,7 +194,7 @@ impl<'a> Demo<'a> {
             manifest.slices.len(),
             size(bytes as f64),
             start.elapsed().as_secs_f64()
-        ));
+        ))?;
         Ok((path, manifest))
     }
 
@@ -205,7 +204,7 @@ impl<'a> Demo<'a> {
         command.arg(split.with_file_name(middle)).args(["--listen", "127.0.0.1:0"]);
         command.args(["--ctx", &N_CTX.to_string(), "--threads", &self.args.threads.to_string()]);
         command.args(["--announce", "never", "--verify", "never", "--mmap"]).arg("--key-file").arg(key);
-        self.page.command(&format!("dim-worker {middle} &"));
+        self.page.command(&format!("dim-worker {middle} &"))?;
         Worker::start(&mut command)
     }
 
@@ -244,13 +243,13 @@ impl<'a> Demo<'a> {
         let exact = script.play("split, f32 rows", session, Some(&self.page), stop)?;
         drop(host);
 
-        self.page.line("The same again by stock llama.cpp, the whole model in one process ...");
+        self.page.line("The same again by stock llama.cpp, the whole model in one process ...")?;
         let mut whole = WholeModel::open(model, &self.resources, true, events()).map_err(explain)?;
         let session = &mut whole.session().map_err(explain)?;
         let stock = script.play("stock llama.cpp", session, None, stop)?;
         drop(whole);
 
-        self.page.line("... and over both processes with rows of half the size, which is the default.\n");
+        self.page.line("... and over both processes with rows of half the size, which is the default.\n")?;
         let mut host = self.host(parts, RowType::F16)?;
         let rounded = script.play("split, f16 rows", &mut host.session().map_err(explain)?, None, stop)?;
         Ok([stock, exact, rounded])
@@ -259,9 +258,9 @@ impl<'a> Demo<'a> {
     /// The comparison: an error where the split is not what it says it is.
     fn compare(&self, [stock, exact, rounded]: &[Arm; 3]) -> Result<(), Failure> {
         if let (Some(split), Some(stock)) = (exact.replies.first(), stock.replies.first()) {
-            self.page.line(&token_under_token(split, stock));
+            self.page.line(&token_under_token(split, stock))?;
         }
-        self.page.line(&table(&[stock, exact, rounded]));
+        self.page.line(&table(&[stock, exact, rounded]))?;
         let (tokens, expected) = (exact.tokens(), stock.tokens());
         if tokens != expected {
             let at = agreeing(&tokens, &expected);
@@ -270,36 +269,37 @@ impl<'a> Demo<'a> {
             ))
             .hint("this should never happen: please report it with the output above"));
         }
-        self.page.good(&format!("All {} tokens are those of stock llama.cpp.", expected.len()));
+        self.page.good(&format!("All {} tokens are those of stock llama.cpp.", expected.len()))?;
         if rounded.tokens() != expected {
-            self.page.line("With f16 rows a reply goes another way where two tokens are nearly as likely.");
+            self.page
+                .line("With f16 rows a reply goes another way where two tokens are nearly as likely.")?;
         }
         Ok(())
     }
 
-    fn what_next(&self, manifest: &Path, middle: &str) {
+    fn what_next(&self, manifest: &Path, middle: &str) -> Result<(), Failure> {
         let here = std::env::args().next().unwrap_or_else(|| "dim-host".to_owned());
         let page = &self.page;
-        page.heading("\nWhat next");
+        page.heading("\nWhat next")?;
         match &self.args.keep {
             Some(dir) => {
                 let dir = dir.display();
                 let split = manifest.file_name().unwrap_or_default().to_string_lossy();
-                page.line(&format!("  talk with it, from {dir}, in two terminals:"));
-                page.line(&format!("    dim-worker {middle} --key-file demo.key"));
+                page.line(&format!("  talk with it, from {dir}, in two terminals:"))?;
+                page.line(&format!("    dim-worker {middle} --key-file demo.key"))?;
                 page.line(&format!(
                     "    dim-host chat --split {split} --key-file demo.key --worker 127.0.0.1:7878"
-                ));
+                ))?;
             }
             None => {
-                page.line(&format!("  ask it yourself        {here} demo -p \"Why is the sky blue?\""));
+                page.line(&format!("  ask it yourself        {here} demo -p \"Why is the sky blue?\""))?;
                 page.line(&format!(
                     "  talk with it           {here} demo --keep DIR    (keeps the files, and says how)"
-                ));
+                ))?;
             }
         }
-        page.line(&format!("  a model of yours       {here} demo --model MODEL.gguf"));
-        page.line("  on two machines        README.md, \"With your model\"; with a phone: docs/SETUP.md");
+        page.line(&format!("  a model of yours       {here} demo --model MODEL.gguf"))?;
+        page.line("  on two machines        README.md, \"With your model\"; with a phone: docs/SETUP.md")
     }
 }
 

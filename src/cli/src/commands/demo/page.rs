@@ -4,6 +4,7 @@ use std::fmt::Write as _;
 use std::io::IsTerminal as _;
 
 use dim::host::report::thousands;
+use gguf_tools::failure::Failure;
 use gguf_tools::manifest::Manifest;
 use gguf_tools::plan::Role;
 use gguf_tools::terminal;
@@ -27,37 +28,40 @@ impl Page {
         if self.colours { format!("\x1b[{code}m{text}\x1b[0m") } else { text.to_owned() }
     }
 
-    /// A line as it is. That nobody reads it any more is no reason to stop.
-    pub(super) fn line(&self, text: &str) {
-        let _ = terminal::print(&format!("{text}\n"));
+    /// A line as it is.
+    ///
+    /// # Errors
+    /// Of this and of all that print: nobody reads it any more.
+    pub(super) fn line(&self, text: &str) -> Result<(), Failure> {
+        terminal::print(&format!("{text}\n"))
     }
 
-    pub(super) fn heading(&self, text: &str) {
-        self.line(&self.paint("1", text));
+    pub(super) fn heading(&self, text: &str) -> Result<(), Failure> {
+        self.line(&self.paint("1", text))
     }
 
     /// A command, as it could be typed.
-    pub(super) fn command(&self, typed: &str) {
-        self.line(&self.paint("2", &format!("$ {}", Safe(typed))));
+    pub(super) fn command(&self, typed: &str) -> Result<(), Failure> {
+        self.line(&self.paint("2", &format!("$ {}", Safe(typed))))
     }
 
     /// What a command came to.
-    pub(super) fn outcome(&self, text: &str) {
-        self.line(&format!("  {}", Safe(text)));
+    pub(super) fn outcome(&self, text: &str) -> Result<(), Failure> {
+        self.line(&format!("  {}", Safe(text)))
     }
 
     /// What is said to the model: a question, or the beginning of a text.
-    pub(super) fn said(&self, text: &str, question: bool) {
+    pub(super) fn said(&self, text: &str, question: bool) -> Result<(), Failure> {
         if question {
-            self.line(&format!("{} {}", self.paint("1;36", "you>"), self.paint("36", text)));
+            self.line(&format!("{} {}", self.paint("1;36", "you>"), self.paint("36", text)))
         } else {
-            let _ = terminal::print(&self.paint("2", text));
+            terminal::print(&self.paint("2", text))
         }
     }
 
     /// Something that is as it should be.
-    pub(super) fn good(&self, text: &str) {
-        self.line(&self.paint("1;32", text));
+    pub(super) fn good(&self, text: &str) -> Result<(), Failure> {
+        self.line(&self.paint("1;32", text))
     }
 }
 
@@ -206,7 +210,6 @@ mod tests {
             stop: Stop::Length,
             error: None,
             seed: 0,
-            sampled: false,
             prompt_tokens: 30,
             prompt_tok_s: 0.0,
             gen_tok_s: 0.0,

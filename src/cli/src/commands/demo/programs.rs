@@ -61,8 +61,11 @@ pub(super) fn run_to_end(command: &mut Command, dir: &Path) -> Result<(), Failur
         std::thread::sleep(Duration::from_millis(20));
         if terminal && start.elapsed() > Duration::from_millis(500) {
             let written = bytes_in(dir).saturating_sub(before);
-            let (seconds, written) = (start.elapsed().as_secs_f64(), size(written as f64));
-            steer(format_args!("\r\x1b[K  {seconds:.0} s, {written} written"));
+            steer(format_args!(
+                "\r\x1b[K  {:.0} s, {} written",
+                start.elapsed().as_secs_f64(),
+                size(written as f64)
+            ));
             shown = true;
         }
     };
