@@ -264,7 +264,7 @@ This page is written by a test (`llama-sys-patch/tests/architectures.rs`, part o
 longer true. For every architecture that the pinned llama.cpp names it makes a tiny model with random weights, cuts it in
 three files, each with its own tensors only, and holds the three, one after the other, against `llama_decode()` of the whole:
 a prompt of 40 tokens in chunks and 32 steps, the logits of every row. **Exact** means the same bits; leaving the middle out
-changes them. It says nothing of real weights: `make demo` and docs/RESULTS.md have some of those.
+changes them. It says nothing of real weights: [REAL.md](REAL.md) has some of those.
 
 - *memory*: what is kept of past positions. Recurrent states cannot be taken back row by row: where the column says `replay`, a
   session that is taken back is evaluated anew; `snapshots`: by a few rows.
