@@ -29,63 +29,90 @@ const KILLED_AT: usize = 10;
 /// Chunks of 16 rows: the prompt has three.
 const SMALL: Resources = Resources { n_ctx: 128, n_threads: Some(1), n_ubatch: 16, gpu_layers: Some(0) };
 
-/// Families, with what their tiny models want beyond the usual keys.
-const FAMILIES: &[(&str, &[&str])] = &[
-    ("llama", &[]),
-    ("qwen35", &[]),
-    ("qwen35moe", &[]),
-    ("qwen3next", &[]),
-    ("gemma2", &[]),
-    ("gemma3", &[]),
-    ("gemma4", &[]),
-    ("gpt-oss", &[]),
-    ("deepseek2", &[]),
-    ("glm4moe", &[]),
-    ("nemotron_h_moe", &[]),
-    ("minimax-m2", &[]),
-    ("llama4", &[]),
-    ("lfm2", &[]),
-    ("granitehybrid", &[]),
-    ("mamba", &[]),
-    ("qwen3vl", &[]),
+/// A family: its name, llama.cpp's name of it, the blocks that leave, and what its tiny model wants beyond the usual keys.
+struct Family(&'static str, &'static str, &'static str, &'static [&'static str]);
+
+const fn family(arch: &'static str) -> Family {
+    Family(arch, arch, MIDDLE, &[])
+}
+
+const FAMILIES: &[Family] = &[
+    family("llama"),
+    family("qwen35"),
+    family("qwen35moe"),
+    family("qwen3next"),
+    family("gemma2"),
+    family("gemma3"),
+    family("gemma4"),
+    family("gpt-oss"),
+    family("deepseek2"),
+    family("glm4moe"),
+    family("nemotron_h_moe"),
+    family("minimax-m2"),
+    family("llama4"),
+    family("lfm2"),
+    family("granitehybrid"),
+    family("mamba"),
+    family("qwen3vl"),
+    // its last block predicts further tokens, and is in no slice
+    Family("glm4moe with MTP", "glm4moe", "3..4", &[".nextn_predict_layers=1"]),
     // more than the hidden row crosses
-    ("gemma3n", &[]),
-    ("rwkv7", &[]),
-    ("talkie", &[]),
-    ("deepseek4", &[]),
+    family("gemma3n"),
+    Family(
+        "gemma4 as E4B",
+        "gemma4",
+        "1..3",
+        &[".attention.shared_kv_layers=2", ".embedding_length_per_layer_input=64"],
+    ),
+    family("rwkv7"),
+    family("talkie"),
+    // token ids are read beside the rows
+    Family(
+        "deepseek4",
+        "deepseek4",
+        "1..3",
+        &[
+            ".attention.compress_ratios=[0,0,4,128,4,128,4,128]",
+            ".attention.head_count_kv=1",
+            ".attention.key_length=128",
+            ".attention.value_length=128",
+            ".rope.dimension_count=32",
+            ".hash_layer_count=2",
+            ".expert_gating_func=4",
+            ".hyper_connection.count=4",
+        ],
+    ),
 ];
 
 /// A tiny model, cut in three, and a key.
 struct Cut {
     folder: tempfile::TempDir,
+    middle: PathBuf,
     key: PathBuf,
 }
 
 impl Cut {
-    fn new(arch: &str, options: &[&str]) -> Cut {
+    fn new(&Family(_, arch, middle, options): &Family) -> Cut {
         let folder = tempfile::tempdir().unwrap();
         let model = folder.path().join("m.gguf");
         test_support::write_model(arch, N_BLOCKS, options, &model).unwrap();
         let gguf = Gguf::open(&model).unwrap();
-        let middles = vec![MIDDLE.parse().unwrap()];
+        let middles = vec![middle.parse().unwrap()];
         let request = Request { middles, stem: "m".into(), ..Request::default() };
         split(&Plan::new(&gguf, &request).unwrap(), folder.path(), "m", |_| {}).unwrap();
         let key = folder.path().join("key");
         std::fs::write(&key, "5a".repeat(32)).unwrap();
-        Cut { folder, key }
+        let middle = folder.path().join(format!("m.middle-{middle}.gguf"));
+        Cut { folder, middle, key }
     }
 
     fn file(&self, name: &str) -> PathBuf {
         self.folder.path().join(name)
     }
 
-    fn middle(&self) -> PathBuf {
-        self.file(&format!("m.middle-{MIDDLE}.gguf"))
-    }
-
     fn worker(&self, listen: &str) -> Worker {
         let more = ["--ctx", "128", "--ubatch", "16", "--gpu-layers", "0"];
-        Worker::start_at(listen, &self.middle(), &self.key, &more)
+        Worker::start_at(listen, &self.middle, &self.key, &more)
     }
 }
 
@@ -109,8 +136,8 @@ fn run(session: &mut Session<'_>, prompt: &[i32], mut before: impl FnMut(usize))
 }
 
 /// What went wrong with a family, if anything.
-fn check(arch: &str, options: &[&str]) -> Result<(), String> {
-    let cut = Cut::new(arch, options);
+fn check(family: &Family) -> Result<(), String> {
+    let (cut, arch) = (Cut::new(family), family.0);
     let mut whole = WholeModel::open(&cut.file("m.gguf"), &SMALL, false, |_| {}).unwrap();
     let prompt = prompt(whole.model().n_vocab());
     let expected = run(&mut whole.session().unwrap(), &prompt, |_| {});
@@ -146,7 +173,7 @@ fn check(arch: &str, options: &[&str]) -> Result<(), String> {
 #[test]
 fn the_page_of_models_names_these_families() {
     let page = std::fs::read_to_string(concat!(env!("CARGO_MANIFEST_DIR"), "/../../docs/MODELS.md")).unwrap();
-    let names: Vec<&str> = FAMILIES.iter().map(|(arch, _)| *arch).collect();
+    let names: Vec<&str> = FAMILIES.iter().map(|family| family.0).collect();
     let says = format!("(`tests/families.rs`): {}.", names.join(", "));
     assert!(page.contains(&says), "docs/MODELS.md does not say: {says}");
 }
@@ -158,12 +185,12 @@ fn families_over_processes_are_exact_and_survive_their_worker() {
     std::thread::scope(|scope| {
         for _ in 0..2 {
             scope.spawn(|| {
-                while let Some((arch, options)) = FAMILIES.get(next.fetch_add(1, Ordering::Relaxed)) {
+                while let Some(family) = FAMILIES.get(next.fetch_add(1, Ordering::Relaxed)) {
                     let begun = std::time::Instant::now();
-                    if let Err(why) = check(arch, options) {
+                    if let Err(why) = check(family) {
                         wrong.lock().unwrap().push(why);
                     }
-                    println!("{arch}: {:.1} s", begun.elapsed().as_secs_f64());
+                    println!("{}: {:.1} s", family.0, begun.elapsed().as_secs_f64());
                 }
             });
         }
@@ -172,11 +199,47 @@ fn families_over_processes_are_exact_and_survive_their_worker() {
     assert!(wrong.is_empty(), "{wrong:#?}");
 }
 
+/// A conversation whose next turn does not begin with the one before: what a recurrent state cannot take back is evaluated
+/// anew.
+#[test]
+fn a_recurrent_session_is_taken_back_by_evaluating_it_anew() {
+    for arch in ["qwen35", "mamba", "granitehybrid"] {
+        let cut = Cut::new(&family(arch));
+        let mut whole = WholeModel::open(&cut.file("m.gguf"), &SMALL, false, |_| {}).unwrap();
+        let tokens = prompt(whole.model().n_vocab());
+        let other: Vec<i32> = tokens[..20].iter().chain(&tokens[25..]).copied().collect();
+        let worker = cut.worker("127.0.0.1:0");
+        let host = Host::open(cut.file("m.split.json")).unwrap().resources(SMALL).wire(RowType::F32);
+        let host = host.worker(&worker.address, Key::from_file(&cut.key).unwrap());
+        let mut host = host.connect(|_| {}).unwrap();
+        let mut session = host.session().unwrap();
+        let mut turn = |tokens: &[i32]| -> Vec<i32> {
+            session.set_tokens(tokens).unwrap();
+            session.generate(Sampling::greedy()).ignore_eos(true).take(8).map(|t| t.unwrap().id).collect()
+        };
+        let (_, got) = (turn(&tokens), turn(&other));
+        // the same in a session that never saw the first
+        let mut fresh = whole.session().unwrap();
+        fresh.push_tokens(&other).unwrap();
+        let fresh: Vec<i32> =
+            fresh.generate(Sampling::greedy()).ignore_eos(true).take(8).map(|t| t.unwrap().id).collect();
+        assert_eq!(got, fresh, "{arch}");
+        // stock llama.cpp's session can be taken back, too
+        let mut stock = whole.session().unwrap();
+        let mut turn = |tokens: &[i32]| -> Vec<i32> {
+            stock.set_tokens(tokens).unwrap();
+            stock.generate(Sampling::greedy()).ignore_eos(true).take(8).map(|t| t.unwrap().id).collect()
+        };
+        let (_, again) = (turn(&tokens), turn(&other));
+        assert_eq!(again, fresh, "{arch}, stock");
+    }
+}
+
 /// A key that llama.cpp answers by ending the process: in a model and in a slice of one. Every program that is given the
 /// file says so in one line, and lives.
 #[test]
 fn a_file_that_llama_cpp_does_not_survive_is_one_error() {
-    let cut = Cut::new("gemma3", &[]);
+    let cut = Cut::new(&family("gemma3"));
     let spoilt = |from: &Path, name: &str| {
         let path = cut.file(name);
         let gguf = Gguf::open(from).unwrap();
@@ -189,7 +252,7 @@ fn a_file_that_llama_cpp_does_not_survive_is_one_error() {
         writer.finish().unwrap();
         path
     };
-    let (model, middle) = (spoilt(&cut.file("m.gguf"), "bad.gguf"), spoilt(&cut.middle(), "bad-middle.gguf"));
+    let (model, middle) = (spoilt(&cut.file("m.gguf"), "bad.gguf"), spoilt(&cut.middle, "bad-middle.gguf"));
     let mut stock = Command::new(host_program());
     stock.args(["stock", "-p", "x", "--model"]).arg(&model);
     let mut worker = Command::new(worker_program());
@@ -207,8 +270,8 @@ fn a_file_that_llama_cpp_does_not_survive_is_one_error() {
 /// Not only where llama.cpp would notice: what it loads of a slice computes nonsense.
 #[test]
 fn a_slice_is_not_taken_for_the_model() {
-    let cut = Cut::new("gemma3", &[]);
+    let cut = Cut::new(&family("gemma3"));
     let mut command = Command::new(host_program());
-    let says = failure(command.args(["stock", "-p", "x", "--model"]).arg(cut.middle()), 2);
+    let says = failure(command.args(["stock", "-p", "x", "--model"]).arg(&cut.middle), 2);
     assert!(says.contains("slice") && says.contains("hint: "), "{says}");
 }
