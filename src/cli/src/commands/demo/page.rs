@@ -210,6 +210,7 @@ mod tests {
             stop: Stop::Length,
             error: None,
             seed: 0,
+            sampled: false,
             prompt_tokens: 30,
             prompt_tok_s: 0.0,
             gen_tok_s: 0.0,
