@@ -338,6 +338,305 @@ def check_frames():
     return n
 
 
+# --- section 5: messages, read as the tables have them -----------------------------------------------------
+
+class Broken(Exception):
+    """A rule of section 11.1."""
+
+
+class Fields:
+    def __init__(self, data):
+        self.data, self.at = data, 0
+
+    def take(self, n):
+        if self.at + n > len(self.data):
+            raise Broken("truncated")
+        self.at += n
+        return self.data[self.at - n:self.at]
+
+    def int(self, n):
+        return int.from_bytes(self.take(n), "little")
+
+    def zeros(self, n):
+        if any(self.take(n)):
+            raise Broken("reserved-not-zero")
+
+    def one_of(self, n, allowed):
+        value = self.int(n)
+        if value not in allowed:
+            raise Broken("bad-value")
+        return value
+
+    def known(self, n):
+        value = self.int(n)
+        return None if value == 256 ** n - 1 else value
+
+    def string(self, most):
+        length = self.int(2)
+        if length > most:
+            raise Broken("string-too-long")
+        try:
+            return self.take(length).decode()
+        except UnicodeDecodeError:
+            raise Broken("not-utf8") from None
+
+    def rest(self):
+        return self.take(len(self.data) - self.at)
+
+    def end(self):
+        if self.at < len(self.data):
+            raise Broken("trailing-bytes")
+
+
+def read_parts(f, n):
+    if n > 128:
+        raise Broken("bad-value")
+    parts = []
+    for _ in range(n):
+        kind, rounds = f.int(1), f.int(1)
+        f.zeros(2)
+        values = f.int(4)
+        odd = kind == 1 and values % 2
+        if kind not in (1, 2, 3) or rounds > (kind == 2) or values == 0 or odd:
+            raise Broken("bad-value")
+        parts.append([kind, rounds, values])
+    return parts
+
+
+def read_terms(f):
+    t = {"version": f.int(2), "dtypes": f.one_of(1, range(4)), "role": f.one_of(1, range(4)), "features": f.int(4),
+         "instance": f.int(8), "n_blocks": f.int(4), "first_block": f.int(4), "last_block": f.int(4),
+         "n_ctx": f.int(4), "max_rows": f.int(4), "max_sessions": f.int(4), "max_in_flight": f.int(4),
+         "take_back": f.int(4), "engine": f.one_of(1, range(3)), "unit": f.one_of(1, range(4))}
+    f.zeros(2)
+    t.update(budget_mib=f.known(4), measured_rows=f.int(4), measured_us=f.int(4))
+    t.update((name, f.take(32).hex()) for name in ("model", "slice", "params", "input", "output"))
+    tokens, n_in, n_out = f.one_of(1, range(2)), f.int(1), f.int(1)
+    f.zeros(5)
+    t["shape"] = {"tokens": bool(tokens), "input": read_parts(f, n_in), "output": read_parts(f, n_out)}
+    t.update(arch=f.string(32), software=f.string(64), name=f.string(64))
+    f.zeros(2)
+    return t
+
+
+def read_fault(f, code):
+    fault = {"code": code, "step": f.int(4) or None, "session": f.known(4), "block": f.known(4), "count": f.int(4)}
+    return {**fault, "text": f.string(1000)}
+
+
+def row_bytes(parts, row_format):
+    small = lambda kind, rounds: kind == 1 or (row_format == 1 and kind == 2 and rounds)
+    return sum(values * (2 if small(kind, rounds) else 4) for kind, rounds, values in parts)
+
+
+def read_rows(f, row_format, n_rows, parts):
+    if f.at + n_rows * row_bytes(parts, row_format) > len(f.data):
+        raise Broken("truncated")
+    return f.take(n_rows * row_bytes(parts, row_format)).hex()
+
+
+def read_step(f, a, b, shape):
+    row_format, exact = a & ~0x10, bool(a & 0x10)
+    if row_format not in (1, 2):
+        raise Broken("bad-value")
+    v = {"step": f.int(4), "n_rows": f.int(4), "row_format": row_format, "exact": exact, "spans": [], "tokens": []}
+    for _ in range(b):
+        v["spans"].append([f.int(4), f.int(4), f.int(4)])
+        f.zeros(4)
+    if shape["tokens"]:
+        ids = f.take(4 * v["n_rows"])
+        v["tokens"] = list(struct.unpack(f"<{v['n_rows']}i", ids))
+        f.zeros(4 * (v["n_rows"] % 2))
+    return {**v, "rows": read_rows(f, row_format, v["n_rows"], shape["input"])}
+
+
+def read_done(f, a, shape):
+    if a not in (1, 2):
+        raise Broken("bad-value")
+    v = {"step": f.int(4), "n_rows": f.int(4), "row_format": a, "compute_us": f.int(4), "wait_us": f.int(4)}
+    v["began_us"] = f.int(8)
+    return {**v, "rows": read_rows(f, a, v["n_rows"], shape["output"])}
+
+
+def read_failed(f, a, b):
+    fault = read_fault(f, b)
+    empty = {"code": 0, "step": fault["step"], "session": None, "block": None, "count": 0, "text": ""}
+    if a > 1:
+        raise Broken("bad-value")
+    if a and fault != empty:
+        raise Broken("reserved-not-zero")
+    return {"void": bool(a), **fault}
+
+
+def read_heartbeat(f):
+    v = {"state": f.one_of(1, range(4)), "temperature": f.one_of(1, range(5))}
+    v["battery"] = f.one_of(1, [*range(101), 255])
+    v["battery"] = None if v["battery"] == 255 else v["battery"]
+    f.zeros(1)
+    v.update(free_mib=f.known(4), step=f.int(4), pause_in_s=f.known(2))
+    f.zeros(2)
+    return v
+
+
+def read_push_offer(f, n):
+    if not 1 <= n <= 64:
+        raise Broken("bad-value")
+    begin = f.at
+    v = {"model": f.take(32).hex(), "slice": f.take(32).hex(), "first_block": f.int(4), "last_block": f.int(4)}
+    v["items"] = []
+    for _ in range(n):
+        item = {"kind": f.one_of(1, (1, 2, 3, 4, 5, 16)), "index": f.int(1)}
+        f.zeros(6)
+        v["items"].append({**item, "size": f.int(8), "sha256": f.take(32).hex()})
+    v["push_id"] = sha256(f.data[begin:f.at]).hex()
+    return {**v, "name": f.string(64)}
+
+
+def read_push_data(f, item):
+    v = {"item": item, "offset": f.int(8), "bytes": f.rest().hex()}
+    if not 2 <= len(v["bytes"]) <= 2 * 262_144:
+        raise Broken("bad-value")
+    return v
+
+
+REASONS = {*range(1, 18), *range(32, 38)}
+
+
+def one_of(value, allowed):
+    if value not in allowed:
+        raise Broken("bad-value")
+    return value
+
+
+def padded(f, fields):
+    f.zeros(4)
+    return fields
+
+
+def stored(f, item):
+    fields = {"item": item, "bytes": f.int(8)}
+    f.zeros(8)
+    return fields
+
+
+# kind: name, uses a, uses b, reader of (fields, a, b, shape)
+KINDS = {
+    0x01: ("HELLO", 0, 0, lambda f, a, b, s: read_terms(f)),
+    0x02: ("ACCEPT", 0, 0, lambda f, a, b, s: read_terms(f)),
+    0x03: ("REFUSE", 0, 1, lambda f, a, b, s: {
+        "reason": one_of(b, REASONS), "terms": read_terms(f), "text": f.string(1000)}),
+    0x04: ("BUSY", 0, 0, lambda f, a, b, s: {"since_ms": f.int(8), "name": f.string(64)}),
+    0x05: ("INQUIRE", 0, 0, lambda f, a, b, s: {}),
+    0x06: ("OFFER", 0, 0, lambda f, a, b, s: read_terms(f)),
+    0x08: ("PAIR_REQUEST", 0, 0, lambda f, a, b, s: {"name": f.string(64), "software": f.string(64)}),
+    0x09: ("PAIR_GRANT", 0, 0, lambda f, a, b, s: {
+        "key": f.take(32).hex(), "name": f.string(64), "software": f.string(64)}),
+    0x0A: ("PAIR_STORED", 0, 0, lambda f, a, b, s: {}),
+    0x10: ("STEP", 1, 1, lambda f, a, b, s: read_step(f, a, b, s)),
+    0x11: ("STEP_DONE", 1, 0, lambda f, a, b, s: read_done(f, a, s)),
+    0x12: ("REWIND", 0, 0, lambda f, a, b, s: {"session": f.int(4), "position": f.int(4)}),
+    0x13: ("END_SESSION", 0, 0, lambda f, a, b, s: padded(f, {"session": f.int(4)})),
+    0x14: ("STEP_FAILED", 1, 1, lambda f, a, b, s: read_failed(f, a, b)),
+    0x15: ("CANCEL", 0, 0, lambda f, a, b, s: padded(f, {"step": f.int(4)})),
+    0x20: ("HEARTBEAT", 0, 0, lambda f, a, b, s: read_heartbeat(f)),
+    0x21: ("PING", 0, 0, lambda f, a, b, s: {"number": f.int(8)}),
+    0x22: ("PONG", 0, 0, lambda f, a, b, s: {"number": f.int(8), "clock_us": f.int(8)}),
+    0x23: ("ERROR", 0, 1, lambda f, a, b, s: read_fault(f, b)),
+    0x24: ("GOODBYE", 0, 1, lambda f, a, b, s: {"why": one_of(b, range(4))}),
+    0x30: ("PUSH_OFFER", 0, 1, lambda f, a, b, s: read_push_offer(f, b)),
+    0x31: ("PUSH_NEED", 0, 1, lambda f, a, b, s: {"have": [f.int(8) for _ in range(one_of(b, range(1, 65)))]}),
+    0x32: ("PUSH_DATA", 0, 1, lambda f, a, b, s: read_push_data(f, b)),
+    0x33: ("PUSH_STORED", 0, 1, lambda f, a, b, s: stored(f, b)),
+    0x34: ("PUSH_RESULT", 1, 1, lambda f, a, b, s: {
+        "outcome": one_of(a, range(3)), "item": None if b == 0xFFFF else b, "text": f.string(1000)}),
+}
+TO_COME = (0x07, 0x0B, 0x25)
+
+
+def read_message(data, shape):
+    """Name and fields, or Broken."""
+    f = Fields(data)
+    if data and data[0] not in KINDS:
+        raise Broken("unexpected" if data[0] in TO_COME else "unknown-kind")
+    kind, a, b, length = f.int(1), f.int(1), f.int(2), f.int(4)
+    if length != len(data):
+        raise Broken("truncated" if length > len(data) else "trailing-bytes")
+    name, uses_a, uses_b, reader = KINDS[kind]
+    if (a and not uses_a) or (b and not uses_b):
+        raise Broken("reserved-not-zero")
+    fields = reader(f, a, b, shape)
+    f.end()
+    return name, fields
+
+
+def check_messages():
+    vectors, n = load("messages.json"), 0
+    seen = set()
+    for v in vectors["good"]:
+        name, fields = read_message(bytes.fromhex(v["hex"]), v["shape"])
+        assert v["name"].startswith(name) and fields == v["fields"], (v["name"], fields)
+        seen.add(name)
+        n += 1
+    assert seen == {kind[0] for kind in KINDS.values()}, "a message without a vector"
+    for v in vectors["bad"]:
+        try:
+            raise AssertionError((v["name"], read_message(bytes.fromhex(v["hex"]), v["shape"])))
+        except Broken as rule:
+            assert str(rule) == v["rule"], (v["name"], rule)
+        n += 1
+    return n
+
+
+# --- section 6: terms ----------------------------------------------------------------------------------------
+
+def has_rows(terms):
+    shape, role = terms["shape"], terms["role"]
+    return (role < 2 or shape["input"] != []) and (role in (0, 3) or shape["output"] != [])
+
+
+def compare(h, w):
+    """What is agreed, or every reason to refuse in order."""
+    unknown = "00" * 32
+    known = lambda name: unknown in (h[name], w[name]) or h[name] == w[name]
+    shape = w["shape"]
+    row_format = {1: 1, 2: 2}.get(h["dtypes"])
+    rows, in_flight = min(h["max_rows"], w["max_rows"]), min(h["max_in_flight"], w["max_in_flight"])
+    w_in, w_out = (row_bytes(shape[side], row_format or 1) for side in ("input", "output"))
+    ids = (4 * rows + 7) // 8 * 8 if shape["tokens"] else 0
+    step = 16 + 16 * h["max_sessions"] + ids + rows * w_in
+    done = 32 + rows * w_out
+    same = lambda *names: all(h[name] == w[name] for name in names)
+    host_knows = h["shape"]["input"] or h["shape"]["output"]
+    fits = {
+        1: same("version"), 2: w["role"] != 0, 3: same("arch"), 4: same("model") and h["model"] != unknown,
+        5: known("params"), 6: same("n_blocks"),
+        7: has_rows(w) and (not host_knows or h["shape"] == shape) and known("input") and known("output"),
+        8: same("role"),
+        9: same("first_block", "last_block") and h["first_block"] <= h["last_block"] < h["n_blocks"],
+        10: known("slice"), 11: row_format is not None and w["dtypes"] & h["dtypes"] != 0,
+        12: 0 < h["n_ctx"] <= w["n_ctx"], 13: 0 < h["max_sessions"] <= w["max_sessions"], 14: rows > 0,
+        15: in_flight > 0, 16: max(step, done) < 2 ** 31 and h["max_sessions"] <= 65_535,
+        17: h["take_back"] <= w["take_back"],
+    }
+    refused = [reason for reason, ok in fits.items() if not ok]
+    if refused:
+        return {"refused": refused}
+    return {"agreed": {
+        **{name: h[name] for name in ("version", "first_block", "last_block", "n_ctx", "max_sessions")},
+        "row_dtype": row_format, "shape": shape, "features": h["features"] & w["features"],
+        "take_back": w["take_back"], "max_rows": rows, "max_in_flight": in_flight,
+        "limit_host_to_worker": max(4096, step), "limit_worker_to_host": max(4096, done)}}
+
+
+def check_terms():
+    n = 0
+    for v in load("terms.json"):
+        sides = [read_message(bytes.fromhex(v[name]), None)[1] for name in ("hello", "accept")]
+        assert compare(*sides) == v["result"], (v["name"], compare(*sides))
+        n += 1
+    return n
+
+
 def check_transcripts():
     n = 0
     for v in load("transcripts.json"):
@@ -355,7 +654,7 @@ def check_transcripts():
 
 def main():
     failed = False
-    for check in (check_keys, check_noise, check_frames, check_transcripts):
+    for check in (check_keys, check_noise, check_frames, check_messages, check_terms, check_transcripts):
         name = check.__name__.removeprefix("check_") + ".json"
         try:
             print(f"{name}: {check()} vectors agree")
