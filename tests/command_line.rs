@@ -59,6 +59,20 @@ fn a_seed_gives_the_same_text_again_and_is_shown() {
     assert!(text(&run(&mut table).stderr).contains("--seed 7\n"));
 }
 
+/// Rounded twice, by the wire and by products with quantised weights, a row is another one.
+#[test]
+fn rows_are_rounded_for_models_of_16_bits_only() {
+    for (weights, expected) in
+        [("f16", "f16"), ("bf16", "f16"), ("q8_0", "f32"), ("q4_k_m", "f32"), ("f32", "f32")]
+    {
+        let cut = Cut::new(&Spec::tiny("qwen2").unwrap().with_type(weights).unwrap(), &["1..2"]);
+        let worker = cut.worker(1);
+        let dtype = |more: &[&str]| report(&mut cut.generate(&[&worker.address], more)).wire.dtype;
+        assert_eq!(dtype(&["-n", "1"]), expected, "{weights}");
+        assert_eq!(dtype(&["-n", "1", "--wire", "f16"]), "f16", "{weights}");
+    }
+}
+
 #[test]
 fn a_reply_ends_at_a_stop_text() {
     let cut = Cut::tiny("llama");

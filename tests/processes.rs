@@ -45,7 +45,8 @@ fn split_over_processes_gives_stock_logits_bit_for_bit() {
         assert_eq!(got.text, stock.text);
 
         // the comparison can fail: with F16 rows the logits are others
-        let (_, rounded) = with_logits(&mut cut.generate(&addresses, &[]), cut.folder.path(), "f16");
+        let f16 = ["--wire", "f16"];
+        let (_, rounded) = with_logits(&mut cut.generate(&addresses, &f16), cut.folder.path(), "f16");
         assert!(rounded != expected, "{}: F16 rows changed nothing", stock.model);
     }
 }

@@ -10,7 +10,7 @@ use crate::{
     digest::{self, Sha},
     failure::Explained,
     gguf::{
-        Error, Gguf, Place, Rule, Value, absent,
+        Error, Gguf, Place, Rule, TensorType, Value, absent,
         check::{self, Hparams},
         limits::MAX_ALIGNMENT,
     },
@@ -105,6 +105,8 @@ pub struct SliceInfo {
     pub renumbered: bool,
     /// The numbers in its file, checked: the model's, or, renumbered, its own.
     pub hparams: Hparams,
+    /// Whether its blocks compute in 16 bits: most of their weights are F16 or BF16, and none is quantised.
+    pub is_half: bool,
     /// Bytes of its file.
     pub file_bytes: u64,
 }
@@ -198,9 +200,24 @@ impl SliceInfo {
             params_sha256: gguf.entry(keys::PARAMS_SHA256).map(|_| sha(keys::PARAMS_SHA256)).transpose()?,
             slice_sha256: sha(keys::SLICE_SHA256)?,
             hparams,
+            is_half: is_half(gguf),
             file_bytes: gguf.file_bytes(),
         })
     }
+}
+
+/// [`SliceInfo::is_half`] of a file.
+fn is_half(gguf: &Gguf) -> bool {
+    let (mut half, mut all) = (0, 0);
+    for tensor in gguf.tensors().filter(|tensor| check::block_of(tensor.name()).is_some()) {
+        match tensor.tensor_type() {
+            ty if ty.is_quantized() => return false,
+            TensorType::F16 | TensorType::BF16 => half += tensor.n_bytes(),
+            _ => {}
+        }
+        all += tensor.n_bytes();
+    }
+    2 * half > all
 }
 
 /// Every block of a slice that keeps the model's numbers has tensors in its file, and no other block has.

@@ -30,6 +30,8 @@ pub(crate) struct HostOptions {
     pub workers: Vec<(String, Key)>,
     pub search: Option<Discovery>,
     pub wire: RowType,
+    /// whether the model decides on it
+    pub wire_is_free: bool,
     pub resources: Resources,
     pub verify: Verify,
     pub mmap: bool,
@@ -66,7 +68,8 @@ impl HostBuilder {
         let options = HostOptions {
             workers: Vec::new(),
             search: None,
-            wire: RowType::F16,
+            wire: RowType::F32,
+            wire_is_free: true,
             resources: Resources::default(),
             verify: Verify::Once,
             mmap: false,
@@ -91,9 +94,11 @@ impl HostBuilder {
         self
     }
 
-    /// The number format of the rows that cross the network: F16, unless this says F32 (bit-exact).
+    /// The number format of the rows that cross the network: F32 is bit-exact, F16 half as much. Unless this says which,
+    /// F16 where the model's own weights are F16 or BF16, which rounding the rows adds next to nothing to, and F32 elsewhere:
+    /// llama.cpp rounds a row again to multiply it with quantised weights, and then other numbers are the nearest.
     pub fn wire(mut self, rows: RowType) -> HostBuilder {
-        self.options.wire = rows;
+        (self.options.wire, self.options.wire_is_free) = (rows, false);
         self
     }
 
@@ -148,6 +153,9 @@ impl HostBuilder {
         let events = Events::new(on_event);
         self.options.resources.check()?;
         let split = Split::open(self.files, self.options.verify, &events)?;
+        if self.options.wire_is_free && split.head.is_half {
+            self.options.wire = RowType::F16;
+        }
         let resources = &mut self.options.resources;
         resources.n_ctx = resources.n_ctx_for(split.head.hparams.n_ctx_train, &events);
         split.assign(&self.options, &events)?.connect(&split, &self.options, &events)

@@ -37,9 +37,10 @@ pub struct SplitArgs {
     /// this machine that are found on the local network
     #[arg(long, value_name = "ADDR:PORT|auto")]
     worker: Vec<String>,
-    /// Number format of the rows that cross the network (default: f16)
-    #[arg(long, value_enum, value_name = "TYPE")]
-    wire: Option<WireType>,
+    /// Number format of the rows that cross the network: f32 is bit-exact, f16 half as much; auto: f16 for models in F16
+    /// or BF16, f32 for quantised ones
+    #[arg(long, value_enum, value_name = "TYPE", default_value = "auto")]
+    wire: Wire,
     /// The key shared with the workers: one line, 64 hex digits (default: the one from pairing)
     #[arg(long, value_name = "FILE")]
     key_file: Option<PathBuf>,
@@ -80,7 +81,6 @@ impl SplitArgs {
         };
         let mut host = files
             .map_err(explain)?
-            .wire(self.wire.unwrap_or_default().row_type())
             .resources(resources)
             .verify(self.verify.when())
             .mmap(self.mmap && !self.no_mmap)
@@ -88,6 +88,9 @@ impl SplitArgs {
             .patience(self.patience.patience())
             .step_timeout(Duration::from_secs(self.step_timeout))
             .software(device::software("dim-host"));
+        if let Some(wire) = self.wire() {
+            host = host.wire(wire.row_type());
+        }
         for address in self.worker.iter().filter(|address| *address != AUTO) {
             host = host.worker(address, key_for(address, self.key_file.as_deref())?);
         }
@@ -107,7 +110,11 @@ impl SplitArgs {
 
     /// The number format that was asked for, if one was.
     pub fn wire(&self) -> Option<WireType> {
-        self.wire
+        match self.wire {
+            Wire::Auto => None,
+            Wire::F16 => Some(WireType::F16),
+            Wire::F32 => Some(WireType::F32),
+        }
     }
 }
 
@@ -145,6 +152,17 @@ pub fn key_for(address: &str, file: Option<&Path>) -> Result<Key, Failure> {
             .map_err(|source| Error::NoKey { address: address.to_owned(), source }),
     };
     key.map_err(explain)
+}
+
+/// `--wire`.
+#[derive(Clone, Copy, Debug, clap::ValueEnum)]
+enum Wire {
+    /// As the model's own weights are
+    Auto,
+    /// 2 bytes a value
+    F16,
+    /// 4 bytes a value: bit-exact
+    F32,
 }
 
 /// Number format of the rows that cross the network.
