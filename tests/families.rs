@@ -13,9 +13,12 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 
 use common::{Worker, failure, host_program, worker_program};
 use dim::{Host, Key, Resources, RowType, Sampling, Session, WholeModel};
+use gguf_tools::failure::Explained as _;
 use gguf_tools::gguf::write::{GgufWriter, TensorSpec};
 use gguf_tools::gguf::{Gguf, Tensor, Value};
-use gguf_tools::plan::{Plan, Request};
+use gguf_tools::manifest::Manifest;
+use gguf_tools::needs::Ask;
+use gguf_tools::plan::{Plan, PlanError, Request};
 use gguf_tools::split::split;
 use llama_sys_patch::test_support;
 
@@ -167,6 +170,49 @@ fn check(family: &Family) -> Result<(), String> {
         Some(step) => Err(format!("{arch}: other logits at step {step}")),
         None => Ok(()),
     }
+}
+
+/// Late blocks that read the keys of earlier ones: where such a model can be cut, what crosses there, and what is said
+/// where it cannot.
+#[test]
+fn a_cut_that_is_not_possible_is_refused_with_the_nearest_one() {
+    let e4b = FAMILIES.iter().find(|family| family.0 == "gemma4 as E4B").unwrap();
+    let cut = Cut::new(e4b);
+    let gguf = Gguf::open(cut.file("m.gguf")).unwrap();
+    let cuts = Ask::Here.cuts(&gguf).unwrap();
+    let possible: Vec<u32> = (1..8).filter(|&block| cuts.cuts[block as usize - 1].is_ok()).collect();
+    assert_eq!(possible, [1, 2, 3, 4], "{cuts:?}");
+    // the hidden row, and the inputs of each block
+    let crossing = cuts.cuts[0].as_ref().unwrap();
+    assert_eq!(crossing.bytes_f32(), 4 * (256 + 8 * 64), "{crossing}");
+    let why = cuts.cuts[5].as_ref().unwrap_err();
+    assert!(why.contains("blocks 6..7") && why.contains("of block"), "{why}");
+    for (middle, nearest) in [("3..5", "3..3"), ("5..6", "3..3"), ("1..6", "1..3")] {
+        let request =
+            Request { middles: vec![middle.parse().unwrap()], stem: "m".into(), ..Request::default() };
+        let error = Plan::new(&gguf, &request).unwrap_err();
+        assert!(matches!(error, PlanError::Needs { .. }) && error.is_misuse(), "{error:?}");
+        assert!(error.to_string().contains("cannot be evaluated apart: they read"), "{error}");
+        assert_eq!(error.hint().unwrap(), format!("the nearest range is {nearest}"), "{middle}");
+    }
+    let manifest = Manifest::read(cut.file("m.split.json")).unwrap();
+    assert_eq!(manifest.model.memory.as_deref(), Some("KV cache with sliding windows"));
+    assert_eq!(manifest.slices[1].input, *crossing);
+}
+
+/// Blocks that predict further tokens are in no slice, and that is said.
+#[test]
+fn blocks_that_predict_are_left_out() {
+    let mtp = FAMILIES.iter().find(|family| family.0 == "glm4moe with MTP").unwrap();
+    let cut = Cut::new(mtp);
+    let gguf = Gguf::open(cut.file("m.gguf")).unwrap();
+    let middles = vec!["3..4".parse().unwrap()];
+    let plan = Plan::new(&gguf, &Request { middles, stem: "m".into(), ..Request::default() }).unwrap();
+    assert_eq!(plan.n_blocks, 7);
+    assert!(plan.left_out.predicting.iter().eq(&[7]) && plan.left_out.predicting_bytes > 0);
+    assert_eq!(plan.left_out.unread, [""; 0]);
+    let held: u64 = plan.slices.iter().map(|slice| slice.weight_bytes).sum();
+    assert_eq!(held + plan.left_out.predicting_bytes, gguf.tensor_bytes());
 }
 
 /// The page that says so.

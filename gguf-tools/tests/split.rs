@@ -477,9 +477,13 @@ fn a_model_in_parts_is_cut_like_the_whole() {
     let dir = tempfile::tempdir().unwrap();
     let model = dir.path().join("model.gguf");
     common::tiny("llama", &model);
-    let parts = write_parts(&model, dir.path(), 3);
+    // as llama-gguf-split --no-tensor-first-split does it: the first part has the keys and no tensor
+    let folder = dir.path().join("no-tensor-first");
+    fs::create_dir(&folder).unwrap();
+    let bare = write_parts(&model, &folder, 3, true);
+    let parts = write_parts(&model, dir.path(), 3, false);
     let whole = cut(&model, &[range(2, 3)], &dir.path().join("a"));
-    for (i, part) in parts.iter().enumerate() {
+    for (i, part) in parts.iter().chain(&bare).enumerate() {
         // any part stands for the model
         let out = dir.path().join(format!("b{i}"));
         let from_parts = cut(part, &[range(2, 3)], &out);
@@ -502,11 +506,12 @@ fn a_model_in_parts_is_cut_like_the_whole() {
     assert!(error(&dir.path().join("other.gguf")).contains("one part of 3"));
 }
 
-/// Spreads a file over parts as llama.cpp does: metadata in the first, tensors in all.
-fn write_parts(model: &Path, dir: &Path, n: usize) -> Vec<PathBuf> {
+/// Spreads a file over parts as llama.cpp does: metadata in the first, tensors in all, or in all but the first.
+fn write_parts(model: &Path, dir: &Path, n: usize, bare_first: bool) -> Vec<PathBuf> {
     let gguf = Gguf::open(model).unwrap();
     let tensors: Vec<_> = gguf.tensors().collect();
-    let per_part = tensors.len().div_ceil(n);
+    let skipped = usize::from(bare_first);
+    let per_part = tensors.len().div_ceil(n - skipped);
     let mut paths = Vec::new();
     for no in 0..n {
         let path = dir.join(format!("part-{:05}-of-{n:05}.gguf", no + 1));
@@ -518,7 +523,8 @@ fn write_parts(model: &Path, dir: &Path, n: usize) -> Vec<PathBuf> {
         if no == 0 {
             metadata.splice(0..0, gguf.metadata().map(|e| (e.key.to_owned(), e.value)));
         }
-        let mine = &tensors[no * per_part..((no + 1) * per_part).min(tensors.len())];
+        let of = |no: usize| (no.saturating_sub(skipped) * per_part).min(tensors.len());
+        let mine = if bare_first && no == 0 { &[][..] } else { &tensors[of(no)..of(no + 1)] };
         let specs: Vec<_> =
             mine.iter().map(|t| TensorSpec::new(t.name(), t.tensor_type(), t.dims())).collect();
         let mut writer = GgufWriter::create(&path, &metadata, &specs).unwrap();
@@ -935,6 +941,32 @@ fn the_program_reports_its_plan_as_json() {
     let head = width / gguf.get("qwen2.attention.head_count").unwrap().as_u64().unwrap();
     assert_eq!(json["slices"][1]["kv_bytes"], 2 * heads * 2 * head * 2 * 100);
     assert_eq!(names(dir.path()), ["model.gguf"], "a dry run writes nothing");
+
+    // where it can be cut, and what crosses there
+    let (code, stdout, stderr) = run(&["--dry-run", "--json"]);
+    if cfg!(feature = "engine") {
+        assert_eq!(code, Some(0), "{stderr}");
+        let line = format!(
+            "before blocks 1..5: {} bytes a token each way, {} with --wire f32",
+            2 * width,
+            4 * width
+        );
+        assert!(stderr.contains(&line) && stderr.contains("KV cache"), "{stderr}");
+        let json: serde_json::Value = serde_json::from_str(&stdout).unwrap();
+        assert_eq!(json["cuts"].as_array().unwrap().len(), 5);
+        assert_eq!(json["cuts"][2]["before"], 3);
+        assert_eq!(json["cuts"][2]["parts"][0]["values"], width);
+    } else {
+        assert_eq!(code, Some(2), "{stderr}");
+        assert!(stderr.contains("built without llama.cpp"), "{stderr}");
+    }
+    // and without either of the two there is nothing to do
+    assert_eq!(run(&[]).0, Some(2));
+    // a projector beside it is named, and left alone
+    fs::write(dir.path().join("mmproj-model-f16.gguf"), b"GGUF").unwrap();
+    let (code, _, stderr) = run(&["--middle", "1..2", "--dry-run"]);
+    assert_eq!(code, Some(0), "{stderr}");
+    assert!(stderr.contains("mmproj-model-f16.gguf") && stderr.contains("left alone"), "{stderr}");
 
     let (code, _, stderr) = run(&["--middle", "1-2"]);
     assert_eq!(code, Some(2));
