@@ -89,7 +89,7 @@ fn prompt(n_vocab: usize) -> Vec<i32> {
 }
 
 /// Greedy, whatever the tokens say: each, and the logits behind it; `before` is told which step comes.
-fn run(session: &mut Session<'_>, prompt: &[i32], mut before: impl FnMut(usize)) -> Vec<(i32, Vec<u32>)> {
+fn run(session: &mut Session, prompt: &[i32], mut before: impl FnMut(usize)) -> Vec<(i32, Vec<u32>)> {
     session.push_tokens(prompt).unwrap();
     let mut generation = session.generate(Sampling::greedy()).ignore_eos(true).limit(Some(N_STEPS));
     let mut out = Vec::new();
@@ -104,7 +104,7 @@ fn run(session: &mut Session<'_>, prompt: &[i32], mut before: impl FnMut(usize))
 /// What went wrong with a family, if anything.
 fn check(arch: &str, options: &[&str]) -> Result<(), String> {
     let cut = Cut::new(arch, options);
-    let mut whole = WholeModel::open(&cut.file("m.gguf"), &SMALL, false, |_| {}).unwrap();
+    let whole = WholeModel::open(&cut.file("m.gguf"), &SMALL, false, |_| {}).unwrap();
     let prompt = prompt(whole.model().n_vocab());
     let expected = run(&mut whole.session().unwrap(), &prompt, |_| {});
 
@@ -112,7 +112,7 @@ fn check(arch: &str, options: &[&str]) -> Result<(), String> {
     let address = worker.as_ref().unwrap().address.clone();
     let host = Host::open(cut.file("m.split.json")).unwrap().resources(SMALL).wire(RowType::F32);
     let host = host.worker(&address, Key::from_file(&cut.key).unwrap());
-    let mut host = host.connect(|_| {}).map_err(|e| format!("{arch}: {e}"))?;
+    let host = host.connect(|_| {}).map_err(|e| format!("{arch}: {e}"))?;
     let mut session = host.session().unwrap();
     let got = run(&mut session, &prompt, |step| {
         if step == KILLED_AT {

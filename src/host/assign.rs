@@ -117,8 +117,10 @@ impl Split {
         };
         let needs = options.needs();
         let found = discovery::find(search, &need, events, &mut |address, key, blocks| {
-            let terms = terms::of_host(&needs, &self.head, blocks, self.files.slice_of(blocks), 1);
-            WorkerStage::connect(address, key, terms, Timing::default(), options.step_timeout)
+            let (slice, sessions) = (self.files.slice_of(blocks), options.sessions);
+            let terms = terms::of_host(&needs, &self.head, blocks, slice, sessions);
+            let (timing, limit) = (Timing::default(), options.step_timeout);
+            WorkerStage::connect(address, key, terms, sessions, timing, limit)
         })?;
         let assigned = |discovery::Found { address, blocks, stage }| Assigned {
             blocks,

@@ -8,7 +8,7 @@ use dim_core::rows::RowType;
 use dim_wire::keys::Key;
 
 use crate::device;
-use crate::error::Error;
+use crate::error::{BadOption, Error};
 use crate::event::{Event, Events};
 use crate::host::Host;
 use crate::host::discovery::Discovery;
@@ -29,6 +29,7 @@ pub struct HostBuilder {
 pub(crate) struct HostOptions {
     pub workers: Vec<(String, Key)>,
     pub search: Option<Discovery>,
+    pub sessions: u32,
     pub wire: RowType,
     pub resources: Resources,
     pub verify: Verify,
@@ -66,6 +67,7 @@ impl HostBuilder {
         let options = HostOptions {
             workers: Vec::new(),
             search: None,
+            sessions: 1,
             wire: RowType::F16,
             resources: Resources::default(),
             verify: Verify::Once,
@@ -94,6 +96,15 @@ impl HostBuilder {
     /// The number format of the rows that cross the network: F16, unless this says F32 (bit-exact).
     pub fn wire(mut self, rows: RowType) -> HostBuilder {
         self.options.wire = rows;
+        self
+    }
+
+    /// How many conversations there can be at once: one, unless this says otherwise. Each costs a cache of as many
+    /// positions as the [resources](Resources) say in every stage, here and on the workers, whether or not it is used;
+    /// workers have to be started with `--parallel` of at least as many (one more, if they are to be checked while they
+    /// compute).
+    pub fn sessions(mut self, n: u32) -> HostBuilder {
+        self.options.sessions = n;
         self
     }
 
@@ -147,9 +158,16 @@ impl HostBuilder {
     pub fn connect(mut self, on_event: impl FnMut(Event) + Send + 'static) -> Result<Host, Error> {
         let events = Events::new(on_event);
         self.options.resources.check()?;
+        let (sessions, most) = (self.options.sessions, MAX_SESSIONS.min(self.options.resources.n_ubatch));
+        if !(1..=most).contains(&sessions) {
+            return Err(BadOption::new("sessions", sessions, "1 to 64, and no more than --ubatch").into());
+        }
         let split = Split::open(self.files, self.options.verify, &events)?;
         let resources = &mut self.options.resources;
         resources.n_ctx = resources.n_ctx_for(split.head.hparams.n_ctx_train, &events);
         split.assign(&self.options, &events)?.connect(&split, &self.options, &events)
     }
 }
+
+/// As many as a worker can have: `--parallel` ends there.
+const MAX_SESSIONS: u32 = 64;

@@ -15,7 +15,7 @@ use dim_core::rows::{Rows, RowsRef};
 use dim_core::stage::{Answer, RemoteStage, Span, StageError, Traffic};
 use dim_wire::keys::Key;
 use dim_wire::message::{ErrorCode, Farewell};
-use dim_wire::terms::Terms;
+use dim_wire::terms::{Reason, Terms};
 use dim_wire::transport::{Counters, Event, Link, LinkError, LinkErrorKind, Timing, dial};
 
 /// A worker that serves one stage.
@@ -40,12 +40,22 @@ struct Target {
     address: String,
     key: Key,
     terms: Terms,
+    /// a worker that does not have as many sessions as the terms want may have so many
+    least_sessions: u32,
     timing: Timing,
 }
 
 impl Target {
     fn dial(&self) -> Result<Link, LinkError> {
-        dial(&self.address, &self.key, &self.terms, &self.timing)
+        let dial = |terms: &Terms| dial(&self.address, &self.key, terms, &self.timing);
+        let too_few =
+            |error: &LinkError| matches!(error.kind, LinkErrorKind::Refused { reason: Reason::Sessions, .. });
+        match dial(&self.terms) {
+            Err(error) if too_few(&error) && self.least_sessions < self.terms.max_sessions => {
+                dial(&Terms { max_sessions: self.least_sessions, ..self.terms.clone() })
+            }
+            dialled => dialled,
+        }
     }
 }
 
@@ -65,8 +75,9 @@ struct NoAnswer {
 }
 
 impl WorkerStage {
-    /// Dials a worker. `terms` say what it has to hold and what this host needs; `step_limit` is the longest a
-    /// single step may take (a worker that sends heartbeats but never an answer is given up then).
+    /// Dials a worker. `terms` say what it has to hold and what this host wants; where it has fewer sessions, now or when
+    /// it is dialled again, `least_sessions` of them will do. `step_limit` is the longest a single step may take (a
+    /// worker that sends heartbeats but never an answer is given up then).
     ///
     /// # Errors
     /// There is no link; [`LinkError::may_pass`] tells whether trying again makes sense.
@@ -74,10 +85,11 @@ impl WorkerStage {
         address: &str,
         key: &Key,
         terms: Terms,
+        least_sessions: u32,
         timing: Timing,
         step_limit: Duration,
     ) -> Result<WorkerStage, LinkError> {
-        let target = Target { address: address.to_owned(), key: key.clone(), terms, timing };
+        let target = Target { address: address.to_owned(), key: key.clone(), terms, least_sessions, timing };
         let link = target.dial()?;
         Ok(WorkerStage {
             target,
@@ -241,6 +253,10 @@ impl RemoteStage for WorkerStage {
 
     fn max_in_flight(&self) -> usize {
         self.link.as_ref().map_or(1, |link| link.agreed().max_in_flight as usize)
+    }
+
+    fn n_sessions(&self) -> u32 {
+        self.link.as_ref().map_or(self.target.least_sessions, |link| link.agreed().max_sessions)
     }
 
     fn submit(&mut self, job: JobId, spans: &[Span], _: &[i32], rows: &Rows) -> Result<(), StageError> {

@@ -142,6 +142,10 @@ pub trait RemoteStage: Send {
     fn blocks(&self) -> Option<BlockRange>;
     /// How many steps it may hold at once, as agreed on with its worker.
     fn max_in_flight(&self) -> usize;
+    /// How many sessions its worker has, as agreed on; a new connection may have another number.
+    fn n_sessions(&self) -> u32 {
+        1
+    }
     /// Whether it reads token ids beside the rows.
     fn reads_tokens(&self) -> bool {
         false
