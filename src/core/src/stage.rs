@@ -132,7 +132,10 @@ impl Answer {
 
 /// A stage of another process. Steps are answered in the order in which they were submitted.
 ///
-/// Nothing here blocks but [`collect_until`](Self::collect_until), and that as long as it is told to. A connection that
+/// Nothing here blocks but [`collect_until`](Self::collect_until), and that as long as it is told to; and
+/// [`submit`](Self::submit), while the way to the worker is full: a frame cannot be left half written. That ends when the
+/// worker reads, is silent (3 s), or has taken no bytes for as long as the link's own limit says (30 s); meanwhile a
+/// pipeline stands still for all its sessions. A connection that
 /// is lost is told of by [`poll`](Self::poll) and [`collect_until`](Self::collect_until), and so is what a worker has
 /// said of a step before it closed: the step meant is the oldest without an answer.
 pub trait RemoteStage: Send {
