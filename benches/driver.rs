@@ -21,6 +21,7 @@ use dim_core::ids::{JobId, SessionId};
 use dim_core::pipeline::{Advance, Patience, Pipeline, StageSlot, Step};
 use dim_core::rows::{RowType, Rows, RowsRef};
 use dim_core::schedule::StepKind;
+use dim_core::shared::SharedPipeline;
 use dim_core::simulator::{Cost, Simulator, StageModel};
 use dim_core::stage::{Answer, LocalStage, RemoteStage, Span, StageError, StageInput, StageOutput, Traffic};
 
@@ -105,15 +106,15 @@ fn on_threads(stages: &[u64], one_way: u64) -> Duration {
 fn cost_of_a_step() {
     let number = |name, default: usize| std::env::var(name).map_or(default, |n| n.parse().expect("a number"));
     let (steps, rounds) = (number("STEPS", 100_000), number("ROUNDS", 9));
-    let mut pipeline = Pipeline::new(
-        vec![
+    let over_one_worker = || {
+        let stages = vec![
             StageSlot::Local(Box::new(Adder(Duration::ZERO))),
             StageSlot::Remote(Box::new(Instantly::default())),
             StageSlot::Local(Box::new(Adder(Duration::ZERO))),
-        ],
-        RowType::F32,
-        Patience::default(),
-    );
+        ];
+        Pipeline::new(stages, RowType::F32, Patience::default())
+    };
+    let mut pipeline = over_one_worker();
     let mut position = 0;
     let mut per_step = Vec::new();
     for _ in 0..rounds {
@@ -130,10 +131,33 @@ fn cost_of_a_step() {
         per_step.push(begun.elapsed().as_nanos() / steps as u128);
     }
     per_step.sort_unstable();
+    let (median, fastest) = (per_step[rounds / 2], per_step[0]);
     println!(
-        "\none session, one worker, no compute: {} ns a step (median of {rounds})",
-        per_step[rounds / 2]
+        "\none session, one worker, no compute: {median} ns a step (median of {rounds}; fastest {fastest})"
     );
+
+    // the same through what several threads could share
+    let shared = SharedPipeline::new(over_one_worker(), 1);
+    let mut client = shared.client().expect("nobody else has it");
+    let mut position = 0;
+    let mut per_step = Vec::new();
+    for _ in 0..rounds {
+        client.rewind(0);
+        let begun = Instant::now();
+        for _ in 0..steps {
+            let step = Step::decode(SESSION, position, 7);
+            position += 1;
+            let check = |logits: Vec<f32>| {
+                assert_eq!(black_box(&logits)[..], [10.0]);
+                Some(logits)
+            };
+            client.run([step], check).expect("nothing can go wrong");
+        }
+        per_step.push(begun.elapsed().as_nanos() / steps as u128);
+    }
+    per_step.sort_unstable();
+    let (median, fastest) = (per_step[rounds / 2], per_step[0]);
+    println!("the same, of a pipeline that threads may share: {median} ns a step (fastest {fastest})");
 }
 
 /// Adds one to each row, after a while.

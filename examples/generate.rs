@@ -37,7 +37,7 @@ fn run() -> Result<(), Box<dyn Error>> {
     if let Some((address, key_file)) = worker {
         host = host.worker(address, Key::from_file(Path::new(key_file))?);
     }
-    let mut host = host.connect(tell)?;
+    let host = host.connect(tell)?;
 
     let mut session = host.session()?;
     session.push_text(prompt)?;

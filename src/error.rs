@@ -6,6 +6,7 @@ use std::path::PathBuf;
 use dim_core::blocks::BlockRange;
 use dim_core::digest::Sha;
 use dim_core::pipeline::PipelineError;
+use dim_core::shared::NoSession;
 use dim_core::stage::StageError;
 use dim_wire::keys::KeyError;
 use dim_wire::transport::discover::DiscoverError;
@@ -193,7 +194,21 @@ pub enum Error {
     #[error("{}", cannot_listen(.0))]
     Listen(LinkError),
 
+    /// A worker has caches for fewer conversations than the host is to have.
+    #[error("{}", too_few_sessions(.address, *.has, *.needed))]
+    TooFewSessions {
+        /// The worker.
+        address: String,
+        /// How many it has.
+        has: u32,
+        /// How many the host is to have.
+        needed: u32,
+    },
+
     // ---- running
+    /// Every conversation that there can be is being held.
+    #[error(transparent)]
+    NoSession(#[from] NoSession),
     /// A step did not come out of the pipeline.
     #[error(transparent)]
     Pipeline(#[from] PipelineError),
@@ -268,6 +283,12 @@ impl Error {
             Error::Link(error) => return error.hint().map(str::to_owned),
             Error::Check { source, .. } => return source.hint().map(str::to_owned),
             Error::Listen(_) => "--listen takes an address of this machine and a port, as 0.0.0.0:7878",
+            Error::TooFewSessions { needed, .. } => {
+                return Some(format!("start it with --parallel {needed}, or the host with fewer sessions"));
+            }
+            Error::NoSession(_) => {
+                "drop one of the sessions first, or connect with `HostBuilder::sessions(n)` for more"
+            }
             Error::Pipeline(error) => return error.hint().map(str::to_owned),
             Error::Load { .. } => "a smaller --ctx needs less memory",
             Error::EmptyPrompt => "give at least one character with -p or -f",
@@ -349,6 +370,11 @@ const NAME_THE_WORKER: &str = "name the worker with --worker ADDR:PORT";
 
 fn named((name, sha256): &(String, Sha)) -> String {
     format!("{name} {:.8}", sha256.to_string())
+}
+
+fn too_few_sessions(address: &str, has: u32, needed: u32) -> String {
+    let sessions = if has == 1 { "session" } else { "sessions" };
+    format!("the worker at {address} serves {has} {sessions} at once, this host is to have {needed}")
 }
 
 fn ranges(blocks: &[BlockRange]) -> String {

@@ -23,7 +23,7 @@
 //! # let split = folder.path().join("m.split.json");
 //! use dim::{Host, RowType, Sampling};
 //!
-//! let mut host = Host::open(split)?
+//! let host = Host::open(split)?
 //! #   .resources(small)
 //!     .worker(addr, key).wire(RowType::F16).connect(on_event)?;
 //! let mut session = host.session()?;
@@ -41,7 +41,7 @@
 //!
 //! | | |
 //! |---|---|
-//! | [`Host`], [`Session`] | a split model and a conversation with it; [`WholeModel`] is the same without a split |
+//! | [`Host`], [`Session`] | a split model and conversations with it, side by side; [`WholeModel`] is the same without a split |
 //! | [`Worker`] | a slice, served to hosts from inside any program |
 //! | [`Event`] | what happens meanwhile: this library prints nothing |
 //! | [`Error`] | why something could not be done, with [what to do about it](Error::hint) |
@@ -73,10 +73,13 @@ pub use resources::Resources;
 pub use stage::verified::Verify;
 pub use worker::{StopHandle, Worker, WorkerBuilder};
 
-/// Hosts and workers move to whichever thread is to drive them.
+/// A host is shared by the threads of its sessions; sessions and workers move to whichever thread is to drive them.
 const _: () = {
     const fn is_send<T: Send>() {}
-    is_send::<Host>();
+    const fn is_shared<T: Send + Sync>() {}
+    is_shared::<Host>();
+    is_shared::<WholeModel>();
+    is_send::<Session>();
     is_send::<Worker>();
     is_send::<Error>();
 };

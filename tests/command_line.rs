@@ -161,7 +161,7 @@ fn no_end_of_text_is_put_behind_a_prompt() {
 fn only_a_template_makes_control_tokens() {
     let cut = Cut::tiny("qwen2");
     let resources = Resources { n_ctx: 512, n_threads: Some(1), ..Resources::default() };
-    let mut model = WholeModel::open(&cut.model, &resources, true, |_| ()).unwrap();
+    let model = WholeModel::open(&cut.model, &resources, true, |_| ()).unwrap();
     let end = model.model().tokenize("<|im_end|>", false, true).unwrap();
     assert_eq!(end.len(), 1, "the vocabulary has no <|im_end|>");
     let session = model.session().unwrap();

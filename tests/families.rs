@@ -126,7 +126,7 @@ fn prompt(n_vocab: usize) -> Vec<i32> {
 }
 
 /// Greedy, whatever the tokens say: each, and the logits behind it; `before` is told which step comes.
-fn run(session: &mut Session<'_>, prompt: &[i32], mut before: impl FnMut(usize)) -> Vec<(i32, Vec<u32>)> {
+fn run(session: &mut Session, prompt: &[i32], mut before: impl FnMut(usize)) -> Vec<(i32, Vec<u32>)> {
     session.push_tokens(prompt).unwrap();
     let mut generation = session.generate(Sampling::greedy()).ignore_eos(true).limit(Some(N_STEPS));
     let mut out = Vec::new();
@@ -141,7 +141,7 @@ fn run(session: &mut Session<'_>, prompt: &[i32], mut before: impl FnMut(usize))
 /// What went wrong with a family, if anything.
 fn check(family: &Family) -> Result<(), String> {
     let (cut, arch) = (Cut::new(family), family.0);
-    let mut whole = WholeModel::open(&cut.file("m.gguf"), &SMALL, false, |_| {}).unwrap();
+    let whole = WholeModel::open(&cut.file("m.gguf"), &SMALL, false, |_| {}).unwrap();
     let prompt = prompt(whole.model().n_vocab());
     let expected = run(&mut whole.session().unwrap(), &prompt, |_| {});
 
@@ -149,7 +149,7 @@ fn check(family: &Family) -> Result<(), String> {
     let address = worker.as_ref().unwrap().address.clone();
     let host = Host::open(cut.file("m.split.json")).unwrap().resources(SMALL).wire(RowType::F32);
     let host = host.worker(&address, Key::from_file(&cut.key).unwrap());
-    let mut host = host.connect(|_| {}).map_err(|e| format!("{arch}: {e}"))?;
+    let host = host.connect(|_| {}).map_err(|e| format!("{arch}: {e}"))?;
     let mut session = host.session().unwrap();
     let got = run(&mut session, &prompt, |step| {
         if step == KILLED_AT {
@@ -161,7 +161,7 @@ fn check(family: &Family) -> Result<(), String> {
     drop(host);
     // that the comparison can fail: with F16 rows the logits are others
     let host = Host::open(cut.file("m.split.json")).unwrap().resources(SMALL);
-    let mut host = host.worker(&address, Key::from_file(&cut.key).unwrap()).connect(|_| {}).unwrap();
+    let host = host.worker(&address, Key::from_file(&cut.key).unwrap()).connect(|_| {}).unwrap();
     let rounded = run(&mut host.session().unwrap(), &prompt, |_| {});
     if rounded == expected {
         return Err(format!("{arch}: F16 rows change nothing"));
@@ -251,13 +251,13 @@ fn families_over_processes_are_exact_and_survive_their_worker() {
 fn a_recurrent_session_is_taken_back_by_evaluating_it_anew() {
     for arch in ["qwen35", "mamba", "granitehybrid"] {
         let cut = Cut::new(&family(arch));
-        let mut whole = WholeModel::open(&cut.file("m.gguf"), &SMALL, false, |_| {}).unwrap();
+        let whole = WholeModel::open(&cut.file("m.gguf"), &SMALL, false, |_| {}).unwrap();
         let tokens = prompt(whole.model().n_vocab());
         let other: Vec<i32> = tokens[..20].iter().chain(&tokens[25..]).copied().collect();
         let worker = cut.worker("127.0.0.1:0");
         let host = Host::open(cut.file("m.split.json")).unwrap().resources(SMALL).wire(RowType::F32);
         let host = host.worker(&worker.address, Key::from_file(&cut.key).unwrap());
-        let mut host = host.connect(|_| {}).unwrap();
+        let host = host.connect(|_| {}).unwrap();
         let mut session = host.session().unwrap();
         let mut turn = |tokens: &[i32]| -> Vec<i32> {
             session.set_tokens(tokens).unwrap();

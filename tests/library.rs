@@ -61,7 +61,7 @@ impl Cut {
 
     /// What stock llama.cpp makes of the prompt.
     fn expected(&self, n: usize) -> Vec<i32> {
-        let mut whole = WholeModel::open(&self.file("m.gguf"), &SMALL, true, |_| {}).unwrap();
+        let whole = WholeModel::open(&self.file("m.gguf"), &SMALL, true, |_| {}).unwrap();
         continued(&mut whole.session().unwrap(), n)
     }
 }
@@ -83,7 +83,7 @@ impl Drop for Serving {
 }
 
 /// The `n` tokens after the prompt.
-fn continued(session: &mut Session<'_>, n: usize) -> Vec<i32> {
+fn continued(session: &mut Session, n: usize) -> Vec<i32> {
     session.push_text(PROMPT).unwrap();
     let tokens = session.generate(Sampling::greedy()).take(n);
     tokens.map(|token| token.unwrap().id).collect()
@@ -93,12 +93,13 @@ fn continued(session: &mut Session<'_>, n: usize) -> Vec<i32> {
 fn a_session_gives_what_stock_llama_cpp_gives_and_goes_on_where_it_stopped() {
     let cut = Cut::new();
     let expected = cut.expected(24);
-    let mut host = cut.host().connect(|_| {}).unwrap();
+    let host = cut.host().connect(|_| {}).unwrap();
     let mut session = host.session().unwrap();
     let mut got = continued(&mut session, 10);
     got.extend(session.generate(Sampling::greedy()).limit(Some(14)).map(|token| token.unwrap().id));
     assert_eq!(got, expected);
     assert!(session.tokens().ends_with(&expected));
+    drop(session);
     // the next session begins from nothing
     assert_eq!(continued(&mut host.session().unwrap(), 24), expected);
 }
@@ -106,7 +107,7 @@ fn a_session_gives_what_stock_llama_cpp_gives_and_goes_on_where_it_stopped() {
 #[test]
 fn what_two_prompts_have_in_common_is_evaluated_once() {
     let cut = Cut::new();
-    let mut host = cut.host().connect(|_| {}).unwrap();
+    let host = cut.host().connect(|_| {}).unwrap();
     let mut session = host.session().unwrap();
     let begun = std::time::Instant::now();
     let mut tokens = session.tokenize(PROMPT, true).unwrap();
@@ -132,9 +133,9 @@ fn what_two_prompts_have_in_common_is_evaluated_once() {
 #[test]
 fn a_reply_ends_where_it_is_told_to_and_says_why() {
     let cut = Cut::new();
-    let mut host = cut.host().connect(|_| {}).unwrap();
+    let host = cut.host().connect(|_| {}).unwrap();
     let begun = std::time::Instant::now();
-    let mut end = |limit: Option<usize>, flag: bool| {
+    let end = |limit: Option<usize>, flag: bool| {
         let mut session = host.session().unwrap();
         session.push_text(PROMPT).unwrap();
         let n_prompt = session.tokens().len();
@@ -158,7 +159,7 @@ fn a_reply_ends_where_it_is_told_to_and_says_why() {
 #[test]
 fn errors_say_whose_they_are_and_leave_the_session_as_it_was() {
     let cut = Cut::new();
-    let mut host = cut.host().connect(|_| {}).unwrap();
+    let host = cut.host().connect(|_| {}).unwrap();
     let mut session = host.session().unwrap();
 
     let empty = session.generate(Sampling::greedy()).next().unwrap().unwrap_err();
@@ -194,7 +195,7 @@ fn a_worker_that_comes_back_changes_no_token_and_its_absence_is_told() {
     let events = Arc::new(Mutex::new(Vec::new()));
     let told = Arc::clone(&events);
     let host = cut.host().worker(&address, cut.key());
-    let mut host = host.connect(move |event| told.lock().unwrap().push(event)).unwrap();
+    let host = host.connect(move |event| told.lock().unwrap().push(event)).unwrap();
     let mut session = host.session().unwrap();
 
     let mut got = continued(&mut session, 10);

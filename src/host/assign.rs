@@ -117,8 +117,10 @@ impl Split {
         };
         let needs = options.needs();
         let found = discovery::find(search, &need, events, &mut |address, key, blocks| {
-            let terms = terms::of_host(&needs, &self.head, &self.files.expected(blocks), 1);
-            WorkerStage::connect(address, key, terms, Timing::default(), options.step_timeout)
+            let sessions = options.sessions;
+            let terms = terms::of_host(&needs, &self.head, &self.files.expected(blocks), sessions);
+            let (timing, limit) = (Timing::default(), options.step_timeout);
+            WorkerStage::connect(address, key, terms, sessions, timing, limit)
         })?;
         let assigned = |discovery::Found { address, blocks, stage }| Assigned {
             blocks,

@@ -8,7 +8,7 @@ use dim_core::rows::RowType;
 use dim_wire::keys::Key;
 
 use crate::device;
-use crate::error::Error;
+use crate::error::{BadOption, Error};
 use crate::event::{Event, Events};
 use crate::host::Host;
 use crate::host::discovery::Discovery;
@@ -29,6 +29,7 @@ pub struct HostBuilder {
 pub(crate) struct HostOptions {
     pub workers: Vec<(String, Key)>,
     pub search: Option<Discovery>,
+    pub sessions: u32,
     pub wire: RowType,
     /// whether the model decides on it
     pub wire_is_free: bool,
@@ -68,6 +69,7 @@ impl HostBuilder {
         let options = HostOptions {
             workers: Vec::new(),
             search: None,
+            sessions: 1,
             wire: RowType::F32,
             wire_is_free: true,
             resources: Resources::default(),
@@ -99,6 +101,15 @@ impl HostBuilder {
     /// llama.cpp rounds a row again to multiply it with quantised weights, and then other numbers are the nearest.
     pub fn wire(mut self, rows: RowType) -> HostBuilder {
         (self.options.wire, self.options.wire_is_free) = (rows, false);
+        self
+    }
+
+    /// How many conversations there can be at once: one, unless this says otherwise. Each costs a cache of as many
+    /// positions as the [resources](Resources) say in every stage, here and on the workers, whether or not it is used;
+    /// workers have to be started with `--parallel` of at least as many (one more, if they are to be checked while they
+    /// compute).
+    pub fn sessions(mut self, n: u32) -> HostBuilder {
+        self.options.sessions = n;
         self
     }
 
@@ -152,6 +163,10 @@ impl HostBuilder {
     pub fn connect(mut self, on_event: impl FnMut(Event) + Send + 'static) -> Result<Host, Error> {
         let events = Events::new(on_event);
         self.options.resources.check()?;
+        let (sessions, most) = (self.options.sessions, MAX_SESSIONS.min(self.options.resources.n_ubatch));
+        if !(1..=most).contains(&sessions) {
+            return Err(BadOption::new("sessions", sessions, "1 to 64, and no more than --ubatch").into());
+        }
         let split = Split::open(self.files, self.options.verify, &events)?;
         if self.options.wire_is_free && split.head.is_half {
             self.options.wire = RowType::F16;
@@ -161,3 +176,6 @@ impl HostBuilder {
         split.assign(&self.options, &events)?.connect(&split, &self.options, &events)
     }
 }
+
+/// As many as a worker can have: `--parallel` ends there.
+const MAX_SESSIONS: u32 = 64;

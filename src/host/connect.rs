@@ -55,7 +55,7 @@ impl Assignment {
         let load_options = LoadOptions {
             resources: crate::Resources { n_ubatch, ..options.resources },
             mmap: options.mmap,
-            max_sessions: 1,
+            max_sessions: options.sessions,
             compute_bytes: None,
         };
         let local = |path: &std::path::Path, info: &SliceInfo| -> Result<LlamaStage, Error> {
@@ -84,8 +84,8 @@ impl Assignment {
         stages.push(StageSlot::Local(Box::new(tail)));
         let pipeline = Pipeline::new(stages, options.wire, options.patience);
         events.tell(Event::Ready { stages: placements, n_blocks: split.head.model_blocks });
-        let engine = SplitEngine::new(pipeline, n_ubatch, events.clone());
-        Ok(Host { engine, vocabulary, n_ctx, model_name: split.head.model_name.clone() })
+        let engine = SplitEngine::new(pipeline, n_ubatch, options.sessions, events.clone());
+        Ok(Host { engine, vocabulary, n_ctx, model_name: split.head.model_name.as_str().into() })
     }
 }
 
@@ -110,26 +110,28 @@ fn dial(
     let (stage, address) = match holder {
         Holder::Connected { address, stage } => (*stage, address),
         Holder::Worker { address, key, max_sessions } => {
-            // one session more than the conversation's, where the worker has it, is the canary's
-            let max_sessions = if canary.is_ok() { max_sessions.min(2) } else { 1 };
+            let needed = options.sessions;
+            if max_sessions < needed {
+                return Err(Error::TooFewSessions { address, has: max_sessions, needed });
+            }
+            // one session more than the conversations', where the worker has it, is the canary's
+            let wanted = if canary.is_ok() { max_sessions.min(needed + 1) } else { needed };
             let expected = split.files.expected(blocks);
-            let terms = terms::of_host(&options.needs(), &split.head, &expected, max_sessions);
+            let terms = terms::of_host(&options.needs(), &split.head, &expected, wanted);
             let stage = retry(
                 options.patience,
                 |error, give_up_after| events.tell(retrying(error, give_up_after)),
                 || {
                     let terms = terms.clone();
-                    WorkerStage::connect(&address, &key, terms, Timing::default(), options.step_timeout)
+                    let (timing, limit) = (Timing::default(), options.step_timeout);
+                    WorkerStage::connect(&address, &key, terms, needed, timing, limit)
                 },
             )?;
             (stage, address)
         }
         Holder::Here { path, .. } => return Err(Error::NotHere { blocks, path }),
     };
-    // the last session is nobody else's, if there is more than one
-    let mut session = 0;
     if let Some(link) = stage.link() {
-        session = link.agreed().max_sessions.saturating_sub(1);
         *n_ubatch = link.agreed().max_rows.min(*n_ubatch);
     }
     let sides = stage.link().map(Sides::of_worker);
@@ -142,7 +144,7 @@ fn dial(
         Ok(canary) => {
             let n_embd = split.head.hparams.n_embd as usize;
             let (dtype, n_ctx, max_rows) = (options.wire, options.resources.n_ctx, *n_ubatch);
-            let room = Room { n_embd, dtype, n_ctx, max_rows, session };
+            let room = Room { n_embd, dtype, n_ctx, max_rows, sessions: options.sessions };
             let stage = Guarded::new(stage, canary.clone(), room);
             Ok((Dialled::Remote(Box::new(checked(stage, options, events)?), sides), address))
         }

@@ -1,18 +1,20 @@
 //! Tokens to logits, whoever computes them: the pipeline, or stock llama.cpp for comparison.
 
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use dim_core::blocks::BlockRange;
-use dim_core::ids::SessionId;
-use dim_core::pipeline::{Advance, Event as PipelineEvent, Pipeline, StageStats, Step};
+use dim_core::pipeline::{Event as PipelineEvent, Pipeline, Snapshot, StageSnapshot, StageStats, Step};
 use dim_core::schedule::StepKind;
+use dim_core::shared::{Client, NoSession, SharedPipeline};
 use dim_core::stage::Traffic;
 
 use crate::error::Error;
 use crate::event::{Event, Events};
 
-/// One session's evaluation. Its length is what was evaluated and not rewound.
-pub(crate) trait Engine {
+/// One session's evaluation. Its length is what was evaluated and not rewound. Dropping it frees its place.
+pub(crate) trait Engine: Send {
     /// `split` or `stock`.
     fn mode(&self) -> &'static str;
     /// Evaluates `tokens` from `position` on, in chunks of the micro-batch, and puts the last one's logits (n_vocab)
@@ -27,77 +29,73 @@ pub(crate) trait Engine {
     ) -> Result<(), Error>;
     /// Forgets everything from `position` on.
     fn rewind(&mut self, position: u32) -> Result<(), Error>;
-    /// What each stage has done so far.
-    fn stages(&self) -> Vec<StageSnapshot>;
-    /// What has crossed sockets so far.
-    fn traffic(&self) -> Traffic;
+    /// What each stage has done so far, whoever it was for, and what has crossed sockets; nothing where that is not known
+    /// any more.
+    fn snapshot(&self) -> Snapshot;
     /// The number format on the wire, `none` without one.
     fn wire_dtype(&self) -> &'static str;
 }
 
-/// What a stage has done so far.
-#[derive(Clone, Debug)]
-pub(crate) struct StageSnapshot {
-    /// Its name and place.
-    pub name: String,
-    /// Its blocks, `first..last` inclusive; empty when it has none.
-    pub blocks: String,
-    /// Time it computed.
-    pub compute: Duration,
-    /// Time the host stood still for it beyond that.
-    pub wait: Duration,
-    /// How often its worker was lost and found.
-    pub reconnects: u32,
-}
-
-/// The pipeline as an [`Engine`], with session 0.
+/// The pipeline, for as many sessions as its stages have caches for.
 pub(crate) struct SplitEngine {
-    pipeline: Pipeline,
+    pipeline: SharedPipeline,
     n_ubatch: usize,
+    wire_dtype: &'static str,
 }
 
 impl SplitEngine {
     /// `n_ubatch`: rows per chunk; stock llama.cpp's micro-batch, so that both compute the same products.
-    pub(crate) fn new(mut pipeline: Pipeline, n_ubatch: u32, events: Events) -> SplitEngine {
+    pub(crate) fn new(mut pipeline: Pipeline, n_ubatch: u32, sessions: u32, events: Events) -> SplitEngine {
         pipeline.observe(move |event| events.tell(event_of(event)));
-        SplitEngine { pipeline, n_ubatch: n_ubatch.max(1) as usize }
+        let wire_dtype = if pipeline.has_remote_stages() { pipeline.dtype().name() } else { "none" };
+        let n_ubatch = n_ubatch.max(1) as usize;
+        SplitEngine { pipeline: SharedPipeline::new(pipeline, sessions), n_ubatch, wire_dtype }
     }
 
+    /// How many sessions there can be at once.
+    pub(crate) fn sessions(&self) -> u32 {
+        self.pipeline.sessions()
+    }
+
+    /// A session that nobody has, empty.
+    pub(crate) fn session(&self) -> Result<SplitSession, NoSession> {
+        let client = self.pipeline.client()?;
+        Ok(SplitSession { client, n_ubatch: self.n_ubatch, wire_dtype: self.wire_dtype })
+    }
+}
+
+/// A session of the pipeline, as an [`Engine`].
+pub(crate) struct SplitSession {
+    client: Client,
+    n_ubatch: usize,
+    wire_dtype: &'static str,
+}
+
+impl SplitSession {
     fn run(
         &mut self,
         position: u32,
         tokens: &[i32],
         want: impl Fn(usize) -> bool,
-        mut on_logits: impl FnMut(Vec<f32>) -> Option<Vec<f32>>,
+        on_logits: impl FnMut(Vec<f32>) -> Option<Vec<f32>>,
     ) -> Result<(), Error> {
-        let mut done = 0;
-        for chunk in tokens.chunks(self.n_ubatch) {
-            self.pipeline.submit(Step {
-                session: SessionId(SESSION),
-                position: position + to_u32(done),
+        let session = self.client.session();
+        let chunks = tokens.chunks(self.n_ubatch).scan(0, |done, chunk| {
+            let first = *done;
+            *done += chunk.len();
+            Some(Step {
+                session,
+                position: position + to_u32(first),
                 tokens: chunk.to_vec(),
-                want_logits: (done..done + chunk.len()).map(&want).collect(),
+                want_logits: (first..*done).map(&want).collect(),
                 kind: if tokens.len() == 1 { StepKind::Decode } else { StepKind::Prefill },
-            });
-            done += chunk.len();
-        }
-        loop {
-            match self.pipeline.advance(None) {
-                Advance::Finished(finished) => {
-                    let spare = on_logits(finished.outcome?);
-                    spare.into_iter().for_each(|logits| self.pipeline.reuse(logits));
-                }
-                // a check behind the last answer may have failed: then that one does not count either
-                Advance::Idle => {
-                    return self.pipeline.take_untold().map_or(Ok(()), |error| Err(error.into()));
-                }
-                Advance::Later => {}
-            }
-        }
+            })
+        });
+        Ok(self.client.run(chunks, on_logits)?)
     }
 }
 
-impl Engine for SplitEngine {
+impl Engine for SplitSession {
     fn mode(&self) -> &'static str {
         "split"
     }
@@ -123,27 +121,16 @@ impl Engine for SplitEngine {
 
     fn rewind(&mut self, position: u32) -> Result<(), Error> {
         // takes effect before the next step; what goes wrong with it is that step's error
-        self.pipeline.rewind(SessionId(SESSION), position);
+        self.client.rewind(position);
         Ok(())
     }
 
-    fn stages(&self) -> Vec<StageSnapshot> {
-        let snapshot = |(name, blocks, stats): (&str, Option<BlockRange>, StageStats)| StageSnapshot {
-            name: name.to_owned(),
-            blocks: blocks.map_or(String::new(), |blocks| blocks.to_string()),
-            compute: stats.compute,
-            wait: stats.wait,
-            reconnects: stats.reconnects,
-        };
-        self.pipeline.stages().map(snapshot).collect()
-    }
-
-    fn traffic(&self) -> Traffic {
-        self.pipeline.traffic()
+    fn snapshot(&self) -> Snapshot {
+        self.client.snapshot().unwrap_or_default()
     }
 
     fn wire_dtype(&self) -> &'static str {
-        if self.pipeline.has_remote_stages() { self.pipeline.dtype().name() } else { "none" }
+        self.wire_dtype
     }
 }
 
@@ -201,30 +188,6 @@ impl StockEngine {
         }
         Ok(())
     }
-}
-
-impl Engine for StockEngine {
-    fn mode(&self) -> &'static str {
-        "stock"
-    }
-
-    fn evaluate(&mut self, position: u32, tokens: &[i32], logits: &mut Vec<f32>) -> Result<(), Error> {
-        let last = tokens.len().wrapping_sub(1);
-        let mut keep = |new: &[f32]| {
-            logits.clear();
-            logits.extend_from_slice(new);
-        };
-        self.decode(position, tokens, |i| i == last, &mut keep)
-    }
-
-    fn evaluate_all(
-        &mut self,
-        position: u32,
-        tokens: &[i32],
-        on_logits: &mut dyn FnMut(&[f32]),
-    ) -> Result<(), Error> {
-        self.decode(position, tokens, |_| true, on_logits)
-    }
 
     fn rewind(&mut self, position: u32) -> Result<(), Error> {
         use llama_sys_patch::Error::{CannotRewind, SessionLost};
@@ -237,19 +200,82 @@ impl Engine for StockEngine {
             other => Ok(other?),
         }
     }
+}
 
-    fn stages(&self) -> Vec<StageSnapshot> {
-        vec![StageSnapshot {
-            name: "model".to_owned(),
-            blocks: format!("0..{}", self.n_blocks.saturating_sub(1)),
-            compute: self.compute,
-            wait: Duration::ZERO,
-            reconnects: 0,
-        }]
+/// Stock llama.cpp for one session at a time.
+pub(crate) struct StockModel(Arc<StockShared>);
+
+struct StockShared {
+    engine: Mutex<StockEngine>,
+    /// while somebody has a session
+    is_taken: AtomicBool,
+}
+
+impl StockModel {
+    pub(crate) fn new(engine: StockEngine) -> StockModel {
+        StockModel(Arc::new(StockShared { engine: Mutex::new(engine), is_taken: AtomicBool::new(false) }))
     }
 
-    fn traffic(&self) -> Traffic {
-        Traffic::default()
+    /// The one session there is, empty.
+    pub(crate) fn session(&self) -> Result<StockSession, Error> {
+        if self.0.is_taken.swap(true, Ordering::AcqRel) {
+            return Err(NoSession { sessions: 1 }.into());
+        }
+        let mut session = StockSession(Arc::clone(&self.0));
+        session.rewind(0)?;
+        Ok(session)
+    }
+}
+
+/// The session of a [`StockModel`], as an [`Engine`].
+pub(crate) struct StockSession(Arc<StockShared>);
+
+impl StockSession {
+    /// Nobody else wants the lock.
+    fn engine(&self) -> MutexGuard<'_, StockEngine> {
+        self.0.engine.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Drop for StockSession {
+    fn drop(&mut self) {
+        self.0.is_taken.store(false, Ordering::Release);
+    }
+}
+
+impl Engine for StockSession {
+    fn mode(&self) -> &'static str {
+        "stock"
+    }
+
+    fn evaluate(&mut self, position: u32, tokens: &[i32], logits: &mut Vec<f32>) -> Result<(), Error> {
+        let last = tokens.len().wrapping_sub(1);
+        let mut keep = |new: &[f32]| {
+            logits.clear();
+            logits.extend_from_slice(new);
+        };
+        self.engine().decode(position, tokens, |i| i == last, &mut keep)
+    }
+
+    fn evaluate_all(
+        &mut self,
+        position: u32,
+        tokens: &[i32],
+        on_logits: &mut dyn FnMut(&[f32]),
+    ) -> Result<(), Error> {
+        self.engine().decode(position, tokens, |_| true, on_logits)
+    }
+
+    fn rewind(&mut self, position: u32) -> Result<(), Error> {
+        self.engine().rewind(position)
+    }
+
+    fn snapshot(&self) -> Snapshot {
+        let engine = self.engine();
+        let blocks = engine.n_blocks.checked_sub(1).map(|last| BlockRange { first: 0, last });
+        let stats = StageStats { compute: engine.compute, ..StageStats::default() };
+        let stages = vec![StageSnapshot { name: "model".to_owned(), blocks, stats }];
+        Snapshot { stages, traffic: Traffic::default() }
     }
 
     fn wire_dtype(&self) -> &'static str {
@@ -276,5 +302,5 @@ pub(crate) fn to_u32(n: usize) -> u32 {
     u32::try_from(n).unwrap_or(u32::MAX)
 }
 
-/// A host has one session at a time, which is this one of each stage.
+/// Stock llama.cpp has one session, which is this one.
 const SESSION: u32 = 0;

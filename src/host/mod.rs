@@ -25,6 +25,7 @@ pub mod text;
 mod whole;
 
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use llama_sys_patch::Model;
 
@@ -36,12 +37,12 @@ use crate::error::Error;
 use engine::SplitEngine;
 use template::{ChatTemplate, TemplateError};
 
-/// A split model, ready: every block in one stage, here or on a worker. It may move from thread to thread.
+/// A split model, ready: every block in one stage, here or on a worker. Threads may share it.
 pub struct Host {
     engine: SplitEngine,
     vocabulary: Model,
     n_ctx: u32,
-    model_name: String,
+    model_name: Arc<str>,
 }
 
 impl Host {
@@ -65,12 +66,19 @@ impl Host {
         HostBuilder::of_slices(head.as_ref(), middles, tail.as_ref())
     }
 
-    /// A conversation that begins now; there is one at a time.
+    /// A conversation that begins now. There can be [so many](HostBuilder::sessions) at once, each in a thread of its own;
+    /// one ends when it is dropped.
     ///
     /// # Errors
-    /// A stage cannot forget the one before.
-    pub fn session(&mut self) -> Result<Session<'_>, Error> {
-        Session::begin(&mut self.engine, &self.vocabulary, self.n_ctx, &self.model_name)
+    /// [`Error::NoSession`]: all of them are in use.
+    pub fn session(&self) -> Result<Session, Error> {
+        let engine = self.engine.session()?;
+        Ok(Session::new(engine, &self.vocabulary, self.n_ctx, &self.model_name))
+    }
+
+    /// How many conversations there can be at once.
+    pub fn max_sessions(&self) -> u32 {
+        self.engine.sessions()
     }
 
     /// The model's name.

@@ -1,13 +1,14 @@
 //! A conversation: tokens in, tokens out. The core loop: tokens -> logits -> token -> text, and again.
 
+use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
-use dim_core::stage::Traffic;
+use dim_core::pipeline::Snapshot;
 use llama_sys_patch::Model;
 
 use crate::error::{BadOption, Error};
-use crate::host::engine::{Engine, StageSnapshot, to_u32};
+use crate::host::engine::{Engine, to_u32};
 use crate::host::prompt;
 use crate::host::report::{Report, StageReport, Stop, WireReport, ms, per_second};
 use crate::host::sampler::{Sampler, Sampling};
@@ -18,11 +19,15 @@ use crate::host::text::{StopTexts, TextStream};
 ///
 /// What is pushed is evaluated by the next [`generate`](Session::generate); what was generated belongs to the session
 /// too, so that a second `generate` goes on where the first one stopped.
-pub struct Session<'h> {
-    engine: &'h mut dyn Engine,
+///
+/// Sessions of one host live side by side, each in the thread that drives it: their steps take turns in the stages, a
+/// reply's before a prompt's, and what goes wrong with one is no other's concern. A session outlives the host that it was
+/// made by; dropping it gives its caches back.
+pub struct Session {
+    engine: Box<dyn Engine>,
     vocabulary: Model,
     n_ctx: u32,
-    model_name: &'h str,
+    model_name: Arc<str>,
     /// all of them, prompt and replies
     tokens: Vec<i32>,
     /// how many of them, from the start, the stages' caches hold
@@ -31,17 +36,23 @@ pub struct Session<'h> {
     torn: bool,
 }
 
-impl<'h> Session<'h> {
-    /// An empty session.
-    pub(crate) fn begin(
-        engine: &'h mut dyn Engine,
+impl Session {
+    /// A session that is empty.
+    pub(crate) fn new(
+        engine: impl Engine + 'static,
         vocabulary: &Model,
         n_ctx: u32,
-        model_name: &'h str,
-    ) -> Result<Session<'h>, Error> {
-        engine.rewind(0)?;
-        let vocabulary = vocabulary.clone();
-        Ok(Session { engine, vocabulary, n_ctx, model_name, tokens: Vec::new(), evaluated: 0, torn: false })
+        model_name: &Arc<str>,
+    ) -> Session {
+        Session {
+            engine: Box::new(engine),
+            vocabulary: vocabulary.clone(),
+            n_ctx,
+            model_name: Arc::clone(model_name),
+            tokens: Vec::new(),
+            evaluated: 0,
+            torn: false,
+        }
     }
 
     /// Positions there are.
@@ -134,7 +145,7 @@ impl<'h> Session<'h> {
     }
 
     /// Goes on from here, a token at a time.
-    pub fn generate<'s>(&'s mut self, sampling: Sampling) -> Generation<'s, 'h> {
+    pub fn generate(&mut self, sampling: Sampling) -> Generation<'_> {
         Generation::new(self, &sampling)
     }
 
@@ -191,8 +202,8 @@ pub struct Token {
 /// A reply under way: an iterator over its tokens, that ends where the reply does. After an error it has ended too, and
 /// the session can go on from the tokens that came before.
 #[must_use = "tokens are generated as they are asked for"]
-pub struct Generation<'s, 'h> {
-    session: &'s mut Session<'h>,
+pub struct Generation<'s> {
+    session: &'s mut Session,
     sampler: Result<Sampler, BadOption>,
     limit: Option<usize>,
     ignore_eos: bool,
@@ -219,14 +230,14 @@ struct SoFar {
     after_prompt: Snapshot,
 }
 
-impl<'s, 'h> Generation<'s, 'h> {
-    fn new(session: &'s mut Session<'h>, sampling: &Sampling) -> Generation<'s, 'h> {
+impl<'s> Generation<'s> {
+    fn new(session: &'s mut Session, sampling: &Sampling) -> Generation<'s> {
         let mut sampler = Sampler::new(sampling, session.vocabulary.n_vocab());
         if let Ok(sampler) = &mut sampler {
             session.tokens.iter().for_each(|&token| sampler.accept(token));
         }
         let ready = Instant::now();
-        let before = Snapshot::take(session.engine);
+        let before = session.engine.snapshot();
         let so_far = SoFar {
             n_prompt: session.n_pending(),
             tokens: Vec::new(),
@@ -284,15 +295,15 @@ impl<'s, 'h> Generation<'s, 'h> {
     }
 
     /// What was generated, why it ended and where the time went; times from the start of the process count from
-    /// `process_start`.
+    /// `process_start`. What the stages did and what crossed sockets is what was done meanwhile, for other sessions too.
     pub fn report(&self, process_start: Instant) -> Report {
         let so_far = &self.so_far;
         let first_token_at = so_far.first_token_at.unwrap_or(so_far.end);
         let gen_time = so_far.end - first_token_at;
-        let after = Snapshot::take(self.session.engine);
+        let after = self.session.engine.snapshot();
         Report {
             mode: self.session.engine.mode().to_owned(),
-            model: self.session.model_name.to_owned(),
+            model: self.session.model_name.to_string(),
             // whoever asks for no more tokens has ended it
             stop: self.stop.unwrap_or(Stop::Length),
             error: so_far.error.clone(),
@@ -307,8 +318,8 @@ impl<'s, 'h> Generation<'s, 'h> {
             prompt_ms: ms(so_far.prompt_time),
             gen_ms: ms(gen_time),
             sample_ms: ms(so_far.sampling),
-            stages: after.stages_since(&so_far.before, &so_far.after_prompt),
-            wire: after.wire_since(&so_far.before, &so_far.after_prompt, self.session.engine.wire_dtype()),
+            stages: stages_since(&after, &so_far.before, &so_far.after_prompt),
+            wire: wire_since(&after, &so_far.before, &so_far.after_prompt, self.session.engine.wire_dtype()),
             tokens: so_far.tokens.clone(),
             text: so_far.text.clone(),
         }
@@ -330,7 +341,7 @@ impl<'s, 'h> Generation<'s, 'h> {
         self.session.evaluate_pending(&mut self.logits)?;
         if so_far.first_token_at.is_none() {
             so_far.prompt_time = so_far.ready.elapsed();
-            so_far.after_prompt = Snapshot::take(self.session.engine);
+            so_far.after_prompt = self.session.engine.snapshot();
         }
         if self.limit == Some(0) {
             self.stop = Some(Stop::Length);
@@ -378,7 +389,7 @@ impl<'s, 'h> Generation<'s, 'h> {
     }
 }
 
-impl Iterator for Generation<'_, '_> {
+impl Iterator for Generation<'_> {
     type Item = Result<Token, Error>;
 
     fn next(&mut self) -> Option<Result<Token, Error>> {
@@ -397,43 +408,31 @@ impl Iterator for Generation<'_, '_> {
     }
 }
 
-/// Counters at one moment.
-#[derive(Clone)]
-struct Snapshot {
-    stages: Vec<StageSnapshot>,
-    traffic: Traffic,
+/// What the stages did from `start` to `now`, and of that since the prompt.
+fn stages_since(now: &Snapshot, start: &Snapshot, after_prompt: &Snapshot) -> Vec<StageReport> {
+    let stages = now.stages.iter().zip(&start.stages).zip(&after_prompt.stages);
+    stages
+        .map(|((now, start), after_prompt)| StageReport {
+            name: now.name.clone(),
+            blocks: now.blocks.map_or(String::new(), |blocks| blocks.to_string()),
+            compute_ms: ms(now.stats.compute - start.stats.compute),
+            wait_ms: ms(now.stats.wait - start.stats.wait),
+            gen_compute_ms: ms(now.stats.compute - after_prompt.stats.compute),
+            gen_wait_ms: ms(now.stats.wait - after_prompt.stats.wait),
+            reconnects: now.stats.reconnects - start.stats.reconnects,
+        })
+        .collect()
 }
 
-impl Snapshot {
-    fn take(engine: &dyn Engine) -> Snapshot {
-        Snapshot { stages: engine.stages(), traffic: engine.traffic() }
-    }
-
-    fn stages_since(&self, start: &Snapshot, after_prompt: &Snapshot) -> Vec<StageReport> {
-        let stages = self.stages.iter().zip(&start.stages).zip(&after_prompt.stages);
-        stages
-            .map(|((now, start), after_prompt)| StageReport {
-                name: now.name.clone(),
-                blocks: now.blocks.clone(),
-                compute_ms: ms(now.compute - start.compute),
-                wait_ms: ms(now.wait - start.wait),
-                gen_compute_ms: ms(now.compute - after_prompt.compute),
-                gen_wait_ms: ms(now.wait - after_prompt.wait),
-                reconnects: now.reconnects - start.reconnects,
-            })
-            .collect()
-    }
-
-    /// The handshake before the first prompt counts in the totals: it is what the run cost.
-    fn wire_since(&self, start: &Snapshot, after_prompt: &Snapshot, dtype: &str) -> WireReport {
-        let (now, then) = (self.traffic, after_prompt.traffic);
-        WireReport {
-            dtype: dtype.to_owned(),
-            bytes_sent: now.bytes_sent,
-            bytes_received: now.bytes_received,
-            round_trips: now.round_trips - start.traffic.round_trips,
-            gen_bytes_sent: now.bytes_sent - then.bytes_sent,
-            gen_bytes_received: now.bytes_received - then.bytes_received,
-        }
+/// What crossed sockets. The handshake before the first prompt counts in the totals: it is what the run cost.
+fn wire_since(now: &Snapshot, start: &Snapshot, after_prompt: &Snapshot, dtype: &str) -> WireReport {
+    let (now, start, then) = (now.traffic, start.traffic, after_prompt.traffic);
+    WireReport {
+        dtype: dtype.to_owned(),
+        bytes_sent: now.bytes_sent,
+        bytes_received: now.bytes_received,
+        round_trips: now.round_trips.saturating_sub(start.round_trips),
+        gen_bytes_sent: now.bytes_sent.saturating_sub(then.bytes_sent),
+        gen_bytes_received: now.bytes_received.saturating_sub(then.bytes_received),
     }
 }

@@ -1,22 +1,23 @@
 //! The whole model by llama.cpp itself, with the sessions of a host: the other arm of every comparison.
 
 use std::path::Path;
+use std::sync::Arc;
 
 use llama_sys_patch::{ContextParams, FlashAttn, Model, Stock};
 
 use crate::error::Error;
 use crate::event::{Event, Events};
-use crate::host::engine::StockEngine;
+use crate::host::engine::{StockEngine, StockModel};
 use crate::host::session::Session;
 use crate::resources::Resources;
 use crate::stage::load::{load_model, model_name};
 
 /// A whole model in one `llama_context`.
 pub struct WholeModel {
-    engine: StockEngine,
+    engine: StockModel,
     model: Model,
     n_ctx: u32,
-    model_name: String,
+    model_name: Arc<str>,
 }
 
 impl WholeModel {
@@ -68,15 +69,15 @@ impl WholeModel {
         let context = Stock::new(&model, &params, None)?;
         let n_batch = context.info().n_batch;
         let engine = StockEngine::new(context, model.n_vocab(), model.n_blocks(), n_batch);
-        Ok(WholeModel { engine, model, n_ctx, model_name })
+        Ok(WholeModel { engine: StockModel::new(engine), model, n_ctx, model_name: model_name.into() })
     }
 
-    /// A conversation that begins now; there is one at a time.
+    /// A conversation that begins now; there is one at a time, until it is dropped.
     ///
     /// # Errors
-    /// llama.cpp cannot forget the one before.
-    pub fn session(&mut self) -> Result<Session<'_>, Error> {
-        Session::begin(&mut self.engine, &self.model, self.n_ctx, &self.model_name)
+    /// [`Error::NoSession`]: there is one. Or llama.cpp cannot forget the one before.
+    pub fn session(&self) -> Result<Session, Error> {
+        Ok(Session::new(self.engine.session()?, &self.model, self.n_ctx, &self.model_name))
     }
 
     /// The model itself.

@@ -15,7 +15,7 @@ use dim_core::rows::{Rows, RowsRef};
 use dim_core::stage::{Answer, RemoteStage, Span, StageError, TakeBack, Traffic};
 use dim_wire::keys::Key;
 use dim_wire::message::{ErrorCode, Farewell, Fault};
-use dim_wire::terms::Terms;
+use dim_wire::terms::{Reason, Terms};
 use dim_wire::transport::{Counters, Event, Link, LinkError, LinkErrorKind, Timing, dial};
 
 /// A worker that serves one stage.
@@ -51,12 +51,22 @@ struct Target {
     address: String,
     key: Key,
     terms: Terms,
+    /// a worker that does not have as many sessions as the terms want may have so many
+    least_sessions: u32,
     timing: Timing,
 }
 
 impl Target {
     fn dial(&self) -> Result<Link, LinkError> {
-        dial(&self.address, &self.key, &self.terms, &self.timing)
+        let dial = |terms: &Terms| dial(&self.address, &self.key, terms, &self.timing);
+        let too_few =
+            |error: &LinkError| matches!(error.kind, LinkErrorKind::Refused { reason: Reason::Sessions, .. });
+        match dial(&self.terms) {
+            Err(error) if too_few(&error) && self.least_sessions < self.terms.max_sessions => {
+                dial(&Terms { max_sessions: self.least_sessions, ..self.terms.clone() })
+            }
+            dialled => dialled,
+        }
     }
 }
 
@@ -76,8 +86,9 @@ struct NoAnswer {
 }
 
 impl WorkerStage {
-    /// Dials a worker. `terms` say what it has to hold and what this host needs; `step_limit` is the longest a
-    /// single step may take (a worker that sends heartbeats but never an answer is given up then).
+    /// Dials a worker. `terms` say what it has to hold and what this host wants; where it has fewer sessions, now or when
+    /// it is dialled again, `least_sessions` of them will do. `step_limit` is the longest a single step may take (a
+    /// worker that sends heartbeats but never an answer is given up then).
     ///
     /// # Errors
     /// There is no link; [`LinkError::may_pass`] tells whether trying again makes sense.
@@ -85,10 +96,12 @@ impl WorkerStage {
         address: &str,
         key: &Key,
         terms: Terms,
+        least_sessions: u32,
         timing: Timing,
         step_limit: Duration,
     ) -> Result<WorkerStage, LinkError> {
-        let mut target = Target { address: address.to_owned(), key: key.clone(), terms, timing };
+        let mut target =
+            Target { address: address.to_owned(), key: key.clone(), terms, least_sessions, timing };
         let link = target.dial()?;
         // what this host builds upon every worker that comes after this one has to be able to do
         let agreed = link.agreed();
@@ -277,6 +290,10 @@ impl RemoteStage for WorkerStage {
 
     fn take_back(&self) -> TakeBack {
         self.target.terms.take_back
+    }
+
+    fn n_sessions(&self) -> u32 {
+        self.link.as_ref().map_or(self.target.least_sessions, |link| link.agreed().max_sessions)
     }
 
     fn submit(&mut self, job: JobId, spans: &[Span], tokens: &[i32], rows: &Rows) -> Result<(), StageError> {

@@ -431,7 +431,7 @@ impl PromptArgs {
     ///
     /// # Errors
     /// It cannot be read, or has none or too many.
-    pub fn push(&self, session: &mut Session<'_>) -> Result<(), Failure> {
+    pub fn push(&self, session: &mut Session) -> Result<(), Failure> {
         let mut tokens = session.tokenize(&self.text()?, true).map_err(explain)?;
         if tokens.is_empty() {
             return Err(explain(Error::EmptyPrompt));

@@ -1,5 +1,6 @@
 //! A bell: who waits for any of several things waits for it, and each of them rings it.
 
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Condvar, Mutex, PoisonError};
 use std::time::Instant;
 
@@ -43,6 +44,37 @@ impl Bell {
     }
 }
 
+/// A bell with a word beside it: somebody wants whoever waits to come back. That the same bell is rung for other reasons,
+/// or was answered already, takes nothing from the word.
+#[derive(Clone, Debug, Default)]
+pub struct Interrupt {
+    bell: Bell,
+    is_wanted: Arc<AtomicBool>,
+}
+
+impl Interrupt {
+    /// One that wakes who waits for this bell.
+    pub fn new(bell: Bell) -> Interrupt {
+        Interrupt { bell, is_wanted: Arc::default() }
+    }
+
+    /// Asks for it, from any thread.
+    pub fn ask(&self) {
+        self.is_wanted.store(true, Ordering::Release);
+        self.bell.ring();
+    }
+
+    /// Whether it was asked for and not taken yet.
+    pub fn is_wanted(&self) -> bool {
+        self.is_wanted.load(Ordering::Acquire)
+    }
+
+    /// Takes it: whether it was asked for.
+    pub fn take(&self) -> bool {
+        self.is_wanted() && self.is_wanted.swap(false, Ordering::AcqRel)
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -64,5 +96,16 @@ mod tests {
         let thread = std::thread::spawn(move || other.ring());
         assert!(bell.wait(Some(Instant::now() + Duration::from_secs(60))));
         thread.join().unwrap();
+    }
+
+    #[test]
+    fn an_interrupt_outlives_the_ring_that_came_with_it() {
+        let bell = Bell::new();
+        let interrupt = Interrupt::new(bell.clone());
+        interrupt.clone().ask();
+        // somebody else's ring, or the same one, is answered
+        assert!(bell.wait(None));
+        assert!(interrupt.is_wanted() && interrupt.take());
+        assert!(!interrupt.take());
     }
 }

@@ -183,6 +183,9 @@ pub enum PipelineError {
     /// A worker answered something it was not asked.
     #[error(transparent)]
     OutOfTurn(#[from] OutOfTurn),
+    /// Nobody knows where the pipeline stands: it was [shared](crate::shared), and a thread that drove it has panicked.
+    #[error("the thread that drove the pipeline has panicked")]
+    Abandoned,
 }
 
 impl PipelineError {
@@ -194,6 +197,7 @@ impl PipelineError {
             ),
             PipelineError::Stage { source, .. } => source.hint(),
             PipelineError::OutOfTurn(_) => Some(OTHER_VERSION),
+            PipelineError::Abandoned => Some("this is a bug: what the panic said stands above"),
         }
     }
 }

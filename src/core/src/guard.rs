@@ -1,17 +1,19 @@
 //! A worker that is checked while it is used: its answer to a known input is held against the one that dim-split
 //! found ([`crate::canary`]).
 //!
-//! 1. After each connection, before any row that matters: session 0 is empty then, takes the canary's rows, and is
-//!    rewound.
+//! 1. After each connection, before any row that matters: its sessions are empty then, one takes the canary's rows, and
+//!    is rewound.
 //! 2. After every [`EVERY_ROWS`] rows, however many steps are under way: where the worker has a session to spare, the
-//!    canary's steps are jobs like any other, in that session; where it has only one, as soon as that begins anew.
-//! 3. In a reply that is longer, with one session: a row that was just answered is taken back and asked again. Both
+//!    canary's steps are jobs like any other, in that session; where it has none, as soon as session 0 begins anew. A
+//!    worker that comes back with fewer sessions than before has none to spare from then on.
+//! 3. In a reply that is longer, with none to spare: a row that was just answered is taken back and asked again. Both
 //!    answers must agree. This finds a worker that has become unsteady (heat, memory), not one that is wrong in the
 //!    same way twice; for that, the session would have to be filled anew, which takes as long as the reply did.
 //!
-//! A worker that fails is an error for everybody who has a step there, and it is asked again before it is given another.
-//! A row that is asked again is handed on when both answers agree; what was answered between two checks of a spare
-//! session is used meanwhile. What checks cost is in no step's time and in no traffic; beside other steps their bytes
+//! A worker that fails is an error for everybody whose rows it has answered since it was last right, with the next step
+//! at the latest; and it is asked again before it is given another. A row that is asked again is handed on when both
+//! answers agree. What was answered between two checks of a spare session is used meanwhile, but not while such a check is
+//! under way: what comes out of the pipeline then waits for its end. What checks cost is in no step's time and in no traffic; beside other steps their bytes
 //! are counted as those of their rows.
 //!
 //! This file has what is asked and what is right; the [pipeline](crate::pipeline) asks it.
@@ -44,8 +46,8 @@ pub struct Room {
     pub n_ctx: u32,
     /// The most rows of a step.
     pub max_rows: u32,
-    /// A session that nothing else uses; 0, the one everything uses, where there is no other.
-    pub session: u32,
+    /// Sessions that steps use: those below this.
+    pub sessions: u32,
 }
 
 /// What a worker is held against, and how much it has answered since.
@@ -53,6 +55,8 @@ pub struct Room {
 pub struct Guard {
     canary: Canary,
     room: Room,
+    /// the one that checks use
+    session: u32,
     blocks: Option<BlockRange>,
     /// rows sent since the last check
     rows: u32,
@@ -94,19 +98,28 @@ impl Check {
 }
 
 impl Guard {
-    /// A guard of a stage with these blocks.
-    pub fn new(canary: Canary, room: Room, blocks: Option<BlockRange>) -> Guard {
-        Guard { canary, room, blocks, rows: 0, aside: Traffic::default() }
+    /// A guard of a stage with these blocks, whose worker has so many sessions.
+    pub fn new(canary: Canary, room: Room, blocks: Option<BlockRange>, worker_sessions: u32) -> Guard {
+        let mut guard = Guard { canary, room, session: 0, blocks, rows: 0, aside: Traffic::default() };
+        guard.connected(worker_sessions);
+        guard
+    }
+
+    /// There is a new connection, to a worker with so many sessions: checks use the last one, if no step does, and the
+    /// first one otherwise.
+    pub fn connected(&mut self, worker_sessions: u32) {
+        let spare = worker_sessions.checked_sub(1).filter(|&last| last >= self.room.sessions);
+        self.session = spare.unwrap_or(0);
     }
 
     /// The session that checks use.
     pub fn session(&self) -> SessionId {
-        SessionId(self.room.session)
+        SessionId(self.session)
     }
 
     /// Whether nothing else uses that session.
     pub fn has_spare_session(&self) -> bool {
-        self.room.session > 0
+        self.session >= self.room.sessions
     }
 
     /// So many rows were sent.
@@ -141,7 +154,7 @@ impl Guard {
                 break;
             }
             let values = position as usize * room.n_embd..(position + count) as usize * room.n_embd;
-            let span = Span { session: room.session, position, count };
+            let span = Span { session: self.session, position, count };
             pieces.push((span, hidden(&input[values], room.dtype)));
             position += count;
         }
@@ -202,7 +215,7 @@ pub struct Guarded<S> {
 impl<S: RemoteStage> Guarded<S> {
     /// A stage that was just connected, to be [checked](Self::check) before its first step.
     pub fn new(inner: S, canary: Canary, room: Room) -> Guarded<S> {
-        let guard = Guard::new(canary, room, inner.blocks());
+        let guard = Guard::new(canary, room, inner.blocks(), inner.n_sessions());
         Guarded { inner, guard }
     }
 
@@ -257,6 +270,7 @@ impl<S: RemoteStage> Guarded<S> {
         while !self.inner.poll_connected()? {
             bell.wait(None);
         }
+        self.guard.connected(self.inner.n_sessions());
         self.check()
     }
 }
@@ -272,6 +286,10 @@ impl<S: RemoteStage> RemoteStage for Guarded<S> {
 
     fn max_in_flight(&self) -> usize {
         self.inner.max_in_flight()
+    }
+
+    fn n_sessions(&self) -> u32 {
+        self.inner.n_sessions()
     }
 
     fn reads_tokens(&self) -> bool {
@@ -319,7 +337,11 @@ impl<S: RemoteStage> RemoteStage for Guarded<S> {
     }
 
     fn poll_connected(&mut self) -> Result<bool, StageError> {
-        self.inner.poll_connected()
+        let is_connected = self.inner.poll_connected()?;
+        if is_connected {
+            self.guard.connected(self.inner.n_sessions());
+        }
+        Ok(is_connected)
     }
 
     fn traffic(&self) -> Traffic {

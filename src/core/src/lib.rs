@@ -7,7 +7,7 @@
 //! | [`rows`] | rows, what they are made of, and their number formats |
 //! | [`ids`], [`stage`], [`error`] | jobs, sessions and stages, the two kinds of stage, and what can go wrong there |
 //! | [`schedule`], [`window`] | which stage runs what next, and how far ahead: pure |
-//! | [`pipeline`] | the stages, driven by the schedule |
+//! | [`pipeline`], [`shared`] | the stages, driven by the schedule; by several threads, each for a session |
 //! | [`simulator`], [`trace`] | the same schedule over stages that only take time, and what either driver did |
 //! | [`replay`], [`patience`] | what a worker that lost its memory is told again, and how long it is looked for |
 //! | [`guard`], [`canary`] | a worker held against a known answer |
@@ -19,6 +19,8 @@ pub mod blocks;
 pub mod canary;
 pub mod digest;
 pub mod error;
+#[cfg(test)]
+pub mod fakes;
 pub mod guard;
 mod history;
 pub mod ids;
@@ -28,6 +30,7 @@ pub mod random;
 pub mod replay;
 pub mod rows;
 pub mod schedule;
+pub mod shared;
 pub mod simulator;
 pub mod stage;
 pub mod trace;

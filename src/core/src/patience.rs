@@ -63,11 +63,14 @@ impl Losses {
         if away >= self.give_up_after {
             return None;
         }
-        let pause = self.pause.min(self.give_up_after - away);
+        let pause = self.pause.max(LEAST_PAUSE).min(self.give_up_after - away);
         self.pause = (self.pause * 2).min(patience.longest_pause);
         Some(now + pause)
     }
 }
+
+/// Whatever patience says, a worker that refuses at once is not dialled as fast as this machine can.
+const LEAST_PAUSE: Duration = Duration::from_millis(5);
 
 #[cfg(test)]
 mod tests {
@@ -85,5 +88,18 @@ mod tests {
             now = next;
         }
         assert_eq!(at, [1200, 1600, 2100, 2600, 3000]);
+    }
+
+    #[test]
+    fn without_pauses_nobody_spins() {
+        let ms = Duration::from_millis;
+        let (first_pause, longest_pause) = (Duration::ZERO, Duration::ZERO);
+        let patience = Patience { give_up_after: ms(100), first_pause, longest_pause, ..Patience::default() };
+        let mut losses = Losses::first(ms(0), patience.give_up_after, &patience);
+        let (mut now, mut n) = (ms(0), 0);
+        while let Some(next) = losses.again(now, &patience) {
+            (now, n) = (next, n + 1);
+        }
+        assert_eq!(n, 20);
     }
 }

@@ -19,26 +19,27 @@
 
 mod recover;
 mod remote;
+mod results;
 mod table;
 mod types;
 
 use std::collections::VecDeque;
 use std::time::{Duration, Instant};
 
-use crate::bell::Bell;
+use crate::bell::{Bell, Interrupt};
 use crate::blocks::BlockRange;
 pub use crate::error::PipelineError;
 use crate::history::History;
 pub use crate::patience::Patience;
 use crate::rows::{RowType, Rows};
-use crate::schedule::{JobId, Next, Placement, Progress, Schedule, SessionId, StageId, StepKind};
+use crate::schedule::{JobId, Next, Placement, Progress, Schedule, SessionId, StageId};
 use crate::stage::{LocalStage, Span, StageInput, StageOutput, TakeBack, Traffic};
 use crate::trace::{Happened, Traced};
 use crate::window::LEAST_WINDOW;
 use remote::{Connection, Remote};
 use table::Table;
 use types::SystemClock;
-pub use types::{Advance, Clock, Event, Finished, StageSlot, StageStats, Step};
+pub use types::{Advance, Clock, Event, Finished, Snapshot, StageSlot, StageSnapshot, StageStats, Step};
 
 /// What goes with a job's number.
 enum Work {
@@ -92,6 +93,10 @@ pub struct Pipeline {
     history: History,
     work: Table<Work>,
     finished: VecDeque<Finished>,
+    /// came out while a worker that had part in them is being checked
+    held: VecDeque<Finished>,
+    /// sessions that have to hear, with their next step, that what they were given is not to be believed
+    untold: Vec<(SessionId, PipelineError)>,
     /// buffers of hidden rows that are free
     spare: Vec<Rows>,
     /// buffers of logits that were given back
@@ -103,8 +108,9 @@ pub struct Pipeline {
     clock: Box<dyn Clock>,
     start: Instant,
     bell: Bell,
-    /// somebody else rings the bell too, so every wait has to hear it
-    is_bell_shared: bool,
+    interrupt: Interrupt,
+    /// other threads interrupt, so every wait has to hear the bell
+    is_shared: bool,
     /// how much has been heard of remote stages
     n_heard: u64,
     /// the time as it was read last, while nothing has happened since that takes any
@@ -144,12 +150,15 @@ impl Pipeline {
                 Kind::Remote(remote) => Placement::Remote { window: LEAST_WINDOW.min(remote.agreed) },
             })
             .collect();
+        let bell = Bell::new();
         Pipeline {
             schedule: Schedule::new(&placements, steps_under_way(&slots)),
             history: History::new(take_back(&slots)),
             slots,
             work: Table::default(),
             finished: VecDeque::new(),
+            held: VecDeque::new(),
+            untold: Vec::new(),
             spare: Vec::new(),
             spare_logits: Vec::new(),
             dtype,
@@ -158,8 +167,9 @@ impl Pipeline {
             tracer: None,
             start: clock.now(),
             clock,
-            bell: Bell::new(),
-            is_bell_shared: false,
+            interrupt: Interrupt::new(bell.clone()),
+            bell,
+            is_shared: false,
             n_heard: 0,
             moment: None,
             waited: None,
@@ -182,11 +192,16 @@ impl Pipeline {
         self.schedule.set_batch_rows(rows);
     }
 
-    /// A bell that ends [`advance`](Self::advance) early, for a thread that has something to submit. From now on every
-    /// wait is one for the bell.
-    pub fn bell(&mut self) -> Bell {
-        self.is_bell_shared = true;
-        self.bell.clone()
+    /// What ends [`advance`](Self::advance) early, for a thread that has something to submit: while the pipeline is
+    /// [shared](Self::set_shared) at once, otherwise behind the answer that is being waited for.
+    pub fn interrupt(&self) -> Interrupt {
+        self.interrupt.clone()
+    }
+
+    /// Whether other threads may interrupt: every wait is one for the bell then. Otherwise, as at first, a single answer
+    /// is read in the caller's thread, which is the quickest way to it.
+    pub fn set_shared(&mut self, yes: bool) {
+        self.is_shared = yes;
     }
 
     /// Names, blocks and statistics of the stages, in order.
@@ -214,6 +229,13 @@ impl Pipeline {
         sum
     }
 
+    /// What the stages have done so far, and what has crossed sockets.
+    pub fn snapshot(&self) -> Snapshot {
+        let stages =
+            self.stages().map(|(name, blocks, stats)| StageSnapshot { name: name.to_owned(), blocks, stats });
+        Snapshot { stages: stages.collect(), traffic: self.traffic() }
+    }
+
     /// Whether any stage is behind a connection.
     pub fn has_remote_stages(&self) -> bool {
         self.slots.iter().any(|slot| matches!(slot.kind, Kind::Remote(_)))
@@ -222,67 +244,6 @@ impl Pipeline {
     /// The number format between the stages.
     pub fn dtype(&self) -> RowType {
         self.dtype
-    }
-
-    /// Adds a step behind all others of its session.
-    pub fn submit(&mut self, step: Step) -> JobId {
-        let span = step.span();
-        let job = self.schedule.push(step.session, step.kind, span.count);
-        self.history.gave(step.session, step.position, &step.tokens);
-        self.work.insert(job, Work::Step(StepWork::new(span, step.tokens, step.want_logits)));
-        // its caller has yet to hear that the session has failed
-        if self.finished.iter().any(|f| f.session == step.session && f.outcome.is_err()) {
-            self.schedule.cancel(step.session, job);
-            self.work.remove(job);
-        }
-        job
-    }
-
-    /// Forgets the rows of `session` from `position` on, in every stage, when the steps it was given before are done;
-    /// with position 0 the session is over. Takes effect in [`advance`](Self::advance). It has a result only if it
-    /// fails, and that is the session's.
-    ///
-    /// Where a stage [cannot take that back](crate::stage::TakeBack) every stage forgets the session, and what stays of
-    /// it is evaluated anew: that takes as long as it took before.
-    pub fn rewind(&mut self, session: SessionId, position: u32) -> JobId {
-        let again = self.history.rewind(session, position);
-        let job = self.schedule.push_rewind(session);
-        let position = if again.is_some() { 0 } else { position };
-        self.work.insert(job, Work::Rewind(session, position));
-        for chunk in again.into_iter().flatten() {
-            let want_logits = vec![false; chunk.tokens.len()];
-            let step = Step {
-                session,
-                position: chunk.position,
-                tokens: chunk.tokens,
-                want_logits,
-                kind: StepKind::Prefill,
-            };
-            let span = step.span();
-            let job = self.schedule.push(session, step.kind, span.count);
-            let work = StepWork { is_again: true, ..StepWork::new(span, step.tokens, step.want_logits) };
-            self.work.insert(job, Work::Step(work));
-        }
-        job
-    }
-
-    /// Nobody wants this step's logits any more, nor those of its session's steps behind it, up to its next rewind: those
-    /// that have not come out will not. The session has to be rewound to the step's position, or before it, before it
-    /// goes on.
-    pub fn cancel(&mut self, session: SessionId, job: JobId) {
-        let end = self.schedule.next_rewind(session, job);
-        let dropped = self.schedule.cancel(session, job);
-        dropped.vanished.into_iter().for_each(|job| self.forget(job));
-        if !dropped.voided.is_empty() {
-            self.call_off();
-        }
-        let is_meant = |id: JobId| id >= job && end.is_none_or(|end| id < end);
-        self.finished.retain(|f| f.session != session || f.outcome.is_err() || !is_meant(f.job));
-    }
-
-    /// Gives a buffer of logits back, for one that is needed next.
-    pub fn reuse(&mut self, logits: Vec<f32>) {
-        self.spare_logits.push(logits);
     }
 
     /// Runs until a step has left the last stage or a session has failed; not beyond `deadline`, except for a local
@@ -300,7 +261,8 @@ impl Pipeline {
                     self.moment = None;
                     self.run(job, stage);
                     self.hear();
-                    if self.finished.is_empty() && deadline.is_some_and(|d| self.clock.now() >= d) {
+                    let is_late = || deadline.is_some_and(|d| self.clock.now() >= d);
+                    if self.finished.is_empty() && (self.interrupt.take() || is_late()) {
                         return Advance::Later;
                     }
                 }
@@ -310,22 +272,13 @@ impl Pipeline {
                 }
                 Some(Next::Wait) => {
                     self.note(Happened::Waits);
-                    if !self.wait(deadline) {
+                    if self.interrupt.take() || !self.wait(deadline) {
                         return Advance::Later;
                     }
                 }
                 None => return Advance::Idle,
             }
         }
-    }
-
-    /// What went wrong with a stage when no session had a step there: a check that failed behind the last answer, which is
-    /// then not to be believed. Told once; whoever has the next step hears it otherwise.
-    pub fn take_untold(&mut self) -> Option<PipelineError> {
-        self.slots.iter_mut().find_map(|slot| match &mut slot.kind {
-            Kind::Remote(remote) if !remote.is_up() => remote.untold.take(),
-            _ => None,
-        })
     }
 
     fn note(&mut self, what: Happened) {
@@ -452,9 +405,7 @@ impl Pipeline {
         }
         if step.parts.is_empty() {
             if void.is_empty() && !step.is_again {
-                let session = step.spans[0].session();
-                self.note(Happened::Out(id));
-                self.finished.push_back(Finished { job: id, session, outcome: Ok(logits) });
+                self.hand_out(id, step.spans[0].session(), logits);
             } else {
                 self.reuse(logits);
             }
@@ -470,41 +421,11 @@ impl Pipeline {
                 let mut own = self.spare_logits.pop().unwrap_or_default();
                 own.clear();
                 own.extend_from_slice(&logits[begin..end]);
-                self.note(Happened::Out(job));
-                self.finished.push_back(Finished { job, session, outcome: Ok(own) });
+                self.hand_out(job, session, own);
             }
             begin = end;
         }
         self.reuse(logits);
-    }
-
-    /// Forgets what goes with a job that has left.
-    fn forget(&mut self, id: JobId) {
-        if let Some(Work::Step(StepWork { hidden: Some(rows), .. })) = self.work.remove(id) {
-            self.spare.push(rows);
-        }
-    }
-
-    /// A session ends in an error, at this job at the latest.
-    fn fail(&mut self, session: SessionId, job: JobId, error: &PipelineError) {
-        self.history.broke(session);
-        let gone = self.schedule.fail(session);
-        let job = gone.first.unwrap_or(job);
-        gone.vanished.into_iter().for_each(|job| self.forget(job));
-        if !gone.voided.is_empty() {
-            self.call_off();
-        }
-        self.finished.push_back(Finished { job, session, outcome: Err(error.clone()) });
-    }
-
-    /// The sessions of a job that a stage runs end in an error, those that have not already.
-    fn fail_members(&mut self, id: JobId, at: StageId, error: &PipelineError) {
-        let members: Vec<_> = self.schedule.members(at, id).filter(|member| !member.is_void).collect();
-        for member in members {
-            if let Some(session) = member.session {
-                self.fail(session, member.job, error);
-            }
-        }
     }
 
     /// Waits for whichever remote stage has something to tell first. Whether there may be something to do now.
@@ -520,7 +441,7 @@ impl Pipeline {
             }
             n_awaited += 1;
         }
-        if let Some(i) = only.filter(|_| n_awaited == 1 && !self.is_bell_shared) {
+        if let Some(i) = only.filter(|_| n_awaited == 1 && !self.is_shared) {
             let goes_on = self.collect(i, deadline);
             self.hear();
             return goes_on;
@@ -532,16 +453,16 @@ impl Pipeline {
         }
         let (began, heard) = (self.clock.now(), self.n_heard);
         loop {
-            let was_rung = self.clock.wait(&self.bell, deadline.into_iter().chain(self.poll_at()).min());
+            self.clock.wait(&self.bell, deadline.into_iter().chain(self.poll_at()).min());
             let now = self.clock.now();
             self.waited = Some(now.saturating_duration_since(began));
             self.hear();
             self.waited = None;
-            if self.n_heard > heard {
+            // otherwise it was rung for what a poll had found already
+            if self.n_heard > heard || self.interrupt.is_wanted() {
                 return true;
             }
-            // rung for what a poll had found already, or by somebody else
-            if (was_rung && self.is_bell_shared) || deadline.is_some_and(|deadline| now >= deadline) {
+            if deadline.is_some_and(|deadline| now >= deadline) {
                 return false;
             }
         }
@@ -589,5 +510,7 @@ pub const MAX_IN_FLIGHT: u32 = 8;
 
 #[cfg(test)]
 pub(crate) mod fakes;
+#[cfg(test)]
+mod randomised;
 #[cfg(test)]
 mod tests;

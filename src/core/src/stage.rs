@@ -132,7 +132,10 @@ impl Answer {
 
 /// A stage of another process. Steps are answered in the order in which they were submitted.
 ///
-/// Nothing here blocks but [`collect_until`](Self::collect_until), and that as long as it is told to. A connection that
+/// Nothing here blocks but [`collect_until`](Self::collect_until), and that as long as it is told to; and
+/// [`submit`](Self::submit), while the way to the worker is full: a frame cannot be left half written. That ends when the
+/// worker reads, is silent (3 s), or has taken no bytes for as long as the link's own limit says (30 s); meanwhile a
+/// pipeline stands still for all its sessions. A connection that
 /// is lost is told of by [`poll`](Self::poll) and [`collect_until`](Self::collect_until), and so is what a worker has
 /// said of a step before it closed: the step meant is the oldest without an answer.
 pub trait RemoteStage: Send {
@@ -142,6 +145,10 @@ pub trait RemoteStage: Send {
     fn blocks(&self) -> Option<BlockRange>;
     /// How many steps it may hold at once, as agreed on with its worker.
     fn max_in_flight(&self) -> usize;
+    /// How many sessions its worker has, as agreed on; a new connection may have another number.
+    fn n_sessions(&self) -> u32 {
+        1
+    }
     /// Whether it reads token ids beside the rows.
     fn reads_tokens(&self) -> bool {
         false

@@ -50,7 +50,7 @@ pub fn run(args: &Args) -> Result<(), Failure> {
     let mut tokens_of_stock = None;
     if let Some(path) = &args.against {
         let shown = shown::events(args.machine.verbose);
-        let mut whole = WholeModel::open(path, &resources, true, shown).map_err(explain)?;
+        let whole = WholeModel::open(path, &resources, true, shown).map_err(explain)?;
         let tokens = Text::new(whole.model(), &text, args)?;
         let n_vocab = whole.model().n_vocab();
         let mut rows = KeptRows::create(tokens.scored_rows(), n_vocab)?;
@@ -65,7 +65,7 @@ pub fn run(args: &Args) -> Result<(), Failure> {
     let mut n_tokens = 0;
     for wire in wires {
         let host = args.split.host(&args.machine)?.wire(wire.row_type());
-        let mut host = host.connect(shown::events(args.machine.verbose)).map_err(explain)?;
+        let host = host.connect(shown::events(args.machine.verbose)).map_err(explain)?;
         let tokens = Text::new(host.vocabulary(), &text, args)?;
         if tokens_of_stock.as_ref().is_some_and(|stock| stock.tokens != tokens.tokens) {
             return Err(Failure::misuse(
@@ -153,7 +153,7 @@ impl Text {
     /// Evaluates the text. `on_row` sees every scored row in order, and may give the reference's same row.
     fn evaluate(
         &self,
-        session: &mut Session<'_>,
+        session: &mut Session,
         name: String,
         n_vocab: usize,
         mut on_row: impl FnMut(&[f32]) -> Result<Option<Vec<f32>>, Failure>,

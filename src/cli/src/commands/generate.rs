@@ -27,13 +27,13 @@ pub fn run(args: &Args, process_start: Instant) -> Result<(), Failure> {
     args.prompt.sampling.sampling()?;
     let interrupt = Interrupt::watch();
     let host = args.split.host(&args.machine)?;
-    let mut host = host.connect(shown::events(args.machine.verbose)).map_err(explain)?;
+    let host = host.connect(shown::events(args.machine.verbose)).map_err(explain)?;
     reply(host.session().map_err(explain)?, &args.prompt, &interrupt, process_start)
 }
 
 /// Continues a text and reports: the same for `generate` and `stock`.
 pub(super) fn reply(
-    mut session: Session<'_>,
+    mut session: Session,
     args: &PromptArgs,
     interrupt: &Interrupt,
     process_start: Instant,

@@ -39,7 +39,7 @@ pub fn run(args: &Args, process_start: Instant) -> Result<(), Failure> {
     args.prompt.sampling.sampling()?;
     args.machine.set_log();
     let interrupt = Interrupt::watch();
-    let mut model = load(args)?;
+    let model = load(args)?;
     reply(model.session().map_err(explain)?, &args.prompt, &interrupt, process_start)
 }
 

@@ -21,11 +21,11 @@ fn canary() -> Canary {
 }
 
 fn room() -> Room {
-    Room { n_embd: N_EMBD, dtype: RowType::F32, n_ctx: 100_000, max_rows: 512, session: 0 }
+    Room { n_embd: N_EMBD, dtype: RowType::F32, n_ctx: 100_000, max_rows: 512, sessions: 1 }
 }
 
 fn guard(room: Room) -> Guard {
-    Guard::new(canary(), room, Some(BlockRange { first: 11, last: 16 }))
+    Guard::new(canary(), room, Some(BlockRange { first: 11, last: 16 }), 1)
 }
 
 fn spans(check: &Check) -> Vec<(u32, u32)> {
@@ -66,7 +66,7 @@ fn small_steps_and_short_contexts_are_kept_to() {
     assert_eq!(spans(&short.begin().unwrap()), [(0, 1), (1, 1)]);
     // an answer beyond F16 is not asked for in F16
     let mut large =
-        Guard::new(Canary { max_abs: 70_000, ..canary() }, Room { dtype: RowType::F16, ..room() }, None);
+        Guard::new(Canary { max_abs: 70_000, ..canary() }, Room { dtype: RowType::F16, ..room() }, None, 1);
     assert!(large.begin().is_none());
 }
 

@@ -1,12 +1,14 @@
 //! Stages for tests: exact arithmetic, on a clock that the test moves.
 
-use std::collections::{BTreeMap, BTreeSet, VecDeque};
+use std::collections::{BTreeSet, VecDeque};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use super::*;
+use crate::canary::Canary;
+pub(crate) use crate::fakes::{Sums, floats, inputs, put_out};
+use crate::guard::{Guarded, Room};
 use crate::ids::JobId;
-use crate::rows::RowsRef;
 use crate::simulator::{Cost, StageModel};
 use crate::stage::{Answer, RemoteStage, StageError};
 
@@ -40,46 +42,15 @@ impl Clock for World {
     fn now(&self) -> Instant {
         self.start + self.elapsed()
     }
-    fn wait(&self, _: &Bell, until: Option<Instant>) -> bool {
+    fn wait(&self, _: &Bell, until: Option<Instant>) {
         let next = self.state.lock().unwrap().1.iter().flatten().min().copied();
         let until = until.map(|until| until - self.start);
         self.go_to(next.into_iter().chain(until).min().expect("nothing to wait for, for ever"));
-        next.is_some_and(|next| next <= self.elapsed())
     }
 }
 
-/// Output depends on everything a cache holds: a row's result is the sum of the session's rows up to it. A wrong, lost
-/// or doubled row shows at once.
-#[derive(Default, Clone)]
-pub(crate) struct Sums(BTreeMap<u32, Vec<f32>>);
-
-impl Sums {
-    /// How many rows a session has.
-    pub(crate) fn length(&self, session: u32) -> u32 {
-        self.0.get(&session).map_or(0, |cells| cells.len() as u32)
-    }
-    pub(crate) fn rewind(&mut self, session: u32, position: u32) {
-        self.0.entry(session).or_default().truncate(position as usize);
-    }
-    pub(crate) fn step(&mut self, spans: &[Span], values: &[f32]) -> Vec<f32> {
-        let places = spans.iter().flat_map(|s| (0..s.count).map(|i| (s.session, s.position + i)));
-        let mut row = |session, position: u32, value: f32| {
-            let cells = self.0.entry(session).or_default();
-            assert_eq!(cells.len(), position as usize, "row out of place");
-            let next = cells.last().copied().unwrap_or(0.0) + value;
-            cells.push(next);
-            next % 1024.0
-        };
-        places.zip(values).map(|((session, position), &v)| row(session, position, v)).collect()
-    }
-}
-
-pub(crate) fn floats(h: RowsRef<'_>) -> Vec<f32> {
-    match h {
-        RowsRef::F32(v) => v.to_vec(),
-        RowsRef::F16(v) => v.iter().map(|x| x.to_f32()).collect(),
-    }
-}
+/// What takes no time.
+pub(crate) const FREE: Cost = Cost { step: Duration::ZERO, row: Duration::ZERO };
 
 /// A token that no stage can compute.
 pub(crate) const BAD_TOKEN: i32 = -1;
@@ -111,23 +82,13 @@ impl LocalStage for Local {
         input: StageInput<'_>,
         output: StageOutput<'_>,
     ) -> Result<Duration, StageError> {
-        let values: Vec<f32> = match input {
-            StageInput::Tokens(t) => t.iter().map(|&t| t as f32).collect(),
-            StageInput::Rows { rows, .. } => floats(rows),
-        };
+        let values = inputs(input);
         if values.contains(&(BAD_TOKEN as f32)) {
             return Err(StageError::NotFinite { block: Some(0), count: 1, said: None });
         }
         let compute = self.cost.of(values.len() as u32);
         self.world.pass(compute);
-        let results = self.sums.step(spans, &values);
-        match output {
-            StageOutput::Rows(h) => *h = Rows::F32(results),
-            StageOutput::Logits { rows, out } => {
-                out.clear();
-                out.extend(results.iter().zip(rows).filter(|(_, w)| **w).map(|(r, _)| *r));
-            }
-        }
+        put_out(self.sums.step(spans, &values), output);
         Ok(compute)
     }
     fn rewind(&mut self, session: SessionId, position: u32) -> Result<(), StageError> {
@@ -293,6 +254,224 @@ pub(crate) fn models(stages_ms: &[u64], one_way_ms: u64, agreed: usize) -> Vec<S
     };
     stages_ms.iter().enumerate().map(model).collect()
 }
+
+/// A worker behind a connection that breaks when its script says so: each call takes one entry.
+pub(crate) struct Scripted {
+    pub(crate) sums: Sums,
+    pub(crate) answers: VecDeque<(JobId, Vec<f32>)>,
+    pub(crate) breaks: Arc<Mutex<VecDeque<bool>>>,
+    pub(crate) is_connected: bool,
+    pub(crate) remembers: bool,
+    /// breaks each time it is given this value
+    pub(crate) breaks_at: Option<f32>,
+    /// reports a fault of the step that has this value
+    pub(crate) fails_at: Option<f32>,
+    /// and goes on all the same
+    pub(crate) goes_on: bool,
+    /// cannot take rows back
+    pub(crate) is_recurrent: bool,
+    /// what it was sent
+    pub(crate) log: Arc<Mutex<Vec<String>>>,
+    /// adds one to each row, so that none stays as it was: what a canary is about
+    pub(crate) adds_one: bool,
+    /// answers wrongly from its nth step on, those of all connections counted
+    pub(crate) wrong_from: Option<usize>,
+    /// the next connection is to one that computes right
+    pub(crate) heals: bool,
+    pub(crate) n_steps: usize,
+    /// has an answer ready only when there are more than so many steps it could answer, or when it is waited for
+    pub(crate) lag: usize,
+    pub(crate) bell: Option<Bell>,
+    pub(crate) n_sessions: u32,
+}
+
+impl Scripted {
+    pub(crate) fn new(breaks: &[bool]) -> Scripted {
+        Scripted {
+            sums: Sums::default(),
+            answers: VecDeque::new(),
+            breaks: Arc::new(Mutex::new(breaks.iter().copied().collect())),
+            is_connected: true,
+            remembers: false,
+            breaks_at: None,
+            fails_at: None,
+            goes_on: false,
+            is_recurrent: false,
+            log: Arc::default(),
+            adds_one: false,
+            wrong_from: None,
+            heals: false,
+            n_steps: 0,
+            lag: 0,
+            bell: None,
+            n_sessions: 1,
+        }
+    }
+    fn call(&mut self) -> Result<(), StageError> {
+        if self.breaks.lock().unwrap().pop_front() == Some(true) {
+            self.is_connected = false;
+        }
+        if self.is_connected { Ok(()) } else { Err(StageError::lost("the script says so")) }
+    }
+    fn next_answer(&mut self, rows: &mut Rows) -> Result<Option<Answer>, StageError> {
+        let Some((job, results)) = self.answers.pop_front() else { return Ok(None) };
+        if self.breaks_at.is_some_and(|value| results.contains(&value)) {
+            self.is_connected = false;
+            return Err(StageError::lost("it falls over this step"));
+        }
+        if self.fails_at.is_some_and(|value| results.contains(&value)) {
+            let error = StageError::NotFinite { block: Some(12), count: 1, said: None };
+            if self.goes_on {
+                let failed = Some(error);
+                return Ok(Some(Answer { failed, ..Answer::done(job, Duration::ZERO, Duration::ZERO) }));
+            }
+            self.is_connected = false;
+            return Err(error);
+        }
+        *rows = Rows::F32(results);
+        Ok(Some(Answer::done(job, Duration::ZERO, Duration::ZERO)))
+    }
+    fn note(&self, what: String) {
+        self.log.lock().unwrap().push(what);
+    }
+}
+
+impl RemoteStage for Scripted {
+    fn name(&self) -> String {
+        "remote".into()
+    }
+    fn blocks(&self) -> Option<BlockRange> {
+        Some(BlockRange { first: 11, last: 16 })
+    }
+    fn max_in_flight(&self) -> usize {
+        4
+    }
+    fn n_sessions(&self) -> u32 {
+        self.n_sessions
+    }
+    fn take_back(&self) -> TakeBack {
+        if self.is_recurrent { TakeBack::NOTHING } else { TakeBack::ALL }
+    }
+    fn cancel(&mut self, job: JobId) {
+        self.note(format!("x{}", job.0));
+    }
+    fn submit(&mut self, job: JobId, spans: &[Span], _: &[i32], rows: &Rows) -> Result<(), StageError> {
+        self.call()?;
+        let says = spans.iter().map(|s| format!("{}:{}+{}", s.session, s.position, s.count));
+        self.note(says.collect::<Vec<_>>().join(" "));
+        let mut results = self.sums.step(spans, &floats(rows.as_ref()));
+        results.iter_mut().for_each(|x| *x += f32::from(u8::from(self.adds_one)));
+        if self.wrong_from.is_some_and(|from| self.n_steps >= from) {
+            results.iter_mut().enumerate().for_each(|(i, x)| *x = -*x * (i as f32 + 2.0));
+        }
+        self.n_steps += 1;
+        self.answers.push_back((job, results));
+        if let Some(bell) = &self.bell {
+            bell.ring();
+        }
+        Ok(())
+    }
+    fn poll(&mut self, rows: &mut Rows) -> Result<Option<Answer>, StageError> {
+        self.call()?;
+        if self.bell.is_none() && self.answers.len() <= self.lag {
+            return Ok(None);
+        }
+        self.next_answer(rows)
+    }
+    fn collect_until(&mut self, rows: &mut Rows, _: Option<Instant>) -> Result<Option<Answer>, StageError> {
+        self.call()?;
+        let answer = self.next_answer(rows)?;
+        assert!(answer.is_some(), "asked for an answer to nothing");
+        Ok(answer)
+    }
+    fn notify(&mut self, bell: Option<Bell>) {
+        self.bell = bell;
+        if let Some(bell) = &self.bell {
+            bell.ring();
+        }
+    }
+    fn rewind(&mut self, session: SessionId, position: u32) -> Result<(), StageError> {
+        self.call()?;
+        self.note(format!("{}<{position}", session.0));
+        check_rewind(self.is_recurrent, &self.sums, session.0, position);
+        self.sums.rewind(session.0, position);
+        Ok(())
+    }
+    fn begin_reconnect(&mut self, bell: &Bell) {
+        self.note("dial".into());
+        self.wrong_from = self.wrong_from.filter(|_| !self.heals);
+        self.is_connected = self.breaks.lock().unwrap().pop_front() != Some(true);
+        self.answers.clear();
+        if !self.remembers {
+            self.sums = Sums::default();
+        }
+        bell.ring();
+    }
+    fn poll_connected(&mut self) -> Result<bool, StageError> {
+        if self.is_connected { Ok(true) } else { Err(StageError::lost("still away")) }
+    }
+    fn traffic(&self) -> Traffic {
+        let n = self.n_steps as u64;
+        Traffic { bytes_sent: n * 100, bytes_received: n * 90, round_trips: n }
+    }
+}
+
+/// Time that nobody has to wait for: it goes on by itself when somebody would.
+#[derive(Clone)]
+pub(crate) struct Quick {
+    world: World,
+}
+
+impl Clock for Quick {
+    fn now(&self) -> Instant {
+        self.world.now()
+    }
+    fn wait(&self, bell: &Bell, until: Option<Instant>) {
+        if !bell.wait(Some(Instant::now())) {
+            assert!(until.is_some(), "nothing to wait for, for ever");
+            self.world.wait(bell, until);
+        }
+    }
+}
+
+pub(crate) fn scripted(remotes: Vec<impl RemoteStage + 'static>, patience: Patience) -> Pipeline {
+    scripted_with(remotes, patience, false)
+}
+
+pub(crate) fn scripted_with(
+    remotes: Vec<impl RemoteStage + 'static>,
+    patience: Patience,
+    is_recurrent: bool,
+) -> Pipeline {
+    let world = World::new(0);
+    let local = || Local { sums: Sums::default(), cost: FREE, world: world.clone(), is_recurrent };
+    let mut stages = vec![StageSlot::Local(Box::new(local()))];
+    stages.extend(remotes.into_iter().map(|remote| StageSlot::Remote(Box::new(remote))));
+    stages.push(StageSlot::Local(Box::new(local())));
+    let clock = Quick { world: world.clone() };
+    Pipeline::with_clock(stages, RowType::F32, patience, Box::new(clock))
+}
+
+/// A worker that is held against what it answers when it computes right.
+pub(crate) fn guarded(worker: Scripted, session: u32) -> Guarded<Scripted> {
+    let blank = Canary { seed: 7, exponent: -5, steps: vec![3, 1], max_abs: 100, updates: vec![] };
+    let input = blank.input(1);
+    let spans = [Span { session: 0, position: 0, count: input.len() as u32 }];
+    let answer: Vec<f32> = Sums::default().step(&spans, &input).iter().map(|x| x + 1.0).collect();
+    // a worker with one session more than the steps use, but for session 0
+    let room =
+        Room { n_embd: 1, dtype: RowType::F32, n_ctx: 100_000, max_rows: 512, sessions: session.max(1) };
+    let worker = Scripted { adds_one: true, n_sessions: session + 1, ..worker };
+    Guarded::new(worker, blank.with_answer(1, &answer), room)
+}
+
+/// One that outlasts every script.
+pub(crate) const PATIENT: Patience = Patience {
+    give_up_after: Duration::from_secs(1_000_000),
+    paused_for: Duration::from_secs(1_000_000),
+    first_pause: Duration::from_millis(200),
+    longest_pause: Duration::from_secs(5),
+};
 
 /// Everything that comes out until there is nothing under way.
 pub(crate) fn drain(pipeline: &mut Pipeline) -> Vec<Finished> {

@@ -60,14 +60,7 @@ impl Pipeline {
     /// A stage is of no use: everybody with a step before it or in it hears why.
     pub(super) fn useless(&mut self, i: usize, error: PipelineError) {
         self.n_heard += 1;
-        let sessions = self.schedule.sessions_up_to(StageId(i));
-        if sessions.is_empty() {
-            self.remote(i).untold = Some(error.clone());
-        }
-        for session in sessions {
-            // it has a step, which is the one that is named
-            self.fail(session, JobId(u64::MAX), &error);
-        }
+        self.fail_all(i, &error);
         self.put_down(i);
     }
 
@@ -96,6 +89,8 @@ impl Pipeline {
         for id in self.schedule.lost(StageId(i)) {
             self.forget(id);
         }
+        // whoever comes back is checked before anything else
+        self.release_held();
     }
 
     /// A worker is lost: what it has not answered goes back to the schedule, and it is looked for.
@@ -228,7 +223,10 @@ impl Pipeline {
         remote.trips = RoundTrips::default();
         let window = LEAST_WINDOW.min(remote.agreed);
         remote.connection = match remote.stage.guard().and_then(|guard| guard.begin()) {
-            Some(check) => Connection::Checking { check, next: 0, is_sent: false },
+            Some(check) => {
+                remote.doubt.check_begins();
+                Connection::Checking { check, next: 0, is_sent: false }
+            }
             None => REPLAY,
         };
         let is_checked = matches!(remote.connection, Connection::Checking { .. });
@@ -248,7 +246,7 @@ impl Pipeline {
     /// Holds a worker that is back against its canary. Whether that got on.
     fn check_on(&mut self, i: usize) -> Result<bool, StageError> {
         let mut rows = self.spare.pop().unwrap_or_else(|| Rows::empty(self.dtype));
-        let Remote { stage, connection, .. } = self.remote(i);
+        let Remote { stage, connection, doubt, .. } = self.remote(i);
         let Connection::Checking { check, next, is_sent } = connection else { return Ok(true) };
         let mut step = || match (*is_sent, check.piece(*next)) {
             (true, _) => rows_of(stage.poll(&mut rows)?),
@@ -278,6 +276,7 @@ impl Pipeline {
             }
             Ok(true) => guard.verdict(check).map(|_| {
                 *connection = REPLAY;
+                doubt.check_passed();
                 true
             }),
             Ok(false) => Ok(false),

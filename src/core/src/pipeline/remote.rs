@@ -4,6 +4,7 @@
 use std::collections::VecDeque;
 use std::time::Instant;
 
+use super::results::Doubt;
 use super::{Kind, Pipeline, PipelineError, Work};
 use crate::bell::Bell;
 use crate::guard::Check;
@@ -58,6 +59,8 @@ pub(super) struct Remote {
     pub(super) again: Option<Again>,
     /// a check whose steps are jobs
     pub(super) check: Option<Check>,
+    /// who has to hear if a check fails
+    pub(super) doubt: Doubt,
     /// an error that nobody was there to hear
     pub(super) untold: Option<PipelineError>,
 }
@@ -76,6 +79,7 @@ impl Remote {
             listens: false,
             again: None,
             check: None,
+            doubt: Doubt::default(),
             untold: None,
         }
     }
@@ -122,8 +126,12 @@ impl Pipeline {
         }
         match self.work.get(id) {
             Some(&Work::Rewind(session, position)) => {
+                let is_settled = self.held.iter().all(|f| f.session != session);
                 let remote = self.remote(at.0);
                 remote.log.rewind(session, position);
+                if position == 0 && is_settled {
+                    remote.doubt.forget(session);
+                }
                 // one that nobody looks for needs no word: the log knows
                 let result = if remote.is_up() { remote.stage.rewind(session, position) } else { Ok(()) };
                 match result {
@@ -177,6 +185,7 @@ impl Pipeline {
                 remote.again = Some(Again { job: id, span, tokens, before, first: None });
             }
             guard.count(n_rows(&step.spans));
+            step.spans.iter().for_each(|span| remote.doubt.add(span.session()));
             begins_check = guard.is_due() && guard.has_spare_session() && remote.check.is_none();
         }
         remote.log.push(id, step.spans.clone(), tokens, rows);
@@ -218,7 +227,9 @@ impl Pipeline {
         for (piece, &id) in ids.iter().enumerate() {
             self.work.insert(id, if piece < check.len() { Work::Check(piece) } else { Work::CheckEnd });
         }
-        self.remote(at.0).check = Some(check);
+        let remote = self.remote(at.0);
+        remote.check = Some(check);
+        remote.doubt.check_begins();
     }
 
     fn send_piece(&mut self, id: JobId, at: StageId, piece: usize) {
@@ -445,9 +456,18 @@ impl Pipeline {
             check.map_or(Ok(()), |check| guard.verdict(&check).map(drop))
         });
         self.spare.push(rows);
-        if let Some(Err(wrong)) = verdict {
-            let error = self.stage_error(at.0, wrong);
-            self.useless(at.0, error);
+        if !is_last {
+            return;
+        }
+        match verdict {
+            Some(Err(wrong)) => {
+                let error = self.stage_error(at.0, wrong);
+                self.useless(at.0, error);
+            }
+            _ => {
+                self.remote(at.0).doubt.check_passed();
+                self.release_held();
+            }
         }
     }
 }

@@ -1,207 +1,15 @@
 use super::fakes::*;
 use super::*;
-use crate::canary::Canary;
-use crate::guard::{EVERY_ROWS, Guarded, Room};
+use crate::guard::EVERY_ROWS;
 use crate::rows::RowsRef;
 use crate::schedule::StepKind;
-use crate::simulator::Cost;
-use crate::stage::{Answer, RemoteStage, StageError, WrongAnswer};
+use crate::stage::{StageError, WrongAnswer};
 use proptest::prelude::*;
 use std::collections::{BTreeMap, VecDeque};
 use std::sync::{Arc, Mutex};
 
-const FREE: Cost = Cost { step: Duration::ZERO, row: Duration::ZERO };
 const ALICE: SessionId = SessionId(0);
 const BOB: SessionId = SessionId(1);
-
-/// A worker behind a connection that breaks when its script says so: each call takes one entry.
-struct Scripted {
-    sums: Sums,
-    answers: VecDeque<(JobId, Vec<f32>)>,
-    breaks: Arc<Mutex<VecDeque<bool>>>,
-    is_connected: bool,
-    remembers: bool,
-    /// breaks each time it is given this value
-    breaks_at: Option<f32>,
-    /// reports a fault of the step that has this value
-    fails_at: Option<f32>,
-    /// and goes on all the same
-    goes_on: bool,
-    /// cannot take rows back
-    is_recurrent: bool,
-    /// what it was sent
-    log: Arc<Mutex<Vec<String>>>,
-    /// adds one to each row, so that none stays as it was: what a canary is about
-    adds_one: bool,
-    /// answers wrongly from its nth step on, those of all connections counted
-    wrong_from: Option<usize>,
-    n_steps: usize,
-    /// has an answer ready only when there are more than so many steps it could answer, or when it is waited for
-    lag: usize,
-    bell: Option<Bell>,
-}
-
-impl Scripted {
-    fn new(breaks: &[bool]) -> Scripted {
-        Scripted {
-            sums: Sums::default(),
-            answers: VecDeque::new(),
-            breaks: Arc::new(Mutex::new(breaks.iter().copied().collect())),
-            is_connected: true,
-            remembers: false,
-            breaks_at: None,
-            fails_at: None,
-            goes_on: false,
-            is_recurrent: false,
-            log: Arc::default(),
-            adds_one: false,
-            wrong_from: None,
-            n_steps: 0,
-            lag: 0,
-            bell: None,
-        }
-    }
-    fn call(&mut self) -> Result<(), StageError> {
-        if self.breaks.lock().unwrap().pop_front() == Some(true) {
-            self.is_connected = false;
-        }
-        if self.is_connected { Ok(()) } else { Err(StageError::lost("the script says so")) }
-    }
-    fn next_answer(&mut self, rows: &mut Rows) -> Result<Option<Answer>, StageError> {
-        let Some((job, results)) = self.answers.pop_front() else { return Ok(None) };
-        if self.breaks_at.is_some_and(|value| results.contains(&value)) {
-            self.is_connected = false;
-            return Err(StageError::lost("it falls over this step"));
-        }
-        if self.fails_at.is_some_and(|value| results.contains(&value)) {
-            let error = StageError::NotFinite { block: Some(12), count: 1, said: None };
-            if self.goes_on {
-                let failed = Some(error);
-                return Ok(Some(Answer { failed, ..Answer::done(job, Duration::ZERO, Duration::ZERO) }));
-            }
-            self.is_connected = false;
-            return Err(error);
-        }
-        *rows = Rows::F32(results);
-        Ok(Some(Answer::done(job, Duration::ZERO, Duration::ZERO)))
-    }
-    fn note(&self, what: String) {
-        self.log.lock().unwrap().push(what);
-    }
-}
-
-impl RemoteStage for Scripted {
-    fn name(&self) -> String {
-        "remote".into()
-    }
-    fn blocks(&self) -> Option<BlockRange> {
-        Some(BlockRange { first: 11, last: 16 })
-    }
-    fn max_in_flight(&self) -> usize {
-        4
-    }
-    fn take_back(&self) -> TakeBack {
-        if self.is_recurrent { TakeBack::NOTHING } else { TakeBack::ALL }
-    }
-    fn cancel(&mut self, job: JobId) {
-        self.note(format!("x{}", job.0));
-    }
-    fn submit(&mut self, job: JobId, spans: &[Span], _: &[i32], rows: &Rows) -> Result<(), StageError> {
-        self.call()?;
-        let says = spans.iter().map(|s| format!("{}:{}+{}", s.session, s.position, s.count));
-        self.note(says.collect::<Vec<_>>().join(" "));
-        let mut results = self.sums.step(spans, &floats(rows.as_ref()));
-        results.iter_mut().for_each(|x| *x += f32::from(u8::from(self.adds_one)));
-        if self.wrong_from.is_some_and(|from| self.n_steps >= from) {
-            results.iter_mut().enumerate().for_each(|(i, x)| *x = -*x * (i as f32 + 2.0));
-        }
-        self.n_steps += 1;
-        self.answers.push_back((job, results));
-        if let Some(bell) = &self.bell {
-            bell.ring();
-        }
-        Ok(())
-    }
-    fn poll(&mut self, rows: &mut Rows) -> Result<Option<Answer>, StageError> {
-        self.call()?;
-        if self.bell.is_none() && self.answers.len() <= self.lag {
-            return Ok(None);
-        }
-        self.next_answer(rows)
-    }
-    fn collect_until(&mut self, rows: &mut Rows, _: Option<Instant>) -> Result<Option<Answer>, StageError> {
-        self.call()?;
-        let answer = self.next_answer(rows)?;
-        assert!(answer.is_some(), "asked for an answer to nothing");
-        Ok(answer)
-    }
-    fn notify(&mut self, bell: Option<Bell>) {
-        self.bell = bell;
-        if let Some(bell) = &self.bell {
-            bell.ring();
-        }
-    }
-    fn rewind(&mut self, session: SessionId, position: u32) -> Result<(), StageError> {
-        self.call()?;
-        self.note(format!("{}<{position}", session.0));
-        check_rewind(self.is_recurrent, &self.sums, session.0, position);
-        self.sums.rewind(session.0, position);
-        Ok(())
-    }
-    fn begin_reconnect(&mut self, bell: &Bell) {
-        self.note("dial".into());
-        self.is_connected = self.breaks.lock().unwrap().pop_front() != Some(true);
-        self.answers.clear();
-        if !self.remembers {
-            self.sums = Sums::default();
-        }
-        bell.ring();
-    }
-    fn poll_connected(&mut self) -> Result<bool, StageError> {
-        if self.is_connected { Ok(true) } else { Err(StageError::lost("still away")) }
-    }
-    fn traffic(&self) -> Traffic {
-        let n = self.n_steps as u64;
-        Traffic { bytes_sent: n * 100, bytes_received: n * 90, round_trips: n }
-    }
-}
-
-/// Time that nobody has to wait for: it goes on by itself when somebody would.
-#[derive(Clone)]
-struct Quick {
-    world: World,
-}
-
-impl Clock for Quick {
-    fn now(&self) -> Instant {
-        self.world.now()
-    }
-    fn wait(&self, bell: &Bell, until: Option<Instant>) -> bool {
-        if bell.wait(Some(Instant::now())) {
-            return true;
-        }
-        assert!(until.is_some(), "nothing to wait for, for ever");
-        self.world.wait(bell, until)
-    }
-}
-
-fn scripted(remotes: Vec<impl RemoteStage + 'static>, patience: Patience) -> Pipeline {
-    scripted_with(remotes, patience, false)
-}
-
-fn scripted_with(
-    remotes: Vec<impl RemoteStage + 'static>,
-    patience: Patience,
-    is_recurrent: bool,
-) -> Pipeline {
-    let world = World::new(0);
-    let local = || Local { sums: Sums::default(), cost: FREE, world: world.clone(), is_recurrent };
-    let mut stages = vec![StageSlot::Local(Box::new(local()))];
-    stages.extend(remotes.into_iter().map(|remote| StageSlot::Remote(Box::new(remote))));
-    stages.push(StageSlot::Local(Box::new(local())));
-    let clock = Quick { world: world.clone() };
-    Pipeline::with_clock(stages, RowType::F32, patience, Box::new(clock))
-}
 
 /// What a run does: feed a session some tokens in chunks, or rewind it.
 #[derive(Clone, Debug)]
@@ -247,14 +55,6 @@ fn ops() -> impl Strategy<Value = Vec<Op>> {
     let rewind = (0u32..3, 0u32..20).prop_map(|(s, p)| Op::Rewind(s, p));
     proptest::collection::vec(prop_oneof![3 => feed, 1 => rewind], 1..12)
 }
-
-/// One that outlasts every script.
-const PATIENT: Patience = Patience {
-    give_up_after: Duration::from_secs(1_000_000),
-    paused_for: Duration::from_secs(1_000_000),
-    first_pause: Duration::from_millis(200),
-    longest_pause: Duration::from_secs(5),
-};
 
 proptest! {
     #[test]
@@ -341,11 +141,9 @@ fn a_worker_hears_of_what_nobody_wants_any_more() {
     let worker = Scripted { lag: 4, ..Scripted::new(&[]) };
     let log = Arc::clone(&worker.log);
     let mut p = scripted(vec![worker], PATIENT);
-    let bell = p.bell();
     let first = p.submit(Step::decode(ALICE, 0, 1));
     p.submit(Step::decode(BOB, 0, 2));
     while asked(&log, "0:0+1") == 0 {
-        bell.ring();
         assert!(matches!(p.advance(Some(p.clock.now())), Advance::Later));
     }
     p.cancel(ALICE, first);
@@ -476,14 +274,16 @@ fn the_observer_hears_of_a_loss_and_of_the_return() {
 }
 
 #[test]
-fn a_deadline_is_kept_and_a_shared_bell_ends_a_wait() {
+fn a_deadline_is_kept_and_an_interrupt_ends_a_wait() {
     let (mut p, world) = timed(&models(&[10, 60, 10], 5, 2), PATIENT);
     p.submit(Step::decode(ALICE, 0, 1));
-    let bell = p.bell();
+    let interrupt = p.interrupt();
+    p.set_shared(true);
     let in_30_ms = p.clock.now() + Duration::from_millis(30);
     assert!(matches!(p.advance(Some(in_30_ms)), Advance::Later));
     assert_eq!(world.elapsed(), Duration::from_millis(30));
-    bell.ring();
+    interrupt.ask();
+    assert!(matches!(p.advance(None), Advance::Later));
     assert!(matches!(p.advance(None), Advance::Finished(_)));
     assert_eq!(world.elapsed(), Duration::from_millis(90));
     // of threads, without a worker that ever answers
@@ -509,23 +309,17 @@ fn logits_that_are_given_back_are_used_again() {
     assert_eq!((logits.as_ptr(), logits.capacity(), logits.len()), (at, room, 1));
 }
 
-/// A worker that is held against what it answers when it computes right.
-fn guarded(worker: Scripted, session: u32) -> Guarded<Scripted> {
-    let blank = Canary { seed: 7, exponent: -5, steps: vec![3, 1], max_abs: 100, updates: vec![] };
-    let input = blank.input(1);
-    let spans = [Span { session: 0, position: 0, count: input.len() as u32 }];
-    let answer: Vec<f32> = Sums::default().step(&spans, &input).iter().map(|x| x + 1.0).collect();
-    let room = Room { n_embd: 1, dtype: RowType::F32, n_ctx: 100_000, max_rows: 512, session };
-    Guarded::new(Scripted { adds_one: true, ..worker }, blank.with_answer(1, &answer), room)
-}
-
 /// Chunks of a prompt up to the row at which a check is due.
 fn fill(p: &mut Pipeline, session: SessionId) {
+    assert!(filled(p, session).iter().all(|f| f.outcome.is_ok()));
+}
+
+fn filled(p: &mut Pipeline, session: SessionId) -> Vec<Finished> {
     for position in (0..EVERY_ROWS).step_by(512) {
         let (tokens, want_logits) = (vec![0; 512], vec![false; 512]);
         p.submit(Step { session, position, tokens, want_logits, kind: StepKind::Prefill });
     }
-    assert!(drain(p).iter().all(|f| f.outcome.is_ok()));
+    drain(p)
 }
 
 fn asked(log: &Arc<Mutex<Vec<String>>>, what: &str) -> usize {
@@ -698,32 +492,84 @@ fn fakes_read_both_formats() {
     assert_eq!((floats(RowsRef::F16(&half)), floats(RowsRef::F32(&[2.0]))), (vec![1.5], vec![2.0]));
 }
 
-/// A check that fails when nobody has a step there is told to whoever comes next, and a rewind comes to its end.
+/// What comes out while its worker is being checked waits for the end of that; and who was given something since the
+/// worker was last right hears of it with the next step, unless nothing is left that stands on it.
 #[test]
-fn what_nobody_was_there_to_hear_does_not_take_a_rewind_with_it() {
-    let worker = Scripted { wrong_from: Some(9), ..Scripted::new(&[]) };
-    let mut p = scripted(vec![guarded(worker, 2)], PATIENT);
-    fill(&mut p, ALICE);
-    p.rewind(ALICE, 0);
-    p.submit(Step::decode(ALICE, 0, 1));
-    let all = drain(&mut p);
-    let says = all[0].outcome.as_ref().unwrap_err().to_string();
-    assert!(says.contains("blocks 11..16 come out wrong there"), "{says}");
+fn a_check_that_fails_is_heard_by_everybody_whom_it_concerns() {
+    let carol = SessionId(2);
+    let worker = Scripted { wrong_from: Some(11), heals: true, ..Scripted::new(&[]) };
+    let mut p = scripted(vec![guarded(worker, 4)], PATIENT);
+    for session in [BOB, carol] {
+        p.submit(Step::decode(session, 0, 1));
+        assert!(drain(&mut p).remove(0).outcome.is_ok());
+    }
+    p.rewind(carol, 0);
+    // the last of eight chunks begins the check; the one before may still be in the tail then
+    let mut finished = filled(&mut p, ALICE);
+    let Some(Finished { job, outcome: Err(error), .. }) = finished.pop() else {
+        panic!("nobody has noticed")
+    };
+    assert!(error.to_string().contains("blocks 11..16 come out wrong there"), "{error}");
+    assert!((6..8).contains(&finished.len()) && finished.iter().all(|f| f.outcome.is_ok()));
+    assert_eq!(job.0, finished[0].job.0 + finished.len() as u64, "the oldest that did not come out");
+
+    // its rewind does not take the word from Bob
+    p.rewind(BOB, 1);
+    p.submit(Step::decode(BOB, 1, 1));
+    let error = drain(&mut p).remove(0).outcome.unwrap_err();
+    assert!(error.to_string().contains("blocks 11..16 come out wrong there"), "{error}");
+    // Carol has begun anew
+    p.submit(Step::decode(carol, 0, 1));
+    assert!(drain(&mut p).remove(0).outcome.is_ok());
 }
 
-/// Whoever has no further step asks: what was answered before a check that failed is not to be believed.
+/// The same check passed: the last answer comes out behind it.
 #[test]
-fn what_nobody_was_there_to_hear_can_be_asked_for() {
-    let mut right = scripted(vec![guarded(Scripted::new(&[]), 2)], PATIENT);
-    fill(&mut right, ALICE);
-    assert!(right.take_untold().is_none());
-
-    let worker = Scripted { wrong_from: Some(9), ..Scripted::new(&[]) };
+fn an_answer_waits_for_the_check_that_began_behind_it() {
+    let worker = Scripted::new(&[]);
+    let log = Arc::clone(&worker.log);
     let mut p = scripted(vec![guarded(worker, 2)], PATIENT);
-    fill(&mut p, ALICE);
-    let says = p.take_untold().expect("the check has failed").to_string();
-    assert!(says.contains("blocks 11..16 come out wrong there"), "{says}");
-    assert!(p.take_untold().is_none(), "it is told once");
+    for position in (0..EVERY_ROWS).step_by(512) {
+        let (tokens, want_logits) = (vec![0; 512], vec![false; 512]);
+        p.submit(Step { session: ALICE, position, tokens, want_logits, kind: StepKind::Prefill });
+    }
+    for n in 0..8 {
+        assert!(matches!(p.advance(None), Advance::Finished(Finished { outcome: Ok(_), .. })));
+        assert!(p.remote(1).check.is_none(), "the {n}th answer came out while the worker was being checked");
+    }
+    assert_eq!(asked(&log, "2:3+1"), 1);
+}
+
+/// Lost at any call, those of the check among them: what waits for it comes out all the same.
+#[test]
+fn a_worker_lost_while_it_is_checked_holds_nothing_back() {
+    for at in 0..60 {
+        let mut breaks = vec![false; at];
+        breaks.push(true);
+        let mut p = scripted(vec![guarded(Scripted { lag: 1, ..Scripted::new(&breaks) }, 2)], PATIENT);
+        let finished = filled(&mut p, ALICE);
+        assert_eq!(finished.iter().filter(|f| f.outcome.is_ok()).count(), 8, "lost at call {at}");
+    }
+}
+
+/// What nobody wants any more, in the lanes, under way and behind a check, comes to nothing; the session goes on from
+/// where it is rewound to.
+#[test]
+fn a_session_that_is_given_up_leaves_nothing_behind() {
+    let mut p = scripted(vec![Scripted { lag: 1, fails_at: Some(100.0), ..Scripted::new(&[]) }], PATIENT);
+    for (position, token) in [(0, 1), (1, 1), (2, 97), (3, 1), (4, 1)] {
+        p.submit(Step::decode(ALICE, position, token));
+        p.submit(Step::decode(BOB, position, 1));
+    }
+    let first = p.advance(None);
+    assert!(matches!(first, Advance::Finished(Finished { session: ALICE, .. })), "{first:?}");
+    p.give_up(ALICE);
+    p.rewind(ALICE, 0);
+    p.submit(Step::decode(ALICE, 0, 7));
+    let rest = drain(&mut p);
+    let of = |who| rest.iter().filter(move |f| f.session == who).map(|f| f.outcome.as_ref().unwrap()[0]);
+    assert_eq!(of(ALICE).collect::<Vec<_>>(), [7.0]);
+    assert_eq!(of(BOB).collect::<Vec<_>>(), [1.0, 4.0, 10.0, 20.0, 35.0]);
 }
 
 /// A row that was taken back while it was computed is not asked again: the worker stands before it by then.

@@ -3,9 +3,10 @@
 use std::time::{Duration, Instant};
 
 use crate::bell::Bell;
+use crate::blocks::BlockRange;
 use crate::error::PipelineError;
 use crate::schedule::{JobId, SessionId, StepKind};
-use crate::stage::{LocalStage, RemoteStage, Span};
+use crate::stage::{LocalStage, RemoteStage, Span, Traffic};
 
 /// Rows of one session to evaluate together.
 #[derive(Clone, Debug, PartialEq)]
@@ -55,7 +56,7 @@ pub enum Advance {
     Finished(Finished),
     /// There is nothing under way.
     Idle,
-    /// The deadline has come, or somebody else has rung the [bell](super::Pipeline::bell).
+    /// The deadline has come, or another thread has [interrupted](super::Pipeline::interrupt).
     Later,
 }
 
@@ -76,6 +77,26 @@ pub struct StageStats {
     pub wait: Duration,
     /// How often its worker was lost and found again.
     pub reconnects: u32,
+}
+
+/// What a pipeline has done up to a moment.
+#[derive(Clone, Debug, Default)]
+pub struct Snapshot {
+    /// Its stages, in order.
+    pub stages: Vec<StageSnapshot>,
+    /// What crossed all sockets.
+    pub traffic: Traffic,
+}
+
+/// What a stage has done up to a moment.
+#[derive(Clone, Debug)]
+pub struct StageSnapshot {
+    /// Its name and place.
+    pub name: String,
+    /// Its blocks; `None` when it has none.
+    pub blocks: Option<BlockRange>,
+    /// What it did.
+    pub stats: StageStats,
 }
 
 /// What the observer is told.
@@ -119,8 +140,8 @@ pub enum Event<'a> {
 pub trait Clock: Send {
     /// Now.
     fn now(&self) -> Instant;
-    /// Waits until the bell was rung, or until then. Whether it was rung.
-    fn wait(&self, bell: &Bell, until: Option<Instant>) -> bool;
+    /// Waits until the bell was rung, or until then.
+    fn wait(&self, bell: &Bell, until: Option<Instant>);
 }
 
 /// The time of day.
@@ -131,7 +152,7 @@ impl Clock for SystemClock {
         Instant::now()
     }
 
-    fn wait(&self, bell: &Bell, until: Option<Instant>) -> bool {
-        bell.wait(until)
+    fn wait(&self, bell: &Bell, until: Option<Instant>) {
+        bell.wait(until);
     }
 }

@@ -58,7 +58,7 @@ pub fn run(args: &Args, process_start: Instant) -> Result<(), Failure> {
     let template = args.chat_template.as_deref().map(template_text).transpose()?;
     let interrupt = Interrupt::watch();
     let host = args.split.host(&args.machine)?;
-    let mut host = host.connect(shown::events(args.machine.verbose)).map_err(explain)?;
+    let host = host.connect(shown::events(args.machine.verbose)).map_err(explain)?;
     let template = match &template {
         Some(source) => host.chat_template_of(source).map_err(explain)?,
         None => own_template(&host)?,
@@ -107,7 +107,7 @@ struct Chat<'a> {
     interrupt: Interrupt,
     process_start: Instant,
     template: ChatTemplate,
-    session: Session<'a>,
+    session: Session,
     turns: Vec<Turn>,
 }
 

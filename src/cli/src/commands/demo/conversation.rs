@@ -43,7 +43,7 @@ impl Script<'_> {
     pub(super) fn play(
         &self,
         name: &'static str,
-        session: &mut Session<'_>,
+        session: &mut Session,
         page: Option<&Page>,
         stop: &AtomicBool,
     ) -> Result<Arm, Failure> {
@@ -72,7 +72,7 @@ impl Script<'_> {
         Ok(arm)
     }
 
-    fn prompt(&self, session: &Session<'_>, turns: &[Turn]) -> Result<Vec<i32>, Failure> {
+    fn prompt(&self, session: &Session, turns: &[Turn]) -> Result<Vec<i32>, Failure> {
         let tokens = match self.template {
             Some(template) => session.tokenize_chat(template, turns),
             None => session.tokenize(self.text, true),
@@ -80,7 +80,7 @@ impl Script<'_> {
         tokens.map_err(explain)
     }
 
-    fn reply(&self, session: &mut Session<'_>, show: bool, stop: &AtomicBool) -> Result<Reply, Failure> {
+    fn reply(&self, session: &mut Session, show: bool, stop: &AtomicBool) -> Result<Reply, Failure> {
         let mut generation = session.generate(Sampling::greedy()).limit(Some(self.n_predict)).stop_when(stop);
         let mut pieces = Vec::new();
         for token in generation.by_ref() {

@@ -235,7 +235,7 @@ impl<'a> Demo<'a> {
 
     /// The conversation three times; the first one is shown as it goes.
     fn converse(&self, model: &Path, parts: &Parts, stop: &AtomicBool) -> Result<[Arm; 3], Failure> {
-        let mut host = self.host(parts, RowType::F32)?;
+        let host = self.host(parts, RowType::F32)?;
         // a model without one goes on with a text
         let template = host.chat_template().ok();
         let script = self.script(template.as_ref());
@@ -244,13 +244,13 @@ impl<'a> Demo<'a> {
         drop(host);
 
         self.page.line("The same again by stock llama.cpp, the whole model in one process ...")?;
-        let mut whole = WholeModel::open(model, &self.resources, true, events()).map_err(explain)?;
+        let whole = WholeModel::open(model, &self.resources, true, events()).map_err(explain)?;
         let session = &mut whole.session().map_err(explain)?;
         let stock = script.play("stock llama.cpp", session, None, stop)?;
         drop(whole);
 
         self.page.line("... and over both processes with rows of half the size, which is the default.\n")?;
-        let mut host = self.host(parts, RowType::F16)?;
+        let host = self.host(parts, RowType::F16)?;
         let rounded = script.play("split, f16 rows", &mut host.session().map_err(explain)?, None, stop)?;
         Ok([stock, exact, rounded])
     }

@@ -1,0 +1,221 @@
+use std::sync::mpsc::channel;
+use std::thread::{scope, sleep};
+use std::time::{Duration, Instant};
+
+use super::*;
+use crate::fakes::{Cut, FAILS_AT, PANICS_AT, SleepingStage, SleepingWorker, Sums};
+use crate::pipeline::{Patience, StageSlot};
+use crate::random::random;
+use crate::rows::RowType;
+use crate::schedule::StepKind;
+use crate::stage::Span;
+
+const US: Duration = Duration::from_micros(1);
+
+/// Head, workers and tail that take so long for each step, and what cuts the workers' connections.
+fn pipeline(local: Duration, workers: &[Duration], sessions: u32) -> (SharedPipeline, Vec<Cut>) {
+    let workers: Vec<SleepingWorker> =
+        workers.iter().map(|&compute| SleepingWorker::start(compute, 20 * US, 4)).collect();
+    let cuts = workers.iter().map(SleepingWorker::cut).collect();
+    let here = || StageSlot::Local(Box::new(SleepingStage::new(local)));
+    let mut stages = vec![here()];
+    stages.extend(workers.into_iter().map(|worker| StageSlot::Remote(Box::new(worker))));
+    stages.push(here());
+    let patience = Patience { first_pause: US, longest_pause: 1000 * US, ..Patience::default() };
+    (SharedPipeline::new(Pipeline::new(stages, RowType::F32, patience), sessions), cuts)
+}
+
+fn step(position: u32, tokens: &[i32]) -> Step {
+    Step {
+        session: SessionId(0),
+        position,
+        want_logits: vec![true; tokens.len()],
+        tokens: tokens.to_vec(),
+        kind: if tokens.len() == 1 { StepKind::Decode } else { StepKind::Prefill },
+    }
+}
+
+/// Runs steps and gives all that comes out.
+fn run(client: &mut Client, steps: Vec<Step>) -> Result<Vec<f32>, PipelineError> {
+    let mut out = Vec::new();
+    client.run(steps, |logits| {
+        out.extend_from_slice(&logits);
+        Some(logits)
+    })?;
+    Ok(out)
+}
+
+/// A caller that prompts, replies and takes back at random, and holds everything against the sums of its own.
+fn converse(client: &mut Client, n_stages: usize, seed: u64, turns: u64) {
+    let mut drawn = 0;
+    let mut below = |n: u64| {
+        drawn += 1;
+        random(seed, drawn) % n
+    };
+    let mut model = vec![Sums::default(); n_stages];
+    let mut length = 0;
+    for _ in 0..turns {
+        if below(4) == 0 {
+            length = below(u64::from(length) + 1) as u32;
+            client.rewind(length);
+            model.iter_mut().for_each(|sums| sums.rewind(0, length));
+        }
+        let mut steps = Vec::new();
+        let mut expected = Vec::new();
+        for _ in 0..1 + below(4) {
+            let tokens: Vec<i32> = (0..1 + below(3)).map(|_| 1 + below(50) as i32).collect();
+            let span = [Span { session: 0, position: length, count: tokens.len() as u32 }];
+            let values = tokens.iter().map(|&token| token as f32).collect();
+            expected
+                .extend(model.iter_mut().fold(values, |values: Vec<f32>, sums| sums.step(&span, &values)));
+            steps.push(step(length, &tokens));
+            length += tokens.len() as u32;
+        }
+        assert_eq!(run(client, steps).unwrap(), expected, "seed {seed}");
+    }
+}
+
+#[test]
+fn threads_with_a_session_each_get_what_each_gets_alone_though_workers_are_lost() {
+    for workers in [&[][..], &[50 * US], &[30 * US, 90 * US]] {
+        let (pipeline, cuts) = pipeline(10 * US, workers, 4);
+        scope(|scope| {
+            let threads = [0, 1, 2, 3].map(|seed| {
+                let pipeline = &pipeline;
+                scope.spawn(move || {
+                    // leaves in between, and somebody else may have its number then
+                    for turn in 0..4 {
+                        let mut client = pipeline.client().unwrap();
+                        converse(&mut client, 2 + workers.len(), seed * 100 + turn, 15);
+                    }
+                })
+            });
+            // each loss is longer made good than it takes to be lost: there is an end to them
+            for _ in 0..20 {
+                sleep(3000 * US);
+                cuts.iter().for_each(Cut::now);
+            }
+            drop(threads);
+        });
+        let snapshot = pipeline.client().unwrap().snapshot().unwrap();
+        let lost: u32 = snapshot.stages.iter().map(|stage| stage.stats.reconnects).sum();
+        assert!(workers.is_empty() || lost > 0, "nothing was lost");
+    }
+}
+
+#[test]
+fn there_are_as_many_clients_as_sessions_and_each_begins_empty() {
+    let (pipeline, _) = pipeline(Duration::ZERO, &[Duration::ZERO], 2);
+    let mut first = pipeline.client().unwrap();
+    let second = pipeline.client().unwrap();
+    assert_ne!(first.session(), second.session());
+    let Err(error) = pipeline.client() else { panic!("a third of two") };
+    assert_eq!(
+        (error, error.to_string()),
+        (NoSession { sessions: 2 }, "all 2 sessions are in use".to_owned())
+    );
+    assert_eq!(run(&mut first, vec![step(0, &[5, 6])]).unwrap().len(), 2);
+    let number = first.session();
+    drop(first);
+    let mut third = pipeline.client().unwrap();
+    assert_eq!(third.session(), number);
+    assert_eq!(run(&mut third, vec![step(0, &[7])]).unwrap(), [7.0]);
+}
+
+#[test]
+fn an_error_is_its_session_s_and_it_goes_on_from_where_it_is_rewound_to() {
+    let (pipeline, _) = pipeline(10 * US, &[10 * US], 2);
+    let mut other = pipeline.client().unwrap();
+    scope(|scope| {
+        scope.spawn(|| converse(&mut other, 3, 1, 40));
+        let mut client = pipeline.client().unwrap();
+        for _ in 0..20 {
+            assert_eq!(run(&mut client, vec![step(0, &[1])]).unwrap(), [1.0]);
+            let error = run(&mut client, vec![step(1, &[2]), step(2, &[FAILS_AT]), step(3, &[1])]);
+            assert!(matches!(error, Err(PipelineError::Stage { .. })), "{error:?}");
+            client.rewind(1);
+            assert_eq!(run(&mut client, vec![step(1, &[2])]).unwrap(), [5.0]);
+            client.rewind(0);
+        }
+    });
+}
+
+#[test]
+fn a_caller_that_panics_takes_its_steps_back() {
+    let (pipeline, _) = pipeline(10 * US, &[10 * US], 2);
+    let mut client = pipeline.client().unwrap();
+    let steps = (0..20).map(|i| step(i, &[1])).collect::<Vec<_>>();
+    let caught = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| {
+        client.run(steps, |logits| if logits == [4.0] { panic!("the caller's own") } else { Some(logits) })
+    }));
+    assert!(caught.is_err());
+    client.rewind(0);
+    assert_eq!(run(&mut client, vec![step(0, &[9])]).unwrap(), [9.0]);
+    assert_eq!(run(&mut pipeline.client().unwrap(), vec![step(0, &[3])]).unwrap(), [3.0]);
+}
+
+#[test]
+fn when_a_stage_panics_under_whoever_drives_nobody_waits_for_ever() {
+    let (pipeline, _) = pipeline(50 * US, &[50 * US], 3);
+    let errors: Vec<PipelineError> = scope(|scope| {
+        let client = || pipeline.client().unwrap();
+        let talk = |mut client: Client| {
+            let mut at = 0;
+            loop {
+                match run(&mut client, vec![step(at, &[1])]) {
+                    Ok(_) => at += 1,
+                    Err(error) => return error,
+                }
+            }
+        };
+        let [a, b, mut bad] = [client(), client(), client()];
+        let threads = [scope.spawn(move || talk(a)), scope.spawn(move || talk(b))];
+        // whichever thread drives then
+        let own = scope.spawn(move || run(&mut bad, vec![step(0, &[PANICS_AT])]));
+        let mut errors: Vec<PipelineError> =
+            threads.into_iter().filter_map(|thread| thread.join().ok()).collect();
+        errors.extend(own.join().ok().and_then(Result::err));
+        errors
+    });
+    assert_eq!(errors.len(), 2, "the thread that panicked, and two that hear of it");
+    assert!(errors.iter().all(|error| matches!(error, PipelineError::Abandoned)), "{errors:?}");
+}
+
+/// While one session's prompt is evaluated, chunk after chunk on this machine's own device, another one's token comes in
+/// between.
+#[test]
+fn a_token_does_not_wait_for_another_session_s_prompt() {
+    let (pipeline, _) = pipeline(1000 * US, &[], 2);
+    let [mut long, mut short] = [pipeline.client().unwrap(), pipeline.client().unwrap()];
+    let (sender, begun) = channel();
+    scope(|scope| {
+        let prompt = scope.spawn(move || {
+            let mut n = 0;
+            let steps = (0..60).map(|i| step(2 * i, &[1, 1])).collect::<Vec<_>>();
+            long.run(steps, |logits| {
+                n += 1;
+                sender.send(n).unwrap();
+                Some(logits)
+            })
+        });
+        begun.recv().unwrap();
+        assert_eq!(run(&mut short, vec![step(0, &[5])]).unwrap(), [5.0]);
+        let chunks = begun.try_iter().last().unwrap_or(1);
+        assert!(chunks < 40, "{chunks} of 60 chunks came first");
+        prompt.join().unwrap().unwrap();
+    });
+}
+
+#[test]
+fn who_wants_to_know_how_it_stands_does_not_wait_for_a_slow_worker() {
+    let (pipeline, _) = pipeline(Duration::ZERO, &[Duration::from_millis(400)], 2);
+    let [mut slow, other] = [pipeline.client().unwrap(), pipeline.client().unwrap()];
+    let begun = Instant::now();
+    scope(|scope| {
+        let run = scope.spawn(move || run(&mut slow, vec![step(0, &[1])]));
+        sleep(Duration::from_millis(50));
+        assert_eq!(other.snapshot().unwrap().stages.len(), 3);
+        assert!(begun.elapsed() < Duration::from_millis(300), "{:?}", begun.elapsed());
+        run.join().unwrap().unwrap();
+    });
+}
