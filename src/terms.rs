@@ -2,7 +2,7 @@
 
 use dim_core::blocks::BlockRange;
 use dim_core::digest::Sha;
-use dim_core::rows::RowType;
+use dim_core::rows::{Part, PartType, RowType};
 use dim_core::stage::{LocalStage, TakeBack};
 use dim_wire::rows::{RowTypes, Shape};
 use dim_wire::terms::{Engine, Machine, SliceRole, Terms};
@@ -42,6 +42,11 @@ pub(crate) struct ExpectedRows {
 }
 
 impl ExpectedRows {
+    /// Whether it is known that no canary is made for such rows.
+    pub(crate) fn are_not_alike(&self) -> bool {
+        self.input.is_some() && canary_width(&self.shape).is_none()
+    }
+
     /// What a manifest says of them; of one that says nothing, nothing.
     pub(crate) fn of(slice: &SliceEntry) -> ExpectedRows {
         let (input, output) = (layout(&slice.input), layout(&slice.output));
@@ -57,6 +62,15 @@ impl ExpectedRows {
             },
         }
     }
+}
+
+/// The length of the rows that a canary is made of: those of one length in and out, of singles only. `None` for others.
+pub(crate) fn canary_width(shape: &Shape) -> Option<usize> {
+    let is_single = |part: &Part| part.part_type == PartType::F32 && part.may_round;
+    let all = shape.input.parts.iter().chain(&shape.output.parts);
+    let width = shape.input.width(RowType::F32);
+    let fits = { all }.all(is_single) && !shape.reads_tokens;
+    (fits && width > 0 && width == shape.output.width(RowType::F32)).then_some(width)
 }
 
 /// The same in the engine's words, whose digest it has.

@@ -160,7 +160,7 @@ fn check(family: &Family) -> Result<(), String> {
     drop(session);
     drop(host);
     // that the comparison can fail: with F16 rows the logits are others
-    let host = Host::open(cut.file("m.split.json")).unwrap().resources(SMALL);
+    let host = Host::open(cut.file("m.split.json")).unwrap().resources(SMALL).wire(RowType::F16);
     let host = host.worker(&address, Key::from_file(&cut.key).unwrap()).connect(|_| {}).unwrap();
     let rounded = run(&mut host.session().unwrap(), &prompt, |_| {});
     if rounded == expected {
@@ -198,6 +198,17 @@ fn a_cut_that_is_not_possible_is_refused_with_the_nearest_one() {
     let manifest = Manifest::read(cut.file("m.split.json")).unwrap();
     assert_eq!(manifest.model.memory.as_deref(), Some("KV cache with sliding windows"));
     assert_eq!(manifest.slices[1].input, *crossing);
+}
+
+/// Which middles have a canary: all whose two ends are alike, whatever crosses there, and that read no token ids.
+#[test]
+fn middles_whose_ends_are_alike_have_a_canary() {
+    for family in FAMILIES {
+        let cut = Cut::new(family);
+        let manifest = Manifest::read(cut.file("m.split.json")).unwrap();
+        let middle = &manifest.slices[1];
+        assert_eq!(middle.canary.is_some(), !middle.reads_tokens, "{}", family.0);
+    }
 }
 
 /// Blocks that predict further tokens are in no slice, and that is said.

@@ -223,7 +223,8 @@ fn how(status: ExitStatus) -> String {
         return match signal {
             4 => "SIGILL".into(),
             6 => "SIGABRT".into(),
-            7 | 10 => "SIGBUS".into(),
+            7 if cfg!(target_os = "linux") => "SIGBUS".into(),
+            10 if cfg!(target_vendor = "apple") => "SIGBUS".into(),
             8 => "SIGFPE".into(),
             9 => "SIGKILL".into(),
             11 => "SIGSEGV".into(),

@@ -19,8 +19,8 @@ pub enum NoCanary {
     /// It loads, and cannot be evaluated: what llama.cpp says.
     #[error("{0}")]
     NotEvaluated(String),
-    /// A known input is one hidden row, and more goes in or comes out.
-    #[error("more than one hidden row crosses its ends ({0})")]
+    /// What goes in is not what comes out, or is more than rows of singles: an answer would not be what was added.
+    #[error("what crosses its two ends is not alike ({0})")]
     Crossing(String),
     /// It is another model's.
     #[error("its rows have {found} values, not {wanted}")]
@@ -45,14 +45,14 @@ impl NoCanary {
     }
 }
 
-/// Finds the answer of the slice at `path`, whose rows have `n_embd` values, by llama.cpp on the CPU. The slice is
+/// Finds the answer of the slice at `path`, whose hidden rows have `n_embd` values, by llama.cpp on the CPU. The slice is
 /// mapped and its weights stay as they are, so this takes little memory.
 ///
 /// # Errors
 /// Why there is none: llama.cpp cannot evaluate the slice, or what it gives tells nothing.
 #[cfg(feature = "engine")]
 pub fn find(path: &std::path::Path, n_embd: usize, seed: u64) -> Result<Canary, NoCanary> {
-    use llama_sys_patch::{ContextParams, Model, ModelParams, Stage, StageParams};
+    use llama_sys_patch::{ContextParams, Layout, Model, ModelParams, Stage, StageParams, ValueType};
 
     let params = ModelParams {
         gpu_layers: Some(0),
@@ -74,10 +74,14 @@ pub fn find(path: &std::path::Path, n_embd: usize, seed: u64) -> Result<Canary, 
         ContextParams { n_ctx, n_batch: most, n_ubatch: most, n_threads: 1, ..ContextParams::default() };
     let params = StageParams { blocks, takes_tokens: false, has_lm_head: false, context };
     let mut stage = Stage::new(&model, params).map_err(unloadable)?;
-    let is_row = |layout: &llama_sys_patch::Layout| layout.is_one_f32_row() && layout.width_f32() == n_embd;
-    if !is_row(stage.input_layout()) || !is_row(stage.output_layout()) || stage.reads_tokens() {
+    // what stands beside the hidden row is drawn like it; what goes through unchanged adds nothing to the answer
+    let width = stage.input_layout().width_f32();
+    let all_f32 = |layout: &Layout| layout.parts.iter().all(|part| part.value_type == ValueType::F32);
+    let alike = width == stage.output_layout().width_f32();
+    if !alike || !all_f32(stage.input_layout()) || !all_f32(stage.output_layout()) || stage.reads_tokens() {
         let ids = if stage.reads_tokens() { ", token ids" } else { "" };
-        return Err(NoCanary::Crossing(format!("{}{ids}", stage.input_layout())));
+        let (input, output) = (stage.input_layout(), stage.output_layout());
+        return Err(NoCanary::Crossing(format!("in: {input}{ids}; out: {output}")));
     }
 
     let steps = STEPS.to_vec();
@@ -88,7 +92,7 @@ pub fn find(path: &std::path::Path, n_embd: usize, seed: u64) -> Result<Canary, 
         canary.exponent = wanted;
         output = evaluate(&canary, &mut stage)?;
     }
-    let canary = canary.with_answer(n_embd, &output);
+    let canary = canary.with_answer(width, &output);
     canary.check().map(|()| canary).map_err(NoCanary::Unfit)
 }
 
@@ -101,19 +105,19 @@ pub fn find(_path: &std::path::Path, _n_embd: usize, _seed: u64) -> Result<Canar
     Err(NoCanary::NotBuilt)
 }
 
-/// The answer to its rows, (n_rows, n_embd).
+/// The answer to its rows, (n_rows, width of a row).
 #[cfg(feature = "engine")]
 fn evaluate(canary: &Canary, stage: &mut llama_sys_patch::Stage) -> Result<Vec<f32>, NoCanary> {
     use llama_sys_patch::{Input, Output, Row};
 
-    let n_embd = stage.model().n_embd();
-    let input = canary.input(n_embd);
+    let width = stage.input_layout().width_f32();
+    let input = canary.input(width);
     let mut output = vec![0f32; input.len()];
     let failed = |e: llama_sys_patch::Error| NoCanary::NotEvaluated(e.to_string());
     stage.clear(0).map_err(failed)?;
     let mut position = 0;
     for &n in &canary.steps {
-        let values = position as usize * n_embd..(position + n) as usize * n_embd;
+        let values = position as usize * width..(position + n) as usize * width;
         let rows = Row::chunk(0, position, n as usize);
         stage
             .evaluate(&rows, Input::F32(&input[values.clone()]), Output::F32(&mut output[values]))

@@ -1,17 +1,18 @@
 //! Reads, plans, cuts and synthesises GGUF files.
 //!
-//! Pure Rust: without the `engine` feature no C++ is compiled, and everything works except requantising. Each module
+//! Pure Rust: without the `engine` feature no C++ is compiled, and everything works except what asks llama.cpp. Each module
 //! knows those above it only:
 //!
 //! | module | what |
 //! |---|---|
 //! | [`text`], [`failure`], [`terminal`] | what is shown to people: texts of files, errors with their way out, lines |
-//! | [`arch`] | which architectures can be cut |
+//! | [`arch`] | which architectures' blocks can be renumbered |
 //! | [`gguf`] | files, read and written; what llama.cpp would end the process for |
 //! | [`digest`] | names of tensors, models and slices |
 //! | [`slice`](mod@slice) | the keys of a slice, and whether its file is what they say |
 //! | [`requantise`], [`canary`] | what takes llama.cpp: other types, a middle's answer to a known input |
 //! | [`dequantise`] | a quantised model as plain numbers |
+//! | [`needs`], [`apart`] | what a range of blocks needs; llama.cpp, which says it, in a process of its own |
 //! | [`plan`] | a cut before anything is written |
 //! | [`manifest`] | what was cut, as a file |
 //! | [`split`] | the cut itself |

@@ -135,14 +135,15 @@ fn dial(
         *n_ubatch = link.agreed().max_rows.min(*n_ubatch);
     }
     let sides = stage.link().map(Sides::of_worker);
-    let is_hidden = stage.link().is_none_or(|link| link.agreed().shape.is_hidden());
-    match canary.and_then(|canary| if is_hidden { Ok(canary) } else { Err(NoCanary::OtherRows) }) {
+    let width = stage
+        .link()
+        .map_or(Some(split.head.hparams.n_embd as usize), |l| terms::canary_width(&l.agreed().shape));
+    match canary.and_then(|canary| width.map(|width| (canary, width)).ok_or(NoCanary::OtherRows)) {
         Err(why) => {
             events.tell(Event::Unchecked { address: address.clone(), why });
             Ok((Dialled::Remote(Box::new(stage), sides), address))
         }
-        Ok(canary) => {
-            let n_embd = split.head.hparams.n_embd as usize;
+        Ok((canary, n_embd)) => {
             let (dtype, n_ctx, max_rows) = (options.wire, options.resources.n_ctx, *n_ubatch);
             let room = Room { n_embd, dtype, n_ctx, max_rows, sessions: options.sessions };
             let stage = Guarded::new(stage, canary.clone(), room);

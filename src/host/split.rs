@@ -94,8 +94,13 @@ impl SplitFiles {
 
     /// What the middle with these blocks has to answer, or why that is not known.
     pub(crate) fn canary_of(&self, blocks: BlockRange) -> Result<&Canary, NoCanary> {
-        let canary = self.middle(blocks).and_then(|m| m.canary.as_ref());
-        canary.ok_or(if self.has_manifest { NoCanary::NotInManifest } else { NoCanary::NoManifest })
+        let middle = self.middle(blocks);
+        let canary = middle.and_then(|m| m.canary.as_ref());
+        canary.ok_or(match (self.has_manifest, middle) {
+            (false, _) => NoCanary::NoManifest,
+            (true, Some(middle)) if middle.rows.are_not_alike() => NoCanary::OtherRows,
+            (true, _) => NoCanary::NotInManifest,
+        })
     }
 }
 
