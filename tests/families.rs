@@ -276,10 +276,11 @@ fn a_recurrent_session_is_taken_back_by_evaluating_it_anew() {
         };
         let (_, got) = (turn(&tokens), turn(&other));
         // the same in a session that never saw the first
-        let mut fresh = whole.session().unwrap();
-        fresh.push_tokens(&other).unwrap();
-        let fresh: Vec<i32> =
-            fresh.generate(Sampling::greedy()).ignore_eos(true).take(8).map(|t| t.unwrap().id).collect();
+        let fresh: Vec<i32> = {
+            let mut session = whole.session().unwrap();
+            session.push_tokens(&other).unwrap();
+            session.generate(Sampling::greedy()).ignore_eos(true).take(8).map(|t| t.unwrap().id).collect()
+        };
         assert_eq!(got, fresh, "{arch}");
         // stock llama.cpp's session can be taken back, too
         let mut stock = whole.session().unwrap();
