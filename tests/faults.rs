@@ -373,7 +373,8 @@ fn values_that_are_no_numbers_are_named_on_either_side() {
 fn a_value_that_f16_cannot_hold_is_named_and_f32_takes_it() {
     let cut = Cut::new(&Spec::tiny("qwen2").unwrap().with_type("f32").unwrap().gain(1.0e5), &["1..2"]);
     let worker = cut.worker(1);
-    let says = failure(&mut cut.generate(&[&worker.address], &["-n", "2", "--temp", "0"]), 1);
+    let rounded = ["-n", "2", "--temp", "0", "--wire", "f16"];
+    let says = failure(&mut cut.generate(&[&worker.address], &rounded), 1);
     assert!(says.contains("block") && says.contains("65504"), "{says}");
     assert!(says.contains("--wire f32"), "{says}");
     let stock = report(&mut cut.stock(&["-n", "8", "--temp", "0"]));
