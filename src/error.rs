@@ -18,6 +18,7 @@ use gguf_tools::plan::Role;
 use gguf_tools::slice::SliceError;
 
 use crate::event::Offered;
+use crate::host::address::BadAddress;
 use crate::host::template::TemplateError;
 
 /// An option that is out of range.
@@ -127,6 +128,9 @@ pub enum Error {
     },
 
     // ---- workers
+    /// What is given as a worker is no address.
+    #[error("--worker {0}")]
+    Address(#[from] BadAddress),
     /// There is no key for a worker.
     #[error("{source}")]
     NoKey {
@@ -263,6 +267,7 @@ impl Error {
             Error::TwoHave { .. } => {
                 "head, middles and tail must follow each other: take the slices of one dim-split run"
             }
+            Error::Address(e) => e.hint(),
             Error::NoKey { address, .. } => {
                 return Some(format!("dim-host pair {address}, with the code that the worker shows"));
             }

@@ -260,3 +260,57 @@ fn a_model_without_a_template_talks_in_chatml_or_in_what_it_is_given() {
     assert_eq!(code, Some(2));
     assert!(err.contains("--chat-template no-such-name"), "{err}");
 }
+
+#[test]
+fn an_address_that_can_never_work_is_not_dialled() {
+    let cut = Cut::tiny("llama");
+    for address in ["", "127.0.0.1:99999", "http://127.0.0.1:7878", "a b", "[fe80::1%no-such-interface]:7878"]
+    {
+        let said = failure(&mut cut.generate(&[address], &["-n", "1"]), 2);
+        assert!(said.contains("--worker") && said.contains("hint: "), "{address}: {said}");
+        assert!(!said.contains("trying for"), "{address:?} was dialled: {said}");
+    }
+    // a port that is left out is 7878, where nobody listens
+    let alone = ["-n", "1", "--give-up-after", "0"];
+    assert!(failure(&mut cut.generate(&["127.0.0.9"], &alone), 1).contains("127.0.0.9:7878"));
+}
+
+/// Two workers are paired, and one comes back at another address: the key is the worker's.
+#[test]
+fn a_paired_worker_may_move() {
+    let cut = Cut::new(&Spec::tiny("llama").unwrap(), &["1..1", "2..2"]);
+    let homes: Vec<_> = (0..3).map(|_| tempfile::tempdir().unwrap()).collect();
+    let worker = |i: usize| {
+        let mut command = Command::new(common::worker_program());
+        command.arg(cut.slice(i)).args(["--listen", "127.0.0.1:0", "--threads", "1", "--ctx", "512"]);
+        common::Worker::spawn(command.env("XDG_CONFIG_HOME", homes[i - 1].path()))
+    };
+    let host = |args: &[&str]| {
+        let mut command = Command::new(host_program());
+        command.args(args).env("XDG_CONFIG_HOME", homes[2].path());
+        command
+    };
+    let first = worker(1);
+    let second = worker(2);
+    for worker in [&first, &second] {
+        let said = worker.stderr.lock().unwrap().clone();
+        let code = said
+            .lines()
+            .map(str::trim)
+            .find(|l| l.len() > 20 && l.chars().all(|c| c == '-' || c.is_ascii_alphanumeric()));
+        let code = code.unwrap_or_else(|| panic!("no code in {said}")).to_owned();
+        assert!(run(&mut host(&["pair", &worker.address, &code])).status.success());
+    }
+    let generate = |addresses: [&str; 2]| {
+        let mut command = host(&["generate", "--split"]);
+        command.arg(&cut.split).args(["--worker", addresses[0], "--worker", addresses[1]]);
+        command.args(["--threads", "1", "--ctx", "512", "-p", "x", "-n", "1", "--temp", "0", "--json"]);
+        report(&mut command).tokens
+    };
+    let expected = generate([&first.address, &second.address]);
+    let before = first.address.clone();
+    drop(first);
+    let moved = worker(1);
+    assert_ne!(moved.address, before);
+    assert_eq!(generate([&moved.address, &second.address]), expected);
+}

@@ -3,9 +3,10 @@
 use std::path::PathBuf;
 
 use dim_core::blocks::BlockRange;
+use dim_wire::HandshakeError;
 use dim_wire::keys::Key;
 use dim_wire::terms::SliceRole;
-use dim_wire::transport::{LinkError, Timing, inquire};
+use dim_wire::transport::{LinkError, LinkErrorKind, Timing, inquire};
 use gguf_tools::slice::SliceInfo;
 
 use crate::error::Error;
@@ -38,6 +39,23 @@ pub(crate) enum Holder {
     Connected { address: String, stage: Box<WorkerStage> },
 }
 
+/// What comes of the first key that is not a stranger's to the worker: a key belongs to a worker, wherever that is now.
+fn with_one_of<'k, T>(
+    keys: &'k [Key],
+    mut ask: impl FnMut(&Key) -> Result<T, LinkError>,
+) -> Result<(T, &'k Key), LinkError> {
+    let mut refused = None;
+    for key in keys {
+        match ask(key) {
+            Err(error) if error.kind == LinkErrorKind::Handshake(HandshakeError::Key) => {
+                refused = Some(error)
+            }
+            answer => return answer.map(|answer| (answer, key)),
+        }
+    }
+    Err(refused.unwrap_or_else(|| LinkErrorKind::Handshake(HandshakeError::Key).with("the worker")))
+}
+
 /// The middles of a model, in the order of their blocks: with head and tail they are all its blocks.
 pub(crate) struct Assignment(pub Vec<Assigned>);
 
@@ -46,8 +64,8 @@ impl Split {
     /// the files that are at hand.
     pub(crate) fn assign(&self, options: &HostOptions, events: &Events) -> Result<Assignment, Error> {
         let mut middles = Vec::new();
-        for (address, key) in &options.workers {
-            middles.push(self.ask(address, key, options, events)?);
+        for (address, keys) in &options.workers {
+            middles.push(self.ask(address, keys, options, events)?);
         }
         if let Some(search) = &options.search {
             middles.extend(self.find(search, &middles, options, events)?);
@@ -72,14 +90,14 @@ impl Split {
     fn ask(
         &self,
         address: &str,
-        key: &Key,
+        keys: &[Key],
         options: &HostOptions,
         events: &Events,
     ) -> Result<Assigned, Error> {
-        let offer = retry(
+        let (offer, key) = retry(
             options.patience,
             |error, give_up_after| events.tell(retrying(error, give_up_after)),
-            || inquire(address, key, &Timing::default()),
+            || with_one_of(keys, |key| inquire(address, key, &Timing::default())),
         )?;
         let address = address.to_owned();
         if offer.role == SliceRole::None {

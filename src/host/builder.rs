@@ -11,6 +11,7 @@ use crate::device;
 use crate::error::{BadOption, Error};
 use crate::event::{Event, Events};
 use crate::host::Host;
+use crate::host::address;
 use crate::host::discovery::Discovery;
 use crate::host::split::{Split, SplitFiles};
 use crate::resources::Resources;
@@ -27,7 +28,8 @@ pub struct HostBuilder {
 
 #[derive(Clone, Debug)]
 pub(crate) struct HostOptions {
-    pub workers: Vec<(String, Key)>,
+    /// addresses as they were given, and the keys one of which is the right one
+    pub workers: Vec<(String, Vec<Key>)>,
     pub search: Option<Discovery>,
     pub sessions: u32,
     pub wire: RowType,
@@ -85,8 +87,13 @@ impl HostBuilder {
 
     /// A worker that holds a middle, at `host:port`; their order does not matter. Middles that no worker holds run in
     /// this process.
-    pub fn worker(mut self, address: impl Into<String>, key: Key) -> HostBuilder {
-        self.options.workers.push((address.into(), key));
+    pub fn worker(self, address: impl Into<String>, key: Key) -> HostBuilder {
+        self.worker_with_one_of(address, vec![key])
+    }
+
+    /// The same where it is not known which key is the worker's: they are tried in this order.
+    pub fn worker_with_one_of(mut self, address: impl Into<String>, keys: Vec<Key>) -> HostBuilder {
+        self.options.workers.push((address.into(), keys));
         self
     }
 
@@ -166,6 +173,9 @@ impl HostBuilder {
         let (sessions, most) = (self.options.sessions, MAX_SESSIONS.min(self.options.resources.n_ubatch));
         if !(1..=most).contains(&sessions) {
             return Err(BadOption::new("sessions", sessions, "1 to 64, and no more than --ubatch").into());
+        }
+        for (address, _) in &mut self.options.workers {
+            *address = address::complete(address)?;
         }
         let split = Split::open(self.files, self.options.verify, &events)?;
         if self.options.wire_is_free && split.head.is_half {

@@ -8,6 +8,7 @@
 //! [`Host::open`] reads what dim-split wrote, a [`HostBuilder`] takes the options, and a [`Session`] is a conversation.
 //! [`WholeModel`] is the same without a split, by stock llama.cpp: what a split is compared with.
 
+pub mod address;
 mod assign;
 mod builder;
 mod connect;

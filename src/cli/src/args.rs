@@ -92,7 +92,9 @@ impl SplitArgs {
             host = host.wire(wire.row_type());
         }
         for address in self.worker.iter().filter(|address| *address != AUTO) {
-            host = host.worker(address, key_for(address, self.key_file.as_deref())?);
+            let address = self::address(address)?;
+            let keys = keys_for(&address, self.key_file.as_deref())?;
+            host = host.worker_with_one_of(address, keys);
         }
         if self.worker.iter().any(|address| address == AUTO) {
             host = host.find_workers(self.discovery()?);
@@ -140,18 +142,26 @@ impl PatienceArgs {
     }
 }
 
-/// The key for a worker: from a file, or from pairing.
+/// The keys one of which is a worker's, the likeliest first: from a file, or from pairing.
 ///
 /// # Errors
 /// There is none, or it cannot be read.
-pub fn key_for(address: &str, file: Option<&Path>) -> Result<Key, Failure> {
-    let key = match file {
-        Some(path) => Key::from_file(path).map_err(Error::from),
+pub fn keys_for(address: &str, file: Option<&Path>) -> Result<Vec<Key>, Failure> {
+    let keys = match file {
+        Some(path) => Key::from_file(path).map(|key| vec![key]).map_err(Error::from),
         None => KeyStore::of_user()
             .and_then(|store| store.for_address(address))
             .map_err(|source| Error::NoKey { address: address.to_owned(), source }),
     };
-    key.map_err(explain)
+    keys.map_err(explain)
+}
+
+/// A worker's address, completed.
+///
+/// # Errors
+/// It is none.
+pub fn address(given: &str) -> Result<String, Failure> {
+    dim::host::address::complete(given).map_err(explain)
 }
 
 /// `--wire`.

@@ -9,6 +9,7 @@ use gguf_tools::failure::Failure;
 use gguf_tools::tell;
 use gguf_tools::terminal::steer;
 
+use crate::args::address;
 use crate::explain;
 
 /// Arguments of `dim-host pair`.
@@ -23,6 +24,7 @@ pub struct Args {
 
 /// Runs it.
 pub fn run(args: &Args) -> Result<(), Failure> {
+    let address = address(&args.address)?;
     let typed = match &args.code {
         Some(code) => code.clone(),
         None => ask()?,
@@ -32,12 +34,12 @@ pub fn run(args: &Args) -> Result<(), Failure> {
     let keep = |key: &_, name: &str| {
         let paired_at =
             std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).map_or(0, |d| d.as_secs());
-        let peer = Peer { name: name.to_owned(), address: args.address.clone(), paired_at };
+        let peer = Peer { name: name.to_owned(), address: address.clone(), paired_at };
         store.add(key, &peer).map_err(LinkError::from)
     };
     let software = device::software("dim-host");
     let (_, worker) =
-        pair(&args.address, &code, &device::name(), &software, &Timing::default(), keep).map_err(explain)?;
+        pair(&address, &code, &device::name(), &software, &Timing::default(), keep).map_err(explain)?;
     tell!("paired with {worker}; the key is in {}", store.directory().display());
     Ok(())
 }

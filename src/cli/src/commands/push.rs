@@ -8,13 +8,14 @@ use dim::Patience;
 use dim::device;
 use dim::host::packages::{Packages, PackagesError};
 use dim::retry::{Retry, wait};
+use dim_wire::HandshakeError;
 use dim_wire::terms::Reason;
 use dim_wire::transport::push::{PushError, push};
 use dim_wire::transport::{LinkError, LinkErrorKind, Timing};
 use gguf_tools::failure::Failure;
 use gguf_tools::tell;
 
-use crate::args::{PatienceArgs, key_for};
+use crate::args::{PatienceArgs, address, keys_for};
 use crate::explain;
 use crate::progress::{Progress, size};
 
@@ -36,7 +37,9 @@ pub struct Args {
 
 /// Runs it.
 pub fn run(args: &Args) -> Result<(), Failure> {
-    let key = key_for(&args.worker, args.key_file.as_deref())?;
+    let worker = address(&args.worker)?;
+    let keys = keys_for(&worker, args.key_file.as_deref())?;
+    let mut likeliest = 0;
     let mut checking = Progress::new(format!("checking {}", args.directory.display()));
     let packages =
         Packages::open(&args.directory, &mut |done, all| checking.update(done, all)).map_err(unfit)?;
@@ -48,12 +51,19 @@ pub fn run(args: &Args) -> Result<(), Failure> {
     let begun = Instant::now();
     let mut transfer = Transfer::new(packages.bytes, args.patience.patience());
     loop {
-        let mut connection = Connection::new(&args.worker, &mut transfer);
-        let attempt =
-            push(&args.worker, &key, &offer, &open, &Timing::default(), &mut |done| connection.moved(done));
+        let mut connection = Connection::new(&worker, &mut transfer);
+        let attempt = push(&worker, &keys[likeliest], &offer, &open, &Timing::default(), &mut |done| {
+            connection.moved(done)
+        });
         drop(connection);
         match attempt {
             Ok(_) => break,
+            // a key belongs to a worker, wherever that was when it was paired
+            Err(PushError::Link(LinkError {
+                kind: LinkErrorKind::Handshake(HandshakeError::Key), ..
+            })) if likeliest + 1 < keys.len() => {
+                likeliest += 1;
+            }
             Err(error) => transfer.failed(error).map_err(|error| final_failure(error, &packages))?,
         }
     }
@@ -61,7 +71,7 @@ pub fn run(args: &Args) -> Result<(), Failure> {
     let rate = size(transfer.sent as f64 / seconds.max(1e-3));
     tell!(
         "{} has blocks {} of {}: {} verified, {} sent in {seconds:.1} s ({rate}/s)",
-        args.worker,
+        worker,
         offer.blocks,
         packages.model_name,
         size(packages.bytes as f64),

@@ -25,6 +25,9 @@ pub struct Peer {
     pub paired_at: u64,
 }
 
+/// Keys that are tried at one worker; each costs a connection.
+const MOST_TRIED: usize = 32;
+
 /// The directory of this user's keys.
 #[derive(Clone, Debug)]
 pub struct KeyStore {
@@ -139,18 +142,20 @@ impl KeyStore {
         Ok(found)
     }
 
-    /// The key for a worker at `address`: the one last used there, or the only one there is.
+    /// The keys that a worker at `address` may know, the likeliest first: those last used there, then the others from new
+    /// to old. A key belongs to a worker, and a worker may have got another address.
     ///
     /// # Errors
-    /// [`KeyError::NotPaired`] if there is none or it is not clear which; those of [`find`](Self::find).
-    pub fn for_address(&self, address: &str) -> Result<Key, KeyError> {
-        let known = self.list()?;
-        let here: Vec<_> = known.iter().filter(|(_, peer)| peer.address == address).collect();
-        let newest = here.iter().max_by_key(|(_, peer)| peer.paired_at).map(|(id, _)| *id);
-        let only = if known.len() == 1 { Some(known[0].0) } else { None };
-        let not_paired = || KeyError::NotPaired { address: address.to_owned(), keys: known.len() };
-        let id = newest.or(only).ok_or_else(not_paired)?;
-        self.find(id)?.ok_or_else(not_paired)
+    /// [`KeyError::NotPaired`] if there is none; those of [`find`](Self::find).
+    pub fn for_address(&self, address: &str) -> Result<Vec<Key>, KeyError> {
+        let mut known = self.list()?;
+        known.sort_by_key(|(_, peer)| (peer.address != address, std::cmp::Reverse(peer.paired_at)));
+        let keys = known.iter().filter_map(|(id, _)| self.find(*id).transpose());
+        let keys = keys.take(MOST_TRIED).collect::<Result<Vec<Key>, KeyError>>()?;
+        match keys.is_empty() {
+            true => Err(KeyError::NotPaired { address: address.to_owned() }),
+            false => Ok(keys),
+        }
     }
 
     /// Forgets a key: the peer is a stranger from now on. Whether there was one.
@@ -254,14 +259,10 @@ pub enum KeyError {
         path: PathBuf,
     },
     /// No key for a worker.
-    #[error(
-        "no key for the worker at {address} ({keys} keys are kept): pair with it first, or name a --key-file"
-    )]
+    #[error("no key for the worker at {address}: pair with it first, or name a --key-file")]
     NotPaired {
         /// The worker's address.
         address: String,
-        /// How many keys there are for others.
-        keys: usize,
     },
     /// Neither HOME nor XDG_CONFIG_HOME.
     #[error("neither HOME nor XDG_CONFIG_HOME is set, so there is no place for keys: name a --key-file")]
