@@ -5,7 +5,6 @@
 //! source's files. The header names the digest of every tensor, and the slice's digest covers the header: a slice that
 //! was made by its recipe is the same to the bit, or it is found out.
 
-use dim_core::digest::Sha;
 use serde::{Deserialize, Serialize};
 
 use crate::{
@@ -86,11 +85,6 @@ impl Recipe {
         let byte = |pair: &[u8; 2]| Some((digit(pair[0])? << 4 | digit(pair[1])?) as u8);
         rest.is_empty().then(|| pairs.iter().map(byte).collect()).flatten()
     }
-}
-
-/// Whether a text is a digest as manifests and the hub write them.
-pub(crate) fn is_sha256(text: &str) -> bool {
-    Sha::parse(text).is_some()
 }
 
 fn push_hex(text: &mut String, bytes: &[u8]) {

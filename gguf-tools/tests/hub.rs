@@ -232,7 +232,6 @@ fn tiny(folder: &Path) -> (Hub, Vec<u8>) {
 }
 
 #[test]
-#[cfg(feature = "engine")]
 fn dim_split_cuts_what_it_fetched_and_a_slice_is_made_from_there_again() {
     let folder = tempfile::tempdir().unwrap();
     let (hub, _) = tiny(folder.path());
@@ -271,7 +270,6 @@ fn dim_split_cuts_what_it_fetched_and_a_slice_is_made_from_there_again() {
 }
 
 #[test]
-#[cfg(feature = "engine")]
 fn a_recipe_that_lies_makes_nothing() {
     let folder = tempfile::tempdir().unwrap();
     let (hub, _) = tiny(folder.path());

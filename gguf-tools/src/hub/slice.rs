@@ -19,11 +19,11 @@ use super::{
     place::{is_hex, is_inside, is_repo},
 };
 use crate::{
-    digest,
+    digest::{self, Sha},
     gguf::{Gguf, Value},
     manifest::{self, Manifest, SliceEntry},
     os,
-    recipe::{ModelSource, Piece, Recipe, is_sha256},
+    recipe::{ModelSource, Piece, Recipe},
     slice::{self, Role, SliceInfo, keys},
 };
 
@@ -124,7 +124,7 @@ fn is_whole(target: &Path, entry: &SliceEntry) -> bool {
 
 /// The names that become addresses.
 fn check_source(source: &ModelSource) -> Result<(), &'static str> {
-    let is_file = |name: &str, sha256: &str| is_inside(name) && is_sha256(sha256);
+    let is_file = |name: &str, sha256: &str| is_inside(name) && Sha::parse(sha256).is_some();
     match () {
         () if !is_repo(&source.repo) || !is_hex(&source.revision, COMMIT_DIGITS) => {
             Err("the manifest names no commit of a repository")
