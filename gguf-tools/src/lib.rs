@@ -15,7 +15,9 @@
 //! | [`needs`], [`apart`] | what a range of blocks needs; llama.cpp, which says it, in a process of its own |
 //! | [`plan`] | a cut before anything is written |
 //! | [`manifest`] | what was cut, as a file |
+//! | [`recipe`] | where a cut model came from, and how a slice is made from there |
 //! | [`split`] | the cut itself |
+//! | `hub` | models and slices from the Hugging Face hub; feature `hub` |
 //! | [`coreml`], [`synth`] | Core ML packages of a middle; models with random weights |
 #![deny(unsafe_code)]
 
@@ -29,10 +31,13 @@ pub mod failure;
 #[doc(hidden)]
 pub mod fuzz;
 pub mod gguf;
+#[cfg(feature = "hub")]
+pub mod hub;
 pub mod manifest;
 pub mod needs;
 mod os;
 pub mod plan;
+pub mod recipe;
 pub mod requantise;
 pub mod slice;
 pub mod split;

@@ -11,7 +11,13 @@ use std::{
 use dim_core::{blocks::BlockRange, canary::Canary};
 use serde::{Deserialize, Serialize};
 
-use crate::{failure::Explained, gguf::write::TempFile, needs::Crossing, slice::Role};
+use crate::{
+    failure::Explained,
+    gguf::write::TempFile,
+    needs::Crossing,
+    recipe::{ModelSource, Recipe},
+    slice::Role,
+};
 
 /// Version of the manifest's format.
 pub const VERSION: u32 = 1;
@@ -53,6 +59,9 @@ pub struct ModelEntry {
     /// llama.cpp.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub memory: Option<String>,
+    /// Where it came from, if it was fetched.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub source: Option<ModelSource>,
 }
 
 /// A slice of a [`Manifest`].
@@ -88,6 +97,9 @@ pub struct SliceEntry {
     /// A middle's answer to a known input. Not in manifests of older cuts, nor of a dim-split without llama.cpp.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub canary: Option<Canary>,
+    /// How it is made from the model's source; only of middles, and only where the model was fetched.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub recipe: Option<Recipe>,
 }
 
 fn is_nothing(crossing: &Crossing) -> bool {
@@ -213,7 +225,7 @@ impl Manifest {
     pub fn read(path: impl AsRef<Path>) -> Result<Manifest, ManifestError> {
         let path = path.as_ref();
         let io = |source| ManifestError::Io { path: path.to_owned(), source };
-        // a few lines per slice, and a canary of some KB per middle: a larger file is something else
+        // a few lines per slice, a canary of some KB and a header per middle: a larger file is something else
         let len = fs::metadata(path).map_err(io)?.len();
         if len > MAX_BYTES {
             return Err(io(io::Error::new(
@@ -222,7 +234,15 @@ impl Manifest {
             )));
         }
         let text = fs::read(path).map_err(io)?;
-        let manifest: Manifest = serde_json::from_slice(&text)
+        Manifest::from_bytes(&text, path)
+    }
+
+    /// Reads a manifest in memory, which `path` is the name of.
+    ///
+    /// # Errors
+    /// It is none, is of another version, or does not describe a whole chain.
+    pub fn from_bytes(text: &[u8], path: &Path) -> Result<Manifest, ManifestError> {
+        let manifest: Manifest = serde_json::from_slice(text)
             .map_err(|source| ManifestError::Json { path: path.to_owned(), source })?;
         if manifest.version != VERSION {
             return Err(ManifestError::Version { path: path.to_owned(), found: manifest.version });
@@ -293,5 +313,5 @@ impl Manifest {
 const MAX_PARTS: usize = 512;
 /// Far above any model's width.
 const MAX_VALUES: u32 = 1 << 24;
-/// Most bytes of a manifest: 512 slices with a canary each take less.
-const MAX_BYTES: u64 = 8 << 20;
+/// Most bytes of a manifest: 512 slices with a canary each take less, and so do the [recipes](crate::recipe) of dozens.
+pub(crate) const MAX_BYTES: u64 = 32 << 20;

@@ -23,6 +23,8 @@ mod value;
 pub mod write;
 
 pub use error::{Error, Foreign, NotAModel, Place, Rule};
+#[cfg(feature = "hub")]
+pub(crate) use parts::PartName;
 pub use reader::{Entry, Gguf, Tensor};
 pub use types::{TensorType, ValueType};
 pub use value::{Array, Elements, Value};

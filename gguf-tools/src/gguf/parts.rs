@@ -63,10 +63,10 @@ fn error(part: &Part, key: &str, rule: Rule) -> Error {
 
 /// A file name of the form `NAME-00002-of-00004.gguf`.
 pub(crate) struct PartName {
-    folder: PathBuf,
+    pub(crate) folder: PathBuf,
     pub(crate) stem: String,
     no: u32,
-    count: u32,
+    pub(crate) count: u32,
 }
 
 impl PartName {

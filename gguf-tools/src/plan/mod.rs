@@ -27,6 +27,7 @@ use crate::{
         write::TensorSpec,
     },
     needs::{Ask, Crossing, NeedsError, Refusal},
+    recipe::ModelSource,
 };
 use common::Common;
 use renumbered::Cutter;
@@ -48,6 +49,8 @@ pub struct Request {
     pub renumber: bool,
     /// Who is asked what a range needs.
     pub ask: Ask,
+    /// Where the model was fetched from: whoever has the manifest can then make a middle from there.
+    pub source: Option<ModelSource>,
 }
 
 /// A cut, planned.
@@ -65,6 +68,8 @@ pub struct Plan<'a> {
     pub n_blocks: u32,
     /// What is kept of past positions, for people.
     pub memory: Option<String>,
+    /// Where the model was fetched from.
+    pub source: Option<ModelSource>,
     /// What no slice holds.
     pub left_out: LeftOut,
     /// Who finds each middle's answer to a known input; `None` where that is not wanted.
@@ -149,6 +154,7 @@ impl<'a> Plan<'a> {
             gguf,
             n_blocks: hparams.n_chain(),
             memory: None,
+            source: request.source.clone(),
             left_out: LeftOut::default(),
             canary: (!request.no_canary).then(|| request.ask.clone()),
             slices: Vec::with_capacity(ranges.len()),

@@ -36,6 +36,7 @@ use crate::{
     needs::Ask,
     os,
     plan::{Plan, SlicePlan},
+    recipe::Recipe,
     requantise::RequantiseError,
     slice::{Role, SliceError, keys},
     text::{Safe, Shown, gib},
@@ -185,7 +186,7 @@ pub fn split(
     progress(Progress::Flushing);
     let mut entries = Vec::with_capacity(plan.slices.len());
     for ((slice, writer), of_slice) in plan.slices.iter().zip(&mut writers).zip(&digests.of_slices) {
-        entries.push(write_digests(slice, writer, of_slice, model_sha256)?);
+        entries.push(write_digests(slice, writer, of_slice, model_sha256, plan.source.is_some())?);
     }
     for (entry, canary) in entries.iter_mut().zip(sync(plan, &mut writers, model_sha256)?) {
         match canary {
@@ -214,6 +215,7 @@ fn write_digests(
     writer: &mut GgufWriter,
     of_tensors: &[Sha],
     model_sha256: Sha,
+    is_fetched: bool,
 ) -> Result<SliceEntry, WriteError> {
     let tensors = Array::of_strings(of_tensors.iter().map(Sha::to_string));
     writer.patch(keys::TENSOR_SHA256, &Value::Array(tensors))?;
@@ -223,6 +225,10 @@ fn write_digests(
     writer.read_header(|bytes| hash.update(bytes))?;
     let slice_sha256 = Sha(hash.finalize().into());
     writer.patch(keys::SLICE_SHA256, &Value::string(slice_sha256.to_string()))?;
+    let recipe = match (slice.role, is_fetched) {
+        (Role::Middle, true) => Recipe::of(slice, writer)?,
+        _ => None,
+    };
     Ok(SliceEntry {
         role: slice.role,
         first: slice.blocks.first,
@@ -236,6 +242,7 @@ fn write_digests(
         kv_bytes_per_position: slice.kv_bytes_per_position,
         state_bytes_per_session: slice.state_bytes_per_session,
         canary: None,
+        recipe,
     })
 }
 
@@ -251,6 +258,7 @@ fn model_entry(plan: &Plan<'_>, sha256: Sha) -> ModelEntry {
         n_ctx_train: plan.hparams.n_ctx_train,
         bytes: plan.gguf.file_bytes(),
         memory: plan.memory.clone(),
+        source: plan.source.clone(),
     }
 }
 

@@ -3,6 +3,7 @@
 
 pub mod args;
 pub mod commands;
+pub mod fetch;
 pub mod habits;
 pub mod interrupt;
 pub mod progress;

@@ -1,5 +1,6 @@
 //! `dim-split`: cuts a GGUF into a head, one or more middles and a tail, each a GGUF of its own.
 
+mod fetched;
 mod meter;
 mod options;
 mod show;
@@ -38,10 +39,11 @@ fn main() -> ExitCode {
 }
 
 fn run(options: &Options) -> Result<(), Failure> {
-    let gguf = Gguf::open(&options.model)?;
+    let model = fetched::find(&options.model)?;
+    let gguf = Gguf::open(&model.path)?;
     let stem = gguf.stem();
     let ask = std::env::current_exe().map_or(Ask::Here, Ask::Apart);
-    if let Some(projector) = projector_beside(&options.model) {
+    if let Some(projector) = projector_beside(&model.path) {
         say(format_args!(
             "{projector} lies beside the model and is left alone: it is for images and sound, and text goes without it"
         ));
@@ -57,6 +59,7 @@ fn run(options: &Options) -> Result<(), Failure> {
         no_canary: options.no_canary,
         renumber: options.renumber,
         ask,
+        source: model.source,
     };
     let plan = Plan::new(&gguf, &request)?;
     let n_ctx_train = plan.hparams.n_ctx_train;
@@ -79,7 +82,7 @@ fn run(options: &Options) -> Result<(), Failure> {
         return Ok(());
     }
 
-    let out = options.out.clone().unwrap_or_else(|| parent(&options.model));
+    let out = options.out.clone().unwrap_or(model.out);
     coreml::check_space(&packages, &out, plan.file_bytes())?;
     let (manifest, took) = write_slices(&plan, &out, &stem, options.verify)?;
     let reports = write_packages(&packages, &manifest, &out, &stem)?;
@@ -211,7 +214,7 @@ fn projector_beside(model: &Path) -> Option<String> {
     names.into_iter().find(|name| is_projector(name) && name != own)
 }
 
-fn parent(path: &Path) -> PathBuf {
+pub(crate) fn parent(path: &Path) -> PathBuf {
     match path.parent() {
         Some(folder) if !folder.as_os_str().is_empty() => folder.to_owned(),
         _ => PathBuf::from("."),

@@ -35,19 +35,39 @@ impl Meter {
     }
 
     pub(crate) fn show(&mut self, progress: Progress<'_>) {
-        let every = if self.terminal { Duration::from_millis(200) } else { Duration::from_secs(10) };
-        let last = self.shown.unwrap_or(self.started);
         let flushing = matches!(progress, Progress::Flushing);
-        if last.elapsed() < every && !flushing || flushing && !self.terminal {
+        if !flushing && !self.is_due() || flushing && !self.terminal {
             return;
         }
-        self.shown = Some(Instant::now());
         let text = match progress {
             Progress::Flushing => "flushing to the disk".to_owned(),
             Progress::Writing(done, total, file) => self.line("writing", done, total, file),
             Progress::Verifying(done, total, file) => self.line("verifying", done, total, file),
             Progress::NoCanary(..) => return,
         };
+        self.draw(text);
+    }
+
+    /// Bytes of a file that have arrived.
+    #[cfg(feature = "hub")]
+    pub(crate) fn fetching(&mut self, done: u64, total: u64, file: &str) {
+        if !self.is_due() {
+            return;
+        }
+        let text = self.line("fetching", done, total, file);
+        self.draw(text);
+    }
+
+    fn is_due(&mut self) -> bool {
+        let every = if self.terminal { Duration::from_millis(200) } else { Duration::from_secs(10) };
+        let due = self.shown.unwrap_or(self.started).elapsed() >= every;
+        if due {
+            self.shown = Some(Instant::now());
+        }
+        due
+    }
+
+    fn draw(&mut self, text: String) {
         if self.terminal {
             say_on_line(format_args!("{REDRAW}{}", Safe(&text)));
             self.drawn = true;

@@ -12,7 +12,8 @@ use gguf_tools::{coreml, gguf::TensorType, plan::BlockRange};
 #[derive(Debug, Parser)]
 #[command(name = "dim-split", version, max_term_width = 100)]
 pub(crate) struct Options {
-    /// The model; of a split one (NAME-00001-of-0000N.gguf), any part.
+    /// The model; of a split one (NAME-00001-of-0000N.gguf), any part. Or one on the Hugging Face hub, which is fetched into
+    /// the cache of the hub's own tools: hf:ORG/REPO, hf:ORG/REPO/FILE.gguf, hf:ORG/REPO:Q4_K_M.
     pub(crate) model: PathBuf,
 
     /// Blocks that leave this machine, both inclusive: 11..16 are six blocks. Once per machine. Without it, --dry-run
@@ -20,7 +21,7 @@ pub(crate) struct Options {
     #[arg(long, value_name = "A..B", required_unless_present = "dry_run")]
     pub(crate) middle: Vec<BlockRange>,
 
-    /// Folder for the slices [default: the model's own].
+    /// Folder for the slices [default: the model's own; of a fetched one, this folder].
     #[arg(long, value_name = "DIR")]
     pub(crate) out: Option<PathBuf>,
 

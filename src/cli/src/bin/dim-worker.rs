@@ -9,7 +9,8 @@ use clap::parser::ValueSource;
 use clap::{CommandFactory as _, FromArgMatches as _, Parser};
 use dim::{StopHandle, Worker, device};
 use dim_cli::args::{MachineArgs, Verify};
-use dim_cli::{explain, habits, shown};
+use dim_cli::{explain, fetch, habits, shown};
+use dim_core::blocks::BlockRange;
 use dim_wire::keys::{Key, KeyStore};
 use dim_wire::transport::discover::MDNS_PORT;
 use gguf_tools::failure::Failure;
@@ -21,8 +22,17 @@ use gguf_tools::tell;
 #[derive(Parser)]
 #[command(name = "dim-worker", version, max_term_width = 100, args_override_self = true)]
 struct Args {
-    /// The slice, as dim-split wrote it: STEM.middle-A..B.gguf
-    slice: PathBuf,
+    /// The slice, as dim-split wrote it: STEM.middle-A..B.gguf. With --fetch, where it goes (default: this folder, under its
+    /// name in the manifest)
+    #[arg(required_unless_present = "fetch")]
+    slice: Option<PathBuf>,
+    /// Fetch the slice first, if it is not there, from where its model came from: only its own bytes. Takes the manifest that
+    /// dim-split hf:ORG/REPO wrote, a file or its address
+    #[arg(long, value_name = "STEM.split.json|URL")]
+    fetch: Option<String>,
+    /// Which middle to fetch, if the manifest has more than one
+    #[arg(long, value_name = "A..B", requires = "fetch")]
+    middle: Option<BlockRange>,
     /// Where to listen; port 0 takes any that is free
     #[arg(long, value_name = "ADDR:PORT", default_value = "0.0.0.0:7878")]
     listen: String,
@@ -71,7 +81,13 @@ fn main() -> ExitCode {
 fn run(args: &Args, chooses_rows: bool) -> Result<(), Failure> {
     let resources = args.machine.resources()?;
     args.machine.set_log();
-    let mut worker = Worker::open(&args.slice)
+    let slice = match (&args.fetch, &args.slice) {
+        (Some(manifest), place) => fetch::slice(manifest, args.middle, place.as_deref())?,
+        (None, Some(slice)) => slice.clone(),
+        // clap asks for one of the two
+        (None, None) => return Err(Failure::misuse("no slice is named")),
+    };
+    let mut worker = Worker::open(&slice)
         .listen(&args.listen)
         .max_sessions(args.max_sessions)
         .verify(args.verify.when())
