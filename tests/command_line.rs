@@ -146,6 +146,29 @@ fn ctrl_c_while_a_model_loads_ends_as_a_shell_expects() {
     }
 }
 
+/// There is no text yet that could be kept: it does not wait for the prompt's end.
+#[test]
+#[cfg(unix)]
+fn ctrl_c_in_a_long_prompt_ends_at_once() {
+    let cut = Cut::new(&Spec::new("demo", Some("qwen2")).unwrap(), &["4..7"]);
+    let mut command = Command::new(host_program());
+    command.arg("generate").arg("--split").arg(&cut.split).args(["--threads", "1", "--ctx", "32768"]);
+    command.args(["-p", "x y z", "--prompt-tokens", "30000", "-n", "1"]);
+    let mut child =
+        command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
+    let mut said = std::io::BufReader::new(child.stderr.take().unwrap());
+    let mut line = String::new();
+    while !line.contains("blocks: head") {
+        line.clear();
+        assert!(std::io::BufRead::read_line(&mut said, &mut line).unwrap() > 0, "it has ended");
+    }
+    std::thread::sleep(Duration::from_millis(500));
+    signal(child.id(), "INT");
+    let output = child.wait_with_output().unwrap();
+    assert_eq!(output.status.code(), Some(130));
+    assert!(output.stdout.is_empty());
+}
+
 #[test]
 fn no_end_of_text_is_put_behind_a_prompt() {
     let cut = Cut::tiny("llama");

@@ -47,9 +47,11 @@ pub(super) fn reply(
     let mut generation = generation.limit(args.limit()?).ignore_eos(args.ignore_eos);
     generation = generation.stop_at(args.stop.iter().cloned());
     generation = generation.stop_when(interrupt.stop_flag());
+    // a Ctrl-C in the prompt ends the program: there is no text yet that it could keep
+    let mut first = generation.next();
     let (mut written, mut unread) = (Ok(()), false);
     let ended = interrupt.during(|| {
-        while let Some(token) = generation.next() {
+        while let Some(token) = first.take().or_else(|| generation.next()) {
             let token = token.map_err(explain)?;
             if !args.json {
                 // who has left is not computed for
