@@ -33,6 +33,7 @@ mod quantise;
 mod rows;
 #[cfg(feature = "rpc")]
 pub mod rpc;
+mod session;
 mod stack;
 mod stage;
 mod stock;

@@ -6,6 +6,7 @@ use std::ptr::NonNull;
 use half::f16;
 
 use crate::error::{check, check_status};
+use crate::session::SessionCalls;
 use crate::{Error, Layout, Model, ffi};
 
 /// Whether attention runs as one fused operation. The two ways differ in their last bits: every stage of a pipeline
@@ -324,10 +325,8 @@ impl Stage {
     /// [`Error::WrongPosition`] beyond the session's length, [`Error::UnknownSession`]; below what
     /// [`lowest`](Self::lowest) says [`Error::CannotRewind`], and [`Error::SessionLost`] for a lost one. To 0 it always can.
     pub fn rewind(&mut self, session: u32, position: u32) -> Result<(), Error> {
-        let mut fault = ffi::dim_fault::default();
-        // SAFETY: the stage is alive and ours alone; `fault` is written.
-        let status = unsafe { ffi::dim_stage_rewind(self.stage.as_ptr(), session, position, &raw mut fault) };
-        check(status, &fault)
+        // SAFETY: the stage is alive and ours alone (`&mut`).
+        unsafe { SESSIONS.rewind(self.stage.as_ptr(), session, position) }
     }
 
     /// Forgets a session.
@@ -343,13 +342,8 @@ impl Stage {
     /// # Errors
     /// [`Error::UnknownSession`].
     pub fn length(&self, session: u32) -> Result<u32, Error> {
-        let mut length = 0;
-        let mut fault = ffi::dim_fault::default();
-        // SAFETY: the stage is alive; `length` and `fault` are written.
-        let status =
-            unsafe { ffi::dim_stage_length(self.stage.as_ptr(), session, &raw mut length, &raw mut fault) };
-        check(status, &fault)?;
-        Ok(length)
+        // SAFETY: the stage is alive, and what changes it takes `&mut`.
+        unsafe { SESSIONS.length(self.stage.as_ptr(), session) }
     }
 
     /// The lowest position, beside 0, that a session can be taken back to: 0 for models without recurrent states, for others
@@ -358,20 +352,8 @@ impl Stage {
     /// # Errors
     /// [`Error::UnknownSession`].
     pub fn lowest(&self, session: u32) -> Result<Option<u32>, Error> {
-        let (mut position, mut lost) = (0, false);
-        let mut fault = ffi::dim_fault::default();
-        // SAFETY: the stage is alive; all three are written.
-        let status = unsafe {
-            ffi::dim_stage_lowest(
-                self.stage.as_ptr(),
-                session,
-                &raw mut position,
-                &raw mut lost,
-                &raw mut fault,
-            )
-        };
-        check(status, &fault)?;
-        Ok((!lost).then_some(position))
+        // SAFETY: the stage is alive, and what changes it takes `&mut`.
+        unsafe { SESSIONS.lowest(self.stage.as_ptr(), session) }
     }
 
     /// Rows that a session can be taken back by, of its last call and at most all but the first of those; `None`: any
@@ -464,6 +446,12 @@ impl Stage {
             .collect())
     }
 }
+
+const SESSIONS: SessionCalls<ffi::dim_stage> = SessionCalls {
+    rewind: ffi::dim_stage_rewind,
+    length: ffi::dim_stage_length,
+    lowest: ffi::dim_stage_lowest,
+};
 
 impl Drop for Stage {
     fn drop(&mut self) {

@@ -3,6 +3,7 @@
 use std::ptr::NonNull;
 
 use crate::error::{check, check_status};
+use crate::session::SessionCalls;
 use crate::stage::to_c;
 use crate::{ContextInfo, ContextParams, Error, Model, Row, ffi};
 
@@ -69,10 +70,8 @@ impl Stock {
     /// # Errors
     /// [`Error::WrongPosition`] beyond the session's length, [`Error::UnknownSession`].
     pub fn rewind(&mut self, session: u32, position: u32) -> Result<(), Error> {
-        let mut fault = ffi::dim_fault::default();
-        // SAFETY: the context is alive and ours alone; `fault` is written.
-        let status = unsafe { ffi::dim_stock_rewind(self.stock.as_ptr(), session, position, &raw mut fault) };
-        check(status, &fault)
+        // SAFETY: the context is alive and ours alone (`&mut`).
+        unsafe { SESSIONS.rewind(self.stock.as_ptr(), session, position) }
     }
 
     /// Forgets a session.
@@ -88,13 +87,8 @@ impl Stock {
     /// # Errors
     /// [`Error::UnknownSession`].
     pub fn length(&self, session: u32) -> Result<u32, Error> {
-        let mut length = 0;
-        let mut fault = ffi::dim_fault::default();
-        // SAFETY: the context is alive; `length` and `fault` are written.
-        let status =
-            unsafe { ffi::dim_stock_length(self.stock.as_ptr(), session, &raw mut length, &raw mut fault) };
-        check(status, &fault)?;
-        Ok(length)
+        // SAFETY: the context is alive, and what changes it takes `&mut`.
+        unsafe { SESSIONS.length(self.stock.as_ptr(), session) }
     }
 
     /// As [`Stage::lowest`](crate::Stage::lowest).
@@ -102,20 +96,8 @@ impl Stock {
     /// # Errors
     /// [`Error::UnknownSession`].
     pub fn lowest(&self, session: u32) -> Result<Option<u32>, Error> {
-        let (mut position, mut lost) = (0, false);
-        let mut fault = ffi::dim_fault::default();
-        // SAFETY: the context is alive; all three are written.
-        let status = unsafe {
-            ffi::dim_stock_lowest(
-                self.stock.as_ptr(),
-                session,
-                &raw mut position,
-                &raw mut lost,
-                &raw mut fault,
-            )
-        };
-        check(status, &fault)?;
-        Ok((!lost).then_some(position))
+        // SAFETY: the context is alive, and what changes it takes `&mut`.
+        unsafe { SESSIONS.lowest(self.stock.as_ptr(), session) }
     }
 
     /// Sizes, as they came out.
@@ -128,6 +110,12 @@ impl Stock {
         &self.model
     }
 }
+
+const SESSIONS: SessionCalls<ffi::dim_stock> = SessionCalls {
+    rewind: ffi::dim_stock_rewind,
+    length: ffi::dim_stock_length,
+    lowest: ffi::dim_stock_lowest,
+};
 
 impl Drop for Stock {
     fn drop(&mut self) {

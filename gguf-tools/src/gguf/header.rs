@@ -8,6 +8,7 @@ use std::path::Path;
 
 use super::{
     error::{Error, Foreign, Place, Rule},
+    index, length,
     limits::{
         DEFAULT_ALIGNMENT, HEADER_BYTES, MAGIC, MAX_ALIGNMENT, MAX_DEPTH, MAX_DIMS, MAX_KEY_BYTES, MAX_KEYS,
         MAX_NAME_BYTES,
@@ -117,7 +118,7 @@ impl<'a> Cursor<'a> {
         if n > self.left() {
             return Err(self.refuse(self.pos, Rule::PastEnd { what, len: n, left: self.left() }));
         }
-        let start = self.pos as usize;
+        let start = length(self.pos);
         let Some(bytes) = self.bytes.get(start..).and_then(|rest| rest.get(..usize::try_from(n).ok()?))
         else {
             return Err(Stop::More);
@@ -189,7 +190,7 @@ pub(super) fn parse(bytes: &[u8], file_len: u64) -> Result<Header, Stop> {
     }
 
     // both counts were checked against the file's length: these reservations are bounded by it
-    let mut entries = Vec::with_capacity(n_keys as usize);
+    let mut entries = Vec::with_capacity(length(n_keys));
     for i in 0..n_keys {
         c.place = Place::KeyIndex(i);
         entries.push(parse_entry(&mut c)?);
@@ -205,7 +206,7 @@ pub(super) fn parse(bytes: &[u8], file_len: u64) -> Result<Header, Stop> {
     }
     let alignment = parse_alignment(&mut c, &entries, &entries_by_key)?;
 
-    let mut tensors = Vec::with_capacity(n_tensors as usize);
+    let mut tensors = Vec::with_capacity(length(n_tensors));
     for i in 0..n_tensors {
         c.place = Place::TensorIndex(i);
         tensors.push(parse_tensor(&mut c, alignment)?);
@@ -233,7 +234,7 @@ fn parse_entry(c: &mut Cursor<'_>) -> Result<KeyEntry, Stop> {
     if key_len > MAX_KEY_BYTES {
         return Err(c.refuse(at, Rule::KeyTooLong(key_len)));
     }
-    let key = Span { start: c.pos, len: key_len as u32 };
+    let key = Span { start: c.pos, len: short(key_len) };
     let name = c.take(key_len, "key")?;
     match std::str::from_utf8(name) {
         Ok(name) if !name.contains('\0') => c.place = Place::Key(name.to_owned()),
@@ -301,7 +302,7 @@ fn parse_alignment(c: &mut Cursor<'_>, entries: &[KeyEntry], by_key: &[u32]) -> 
     let entry = entries[by_key[at] as usize];
     c.place = Place::Key(key.to_owned());
     let offset = entry.key.start - 8;
-    let rest = c.bytes.get(entry.value_start as usize..).unwrap_or_default();
+    let rest = c.bytes.get(length(entry.value_start)..).unwrap_or_default();
     match Value::decode(entry.kind, rest) {
         Some((Value::U32(n), _)) if n.is_power_of_two() && n <= MAX_ALIGNMENT => Ok(n.into()),
         Some((Value::U32(n), _)) => Err(c.refuse(offset, Rule::Alignment(n))),
@@ -318,7 +319,7 @@ fn parse_tensor(c: &mut Cursor<'_>, alignment: u64) -> Result<TensorEntry, Stop>
     if name_len > MAX_NAME_BYTES {
         return Err(c.refuse(info_offset, Rule::NameTooLong(name_len)));
     }
-    let name = Span { start: c.pos, len: name_len as u32 };
+    let name = Span { start: c.pos, len: short(name_len) };
     match std::str::from_utf8(c.take(name_len, "tensor name")?) {
         Ok(text) if !text.contains('\0') => c.place = Place::Tensor(text.to_owned()),
         _ => return Err(c.refuse(info_offset, Rule::NameNotText)),
@@ -326,7 +327,7 @@ fn parse_tensor(c: &mut Cursor<'_>, alignment: u64) -> Result<TensorEntry, Stop>
 
     let at = c.pos;
     let n_dims = c.u32("dimension count")?;
-    if !(1..=MAX_DIMS as u32).contains(&n_dims) {
+    if !(1..=index(MAX_DIMS)).contains(&n_dims) {
         return Err(c.refuse(at, Rule::DimCount(n_dims)));
     }
     let mut dims = [1u64; MAX_DIMS];
@@ -398,10 +399,14 @@ fn check_ranges(c: &mut Cursor<'_>, tensors: &[TensorEntry], data_offset: u64) -
     Ok(())
 }
 
+/// The length of a text that was found to be short.
+fn short(len: u64) -> u32 {
+    u32::try_from(len).unwrap_or(u32::MAX)
+}
+
 /// Indices of `n` things in the order of their keys; equal ones stay in order.
 pub(super) fn sorted_by<K: Ord>(n: usize, key: impl Fn(usize) -> K) -> Vec<u32> {
-    // fewer than 2^32 things: each takes more than one byte of a file
-    let mut order: Vec<u32> = (0..n as u32).collect();
+    let mut order: Vec<u32> = (0..index(n)).collect();
     // by (key, index), in place: a stable sort would allocate
     order.sort_unstable_by(|&a, &b| key(a as usize).cmp(&key(b as usize)).then(a.cmp(&b)));
     order
@@ -409,7 +414,7 @@ pub(super) fn sorted_by<K: Ord>(n: usize, key: impl Fn(usize) -> K) -> Vec<u32> 
 
 /// A stretch of the header that the parser found to be text.
 pub(super) fn text(header: &[u8], span: Span) -> &str {
-    let start = span.start as usize;
+    let start = length(span.start);
     let bytes = header.get(start..start + span.len as usize).unwrap_or_default();
     // the parser refused names and keys that are not UTF-8
     std::str::from_utf8(bytes).unwrap_or_default()

@@ -8,6 +8,9 @@
 //!
 //! What it is not: a tensor library. Nothing here looks inside tensor data.
 
+// numbers of a file are turned into others by what can say no
+#![deny(clippy::cast_possible_truncation)]
+
 pub mod absent;
 pub mod check;
 mod error;
@@ -21,6 +24,17 @@ mod temp;
 mod types;
 mod value;
 pub mod write;
+
+/// A number of bytes or of things as a length in memory. What does not fit there, on a machine of 32 bits, is longer than
+/// anything that is there: it is found missing like what lies past the end of a file.
+pub(crate) fn length(n: u64) -> usize {
+    usize::try_from(n).unwrap_or(usize::MAX)
+}
+
+/// The number of one of fewer than 2^32 things: each of them takes more than a byte of a header.
+pub(crate) fn index(i: usize) -> u32 {
+    u32::try_from(i).unwrap_or(u32::MAX)
+}
 
 pub use error::{Error, Foreign, NotAModel, Place, Rule};
 #[cfg(feature = "hub")]

@@ -13,6 +13,7 @@ use super::{
     error::{Error, Rule},
     file::{map_file, read_file_at},
     header::{self, Header, KeyEntry, Span, Stop},
+    length,
     value::Value,
 };
 
@@ -51,7 +52,7 @@ impl Part {
         // Most headers are a few MiB of tokenizer. Each round reads more of the file, until the header fits.
         for size in HEADER_READS {
             let size = size.min(len);
-            let mut header = vec![0; size as usize];
+            let mut header = vec![0; length(size)];
             read_file_at(&file, 0, &mut header).map_err(|rule| Error::file(path, rule))?;
             match header::parse(&header, len) {
                 Ok(parsed) => {
@@ -116,7 +117,7 @@ impl Part {
 
     /// The value of an entry of this part.
     pub(super) fn value(&self, entry: &KeyEntry) -> Value<'_> {
-        let bytes = self.header_bytes().get(entry.value_start as usize..).unwrap_or_default();
+        let bytes = self.header_bytes().get(length(entry.value_start)..).unwrap_or_default();
         // the parser walked this value; it decodes
         Value::decode(entry.kind, bytes).map_or(Value::String(Cow::Borrowed(b"")), |(value, _)| value)
     }

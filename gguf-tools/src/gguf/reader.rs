@@ -10,6 +10,7 @@ use std::{fs::File, path::Path};
 use super::{
     error::{Error, Place, Rule},
     header::{KeyEntry, TensorEntry, sorted_by},
+    index, length,
     part::{Part, Source},
     parts::{PartName, open_all},
     types::TensorType,
@@ -69,7 +70,7 @@ impl Gguf {
         let mut tensors = Vec::new();
         for (i, part) in parts.iter_mut().enumerate() {
             let mut of_part = std::mem::take(&mut part.header.tensors);
-            of_part.iter_mut().for_each(|t| t.part = i as u32);
+            of_part.iter_mut().for_each(|t| t.part = index(i));
             if tensors.is_empty() {
                 tensors = of_part;
             } else {
@@ -266,10 +267,10 @@ impl<'a> Tensor<'a> {
     /// The file cannot be mapped, or became shorter since it was opened.
     pub fn data(&self) -> Result<&'a [u8], Error> {
         let part = self.part();
-        let start = self.file_offset() as usize;
+        let start = length(self.file_offset());
         part.all()
             .map_err(|e| self.error(e))?
-            .get(start..start + self.entry.bytes as usize)
+            .get(start..start + length(self.entry.bytes))
             .ok_or_else(|| self.error(Rule::Truncated { short_by: self.entry.bytes }))
     }
 

@@ -18,6 +18,7 @@ use std::{
 pub use super::temp::{TempFile, remove_stale};
 use super::{
     error::Error,
+    index, length,
     limits::{
         DEFAULT_ALIGNMENT, HEADER_BYTES, MAGIC, MAX_ALIGNMENT, MAX_DIMS, MAX_KEY_BYTES, MAX_NAME_BYTES,
     },
@@ -173,9 +174,9 @@ impl GgufWriter {
             done = os::copy_range(source, start, self.out.get_ref(), most).map_err(|e| self.io(e))?;
             self.written += done;
         }
-        let mut buf = vec![0; BUFFER_BYTES.min((n_bytes - done) as usize)];
+        let mut buf = vec![0; BUFFER_BYTES.min(length(n_bytes - done))];
         while done < n_bytes {
-            let n = (n_bytes - done).min(buf.len() as u64) as usize;
+            let n = length(n_bytes - done).min(buf.len());
             from.read_at(at + done, &mut buf[..n])?;
             self.write(&buf[..n])?;
             done += n as u64;
@@ -196,7 +197,7 @@ impl GgufWriter {
             return Err(WriteError::Patch { key: key.to_owned() });
         };
         debug_assert_eq!(kind, value.value_type());
-        let mut bytes = Vec::with_capacity(len as usize);
+        let mut bytes = Vec::with_capacity(length(len));
         value.encode(&mut bytes);
         self.write_at(at, &bytes).map_err(|e| self.io(e))
     }
@@ -215,7 +216,7 @@ impl GgufWriter {
             let mut left = data_offset;
             let mut buf = vec![0; HEADER_PIECE_BYTES];
             while left > 0 {
-                let n = left.min(buf.len() as u64) as usize;
+                let n = length(left).min(buf.len());
                 file.read_exact(&mut buf[..n])?;
                 each(&buf[..n]);
                 left -= n as u64;
@@ -319,7 +320,7 @@ impl GgufWriter {
         for (tensor, place) in tensors.iter().zip(&self.tensors) {
             out.write_all(&(tensor.name.len() as u64).to_le_bytes())?;
             out.write_all(tensor.name.as_bytes())?;
-            out.write_all(&(tensor.dims.len() as u32).to_le_bytes())?;
+            out.write_all(&index(tensor.dims.len()).to_le_bytes())?;
             for d in &tensor.dims {
                 out.write_all(&d.to_le_bytes())?;
             }

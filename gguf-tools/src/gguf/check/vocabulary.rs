@@ -3,6 +3,7 @@
 use super::{TOKENS, keys::Keys};
 use crate::gguf::{
     error::{Error, Place, Rule},
+    index,
     reader::Gguf,
     types::ValueType,
     value::{Array, Value},
@@ -79,7 +80,7 @@ fn string_array<'a>(gguf: &'a Gguf, key: &str) -> Result<Option<Array<'a>>, Erro
 fn unique_tokens(gguf: &Gguf, tokens: &Array<'_>) -> Result<(), Error> {
     let seen = |text: &[u8]| text.iter().position(|&b| b == 0).unwrap_or(text.len());
     let texts: Vec<&[u8]> = tokens.strings().map(|t| &t[..seen(t)]).collect();
-    let mut order: Vec<u32> = (0..texts.len() as u32).collect();
+    let mut order: Vec<u32> = (0..index(texts.len())).collect();
     order.sort_unstable_by_key(|&i| (texts[i as usize], i));
     let refuse = |text: &[u8], first: u32, second: u32| {
         let text = String::from_utf8_lossy(text).chars().take(80).collect();
@@ -95,7 +96,7 @@ fn unique_tokens(gguf: &Gguf, tokens: &Array<'_>) -> Result<(), Error> {
     for (i, _) in texts.iter().enumerate().filter(|(_, t)| t.is_empty()) {
         let name = format!("[EMPTY_{i}]");
         if let Ok(at) = order.binary_search_by(|&j| texts[j as usize].cmp(name.as_bytes())) {
-            return refuse(name.as_bytes(), i as u32, order[at]);
+            return refuse(name.as_bytes(), index(i), order[at]);
         }
     }
     Ok(())
