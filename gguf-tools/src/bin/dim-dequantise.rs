@@ -1,4 +1,5 @@
 //! `dim-dequantise`: a quantised model as a file of plain numbers.
+#![forbid(unsafe_code)]
 
 #[path = "common/bar.rs"]
 mod bar;

@@ -1,4 +1,5 @@
 //! `dim-synth`: writes a loadable GGUF of a real architecture and shape with random weights.
+#![forbid(unsafe_code)]
 
 #[path = "common/bar.rs"]
 mod bar;

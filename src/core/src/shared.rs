@@ -106,16 +106,21 @@ impl Client {
         mut on_logits: impl FnMut(Vec<f32>) -> Option<Vec<f32>>,
     ) -> Result<(), PipelineError> {
         let Client { shared, session, spare } = self;
+        let mut steps = steps.into_iter();
+        let Some(mut step) = steps.next() else { return Ok(()) };
+        let mut under_way = UnderWay { shared, session: *session, is_over: false };
         let mut n_left = 0;
-        let mut state = shared.lock();
-        for step in steps {
+        let mut state = loop {
+            // the caller's code runs without the lock, and what it leaves behind if it panics is given up
+            let after = steps.next();
+            let mut state = shared.lock();
             state.requests.push(Request::Submit(Step { session: *session, ..step }));
             n_left += 1;
-        }
-        if n_left == 0 {
-            return Ok(());
-        }
-        let mut under_way = UnderWay { shared, session: *session, is_over: false };
+            match after {
+                Some(after) => step = after,
+                None => break state,
+            }
+        };
         loop {
             state.requests.extend(spare.drain(..).map(Request::Reuse));
             let (unlocked, result) = shared.wait(state, *session, |mailbox| mailbox.results.pop_front());

@@ -1,4 +1,5 @@
 //! `dim-split`: cuts a GGUF into a head, one or more middles and a tail, each a GGUF of its own.
+#![forbid(unsafe_code)]
 
 mod fetched;
 mod meter;

@@ -28,7 +28,7 @@ enum Command {
     Pair(pair::Args),
     /// Send Core ML packages that `dim-split --coreml` wrote to a phone, over the paired connection
     Push(push::Args),
-    /// Synthesise a small model, cut it, run it over two processes, compare it with stock llama.cpp
+    /// Talk with a small model over two processes, and compare it with stock llama.cpp
     Demo(demo::Args),
     /// Measure the split against the other ways to run the same model on this machine: `dim-ab ab`
     #[command(disable_help_flag = true)]

@@ -155,6 +155,18 @@ fn a_caller_that_panics_takes_its_steps_back() {
 }
 
 #[test]
+fn steps_that_panic_while_they_are_made_leave_nothing_behind() {
+    let (pipeline, _) = pipeline(10 * US, &[10 * US], 1);
+    let mut client = pipeline.client().unwrap();
+    let made = |i: u32| if i == 4 { panic!("the caller's own") } else { step(i, &[1]) };
+    let caught =
+        std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| client.run((0..20).map(made), Some)));
+    assert!(caught.is_err());
+    client.rewind(0);
+    assert_eq!(run(&mut client, vec![step(0, &[9])]).unwrap(), [9.0]);
+}
+
+#[test]
 fn when_a_stage_panics_under_whoever_drives_nobody_waits_for_ever() {
     let (pipeline, _) = pipeline(50 * US, &[50 * US], 3);
     let errors: Vec<PipelineError> = scope(|scope| {

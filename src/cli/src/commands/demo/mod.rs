@@ -239,15 +239,16 @@ impl<'a> Demo<'a> {
         // a model without one goes on with a text
         let template = host.chat_template().ok();
         let script = self.script(template.as_ref());
-        let session = &mut host.session().map_err(explain)?;
-        let exact = script.play("split, f32 rows", session, Some(&self.page), stop)?;
-        drop(host);
+        // a session keeps what it is of: the worker serves one host, and two models need not fit
+        let mut session = host.session().map_err(explain)?;
+        let exact = script.play("split, f32 rows", &mut session, Some(&self.page), stop)?;
+        drop((session, host));
 
         self.page.line("The same again by stock llama.cpp, the whole model in one process ...")?;
         let whole = WholeModel::open(model, &self.resources, true, events()).map_err(explain)?;
-        let session = &mut whole.session().map_err(explain)?;
-        let stock = script.play("stock llama.cpp", session, None, stop)?;
-        drop(whole);
+        let mut session = whole.session().map_err(explain)?;
+        let stock = script.play("stock llama.cpp", &mut session, None, stop)?;
+        drop((session, whole));
 
         self.page.line("... and over both processes with rows of half the size, which is the default.\n")?;
         let host = self.host(parts, RowType::F16)?;
