@@ -14,7 +14,8 @@ use dim_wire::message::{ErrorCode, Farewell, Fault, Span};
 use dim_wire::rows::{Layout, Part, PartType, RowType, RowTypes, RowsRef, Shape};
 use dim_wire::terms::{Reason, SliceRole, Terms};
 use dim_wire::transport::{
-    ComputeTime, Event, Link, LinkError, Listener, ListenerConfig, Readiness, Timing, dial,
+    ComputeTime, Event, Link, LinkError, Listener, ListenerConfig, Readiness, Receiver as LinkReceiver,
+    Sender, Timing, dial,
 };
 use half::f16;
 
@@ -25,6 +26,8 @@ struct Worker {
     gate: Arc<Mutex<()>>,
     /// (step, rows' token ids) of what it computed
     computed: Receiver<(u32, Vec<i32>)>,
+    /// of the host that is served
+    sender: Arc<Mutex<Option<Arc<Sender>>>>,
 }
 
 const BAD: f32 = 1000.0;
@@ -76,12 +79,29 @@ impl Worker {
         let gate = Arc::new(Mutex::new(()));
         let (told, computed) = channel();
         let (listening, gated) = (Arc::clone(&listener), Arc::clone(&gate));
+        let sender = Arc::new(Mutex::new(None));
+        let serving = Arc::clone(&sender);
         std::thread::spawn(move || {
             while let Some(link) = listening.accept(None) {
-                let _ = serve(link, &gated, |step, tokens| drop(told.send((step, tokens))));
+                let (sender, receiver) = link.split();
+                let sender = Arc::new(sender);
+                *serving.lock().unwrap() = Some(Arc::clone(&sender));
+                let _ = serve(&sender, receiver, &gated, |step, tokens| drop(told.send((step, tokens))));
             }
         });
-        Worker { listener, gate, computed }
+        Worker { listener, gate, computed, sender }
+    }
+
+    /// Returns once it has read all that this host has said so far.
+    fn has_read(&self, host: &Link) {
+        let said = host.sender().counters().bytes_sent;
+        let read =
+            || self.sender.lock().unwrap().as_ref().map_or(0, |sender| sender.counters().bytes_received);
+        let deadline = soon();
+        while read() < said {
+            assert!(Some(Instant::now()) < deadline, "it does not read while it computes");
+            std::thread::yield_now();
+        }
     }
 
     fn dial(&self, need: Terms) -> Result<Link, LinkError> {
@@ -95,8 +115,12 @@ impl Drop for Worker {
     }
 }
 
-fn serve(link: Link, gate: &Mutex<()>, told: impl Fn(u32, Vec<i32>)) -> Result<(), LinkError> {
-    let (sender, mut receiver) = link.split();
+fn serve(
+    sender: &Sender,
+    mut receiver: LinkReceiver,
+    gate: &Mutex<()>,
+    told: impl Fn(u32, Vec<i32>),
+) -> Result<(), LinkError> {
     let width = sender.agreed().shape.input.width(sender.agreed().row_type);
     loop {
         let Event::Step { step, spans, tokens, rows, .. } = receiver.receive(None)? else { continue };
@@ -229,7 +253,7 @@ fn a_step_that_is_called_off_before_it_begins_is_not_computed_nor_what_stands_on
     let send = |link: &Link, session, position, x: f32| {
         link.send_step(&span(session, position, 1), &[], RowsRef::F32(&[x; 4])).unwrap()
     };
-    // with and without a worker that has begun the one before
+    // the first one may have begun; what is said behind it is there before it ends
     for round in 0..20u32 {
         let base = 4 * round;
         let gate = worker.gate.lock().unwrap();
@@ -242,6 +266,7 @@ fn a_step_that_is_called_off_before_it_begins_is_not_computed_nor_what_stands_on
         link.sender().cancel(0).unwrap();
         link.sender().cancel(base + 400).unwrap();
         link.sender().rewind(0, 1).unwrap();
+        worker.has_read(&link);
         drop(gate);
         assert_eq!(heard(&mut link), (base + 1, Ok(1.0)));
         assert_eq!(heard(&mut link), (base + 2, Err(None)));
