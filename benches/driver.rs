@@ -10,13 +10,11 @@
 
 use std::collections::VecDeque;
 use std::hint::black_box;
-use std::sync::mpsc::{Receiver, Sender, channel};
-use std::sync::{Arc, Mutex};
-use std::thread::{sleep, spawn};
 use std::time::{Duration, Instant};
 
 use dim_core::bell::Bell;
 use dim_core::blocks::BlockRange;
+use dim_core::fakes::{SleepingStage, SleepingWorker, Sums};
 use dim_core::ids::{JobId, SessionId};
 use dim_core::pipeline::{Advance, Patience, Pipeline, StageSlot, Step};
 use dim_core::rows::{RowType, Rows, RowsRef};
@@ -84,8 +82,8 @@ fn on_threads(stages: &[u64], one_way: u64) -> Duration {
     let last = stages.len() - 1;
     let ms = Duration::from_millis;
     let slots = stages.iter().enumerate().map(|(i, &compute)| match i {
-        _ if i == 0 || i == last => StageSlot::Local(Box::new(Adder(ms(compute)))),
-        _ => StageSlot::Remote(Box::new(Sleeper::start(ms(compute), ms(one_way)))),
+        _ if i == 0 || i == last => StageSlot::Local(Box::new(SleepingStage::new(ms(compute)))),
+        _ => StageSlot::Remote(Box::new(SleepingWorker::start(ms(compute), ms(one_way), AGREED))),
     });
     let mut pipeline = Pipeline::new(slots.collect(), RowType::F32, Patience::default());
     let begun = Instant::now();
@@ -97,71 +95,70 @@ fn on_threads(stages: &[u64], one_way: u64) -> Duration {
         out.extend(finished.outcome.expect("nothing can go wrong"));
     }
     let took = begun.elapsed();
-    let expected: Vec<f32> = (0..STEPS).map(|token| token as f32 + stages.len() as f32).collect();
-    assert_eq!(out, expected, "every stage adds one to every step, in order");
+    // every stage sums up what came before, so each step went through each of them, in order
+    let all = [Span { session: SESSION.0, position: 0, count: STEPS }];
+    let tokens: Vec<f32> = (0..STEPS).map(|token| token as f32).collect();
+    let expected = stages.iter().fold(tokens, |values, _| Sums::default().step(&all, &values));
+    assert_eq!(out, expected);
     took
 }
 
 /// One session over one worker, a step at a time, and nothing computes: what is left is the driver.
 fn cost_of_a_step() {
-    let number = |name, default: usize| std::env::var(name).map_or(default, |n| n.parse().expect("a number"));
-    let (steps, rounds) = (number("STEPS", 100_000), number("ROUNDS", 9));
     let over_one_worker = || {
         let stages = vec![
-            StageSlot::Local(Box::new(Adder(Duration::ZERO))),
+            StageSlot::Local(Box::new(Adder)),
             StageSlot::Remote(Box::new(Instantly::default())),
-            StageSlot::Local(Box::new(Adder(Duration::ZERO))),
+            StageSlot::Local(Box::new(Adder)),
         ];
         Pipeline::new(stages, RowType::F32, Patience::default())
     };
     let mut pipeline = over_one_worker();
-    let mut position = 0;
-    let mut per_step = Vec::new();
-    for _ in 0..rounds {
-        pipeline.rewind(SESSION, 0);
-        let begun = Instant::now();
-        for _ in 0..steps {
-            pipeline.submit(Step::decode(SESSION, position, 7));
-            position += 1;
-            let Advance::Finished(finished) = pipeline.advance(None) else { panic!("nothing came out") };
-            let logits = finished.outcome.expect("nothing can go wrong");
-            assert_eq!(black_box(&logits)[..], [10.0]);
-            pipeline.reuse(logits);
+    let step = |position| {
+        if position == 0 {
+            pipeline.rewind(SESSION, 0);
         }
-        per_step.push(begun.elapsed().as_nanos() / steps as u128);
-    }
-    per_step.sort_unstable();
-    let (median, fastest) = (per_step[rounds / 2], per_step[0]);
-    println!(
-        "\none session, one worker, no compute: {median} ns a step (median of {rounds}; fastest {fastest})"
-    );
+        pipeline.submit(Step::decode(SESSION, position, 7));
+        let Advance::Finished(finished) = pipeline.advance(None) else { panic!("nothing came out") };
+        let logits = finished.outcome.expect("nothing can go wrong");
+        assert_eq!(black_box(&logits)[..], [10.0]);
+        pipeline.reuse(logits);
+    };
+    println!();
+    per_step("one session, one worker, no compute", step);
 
-    // the same through what several threads could share
     let shared = SharedPipeline::new(over_one_worker(), 1);
     let mut client = shared.client().expect("nobody else has it");
-    let mut position = 0;
-    let mut per_step = Vec::new();
-    for _ in 0..rounds {
-        client.rewind(0);
-        let begun = Instant::now();
-        for _ in 0..steps {
-            let step = Step::decode(SESSION, position, 7);
-            position += 1;
-            let check = |logits: Vec<f32>| {
-                assert_eq!(black_box(&logits)[..], [10.0]);
-                Some(logits)
-            };
-            client.run([step], check).expect("nothing can go wrong");
+    let step = |position| {
+        if position == 0 {
+            client.rewind(0);
         }
-        per_step.push(begun.elapsed().as_nanos() / steps as u128);
-    }
-    per_step.sort_unstable();
-    let (median, fastest) = (per_step[rounds / 2], per_step[0]);
-    println!("the same, of a pipeline that threads may share: {median} ns a step (fastest {fastest})");
+        let check = |logits: Vec<f32>| {
+            assert_eq!(black_box(&logits)[..], [10.0]);
+            Some(logits)
+        };
+        client.run([Step::decode(SESSION, position, 7)], check).expect("nothing can go wrong");
+    };
+    per_step("the same, of a pipeline that threads may share", step);
 }
 
-/// Adds one to each row, after a while.
-struct Adder(Duration);
+/// Times a step at every position of a conversation, again and again.
+fn per_step(what: &str, mut step: impl FnMut(u32)) {
+    let number = |name, default: u32| std::env::var(name).map_or(default, |n| n.parse().expect("a number"));
+    let (steps, rounds) = (number("STEPS", 100_000), number("ROUNDS", 9));
+    let round = |_| {
+        let begun = Instant::now();
+        (0..steps).for_each(&mut step);
+        begun.elapsed().as_nanos() / u128::from(steps)
+    };
+    let mut nanos: Vec<u128> = (0..rounds).map(round).collect();
+    nanos.sort_unstable();
+    let (median, fastest) = (nanos[nanos.len() / 2], nanos[0]);
+    println!("{what}: {median} ns a step (median of {rounds}; fastest {fastest})");
+}
+
+/// Adds one to each row.
+struct Adder;
 
 impl LocalStage for Adder {
     fn name(&self) -> String {
@@ -176,9 +173,6 @@ impl LocalStage for Adder {
         input: StageInput<'_>,
         output: StageOutput<'_>,
     ) -> Result<Duration, StageError> {
-        if !self.0.is_zero() {
-            sleep(self.0);
-        }
         let out = match output {
             StageOutput::Rows(Rows::F32(out)) => out,
             StageOutput::Logits { out, .. } => out,
@@ -190,7 +184,7 @@ impl LocalStage for Adder {
             StageInput::Rows { rows: RowsRef::F32(rows), .. } => out.extend(rows.iter().map(|x| x + 1.0)),
             StageInput::Rows { rows: RowsRef::F16(_), .. } => unreachable!("the rows are F32"),
         }
-        Ok(self.0)
+        Ok(Duration::ZERO)
     }
     fn rewind(&mut self, _: SessionId, _: u32) -> Result<(), StageError> {
         Ok(())
@@ -245,115 +239,6 @@ impl RemoteStage for Instantly {
         self.poll(rows)
     }
     fn notify(&mut self, _: Option<Bell>) {}
-    fn rewind(&mut self, _: SessionId, _: u32) -> Result<(), StageError> {
-        Ok(())
-    }
-    fn begin_reconnect(&mut self, _: &Bell) {}
-    fn poll_connected(&mut self) -> Result<bool, StageError> {
-        Ok(true)
-    }
-    fn traffic(&self) -> Traffic {
-        Traffic::default()
-    }
-}
-
-/// What has arrived from a worker, and who is told.
-#[derive(Default)]
-struct Arrived {
-    answers: VecDeque<(Answer, Vec<f32>)>,
-    bell: Option<Bell>,
-}
-
-/// A worker on a thread of its own that sleeps instead of computing, at the end of a way that takes its time.
-struct Sleeper {
-    sender: Sender<(JobId, Vec<f32>, Instant)>,
-    arrived: Arc<Mutex<Arrived>>,
-    own_bell: Bell,
-}
-
-impl Sleeper {
-    fn start(compute: Duration, one_way: Duration) -> Sleeper {
-        let (sender, steps) = channel();
-        let (answers, way_back): (Sender<(Answer, Vec<f32>, Instant)>, _) = channel();
-        spawn(move || work(&steps, &answers, compute, one_way));
-        let (arrived, own_bell) = (Arc::new(Mutex::new(Arrived::default())), Bell::new());
-        let (to, bell) = (Arc::clone(&arrived), own_bell.clone());
-        spawn(move || {
-            for (answer, rows, at) in way_back {
-                sleep_until(at + one_way);
-                let mut to = to.lock().expect("nobody panics");
-                to.answers.push_back((answer, rows));
-                bell.ring();
-                to.bell.iter().for_each(Bell::ring);
-            }
-        });
-        Sleeper { sender, arrived, own_bell }
-    }
-}
-
-fn work(
-    steps: &Receiver<(JobId, Vec<f32>, Instant)>,
-    answers: &Sender<(Answer, Vec<f32>, Instant)>,
-    compute: Duration,
-    one_way: Duration,
-) {
-    for (job, mut rows, sent) in steps {
-        let there = sent + one_way;
-        sleep_until(there);
-        let wait = there.elapsed();
-        sleep(compute);
-        rows.iter_mut().for_each(|x| *x += 1.0);
-        if answers.send((Answer::done(job, compute, wait), rows, Instant::now())).is_err() {
-            return;
-        }
-    }
-}
-
-fn sleep_until(at: Instant) {
-    sleep(at.saturating_duration_since(Instant::now()));
-}
-
-impl RemoteStage for Sleeper {
-    fn name(&self) -> String {
-        "remote".to_owned()
-    }
-    fn blocks(&self) -> Option<BlockRange> {
-        None
-    }
-    fn max_in_flight(&self) -> usize {
-        AGREED
-    }
-    fn submit(&mut self, job: JobId, _: &[Span], _: &[i32], rows: &Rows) -> Result<(), StageError> {
-        self.sender.send((job, values(rows).to_vec(), Instant::now())).map_err(StageError::lost)
-    }
-    fn poll(&mut self, rows: &mut Rows) -> Result<Option<Answer>, StageError> {
-        let front = self.arrived.lock().expect("nobody panics").answers.pop_front();
-        Ok(front.map(|(answer, values)| {
-            give(rows, &values);
-            answer
-        }))
-    }
-    fn collect_until(
-        &mut self,
-        rows: &mut Rows,
-        deadline: Option<Instant>,
-    ) -> Result<Option<Answer>, StageError> {
-        loop {
-            if let Some(answer) = self.poll(rows)? {
-                return Ok(Some(answer));
-            }
-            if !self.own_bell.wait(deadline) {
-                return Ok(None);
-            }
-        }
-    }
-    fn notify(&mut self, bell: Option<Bell>) {
-        let mut arrived = self.arrived.lock().expect("nobody panics");
-        if !arrived.answers.is_empty() {
-            bell.iter().for_each(Bell::ring);
-        }
-        arrived.bell = bell;
-    }
     fn rewind(&mut self, _: SessionId, _: u32) -> Result<(), StageError> {
         Ok(())
     }

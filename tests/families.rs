@@ -22,7 +22,6 @@ use gguf_tools::plan::{Plan, PlanError, Request};
 use gguf_tools::split::split;
 use llama_sys_patch::test_support;
 
-const N_BLOCKS: u32 = 8;
 const MIDDLE: &str = "3..5";
 const N_PROMPT: usize = 40;
 const N_STEPS: usize = 32;
@@ -32,7 +31,7 @@ const KILLED_AT: usize = 10;
 /// Chunks of 16 rows: the prompt has three.
 const SMALL: Resources = Resources { n_ctx: 128, n_threads: Some(1), n_ubatch: 16, gpu_layers: Some(0) };
 
-/// A family: its name, llama.cpp's name of it, the blocks that leave, and what its tiny model wants beyond the usual keys.
+/// A family: its name, llama.cpp's name of it, the blocks that leave, and what its tiny model wants beyond the usual keys of its kind.
 struct Family(&'static str, &'static str, &'static str, &'static [&'static str]);
 
 const fn family(arch: &'static str) -> Family {
@@ -70,21 +69,7 @@ const FAMILIES: &[Family] = &[
     family("rwkv7"),
     family("talkie"),
     // token ids are read beside the rows
-    Family(
-        "deepseek4",
-        "deepseek4",
-        "1..3",
-        &[
-            ".attention.compress_ratios=[0,0,4,128,4,128,4,128]",
-            ".attention.head_count_kv=1",
-            ".attention.key_length=128",
-            ".attention.value_length=128",
-            ".rope.dimension_count=32",
-            ".hash_layer_count=2",
-            ".expert_gating_func=4",
-            ".hyper_connection.count=4",
-        ],
-    ),
+    Family("deepseek4", "deepseek4", "1..3", &[]),
 ];
 
 /// A tiny model, cut in three, and a key.
@@ -98,7 +83,8 @@ impl Cut {
     fn new(&Family(_, arch, middle, options): &Family) -> Cut {
         let folder = tempfile::tempdir().unwrap();
         let model = folder.path().join("m.gguf");
-        test_support::write_model(arch, N_BLOCKS, options, &model).unwrap();
+        let options = [test_support::options(arch), options].concat();
+        test_support::write_model(arch, test_support::N_BLOCKS, &options, &model).unwrap();
         let gguf = Gguf::open(&model).unwrap();
         let middles = vec![middle.parse().unwrap()];
         let request = Request { middles, stem: "m".into(), ..Request::default() };

@@ -290,35 +290,19 @@ fn every_field_has_its_rule() {
 }
 
 /// Thousands of changed slices, each loaded by llama.cpp in a process of its own if our reader takes it.
-#[cfg(feature = "engine")]
+#[cfg(all(unix, feature = "engine"))]
 mod loaded {
-    use std::{
-        io::{BufRead, BufReader, Write},
-        os::unix::process::ExitStatusExt,
-        process::{Command, Stdio},
-    };
-
+    use common::{child, child::Child};
     use llama_sys_patch::{ContextParams, Input, Model, ModelParams, Output, Row, Stage, StageParams};
 
     use super::*;
 
-    const CHILD: &str = "DIM_TEST_LOADS_SLICES";
     const CHANGED: usize = 2000;
 
     /// The child: loads and runs every slice it is told, and says so.
     #[test]
     fn loads_what_it_is_told() {
-        if std::env::var_os(CHILD).is_none() {
-            return;
-        }
-        for path in std::io::stdin().lines() {
-            let verdict = match run(Path::new(&path.unwrap())) {
-                Ok(()) => "ran".to_owned(),
-                Err(e) => format!("refused: {}", e.to_string().replace('\n', " ")),
-            };
-            println!("\ndone {verdict}");
-            std::io::stdout().flush().unwrap();
-        }
+        child::serve(run);
     }
 
     fn run(path: &Path) -> Result<(), llama_sys_patch::Error> {
@@ -334,55 +318,11 @@ mod loaded {
         Ok(())
     }
 
-    struct Child {
-        process: std::process::Child,
-        stdin: std::process::ChildStdin,
-        stdout: std::io::Lines<BufReader<std::process::ChildStdout>>,
-    }
-
-    impl Child {
-        fn start() -> Child {
-            let mut process = Command::new(std::env::current_exe().unwrap())
-                .args(["--exact", "loaded::loads_what_it_is_told", "--nocapture"])
-                .env(CHILD, "1")
-                .stdin(Stdio::piped())
-                .stdout(Stdio::piped())
-                .stderr(Stdio::null())
-                .spawn()
-                .unwrap();
-            let stdin = process.stdin.take().unwrap();
-            let stdout = BufReader::new(process.stdout.take().unwrap()).lines();
-            Child { process, stdin, stdout }
-        }
-
-        /// What became of the file: ran, refused, or the signal.
-        fn load(&mut self, path: &Path) -> Result<String, i32> {
-            writeln!(self.stdin, "{}", path.display()).unwrap();
-            loop {
-                match self.stdout.next() {
-                    Some(Ok(line)) => {
-                        if let Some(verdict) = line.strip_prefix("done ") {
-                            return Ok(verdict.to_owned());
-                        }
-                    }
-                    _ => return Err(self.process.wait().unwrap().signal().unwrap_or(0)),
-                }
-            }
-        }
-    }
-
-    impl Drop for Child {
-        fn drop(&mut self) {
-            let _ = self.process.kill();
-            let _ = self.process.wait();
-        }
-    }
-
     #[test]
     fn changed_slices_are_refused_or_load_and_nothing_is_a_signal() {
         let folder = tempfile::tempdir().unwrap();
         let (mut by_us, mut by_llama, mut ran) = (0, 0, 0);
-        let mut child = Child::start();
+        let mut child = Child::start("loaded::loads_what_it_is_told");
         let mut rng = Rng(41);
         for arch in ["qwen2", "gemma"] {
             let path = middle(folder.path(), arch);

@@ -8,14 +8,9 @@
 
 mod common;
 
-use std::{
-    io::{BufRead, BufReader, Write},
-    os::unix::process::ExitStatusExt,
-    path::Path,
-    process::{Command, Stdio},
-};
+use std::path::Path;
 
-use common::Rng;
+use common::{Rng, child, child::Child};
 use gguf_tools::{
     gguf::{
         Array, Gguf, Value, ValueType, check,
@@ -25,25 +20,12 @@ use gguf_tools::{
 };
 use llama_sys_patch::{ContextParams, Model, ModelParams, Row, Stock};
 
-const CHILD: &str = "DIM_TEST_LOADS";
 const MUTANTS: usize = 1000;
 
 /// The child: loads and runs every file it is told, and says so.
 #[test]
 fn loads_what_it_is_told() {
-    if std::env::var_os(CHILD).is_none() {
-        return;
-    }
-    llama_sys_patch::set_log(llama_sys_patch::LogLevel::Silent);
-    for path in std::io::stdin().lines() {
-        let path = path.unwrap();
-        let verdict = match load_and_run(Path::new(&path)) {
-            Ok(()) => "ran".to_owned(),
-            Err(e) => format!("refused: {}", e.to_string().replace('\n', " ")),
-        };
-        println!("\ndone {verdict}");
-        std::io::stdout().flush().unwrap();
-    }
+    child::serve(load_and_run);
 }
 
 fn load_and_run(path: &Path) -> Result<(), llama_sys_patch::Error> {
@@ -64,44 +46,6 @@ fn load_and_run(path: &Path) -> Result<(), llama_sys_patch::Error> {
         stock.decode(&[row], &[token], &mut logits)?;
     }
     Ok(())
-}
-
-/// A process that loads files, started again when one of them ends it.
-struct Child {
-    process: std::process::Child,
-    stdin: std::process::ChildStdin,
-    stdout: std::io::Lines<BufReader<std::process::ChildStdout>>,
-}
-
-impl Child {
-    fn start() -> Child {
-        let mut process = Command::new(std::env::current_exe().unwrap())
-            .args(["--exact", "loads_what_it_is_told", "--nocapture"])
-            .env(CHILD, "1")
-            .stdin(Stdio::piped())
-            .stdout(Stdio::piped())
-            .stderr(Stdio::null())
-            .spawn()
-            .unwrap();
-        let stdin = process.stdin.take().unwrap();
-        let stdout = BufReader::new(process.stdout.take().unwrap()).lines();
-        Child { process, stdin, stdout }
-    }
-
-    /// What became of the file: ran, refused, or the signal.
-    fn load(&mut self, path: &Path) -> Result<String, i32> {
-        writeln!(self.stdin, "{}", path.display()).unwrap();
-        loop {
-            match self.stdout.next() {
-                Some(Ok(line)) => {
-                    if let Some(verdict) = line.strip_prefix("done ") {
-                        return Ok(verdict.to_owned());
-                    }
-                }
-                _ => return Err(self.process.wait().unwrap().signal().unwrap_or(0)),
-            }
-        }
-    }
 }
 
 /// A file with one to three keys changed, or with bytes changed.
@@ -290,7 +234,7 @@ fn accepted_mutants_do_not_end_the_process() {
     // another seed, other mutants
     let seed = std::env::var("DIM_TEST_SEED").ok().and_then(|s| s.parse().ok()).unwrap_or(20_261_122);
     let mut rng = Rng(seed);
-    let mut child = Child::start();
+    let mut child = Child::start("loads_what_it_is_told");
     for (gguf, _) in &models {
         check::model(gguf).unwrap();
         assert_eq!(child.load(gguf.path()), Ok("ran".into()), "{}", gguf.path().display());
@@ -316,7 +260,7 @@ fn accepted_mutants_do_not_end_the_process() {
                 let kept = std::env::temp_dir().join(format!("mutant-{}.gguf", failures.len()));
                 std::fs::copy(&path, &kept).unwrap();
                 failures.push(format!("signal {signal}, kept as {}", kept.display()));
-                child = Child::start();
+                child = Child::start("loads_what_it_is_told");
             }
         }
     }
@@ -337,7 +281,7 @@ fn what_we_refuse_does_end_the_process() {
     let gguf = Gguf::open(&path).unwrap();
     let specs: Vec<_> =
         gguf.tensors().map(|t| TensorSpec::new(t.name(), t.tensor_type(), t.dims())).collect();
-    let mut child = Child::start();
+    let mut child = Child::start("loads_what_it_is_told");
     let mut ended = 0;
     for (key, value) in [
         ("qwen2.block_count", Value::U32(0)),
@@ -360,7 +304,7 @@ fn what_we_refuse_does_end_the_process() {
         match verdict {
             Err(_) => {
                 ended += 1;
-                child = Child::start();
+                child = Child::start("loads_what_it_is_told");
             }
             Ok(verdict) => eprintln!("{key}: {verdict}"),
         }

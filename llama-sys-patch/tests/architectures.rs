@@ -14,8 +14,8 @@ use std::path::PathBuf;
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
+use common::max_difference;
 use common::pipeline::{self, Pipeline, Rows};
-use common::{max_difference, tiny};
 use gguf_tools::arch::SUPPORTED;
 use llama_sys_patch::{ContextParams, Error, FlashAttn, Model, Plan, Row, Stock, test_support};
 
@@ -132,7 +132,7 @@ fn take_back(model: &Model, context: &ContextParams) -> Result<&'static str, Err
 /// The comparison.
 fn compare(arch: &str) -> Result<Outcome, Error> {
     let folder = tempfile::tempdir().expect("a folder");
-    let path = tiny::write(arch, &[], folder.path())?;
+    let path = test_support::write(arch, &[], folder.path())?;
     let ranges = match pipeline::plan(&path, &CUTS) {
         Ok(ranges) => ranges,
         Err(Error::Unsupported(why)) => return Ok(Outcome::Refused(why)),

@@ -3,8 +3,9 @@
 mod common;
 
 use common::pipeline::{self, Pipeline};
-use common::{assert_exact, decode, stock, tiny};
+use common::{assert_exact, decode, stock};
 use half::f16;
+use llama_sys_patch::test_support as tiny;
 use llama_sys_patch::{ContextParams, Error, Input, Output, Row, Stage, StageParams, Stock};
 
 const SNAPSHOTS: u32 = 3;

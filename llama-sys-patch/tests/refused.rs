@@ -3,9 +3,10 @@
 
 mod common;
 
-use common::{Chain, Wire, assert_exact, context, decode, pipeline, stock, tiny, tokens};
+use common::{Chain, Wire, assert_exact, context, decode, pipeline, stock, tokens};
 use gguf_tools::gguf::write::{GgufWriter, TensorSpec};
 use gguf_tools::gguf::{TensorType, Value};
+use llama_sys_patch::test_support as tiny;
 use llama_sys_patch::{Error, Model, ModelParams, Plan, Row, Stage, StageParams};
 
 const N_EMBD: u64 = 64;

@@ -6,8 +6,9 @@ use std::path::{Path, PathBuf};
 
 use common::pipeline::{self, Pipeline};
 use common::slices::{self, Absent};
-use common::{assert_exact, decode, max_difference, stock, tiny};
+use common::{assert_exact, decode, max_difference, stock};
 use gguf_tools::gguf::{Array, Gguf, Value};
+use llama_sys_patch::test_support as tiny;
 use llama_sys_patch::{
     ContextParams, Error, Input, Model, ModelParams, Output, Plan, Row, Stage, StageParams, Stock, ValueType,
 };

@@ -1,6 +1,8 @@
 //! What the tests share: a writer of GGUF bytes that is free to be wrong, and a random number generator.
 #![allow(dead_code, missing_docs)]
 
+#[cfg(all(unix, feature = "engine"))]
+pub(crate) mod child;
 pub(crate) mod memory;
 
 use std::path::Path;

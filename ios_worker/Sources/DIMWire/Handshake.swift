@@ -17,10 +17,7 @@ public struct Greeting: Equatable, Sendable {
     }
 
     init(_ bytes: [UInt8]) throws(RuleBroken) {
-        guard Array(bytes.prefix(Preamble.magic.count)) == Preamble.magic else {
-            throw RuleBroken(.badMagic, hex(bytes.prefix(8)))
-        }
-        var reader = Reader(bytes, from: Preamble.magic.count)
+        var reader = try Preamble.afterMagic(bytes)
         lowest = try reader.u16()
         highest = try reader.u16()
         let reserved = try reader.u32()
@@ -64,6 +61,12 @@ public struct Preamble: Equatable, Sendable {
         self.mark = purpose == .paired ? mark : .none
     }
 
+    /// What follows the magic, with which everything that is said in clear begins.
+    static func afterMagic(_ bytes: [UInt8]) throws(RuleBroken) -> Reader {
+        guard Array(bytes.prefix(magic.count)) == magic else { throw RuleBroken(.badMagic, hex(bytes.prefix(8))) }
+        return Reader(bytes, from: magic.count)
+    }
+
     /// The versions that a preamble offers; this much keeps its place in every version with this magic.
     static func versions(_ bytes: [UInt8]) throws(RuleBroken) -> ClosedRange<UInt16> {
         var reader = Reader(bytes, from: magic.count)
@@ -74,9 +77,7 @@ public struct Preamble: Equatable, Sendable {
     }
 
     init(_ bytes: [UInt8]) throws(RuleBroken) {
-        guard Array(bytes.prefix(Preamble.magic.count)) == Preamble.magic else {
-            throw RuleBroken(.badMagic, hex(bytes.prefix(8)))
-        }
+        _ = try Preamble.afterMagic(bytes)
         let versions = try Preamble.versions(bytes)
         lowest = versions.lowerBound
         highest = versions.upperBound
@@ -120,10 +121,7 @@ public struct Answer: Equatable, Sendable {
     }
 
     init(_ bytes: [UInt8]) throws(RuleBroken) {
-        guard Array(bytes.prefix(Preamble.magic.count)) == Preamble.magic else {
-            throw RuleBroken(.badMagic, hex(bytes.prefix(8)))
-        }
-        var reader = Reader(bytes, from: Preamble.magic.count)
+        var reader = try Preamble.afterMagic(bytes)
         lowest = try reader.u16()
         highest = try reader.u16()
         guard lowest <= highest else { throw RuleBroken(.badAnswer, "versions \(lowest)-\(highest)") }

@@ -4,7 +4,6 @@
 
 pub(crate) mod pipeline;
 pub(crate) mod slices;
-pub(crate) mod tiny;
 
 use std::ops::Range;
 use std::path::PathBuf;

@@ -19,7 +19,7 @@ pub mod blocks;
 pub mod canary;
 pub mod digest;
 pub mod error;
-#[cfg(test)]
+#[cfg(any(test, feature = "test-support"))]
 pub mod fakes;
 pub mod guard;
 mod history;
