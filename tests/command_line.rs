@@ -230,11 +230,17 @@ fn a_conversation_longer_than_the_context_forgets_its_oldest_turns() {
     assert_eq!(code, Some(0), "{err}");
     assert!(err.contains("oldest messages are forgotten]") && !err.contains("error"), "{err}");
     assert!(out.lines().count() >= 12, "{out}");
-    // one message that has no room by itself is said so, and the next one is answered
-    let long = format!("{}\nshort\n", "x y ".repeat(400));
-    let (out, err, code) = chat(&cut, &["--ctx", "256", "-n", "4"], long.as_bytes());
+    // one message that has no room by itself is said so, costs no other, and the next one is answered
+    let file = cut.folder.path().join("talk.json");
+    let long = format!("hi\n{}\nshort\n", "x y ".repeat(400));
+    let args = ["--ctx", "256", "-n", "4", "--save", file.to_str().unwrap()];
+    let (out, err, code) = chat(&cut, &args, long.as_bytes());
     assert_eq!(code, Some(0), "{err}");
-    assert!(err.contains("error: this message needs") && out.lines().count() == 1, "{err}{out}");
+    assert!(err.contains("error: this message needs") && out.lines().count() == 2, "{err}{out}");
+    let kept: Vec<serde_json::Value> =
+        serde_json::from_str(&std::fs::read_to_string(&file).unwrap()).unwrap();
+    let said: Vec<_> = kept.iter().filter(|m| m["role"] == "user").map(|m| m["content"].clone()).collect();
+    assert_eq!(said, ["hi", "short"]);
 }
 
 #[test]

@@ -11,11 +11,10 @@ use std::process::Command;
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
-use common::{Worker, failure, host_program, worker_program};
+use common::{Worker, failure, host_program, worker_program, write_with};
 use dim::{Host, Key, Resources, RowType, Sampling, Session, WholeModel};
 use gguf_tools::failure::Explained as _;
-use gguf_tools::gguf::write::{GgufWriter, TensorSpec};
-use gguf_tools::gguf::{Gguf, Tensor, Value};
+use gguf_tools::gguf::{Gguf, Value};
 use gguf_tools::manifest::Manifest;
 use gguf_tools::needs::Ask;
 use gguf_tools::plan::{Plan, PlanError, Request};
@@ -286,14 +285,7 @@ fn a_file_that_llama_cpp_does_not_survive_is_one_error() {
     let cut = Cut::new(&family("gemma3"));
     let spoilt = |from: &Path, name: &str| {
         let path = cut.file(name);
-        let gguf = Gguf::open(from).unwrap();
-        let mut keys: Vec<_> = gguf.metadata().map(|e| (e.key.to_owned(), e.value)).collect();
-        keys.push(("gemma3.expert_count".to_owned(), Value::U32(5000)));
-        let spec = |t: Tensor<'_>| TensorSpec::new(t.name(), t.tensor_type(), t.dims());
-        let specs: Vec<_> = gguf.tensors().map(spec).collect();
-        let mut writer = GgufWriter::create(&path, &keys, &specs).unwrap();
-        gguf.tensors().for_each(|t| writer.write(t.data().unwrap()).unwrap());
-        writer.finish().unwrap();
+        write_with(from, &path, "gemma3.expert_count", Some(Value::U32(5000)));
         path
     };
     let (model, middle) = (spoilt(&cut.file("m.gguf"), "bad.gguf"), spoilt(&cut.middle, "bad-middle.gguf"));

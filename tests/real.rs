@@ -11,7 +11,7 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::LazyLock;
 
-use common::{Worker, host_program, report, run, text, worker_program};
+use common::{Worker, host_program, real_model, report, run, text, top, worker_program};
 use dim::host::template::{ChatTemplate, Role, Turn};
 use dim::host::text::TextStream;
 use dim_ab::quality::Evaluation;
@@ -39,23 +39,8 @@ const MIDDLE: &str = "10..19";
 
 /// The model, made once for all tests; `None` where it was not fetched.
 fn real() -> Option<&'static Real> {
-    static REAL: LazyLock<Option<Real>> = LazyLock::new(|| fetched().map(|file| Real::of(&file)));
-    if REAL.is_none() {
-        println!("not run: no real weights (sh .ci/model fetches them)");
-    }
+    static REAL: LazyLock<Option<Real>> = LazyLock::new(|| real_model().map(|file| Real::of(&file)));
     REAL.as_ref()
-}
-
-/// Where `.ci/model` says it is.
-fn fetched() -> Option<PathBuf> {
-    let output = run(Command::new("sh").arg(".ci/model").arg("--path").current_dir(top()));
-    assert!(output.status.success() || output.stderr.is_empty(), "{}", text(&output.stderr));
-    output.status.success().then(|| text(&output.stdout).trim_end().into())
-}
-
-/// The folder of the repository.
-fn top() -> &'static Path {
-    Path::new(concat!(env!("CARGO_MANIFEST_DIR"), "/../.."))
 }
 
 impl Real {

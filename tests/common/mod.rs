@@ -65,31 +65,20 @@ impl Cut {
     pub(crate) fn with_f32(&self, key: &str, number: f32, middles: &[&str]) -> Cut {
         let old = Gguf::open(&self.model).unwrap();
         assert!(matches!(old.get(key), Some(Value::F32(old)) if old != number), "{key}");
-        Cut::of(|path| self.write_with(path, key, Some(Value::F32(number))), middles)
+        Cut::of(|path| write_with(&self.model, path, key, Some(Value::F32(number))), middles)
     }
 
     /// The same model without a key.
     pub(crate) fn without_key(&self, key: &str, middles: &[&str]) -> Cut {
         assert!(Gguf::open(&self.model).unwrap().get(key).is_some(), "{key}");
-        Cut::of(|path| self.write_with(path, key, None), middles)
+        Cut::of(|path| write_with(&self.model, path, key, None), middles)
     }
 
     /// The same model, whole, with another value of a key; a file in this folder.
     pub(crate) fn with_key(&self, key: &str, value: Value<'_>) -> PathBuf {
         let path = self.folder.path().join("other.gguf");
-        self.write_with(&path, key, Some(value));
+        write_with(&self.model, &path, key, Some(value));
         path
-    }
-
-    fn write_with(&self, path: &Path, key: &str, value: Option<Value<'_>>) {
-        let gguf = Gguf::open(&self.model).unwrap();
-        let others = gguf.metadata().filter(|e| e.key != key).map(|e| (e.key.to_owned(), e.value));
-        let metadata: Vec<_> = others.chain(value.map(|value| (key.to_owned(), value))).collect();
-        let spec = |t: Tensor<'_>| TensorSpec::new(t.name(), t.tensor_type(), t.dims());
-        let specs: Vec<_> = gguf.tensors().map(spec).collect();
-        let mut writer = GgufWriter::create(path, &metadata, &specs).unwrap();
-        gguf.tensors().for_each(|t| writer.write(t.data().unwrap()).unwrap());
-        writer.finish().unwrap();
     }
 
     fn of(write: impl FnOnce(&Path), middles: &[&str]) -> Cut {
@@ -169,6 +158,34 @@ pub(crate) fn run(command: &mut Command) -> Output {
 
 pub(crate) fn text(bytes: &[u8]) -> String {
     String::from_utf8_lossy(bytes).into_owned()
+}
+
+/// The model or slice at `from` again at `to`, with another value of a key, or without it.
+pub(crate) fn write_with(from: &Path, to: &Path, key: &str, value: Option<Value<'_>>) {
+    let gguf = Gguf::open(from).unwrap();
+    let others = gguf.metadata().filter(|e| e.key != key).map(|e| (e.key.to_owned(), e.value));
+    let metadata: Vec<_> = others.chain(value.map(|value| (key.to_owned(), value))).collect();
+    let spec = |t: Tensor<'_>| TensorSpec::new(t.name(), t.tensor_type(), t.dims());
+    let specs: Vec<_> = gguf.tensors().map(spec).collect();
+    let mut writer = GgufWriter::create(to, &metadata, &specs).unwrap();
+    gguf.tensors().for_each(|t| writer.write(t.data().unwrap()).unwrap());
+    writer.finish().unwrap();
+}
+
+/// The folder of the repository.
+pub(crate) fn top() -> &'static Path {
+    Path::new(concat!(env!("CARGO_MANIFEST_DIR"), "/../.."))
+}
+
+/// The trained model as it was fetched; where it was not, that is said.
+pub(crate) fn real_model() -> Option<PathBuf> {
+    let output = run(Command::new("sh").arg(".ci/model").arg("--path").current_dir(top()));
+    assert!(output.status.success() || output.stderr.is_empty(), "{}", text(&output.stderr));
+    if !output.status.success() {
+        println!("not run: no real weights (sh .ci/model fetches them)");
+        return None;
+    }
+    Some(text(&output.stdout).trim_end().into())
 }
 
 /// The slice at `from` again at `to`, with the same keys and the contents that `contents` gives for each tensor: what

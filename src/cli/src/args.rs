@@ -83,7 +83,7 @@ impl SplitArgs {
             .map_err(explain)?
             .resources(resources)
             .verify(self.verify.when())
-            .mmap(self.mmap && !self.no_mmap)
+            .mmap(self.mmap)
             .canary(!self.no_canary)
             .patience(self.patience.patience())
             .step_timeout(Duration::from_secs(self.step_timeout))
@@ -405,7 +405,7 @@ impl PromptArgs {
     /// The prompt's text, from wherever it was given.
     fn text(&self) -> Result<String, Failure> {
         if let Some(text) = &self.prompt {
-            return Ok(if self.escape && !self.no_escape { habits::unescaped(text) } else { text.clone() });
+            return Ok(if self.escape { habits::unescaped(text) } else { text.clone() });
         }
         let Some(path) = &self.file else {
             return Err(Failure::misuse("give a prompt with -p TEXT or -f FILE"));

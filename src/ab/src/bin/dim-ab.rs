@@ -37,7 +37,7 @@ fn main() -> ExitCode {
         return code;
     }
     // clap ends misuse with exit code 2 and --help with 0
-    let result = match Cli::parse().command {
+    let result = match Cli::parse_from(dim_cli::habits::long_words(std::env::args_os())).command {
         Command::Ab(args) => ab::run(&args),
         Command::Eval(args) => eval::run(&args),
         Command::Report(args) => report::run(&args),

@@ -91,7 +91,7 @@ fn run(args: &Args, chooses_rows: bool) -> Result<(), Failure> {
         .listen(&args.listen)
         .max_sessions(args.max_sessions)
         .verify(args.verify.when())
-        .mmap(args.mmap && !args.no_mmap)
+        .mmap(args.mmap)
         .resources(resources)
         .exact_rows(!chooses_rows)
         .software(device::software("dim-worker"));

@@ -8,7 +8,7 @@ use gguf_tools::failure::Failure;
 use gguf_tools::tell;
 use rustyline::config::Configurer as _;
 use rustyline::error::ReadlineError;
-use rustyline::history::{FileHistory, History as _};
+use rustyline::history::FileHistory;
 use rustyline::{Config, Editor};
 
 /// Where messages come from.
@@ -36,7 +36,7 @@ impl Input {
     /// Standard input. On a terminal lines can be edited, what was said before is a key away, and a paste of several lines
     /// is one message.
     pub(super) fn new() -> Input {
-        let config = Config::builder().bracketed_paste(true).auto_add_history(false);
+        let config = Config::builder().bracketed_paste(true);
         let editor = match std::io::stdin().is_terminal() {
             true => Editor::<(), FileHistory>::with_config(config.build()).ok(),
             false => None,
@@ -45,7 +45,6 @@ impl Input {
             None => Source::Pipe,
             Some(mut editor) => {
                 let history = history_file();
-                let _ = editor.history_mut().set_max_len(HISTORY_LINES);
                 editor.set_max_history_size(HISTORY_LINES).ok();
                 // the first time there is none
                 let _ = history.as_ref().map(|file| editor.load_history(file));

@@ -188,18 +188,21 @@ impl Chat<'_> {
     fn prompt(&mut self) -> Result<Option<Vec<i32>>, Failure> {
         let n_ctx = self.session.n_ctx() as usize;
         let room = self.n_predict.unwrap_or(usize::MAX).clamp(1, (n_ctx / 4).max(1));
-        let mut forgotten = 0;
+        let mut turns = self.turns.clone();
         loop {
-            let prompt = self.session.tokenize_chat(&self.template, &self.turns).map_err(explain)?;
+            let prompt = self.session.tokenize_chat(&self.template, &turns).map_err(explain)?;
             if prompt.is_empty() {
                 return Err(Failure::misuse("the chat template gave an empty prompt"));
             }
-            let oldest = self.turns.iter().position(|turn| turn.role != Role::System).unwrap_or(0);
+            let oldest = turns.iter().position(|turn| turn.role != Role::System).unwrap_or(0);
             // what was said last stays: it is to be answered
-            let is_last = oldest + 1 >= self.turns.len();
+            let is_last = oldest + 1 >= turns.len();
             if prompt.len() + room <= n_ctx || is_last && prompt.len() < n_ctx {
+                // only a message that has room afterwards is worth the others
+                let forgotten = self.turns.len() - turns.len();
                 if forgotten > 0 {
                     tell!("[the context is full: the {forgotten} oldest messages are forgotten]");
+                    self.turns = turns;
                 }
                 return Ok(Some(prompt));
             }
@@ -212,10 +215,8 @@ impl Chat<'_> {
                 return Ok(None);
             }
             // a question goes with its answer: templates want them by turns
-            let with_answer = self.turns.get(oldest + 1).is_some_and(|turn| turn.role == Role::Assistant);
-            let n = if with_answer { 2 } else { 1 };
-            self.turns.drain(oldest..oldest + n);
-            forgotten += n;
+            let with_answer = turns.get(oldest + 1).is_some_and(|turn| turn.role == Role::Assistant);
+            turns.drain(oldest..=oldest + usize::from(with_answer));
         }
     }
 }

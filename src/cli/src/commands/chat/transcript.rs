@@ -1,9 +1,11 @@
 //! A conversation as a file: a JSON array of messages, as OpenAI's API has them.
 
+use std::io::Write as _;
 use std::path::Path;
 
 use dim::host::template::{Role, Turn};
 use gguf_tools::failure::Failure;
+use gguf_tools::gguf::write::TempFile;
 use serde_json::{Value, json};
 
 const ROLES: [(Role, &str); 3] =
@@ -21,12 +23,9 @@ pub(super) fn write(path: &Path, turns: &[Turn]) -> Result<(), Failure> {
         Failure::failed(format!("cannot keep the conversation in {}: {e}", path.display()))
     };
     let text = serde_json::to_string_pretty(&messages).map_err(Failure::failed)?;
-    let mut beside = path.as_os_str().to_owned();
-    beside.push(".part");
-    std::fs::write(&beside, text + "\n").and_then(|()| std::fs::rename(&beside, path)).map_err(|e| {
-        let _ = std::fs::remove_file(&beside);
-        cannot(e)
-    })
+    let (temp, mut file) = TempFile::create(path).map_err(cannot)?;
+    writeln!(file, "{text}").map_err(cannot)?;
+    temp.publish(path).map_err(cannot)
 }
 
 /// Reads one.

@@ -111,9 +111,9 @@ impl<'a> Demo<'a> {
         page.heading("DIM: one model over two processes\n")?;
         let model = self.model()?;
         let (manifest_path, manifest) = self.cut(&model)?;
-        let key = self.scratch.dir.join("demo.key");
-        write_key(&key)?;
-        let worker = self.worker(&manifest_path, &manifest, &key)?;
+        let key_file = self.scratch.dir.join("demo.key");
+        let key = write_key(&key_file)?;
+        let worker = self.worker(&manifest_path, &manifest, &key_file)?;
         page.line(&format!("\n{}", picture(&manifest, worker.pid(), &worker.address)))?;
 
         let middle = middle_file(&manifest)?.to_owned();
@@ -163,11 +163,16 @@ impl<'a> Demo<'a> {
 
     /// Shows and runs a program that writes into the scratch folder.
     fn make(&self, command: &mut Command, outcome: &str) -> Result<(), Failure> {
+        let seconds = self.timed(command)?;
+        self.page.outcome(&format!("{outcome}; {seconds:.1} s"))
+    }
+
+    /// Shows and runs such a program; how many seconds it took.
+    fn timed(&self, command: &mut Command) -> Result<f64, Failure> {
         self.page.command(&typed(command))?;
         let start = Instant::now();
         run_to_end(command, &self.scratch.dir)?;
-        self.page.outcome(&format!("{outcome}; {:.1} s", start.elapsed().as_secs_f64()))?;
-        Ok(())
+        Ok(start.elapsed().as_secs_f64())
     }
 
     fn cut(&self, model: &Path) -> Result<(PathBuf, Manifest), Failure> {
@@ -182,18 +187,15 @@ impl<'a> Demo<'a> {
         };
         let mut command = program("dim-split")?;
         command.arg(model).args(["--middle", &middle, "--verify"]).arg("--out").arg(&self.scratch.dir);
-        self.page.command(&typed(&command))?;
-        let start = Instant::now();
-        run_to_end(&mut command, &self.scratch.dir)?;
+        let seconds = self.timed(&mut command)?;
         let path = self.scratch.dir.join(format!("{}.split.json", gguf.stem()));
         let manifest = Manifest::read(&path)?;
         let bytes: u64 = manifest.slices.iter().map(|slice| slice.bytes).sum();
         self.page.outcome(&format!(
-            "{} blocks in {} files, {}, every byte compared with the model's; {:.1} s",
+            "{} blocks in {} files, {}, every byte compared with the model's; {seconds:.1} s",
             manifest.model.n_blocks,
             manifest.slices.len(),
             size(bytes as f64),
-            start.elapsed().as_secs_f64()
         ))?;
         Ok((path, manifest))
     }
@@ -210,8 +212,8 @@ impl<'a> Demo<'a> {
 
     /// A host over the worker's process and this one.
     fn host(&self, parts: &Parts, wire: RowType) -> Result<Host, Failure> {
-        let key = Key::from_file(&parts.key).map_err(explain)?;
-        let host = Host::open(&parts.manifest).map_err(explain)?.worker(&parts.worker.address, key);
+        let host = Host::open(&parts.manifest).map_err(explain)?;
+        let host = host.worker(&parts.worker.address, parts.key.clone());
         // the worker is a process of ours: if it is lost, it has ended
         let patience = Patience { give_up_after: Duration::from_secs(3), ..Patience::default() };
         let host = host.wire(wire).resources(self.resources).verify(Verify::Never).patience(patience);
@@ -314,7 +316,7 @@ fn middle_file(manifest: &Manifest) -> Result<&str, Failure> {
 struct Parts {
     manifest: PathBuf,
     worker: Worker,
-    key: PathBuf,
+    key: Key,
 }
 
 /// What happens, less the picture: that has been drawn.

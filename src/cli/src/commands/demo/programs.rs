@@ -6,6 +6,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
+use dim::Key;
 use gguf_tools::failure::Failure;
 use gguf_tools::terminal::steer;
 
@@ -86,18 +87,16 @@ fn bytes_in(dir: &Path) -> u64 {
     files.filter_map(|file| file.metadata().ok()).map(|file| file.len()).sum()
 }
 
-/// A pre-shared key for this run alone.
-pub(super) fn write_key(path: &Path) -> Result<(), Failure> {
-    let mut key = [0u8; 32];
-    getrandom::fill(&mut key)
-        .map_err(|e| Failure::failed(format!("the system gives no random bytes: {e}")))?;
-    let hex: String = key.iter().map(|b| format!("{b:02x}")).collect();
+/// A pre-shared key for this run alone, and in a file.
+pub(super) fn write_key(path: &Path) -> Result<Key, Failure> {
+    let key = Key::random().map_err(Failure::failed)?;
     let mut options = std::fs::OpenOptions::new();
     options.write(true).create(true).truncate(true);
     #[cfg(unix)]
     std::os::unix::fs::OpenOptionsExt::mode(&mut options, 0o600);
-    let written = options.open(path).and_then(|mut f| writeln!(f, "{hex}"));
-    written.map_err(|e| Failure::failed(format!("cannot write {}: {e}", path.display())))
+    let written = options.open(path).and_then(|mut f| writeln!(f, "{}", key.to_hex()));
+    written.map_err(|e| Failure::failed(format!("cannot write {}: {e}", path.display())))?;
+    Ok(key)
 }
 
 /// A folder that goes when the demo ends, unless it is to be kept.
