@@ -13,7 +13,7 @@ use llama_sys_patch::ValueType;
 
 use crate::device;
 use crate::event::Offered;
-use crate::stage::local::{LlamaStage, layout_of};
+use crate::stage::local::{LlamaStage, digest_of, layout_of};
 
 /// What this program needs of every worker.
 #[derive(Clone, Debug)]
@@ -50,11 +50,9 @@ impl ExpectedRows {
     /// What a manifest says of them; of one that says nothing, nothing.
     pub(crate) fn of(slice: &SliceEntry) -> ExpectedRows {
         let (input, output) = (layout(&slice.input), layout(&slice.output));
-        let digest =
-            |layout: &llama_sys_patch::Layout| (!layout.parts.is_empty()).then(|| Sha(layout.digest()));
         ExpectedRows {
-            input: digest(&input),
-            output: digest(&output),
+            input: digest_of(&input),
+            output: digest_of(&output),
             shape: Shape {
                 input: layout_of(&input),
                 output: layout_of(&output),

@@ -40,10 +40,10 @@ pub(crate) enum Holder {
 }
 
 /// What comes of the first key that is not a stranger's to the worker: a key belongs to a worker, wherever that is now.
-fn with_one_of<T>(
-    keys: &[Key],
+pub(crate) fn with_one_of<'k, T>(
+    keys: impl IntoIterator<Item = &'k Key>,
     mut ask: impl FnMut(&Key) -> Result<T, LinkError>,
-) -> Result<(T, &Key), LinkError> {
+) -> Result<(T, &'k Key), LinkError> {
     let mut refused = None;
     for key in keys {
         match ask(key) {

@@ -22,6 +22,7 @@ use dim_wire::transport::{LinkError, LinkErrorKind, Timing, inquire};
 
 use crate::error::Error;
 use crate::event::{Event, Events, Sighted};
+use crate::host::assign::with_one_of;
 use crate::retry::{Absent as _, Retry};
 use crate::stage::remote::WorkerStage;
 use crate::terms;
@@ -159,28 +160,19 @@ fn probe(sighting: &Sighting, keys: &[(Key, Peer)]) -> Probe {
     for address in &sighting.addresses {
         let mut sorted: Vec<&(Key, Peer)> = keys.iter().collect();
         sorted.sort_by_key(|(_, peer)| (peer.address != *address, peer.name != sighting.name));
-        let mut wrong_key = sorted.is_empty();
-        for (key, _) in sorted.into_iter().take(MOST_KEYS) {
-            match inquire(address, key, &Timing::default()) {
-                Ok(offer) => {
-                    return Probe::Holds {
-                        address: address.clone(),
-                        key: key.clone(),
-                        offer: Box::new(offer),
-                    };
-                }
-                Err(LinkError { kind: LinkErrorKind::Handshake(HandshakeError::Key), .. }) => {
-                    wrong_key = true
-                }
-                Err(error @ LinkError { kind: LinkErrorKind::Unreachable { .. }, .. }) => {
-                    unreachable.get_or_insert(error);
-                    break;
-                }
-                Err(error) => return Probe::No(Sighted::Failed(error)),
+        let likely = sorted.into_iter().take(MOST_KEYS).map(|(key, _)| key);
+        match with_one_of(likely, |key| inquire(address, key, &Timing::default())) {
+            Ok((offer, key)) => {
+                let (address, offer) = (address.clone(), Box::new(offer));
+                return Probe::Holds { address, key: key.clone(), offer };
             }
-        }
-        if wrong_key {
-            return Probe::No(Sighted::NotPaired { address: address.clone() });
+            Err(LinkError { kind: LinkErrorKind::Handshake(HandshakeError::Key), .. }) => {
+                return Probe::No(Sighted::NotPaired { address: address.clone() });
+            }
+            Err(error @ LinkError { kind: LinkErrorKind::Unreachable { .. }, .. }) => {
+                unreachable.get_or_insert(error);
+            }
+            Err(error) => return Probe::No(Sighted::Failed(error)),
         }
     }
     let nowhere = || LinkErrorKind::Unreachable { text: String::new() }.with("");

@@ -21,61 +21,58 @@ pub(crate) fn text(vocabulary: &Model, text: &str, begins: bool) -> Result<Vec<i
     Ok(tokens)
 }
 
-/// A conversation, ending where the assistant is to speak.
-pub(crate) fn chat(vocabulary: &Model, template: &ChatTemplate, turns: &[Turn]) -> Result<Vec<i32>, Error> {
+/// A conversation, ending where the assistant is to speak. `names`: the vocabulary's [`control_names`].
+pub(crate) fn chat(
+    vocabulary: &Model,
+    names: &[String],
+    template: &ChatTemplate,
+    turns: &[Turn],
+) -> Result<Vec<i32>, Error> {
     let mut turns = turns.to_vec();
     for turn in &mut turns {
         turn.content.retain(|c| c != OPEN && c != CLOSE);
-    }
-    let mut suspicious = false;
-    for turn in &turns {
-        let read = |special| vocabulary.tokenize(&turn.content, false, special).map_err(Error::Text);
-        suspicious |= read(true)? != read(false)?;
-    }
-    if suspicious {
-        // rare, and a pass over the vocabulary
-        let names = control_names(vocabulary);
-        turns.iter_mut().for_each(|turn| turn.content = guarded(&turn.content, &names));
+        turn.content = guarded(&turn.content, names);
     }
     let rendered = template.render(&turns)?;
     // a template may begin with the token that the tokenizer would add again
     let begins = !template.adds_bos(&rendered);
-    if !suspicious {
-        return text(vocabulary, &rendered, begins);
-    }
     let mut tokens = Vec::new();
     for (i, piece) in rendered.split(OPEN).enumerate() {
         // before the first mark, and behind every closing one, is the template's
         let (said, made) = if i == 0 { ("", piece) } else { piece.split_once(CLOSE).unwrap_or((piece, "")) };
-        tokens.extend(vocabulary.tokenize(said, false, false).map_err(Error::Text)?);
+        if !said.is_empty() {
+            tokens.extend(vocabulary.tokenize(said, false, false).map_err(Error::Text)?);
+        }
         tokens.extend(text(vocabulary, made, begins && i == 0)?);
     }
     Ok(tokens)
 }
 
-/// The names of the tokens that have no text of their own.
-fn control_names(vocabulary: &Model) -> Vec<String> {
+/// The names of the tokens that have no text of their own: a pass over the vocabulary.
+pub(crate) fn control_names(vocabulary: &Model) -> Vec<String> {
     let n_vocab = i32::try_from(vocabulary.n_vocab()).unwrap_or(i32::MAX);
     let is_control = |&id: &i32| vocabulary.token_bytes(id).is_ok_and(|bytes| bytes.is_empty());
     let name = |id| String::from_utf8(vocabulary.token_name(id).unwrap_or_default()).ok();
     (0..n_vocab).filter(is_control).filter_map(name).filter(|name| !name.is_empty()).collect()
 }
 
-/// `said` with every name in it between marks.
+/// `said` with every name in it between marks: of several that begin at one place, the longest.
 fn guarded(said: &str, names: &[String]) -> String {
+    let mut begins_one = [false; 256];
+    names.iter().filter_map(|name| name.bytes().next()).for_each(|byte| begins_one[usize::from(byte)] = true);
     let mut out = String::with_capacity(said.len());
     let mut rest = said;
-    while !rest.is_empty() {
-        let at = names.iter().filter_map(|name| Some((rest.find(name.as_str())?, name.len())));
-        // the first one, and of those there the longest
-        let Some((at, len)) = at.min_by_key(|&(at, len)| (at, std::cmp::Reverse(len))) else { break };
-        out.push_str(&rest[..at]);
-        out.extend([OPEN]);
-        out.push_str(&rest[at..at + len]);
-        out.extend([CLOSE]);
-        rest = &rest[at + len..];
+    while let Some(c) = rest.chars().next() {
+        let here = match begins_one[usize::from(rest.as_bytes()[0])] {
+            true => names.iter().filter(|name| rest.starts_with(name.as_str())).map(String::len).max(),
+            false => None,
+        };
+        let (piece, after) = rest.split_at(here.unwrap_or(c.len_utf8()));
+        out.extend(here.map(|_| OPEN));
+        out.push_str(piece);
+        out.extend(here.map(|_| CLOSE));
+        rest = after;
     }
-    out.push_str(rest);
     out
 }
 

@@ -5,6 +5,7 @@
 
 use dim_core::digest::Sha;
 use dim_core::rows::Layout;
+use dim_wire::terms::same_if_known;
 use dim_wire::transport::Link;
 
 use crate::error::{Error, OtherRows};
@@ -42,8 +43,7 @@ impl Sides {
 pub(crate) fn check(stages: &[Sides]) -> Result<(), Error> {
     for (gives, takes) in stages.iter().zip(stages.iter().skip(1)) {
         let (given, taken) = (&gives.output, &takes.input);
-        let is_same = given.1.is_none() || taken.1.is_none() || given.1 == taken.1;
-        if given.0 != taken.0 || !is_same {
+        if given.0 != taken.0 || !same_if_known(given.1, taken.1) {
             return Err(Error::OtherRows(Box::new(OtherRows {
                 gives: gives.name.clone(),
                 given: given.0.to_string(),

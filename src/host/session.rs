@@ -1,7 +1,7 @@
 //! A conversation: tokens in, tokens out. The core loop: tokens -> logits -> token -> text, and again.
 
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant};
 
 use dim_core::pipeline::Snapshot;
@@ -28,6 +28,8 @@ pub struct Session {
     vocabulary: Model,
     n_ctx: u32,
     model_name: Arc<str>,
+    /// the vocabulary's, once somebody talks
+    control_names: OnceLock<Vec<String>>,
     /// all of them, prompt and replies
     tokens: Vec<i32>,
     /// how many of them, from the start, the stages' caches hold
@@ -49,6 +51,7 @@ impl Session {
             vocabulary: vocabulary.clone(),
             n_ctx,
             model_name: Arc::clone(model_name),
+            control_names: OnceLock::new(),
             tokens: Vec::new(),
             evaluated: 0,
             torn: false,
@@ -81,7 +84,8 @@ impl Session {
     /// # Errors
     /// The template fails, or as [`tokenize`](Self::tokenize).
     pub fn tokenize_chat(&self, template: &ChatTemplate, turns: &[Turn]) -> Result<Vec<i32>, Error> {
-        prompt::chat(&self.vocabulary, template, turns)
+        let names = self.control_names.get_or_init(|| prompt::control_names(&self.vocabulary));
+        prompt::chat(&self.vocabulary, names, template, turns)
     }
 
     /// Adds a text.

@@ -37,11 +37,10 @@ impl LlamaStage {
     /// Digests of the two, with llama.cpp's names of the parts; `None` where there are no rows, and for a slice whose
     /// blocks were numbered anew: the names have the numbers in them.
     pub fn layout_digests(&self) -> (Option<Sha>, Option<Sha>) {
-        let keeps_numbers = self.first_block == 0 || self.stage.params().blocks.start == self.first_block;
-        let digest = |layout: &llama_sys_patch::Layout| {
-            (keeps_numbers && !layout.parts.is_empty()).then(|| Sha(layout.digest()))
-        };
-        (digest(self.stage.input_layout()), digest(self.stage.output_layout()))
+        match self.first_block {
+            0 => (digest_of(self.stage.input_layout()), digest_of(self.stage.output_layout())),
+            _ => (None, None),
+        }
     }
 
     /// Whether token ids are read beside rows.
@@ -152,6 +151,11 @@ impl LocalStage for LlamaStage {
     fn take_back(&self) -> TakeBack {
         self.stage.snapshots().map_or(TakeBack::ALL, TakeBack)
     }
+}
+
+/// The digest of a layout that has parts.
+pub(crate) fn digest_of(layout: &llama_sys_patch::Layout) -> Option<Sha> {
+    (!layout.parts.is_empty()).then(|| Sha(layout.digest()))
 }
 
 /// The same without names: the types of ours.

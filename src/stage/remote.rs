@@ -231,16 +231,12 @@ impl WorkerStage {
 /// Whether another attempt makes sense, and whose fault it is.
 fn sort(error: LinkError) -> StageError {
     match &error.kind {
-        LinkErrorKind::Fault(fault) if is_of_values(fault) => of_step(fault.clone(), &error.peer),
+        LinkErrorKind::Fault(fault) if fault.code.is_of_values() => of_step(fault.clone(), &error.peer),
         _ if error.is_pause() => StageError::paused(error),
         _ if error.may_pass() => StageError::lost(error),
         LinkErrorKind::Fault(_) => StageError::failed(error),
         _ => StageError::refused(error),
     }
-}
-
-fn is_of_values(fault: &Fault) -> bool {
-    matches!(fault.code, ErrorCode::NonFinite | ErrorCode::Overflow)
 }
 
 /// What a worker said of one step.

@@ -13,7 +13,7 @@ use llama_sys_patch::Error;
 
 use crate::stage::local::LlamaStage;
 use dim_core::rows::Rows;
-use dim_core::stage::{StageInput, StageOutput};
+use dim_core::stage::{StageError, StageInput, StageOutput, n_rows};
 use dim_wire::message::{Activity, ErrorCode, Fault, Status};
 use dim_wire::transport::{ComputeTime, Event, Link, LinkError, LinkErrorKind, Receiver, Sender};
 
@@ -51,15 +51,22 @@ fn next(
                 step: step.wrapping_sub(1),
                 ..Status::default()
             });
-            let n_rows = spans.iter().map(|s| s.count).sum();
+            let n_rows = n_rows(spans);
             let start = Instant::now();
             let result = stage.run(spans, StageInput::Rows { rows, tokens }, StageOutput::Rows(out));
-            let time = ComputeTime { began: start, compute: start.elapsed(), wait };
             match result {
-                Ok(_) => sender.send_done(step, n_rows, out.as_ref(), time)?,
-                // of its sessions only: the others go on
-                Err(error) if is_of_step(&error) => receiver.step_failed(fault(stage, Some(step), &error))?,
-                Err(error) => return Err(fail(stage, sender, Some(step), &error)),
+                Ok(compute) => {
+                    let time = ComputeTime { began: start, compute, wait };
+                    sender.send_done(step, n_rows, out.as_ref(), time)?;
+                }
+                Err(error) => {
+                    let fault = fault(stage, Some(step), &error);
+                    match fault.code.is_of_values() {
+                        // of its sessions only: the others go on
+                        true => receiver.step_failed(fault)?,
+                        false => return Err(leave(sender, fault)),
+                    }
+                }
             }
             sender.set_status(Status { step, ..Status::default() });
             Ok(())
@@ -71,36 +78,24 @@ fn next(
 }
 
 fn rewind(stage: &mut LlamaStage, sender: &Sender, session: u32, position: u32) -> Result<(), LinkError> {
-    stage.rewind_session(session, position).map_err(|error| fail(stage, sender, None, &error))
-}
-
-/// Whether the stage is as good as before for everybody else's steps.
-fn is_of_step(error: &Error) -> bool {
-    use Error::{InputNotFinite, OutputNotFinite, OutputOverflows};
-    matches!(error, InputNotFinite { .. } | OutputNotFinite { .. } | OutputOverflows { .. })
+    stage.rewind_session(session, position).map_err(|error| leave(sender, fault(stage, None, &error)))
 }
 
 /// Tells the host what this worker could not do, and leaves.
-fn fail(stage: &LlamaStage, sender: &Sender, step: Option<u32>, error: &Error) -> LinkError {
-    let fault = fault(stage, step, error);
+fn leave(sender: &Sender, fault: Fault) -> LinkError {
     sender.fail(fault.clone());
     LinkErrorKind::Fault(fault).with("this worker")
 }
 
 /// What this worker could not do, in the host's words: block numbers of the model, and how many values.
 fn fault(stage: &LlamaStage, step: Option<u32>, error: &Error) -> Fault {
-    let code = match error {
-        Error::OutputNotFinite { .. } | Error::InputNotFinite { .. } => ErrorCode::NonFinite,
-        Error::OutputOverflows { .. } => ErrorCode::Overflow,
-        Error::OutOfMemory(_) => ErrorCode::NoMemory,
-        _ => ErrorCode::Compute,
+    let explained = stage.explain(error);
+    let (code, block, count) = match explained {
+        StageError::NotFinite { block, count, .. } => (ErrorCode::NonFinite, block, count),
+        StageError::TooLargeForF16 { block, count, .. } => (ErrorCode::Overflow, block, count),
+        _ if matches!(error, Error::OutOfMemory(_)) => (ErrorCode::NoMemory, None, 0),
+        _ => (ErrorCode::Compute, None, 0),
     };
-    let (block, count) = match error {
-        Error::OutputNotFinite { block, count, .. } | Error::OutputOverflows { block, count, .. } => {
-            (Some(stage.first_block() + block), u32::try_from(*count).unwrap_or(u32::MAX))
-        }
-        Error::InputNotFinite { count, .. } => (None, u32::try_from(*count).unwrap_or(u32::MAX)),
-        _ => (None, 0),
-    };
-    Fault { step, block, count, ..Fault::new(code, stage.explain(error).to_string()) }
+    let count = u32::try_from(count).unwrap_or(u32::MAX);
+    Fault { step, block, count, ..Fault::new(code, explained.to_string()) }
 }

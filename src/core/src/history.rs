@@ -30,8 +30,6 @@ pub(crate) struct History {
 #[derive(Debug, Default)]
 struct Given {
     chunks: Vec<Chunk>,
-    /// the last position behind them
-    length: u32,
     /// a step of it has failed: where its states are nobody knows
     is_broken: bool,
 }
@@ -48,7 +46,13 @@ impl Given {
                 self.chunks.pop();
             }
         }
-        self.length = self.length.min(position);
+    }
+
+    /// The position behind them.
+    fn length(&self) -> u32 {
+        let end =
+            |last: &Chunk| last.position.saturating_add(u32::try_from(last.tokens.len()).unwrap_or(u32::MAX));
+        self.chunks.last().map_or(0, end)
     }
 }
 
@@ -67,7 +71,6 @@ impl History {
         // what was cancelled is cut by the rewind that has to follow; a caller that leaves that out is cut here
         given.cut(position);
         given.chunks.push(Chunk { position, tokens: tokens.to_vec() });
-        given.length = position.saturating_add(u32::try_from(tokens.len()).unwrap_or(u32::MAX));
     }
 
     /// A step of a session has failed.
@@ -90,7 +93,7 @@ impl History {
             return None;
         }
         let given = self.sessions.get_mut(&session)?;
-        if position >= given.length && !given.is_broken {
+        if position >= given.length() && !given.is_broken {
             return None;
         }
         given.cut(position);

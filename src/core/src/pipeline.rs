@@ -31,7 +31,7 @@ use crate::blocks::BlockRange;
 pub use crate::error::PipelineError;
 use crate::history::History;
 pub use crate::patience::Patience;
-use crate::rows::{RowType, Rows};
+use crate::rows::{RowType, Rows, retain};
 use crate::schedule::{JobId, Next, Placement, Progress, Schedule, SessionId, StageId};
 use crate::stage::{LocalStage, Span, StageInput, StageOutput, TakeBack, Traffic};
 use crate::trace::{Happened, Traced};
@@ -382,10 +382,6 @@ impl Pipeline {
         let counts = step.spans.iter().map(|span| span.count as usize);
         let rows: Vec<bool> =
             keep.iter().zip(counts).flat_map(|(&keep, n)| std::iter::repeat_n(keep, n)).collect();
-        fn retain<T>(of: &mut Vec<T>, keep: &[bool]) {
-            let mut keep = keep.iter();
-            of.retain(|_| keep.next().is_some_and(|keep| *keep));
-        }
         retain(&mut step.tokens, &rows);
         retain(&mut step.want_logits, &rows);
         retain(&mut step.spans, &keep);

@@ -25,7 +25,7 @@
 use std::collections::{BTreeMap, VecDeque};
 
 use crate::ids::{JobId, SessionId};
-use crate::rows::Rows;
+use crate::rows::{Rows, retain};
 use crate::stage::{Span, TakeBack};
 
 /// One step as it was sent.
@@ -74,8 +74,7 @@ impl LoggedStep {
         let keep: Vec<bool> =
             self.spans.iter().zip(self.live()).flat_map(|(s, live)| counts(s, live)).collect();
         self.rows.retain_rows(&keep);
-        let mut kept = keep.iter();
-        self.tokens.retain(|_| kept.next().is_some_and(|keep| *keep));
+        retain(&mut self.tokens, &keep);
         for (span, live) in self.spans.iter_mut().zip(self.live.drain(..)) {
             span.count = live;
         }

@@ -104,14 +104,6 @@ impl Layout {
         self.parts.is_empty()
     }
 
-    /// The length of a row's one part, if it is one of F32 values that may be rounded.
-    pub fn as_hidden(&self) -> Option<u32> {
-        match self.parts.as_slice() {
-            [Part { part_type: PartType::F32, may_round: true, values }] => Some(*values),
-            _ => None,
-        }
-    }
-
     /// Places of a row in an array of this type.
     pub fn width(&self, row_type: RowType) -> usize {
         self.parts.iter().map(|part| part.width(row_type)).sum()
@@ -195,19 +187,21 @@ impl Rows {
 
     /// Keeps the rows whose entry in `keep` is true; `keep` has an entry for every row.
     pub fn retain_rows(&mut self, keep: &[bool]) {
-        fn retain<T>(values: &mut Vec<T>, keep: &[bool]) {
-            let width = values.len() / keep.len().max(1);
-            let mut i = 0;
-            values.retain(|_| {
-                i += 1;
-                keep[(i - 1) / width]
-            });
-        }
         match self {
             Rows::F16(v) => retain(v, keep),
             Rows::F32(v) => retain(v, keep),
         }
     }
+}
+
+/// Keeps what belongs to an entry of `keep` that is true; each entry has as many of the values.
+pub(crate) fn retain<T>(values: &mut Vec<T>, keep: &[bool]) {
+    let width = values.len() / keep.len().max(1);
+    let mut i = 0;
+    values.retain(|_| {
+        i += 1;
+        keep[(i - 1) / width]
+    });
 }
 
 /// Rows that somebody else owns, row-major (n_rows, [width](Layout::width)).
@@ -276,6 +270,5 @@ mod tests {
         assert_eq!((layout.width(f16), layout.bytes(f16)), (36, 72));
         assert_eq!((layout.width(f32), layout.bytes(f32)), (21, 84));
         assert_eq!(layout.to_string(), "6 F32 + 6 F32, exact + 6 I32 + 6 F16");
-        assert_eq!((layout.as_hidden(), Layout::hidden(4).as_hidden()), (None, Some(4)));
     }
 }

@@ -34,6 +34,11 @@ pub enum ErrorCode {
 }
 
 impl ErrorCode {
+    /// It is said of the values of one step: the stage is as good as before for everybody else's.
+    pub fn is_of_values(self) -> bool {
+        matches!(self, ErrorCode::NonFinite | ErrorCode::Overflow)
+    }
+
     /// The code for a number; unknown ones are [`Internal`](ErrorCode::Internal).
     pub fn from_u16(code: u16) -> ErrorCode {
         use ErrorCode::*;

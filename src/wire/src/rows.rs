@@ -42,11 +42,6 @@ impl Shape {
         Shape { input: Layout::hidden(n_embd), output: Layout::hidden(n_embd), reads_tokens: false }
     }
 
-    /// One hidden row each way, of the same length, and nothing beside it.
-    pub fn is_hidden(&self) -> bool {
-        self.input.as_hidden().is_some() && self.input == self.output && !self.reads_tokens
-    }
-
     /// Nothing is said of the rows.
     pub fn is_unknown(&self) -> bool {
         self.input.is_empty() && self.output.is_empty()

@@ -16,7 +16,7 @@ use dim_core::rows::{Layout, RowType};
 use dim_core::stage::TakeBack;
 
 pub use crate::layout::OPENING_LIMIT;
-use crate::layout::{SPAN, STEP, STEP_DONE, token_bytes};
+use crate::layout::{SPAN, STEP, STEP_DONE};
 use crate::rows::{RowTypes, Shape};
 pub use machine::{Engine, Machine, Measured, Unit};
 
@@ -227,30 +227,31 @@ impl Agreed {
 
     /// The longest message from host to worker.
     pub fn host_limit(&self) -> usize {
-        let n_rows = self.max_rows as usize;
-        let tokens = if self.shape.reads_tokens { token_bytes(n_rows) } else { 0 };
-        let step = STEP + SPAN * self.max_sessions as usize + tokens + n_rows * self.input_bytes();
-        step.max(OPENING_LIMIT)
+        usize::try_from(self.step_bytes()).unwrap_or(usize::MAX).max(OPENING_LIMIT)
     }
 
     /// The longest message from worker to host.
     pub fn worker_limit(&self) -> usize {
-        (STEP_DONE + self.max_rows as usize * self.output_bytes()).max(OPENING_LIMIT)
+        usize::try_from(self.step_done_bytes()).unwrap_or(usize::MAX).max(OPENING_LIMIT)
     }
 
-    /// Both limits, of whatever was agreed on: they may be beyond every message.
-    fn largest(&self) -> u128 {
-        let row = |layout: &Layout| -> u128 {
-            let width = self.row_type.width() as u128;
-            layout.parts.iter().map(|part| part.width(self.row_type) as u128 * width).sum()
-        };
+    /// The longest STEP, of whatever was agreed on: it may be beyond every message.
+    fn step_bytes(&self) -> u128 {
         let n_rows = u128::from(self.max_rows);
-        let tokens = if self.shape.reads_tokens { 4 * n_rows + 4 } else { 0 };
-        let step = STEP as u128
-            + SPAN as u128 * u128::from(self.max_sessions)
-            + tokens
-            + n_rows * row(&self.shape.input);
-        step.max(STEP_DONE as u128 + n_rows * row(&self.shape.output))
+        // as `layout::token_bytes`
+        let tokens = if self.shape.reads_tokens { (4 * n_rows).next_multiple_of(8) } else { 0 };
+        let spans = SPAN as u128 * u128::from(self.max_sessions);
+        STEP as u128 + spans + tokens + n_rows * self.row_bytes(&self.shape.input)
+    }
+
+    /// The longest STEP_DONE, in the same way.
+    fn step_done_bytes(&self) -> u128 {
+        STEP_DONE as u128 + u128::from(self.max_rows) * self.row_bytes(&self.shape.output)
+    }
+
+    fn row_bytes(&self, layout: &Layout) -> u128 {
+        let width = self.row_type.width() as u128;
+        layout.parts.iter().map(|part| part.width(self.row_type) as u128 * width).sum()
     }
 }
 
@@ -277,7 +278,7 @@ pub fn agree(host: &Terms, worker: &Terms) -> Result<Agreed, Vec<Mismatch>> {
         features: host.features & worker.features,
         take_back: worker.take_back,
     };
-    let largest = agreed.largest();
+    let largest = agreed.step_bytes().max(agreed.step_done_bytes());
     let fits = largest <= LARGEST_STEP && agreed.max_sessions <= u32::from(u16::MAX);
     found.unless(fits, Reason::TooLarge, || {
         format!("a step of {} rows would be {largest} bytes: ask for fewer rows a step", agreed.max_rows)
@@ -409,7 +410,8 @@ impl Mismatches {
     }
 }
 
-fn same_if_known(a: Option<Sha>, b: Option<Sha>) -> bool {
+/// Whether two identities can be of one thing: a side that does not say its own differs from none.
+pub fn same_if_known(a: Option<Sha>, b: Option<Sha>) -> bool {
     a.is_none() || b.is_none() || a == b
 }
 

@@ -362,9 +362,6 @@ impl Case {
 #[test]
 fn every_session_gets_its_own_results_in_order_whatever_happens_to_the_others() {
     for seed in 0..CASES {
-        if std::env::var("DBG").is_ok() {
-            eprintln!("case {seed}");
-        }
         Case::new(seed).run();
     }
 }

@@ -39,11 +39,8 @@ impl Pipeline {
             return self.lost(i, error);
         }
         let front = self.schedule.front(at);
-        let is_check = front.is_some_and(|id| matches!(self.work.get(id), Some(Work::Check(_))));
-        if is_check && let Some(guard) = self.remote(i).stage.guard() {
-            let wrong = guard.in_check(error);
-            let error = self.stage_error(i, wrong);
-            return self.useless(i, error);
+        if self.check_failed(i, front, &error) {
+            return;
         }
         let is_of_step = error.is_of_step();
         let failure = self.stage_error(i, error.clone());
@@ -55,6 +52,16 @@ impl Pipeline {
         } else {
             self.lost(i, error);
         }
+    }
+
+    /// Whether what failed was a check's: then the stage is of no use.
+    pub(super) fn check_failed(&mut self, i: usize, id: Option<JobId>, error: &StageError) -> bool {
+        let is_check = id.is_some_and(|id| matches!(self.work.get(id), Some(Work::Check(_))));
+        let Some(guard) = self.remote(i).stage.guard().filter(|_| is_check) else { return false };
+        let wrong = guard.in_check(error.clone());
+        let error = self.stage_error(i, wrong);
+        self.useless(i, error);
+        true
     }
 
     /// A stage is of no use: everybody with a step before it or in it hears why.

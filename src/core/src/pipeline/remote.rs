@@ -358,11 +358,8 @@ impl Pipeline {
         let at = StageId(i);
         self.waited = None;
         self.note(Happened::Done(id, at));
-        let is_check = matches!(self.work.get(id), Some(Work::Check(_)));
-        if is_check && let Some(guard) = self.remote(i).stage.guard() {
-            let wrong = guard.in_check(error);
-            let error = self.stage_error(i, wrong);
-            return self.useless(i, error);
+        if self.check_failed(i, Some(id), &error) {
+            return;
         }
         let failure = self.stage_error(i, error);
         self.fail_members(id, at, &failure);

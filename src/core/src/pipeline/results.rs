@@ -4,8 +4,11 @@
 //! had part in it is being checked is held back until that is over; and when a check fails, every session hears of it that
 //! has been given anything by that worker since its last right answer to a known input, with its next step at the latest.
 
+use std::collections::BTreeSet;
+
 use super::{Finished, Kind, Pipeline, PipelineError, Step, StepWork, Work};
 use crate::error::StageError;
+use crate::history::Chunk;
 use crate::ids::{JobId, SessionId, StageId};
 use crate::schedule::{Dropped, StepKind};
 use crate::trace::Happened;
@@ -13,10 +16,9 @@ use crate::trace::Happened;
 impl Pipeline {
     /// Adds a step behind all others of its session.
     pub fn submit(&mut self, step: Step) -> JobId {
-        let (span, session) = (step.span(), step.session);
-        let job = self.schedule.push(session, step.kind, span.count);
+        let session = step.session;
         self.history.gave(session, step.position, &step.tokens);
-        self.work.insert(job, Work::Step(StepWork::new(span, step.tokens, step.want_logits)));
+        let job = self.give(step, false);
         if let Some(at) = self.untold.iter().position(|(to, _)| *to == session) {
             let (_, error) = self.untold.swap_remove(at);
             self.fail(session, job, &error);
@@ -45,18 +47,18 @@ impl Pipeline {
         self.work.insert(job, Work::Rewind(session, position));
         for chunk in again.into_iter().flatten() {
             let want_logits = vec![false; chunk.tokens.len()];
-            let step = Step {
-                session,
-                position: chunk.position,
-                tokens: chunk.tokens,
-                want_logits,
-                kind: StepKind::Prefill,
-            };
-            let span = step.span();
-            let job = self.schedule.push(session, step.kind, span.count);
-            let work = StepWork { is_again: true, ..StepWork::new(span, step.tokens, step.want_logits) };
-            self.work.insert(job, Work::Step(work));
+            let Chunk { position, tokens } = chunk;
+            self.give(Step { session, position, tokens, want_logits, kind: StepKind::Prefill }, true);
         }
+        job
+    }
+
+    /// Gives the first stage a step: `is_again`, for what its session has been given before.
+    fn give(&mut self, step: Step, is_again: bool) -> JobId {
+        let span = step.span();
+        let job = self.schedule.push(step.session, step.kind, span.count);
+        let work = StepWork { is_again, ..StepWork::new(span, step.tokens, step.want_logits) };
+        self.work.insert(job, Work::Step(work));
         job
     }
 
@@ -161,7 +163,7 @@ impl Pipeline {
     pub(super) fn fail_all(&mut self, i: usize, error: &PipelineError) {
         let mut sessions = self.schedule.sessions_up_to(StageId(i));
         let is_wrong = matches!(error, PipelineError::Stage { source: StageError::Wrong { .. }, .. });
-        let misled = if is_wrong { self.remote(i).doubt.take() } else { Vec::new() };
+        let misled = if is_wrong { self.remote(i).doubt.take() } else { BTreeSet::new() };
         if sessions.is_empty() && misled.is_empty() {
             self.remote(i).untold = Some(error.clone());
         }
@@ -171,6 +173,8 @@ impl Pipeline {
         for session in misled.into_iter().filter(|session| !sessions.contains(session)).collect::<Vec<_>>() {
             match expecting.contains(&session) {
                 true => sessions.push(session),
+                // whoever waits to hear of one hears of that one
+                false if self.untold.iter().any(|(to, _)| *to == session) => {}
                 false => self.untold.push((session, error.clone())),
             }
         }
@@ -185,16 +189,14 @@ impl Pipeline {
 #[derive(Debug, Default)]
 pub(super) struct Doubt {
     /// before the check that is under way
-    before: Vec<SessionId>,
-    since: Vec<SessionId>,
+    before: BTreeSet<SessionId>,
+    since: BTreeSet<SessionId>,
 }
 
 impl Doubt {
     /// It is given rows of this session.
     pub(super) fn add(&mut self, session: SessionId) {
-        if !self.since.contains(&session) {
-            self.since.push(session);
-        }
+        self.since.insert(session);
     }
 
     pub(super) fn check_begins(&mut self) {
@@ -211,19 +213,13 @@ impl Doubt {
 
     /// The session begins anew.
     pub(super) fn forget(&mut self, session: SessionId) {
-        self.before.retain(|of| *of != session);
-        self.since.retain(|of| *of != session);
+        self.before.remove(&session);
+        self.since.remove(&session);
     }
 
     /// All of them, each once, who are forgotten.
-    pub(super) fn take(&mut self) -> Vec<SessionId> {
-        let mut all = std::mem::take(&mut self.before);
-        all.extend(
-            std::mem::take(&mut self.since)
-                .into_iter()
-                .filter(|session| !all.contains(session))
-                .collect::<Vec<_>>(),
-        );
-        all
+    pub(super) fn take(&mut self) -> BTreeSet<SessionId> {
+        self.check_begins();
+        std::mem::take(&mut self.before)
     }
 }

@@ -134,11 +134,6 @@ impl Kind {
     pub fn from_u8(kind: u8) -> Result<Kind, Malformed> {
         Kind::ALL.into_iter().find(|&k| k as u8 == kind).ok_or(Malformed::UnknownKind { kind })
     }
-
-    /// Its number is taken and its bytes are told in PROTOCOL.md, but nobody may send it yet.
-    pub fn is_to_come(self) -> bool {
-        matches!(self, Kind::Probe | Kind::Probed | Kind::Tick)
-    }
 }
 
 /// One message, decoded. Rows and file bytes are borrowed; everything else is small and owned.
