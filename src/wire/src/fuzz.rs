@@ -186,7 +186,8 @@ fn pieces(mut bytes: &[u8], piece: u8) -> impl Iterator<Item = &[u8]> {
 }
 
 fn a_first_flight(input: &[u8]) {
-    let mut worker = WorkerHandshake::with_secrets(2..=3, [3; 16], [5; 32]);
+    // with an ephemeral key of its own: one that is given is set before anything is read, and that is counted
+    let mut worker = WorkerHandshake::with_nonce(2..=3, [3; 16]);
     let mut rest = input;
     while !rest.is_empty() {
         let before = rest.len();
@@ -339,6 +340,7 @@ fn offer() -> PushOffer {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::handshake::{MAGIC, PREAMBLE};
     use proptest::prelude::*;
 
     proptest! {
@@ -350,6 +352,19 @@ mod tests {
         ) {
             let mut input = vec![part];
             input.extend(rest);
+            exercise(&input);
+        }
+    }
+
+    /// First flights of the right form, whatever the worker finds for their mark.
+    #[test]
+    fn whole_flights_of_strangers_are_survived() {
+        for first in 0..=u8::MAX {
+            let magic_and_terms = [&MAGIC[..], &[2, 0, 2, 0, 0, 0, 0, 0]].concat();
+            let mut input = [vec![3], magic_and_terms].concat();
+            input.resize(1 + PREAMBLE, first);
+            input.extend([48, 0]);
+            input.resize(1 + FIRST_FLIGHT, first ^ 0x55);
             exercise(&input);
         }
     }

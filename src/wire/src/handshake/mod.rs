@@ -286,7 +286,7 @@ impl WorkerHandshake {
         Ok(WorkerHandshake::with_nonce(versions, random()?))
     }
 
-    fn with_nonce(versions: RangeInclusive<u16>, nonce: [u8; NONCE]) -> WorkerHandshake {
+    pub(crate) fn with_nonce(versions: RangeInclusive<u16>, nonce: [u8; NONCE]) -> WorkerHandshake {
         let (flight, curve_work) = (Partial::new(PREAMBLE), Arc::default());
         WorkerHandshake { versions, ephemeral: None, nonce, flight, curve_work }
     }
