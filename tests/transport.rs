@@ -261,29 +261,109 @@ fn a_slow_link_full_in_both_directions_does_not_lock_up() {
     saturate(1, Some(64 << 20));
 }
 
-#[test]
-fn a_goodbye_is_not_held_up_by_a_blocked_send() {
+/// A host and its worker with rows of 8192 numbers, and how fast bytes go between them, both ways.
+fn through_a_pacing_relay(host: &Timing, worker: Timing) -> (Link, (Link, Listener), Arc<AtomicU32>) {
     let wide = |name| Terms { shape: Shape::hidden(8192), ..terms(name) };
     let readiness = Readiness::Ready(wide("worker"));
-    let listener = Listener::bind(
-        "127.0.0.1:0",
-        ListenerConfig { readiness, ..config(Arc::new(key()), Timing::default()) },
-    )
-    .unwrap();
+    let config = ListenerConfig { readiness, ..config(Arc::new(key()), worker) };
+    let listener = Listener::bind("127.0.0.1:0", config).unwrap();
     let (at, pace) = pacing_relay(listener.address());
-    let link = dial(&at, &key(), &wide("host"), &Timing::default()).unwrap();
-    let _worker = listener.accept(Some(Duration::from_secs(5))).unwrap();
+    let host = dial(&at, &key(), &wide("host"), host).unwrap();
+    let link = listener.accept(Some(Duration::from_secs(5))).unwrap();
+    (host, (link, listener), pace)
+}
+
+/// 8 MiB, more than the sockets' buffers hold.
+fn chunk() -> Vec<f16> {
+    vec![f16::ONE; 512 * 8192]
+}
+
+/// Session `session`'s first 512 rows.
+fn send_chunk(link: &Link, session: u32) -> Result<u32, LinkError> {
+    link.send_step(&[Span { session, position: 0, count: 512 }], &[], chunk().as_slice().into())
+}
+
+#[test]
+fn a_goodbye_is_not_held_up_by_a_blocked_send() {
+    let (host, (worker, _listener), pace) = through_a_pacing_relay(&Timing::default(), Timing::default());
+    let (sender, mut receiver) = worker.split();
+    let step = send_chunk(&host, 0).unwrap();
+    assert!(matches!(receiver.receive(soon()), Ok(Event::Step { .. })));
     pace.store(0, Ordering::Relaxed);
-    let sender = link.sender().clone();
-    let sending = std::thread::spawn(move || {
-        let chunk = vec![f16::ONE; 512 * 8192];
-        link.send_step(&[Span { session: 0, position: 0, count: 512 }], &[], chunk.as_slice().into())
-    });
+    let answering = sender.clone();
+    let sending =
+        std::thread::spawn(move || answering.send_done(step, 512, chunk().as_slice().into(), at_once()));
     until_blocked(&sender);
     assert!(!sending.is_finished(), "the relay took everything");
     sender.goodbye(Farewell::Finished);
     sender.stop();
     assert!(sending.join().unwrap().is_err());
+}
+
+#[test]
+fn a_host_is_not_held_up_by_a_worker_that_takes_no_bytes() {
+    // a send that waited would come back after the limit, with an error
+    let long = Duration::from_secs(20);
+    let timing = Timing { silence: long, stalled_write: long, ..Timing::default() };
+    let (mut host, (mut worker, _listener), pace) = through_a_pacing_relay(&timing, timing.clone());
+    pace.store(0, Ordering::Relaxed);
+    for session in 0..4 {
+        send_chunk(&host, session).unwrap();
+    }
+    host.sender().rewind(3, 256).unwrap();
+    until_blocked(host.sender());
+    assert!(host.sender().counters().bytes_sent < 32 << 20, "the relay took everything");
+    // what waited arrives whole and in order, and so does what is sent behind it
+    pace.store(u32::MAX, Ordering::Relaxed);
+    let served = std::thread::spawn(move || {
+        for session in 0..4 {
+            let Ok(Event::Step { step, spans, rows, .. }) = worker.receive(soon()) else { panic!("no step") };
+            assert_eq!(spans[0].session, session);
+            assert!(rows == RowsRef::F16(&chunk()));
+            worker.sender().send_done(step, 512, chunk().as_slice().into(), at_once()).unwrap();
+        }
+        assert!(matches!(worker.receive(soon()), Ok(Event::Rewind { session: 3, position: 256 })));
+        assert!(matches!(worker.receive(soon()), Ok(Event::Step { step: 5, .. })));
+    });
+    for step in 1..=4 {
+        assert!(matches!(host.receive(soon()), Ok(Event::Done { step: s, .. }) if s == step));
+    }
+    let span = [Span { session: 3, position: 256, count: 512 }];
+    host.send_step(&span, &[], chunk().as_slice().into()).unwrap();
+    served.join().unwrap();
+}
+
+#[test]
+fn a_worker_that_takes_no_bytes_for_the_limit_is_lost_and_the_bell_rings() {
+    let long = Duration::from_secs(60);
+    let timing = Timing { silence: long, stalled_write: Duration::from_millis(300), ..Timing::default() };
+    let (mut host, _worker, pace) = through_a_pacing_relay(&timing, Timing::default());
+    let bell = Bell::new();
+    host.receiver().notify(Some(bell.clone()));
+    pace.store(0, Ordering::Relaxed);
+    send_chunk(&host, 0).unwrap();
+    let lost = loop {
+        assert!(bell.wait(soon()), "nobody rang");
+        match host.receiver().try_receive() {
+            Ok(event) => assert!(event.is_none(), "{event:?}"),
+            Err(lost) => break lost,
+        }
+    };
+    assert!(matches!(lost.kind, LinkErrorKind::Stalled { .. }), "{lost:?}");
+    assert!(lost.may_pass());
+    assert_eq!(send_chunk(&host, 1).unwrap_err().kind, lost.kind);
+}
+
+#[test]
+fn a_host_leaves_a_worker_that_takes_no_bytes() {
+    let (host, worker, pace) = through_a_pacing_relay(&Timing::default(), Timing::default());
+    pace.store(0, Ordering::Relaxed);
+    send_chunk(&host, 0).unwrap();
+    let sender = host.sender().clone();
+    // nobody takes the goodbye, which does not keep it: see LAST_WORDS
+    host.close(Farewell::Finished);
+    assert!(sender.is_lost());
+    drop(worker);
 }
 
 /// Waits until the sockets' buffers are full: only the system knows how large they are.
@@ -431,23 +511,13 @@ fn a_deadline_leaves_the_link_usable() {
 fn a_blocked_send_ends_when_the_peer_falls_silent() {
     // a real silence, because the write is blocked in the system: that it comes back is the transport's doing
     let timing = Timing { silence: Duration::from_millis(700), ..Timing::default() };
-    let wide = |name| Terms { shape: Shape::hidden(8192), ..terms(name) };
-    let listener = Listener::bind(
-        "127.0.0.1:0",
-        ListenerConfig {
-            readiness: Readiness::Ready(wide("worker")),
-            ..config(Arc::new(key()), Timing::default())
-        },
-    )
-    .unwrap();
-    let (at, pace) = pacing_relay(listener.address());
-    let mut link = dial(&at, &key(), &wide("host"), &timing).unwrap();
-    let _worker = listener.accept(Some(Duration::from_secs(5))).unwrap();
+    let (host, (mut worker, _listener), pace) = through_a_pacing_relay(&Timing::default(), timing);
+    let step = send_chunk(&host, 0).unwrap();
+    assert!(matches!(worker.receive(soon()), Ok(Event::Step { .. })));
     pace.store(0, Ordering::Relaxed);
-    let chunk = vec![f16::ONE; 512 * 8192];
-    let sent = link.send_step(&[Span { session: 0, position: 0, count: 512 }], &[], chunk.as_slice().into());
+    let sent = worker.sender().send_done(step, 512, chunk().as_slice().into(), at_once());
     let sent = sent.unwrap_err();
-    let lost = link.receiver().explain(sent.clone());
+    let lost = worker.receiver().explain(sent.clone());
     assert!(matches!(lost, LinkError { kind: LinkErrorKind::Silent { .. }, .. }), "{sent:?} {lost:?}");
 }
 

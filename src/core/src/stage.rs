@@ -132,12 +132,11 @@ impl Answer {
 
 /// A stage of another process. Steps are answered in the order in which they were submitted.
 ///
-/// Nothing here blocks but [`collect_until`](Self::collect_until), and that as long as it is told to; and
-/// [`submit`](Self::submit), while the way to the worker is full: a frame cannot be left half written. That ends when the
-/// worker reads, is silent (3 s), or has taken no bytes for as long as the link's own limit says (30 s); meanwhile a
-/// pipeline stands still for all its sessions. A connection that
-/// is lost is told of by [`poll`](Self::poll) and [`collect_until`](Self::collect_until), and so is what a worker has
-/// said of a step before it closed: the step meant is the oldest without an answer.
+/// Nothing here blocks but [`collect_until`](Self::collect_until), and that as long as it is told to. What the way to the
+/// worker has no room for is kept and sent as room comes; a worker that takes nothing for as long as the link's own limit
+/// says is lost. A connection that is lost is told of by [`poll`](Self::poll) and
+/// [`collect_until`](Self::collect_until), and so is what a worker has said of a step before it closed: the step meant is
+/// the oldest without an answer.
 pub trait RemoteStage: Send {
     /// What people call it: `middle` and where it is.
     fn name(&self) -> String;
@@ -157,7 +156,7 @@ pub trait RemoteStage: Send {
     fn take_back(&self) -> TakeBack {
         TakeBack::ALL
     }
-    /// Sends a step. Returns once it is on its way; `rows` and `tokens` are lent only for the call. `tokens`: (n_rows)
+    /// Sends a step, without waiting until it has gone; `rows` and `tokens` are lent only for the call. `tokens`: (n_rows)
     /// ids where it [reads them](Self::reads_tokens), else none.
     ///
     /// # Errors

@@ -4,18 +4,19 @@
 //!     owner's thread              send ---> seal ---> write            (one call a frame)
 //!     owner's thread              next_message <--- open <--- read     (one call, mostly)
 //!     the line's own thread       heartbeats; reads ahead while the owner is busy elsewhere
+//!     a thread for the rest       writes what a host has said and the socket has no room for, then ends
 //! ```
 //!
 //! The owner reads in its own thread, so a token wakes no other. While the owner computes a prompt's chunk, though, the
 //! next one should arrive, a peer that is sending must not be kept waiting, and a dead peer should be noticed: so the
 //! line's thread reads ahead as soon as rows of a prompt are under way, and in any case when nobody has read for a
-//! quarter of a second. What it finds waits, opened, for the owner. That is also why a host with one thread may have
-//! several steps under way: its line reads while it sends.
+//! quarter of a second. What it finds waits, opened, for the owner.
 //!
-//! Two locks, taken in this order: `out`, held while bytes are being written, and `state`, never held while anything is
-//! waited for but its own change. The inbox is lent to whoever reads, so nobody holds a lock while reading either.
+//! Two locks, taken in this order: `out`, held while somebody writes who may, and `state`, never held while anything is
+//! waited for but its own change. The inbox is lent to whoever reads, so nobody holds a lock while reading either, and the
+//! thread for the rest ([`sending`](super::sending)) holds none while it writes.
 
-use std::io::{self, Read, Write};
+use std::io::{self, Read};
 use std::net::{Shutdown, TcpStream};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
@@ -23,16 +24,14 @@ use std::time::{Duration, Instant};
 
 use dim_core::bell::Bell;
 
+use super::sending::Out;
 use super::tcp;
 use crate::endpoint::{Endpoint, Filed, HEARTBEAT_EVERY};
-use crate::error::Misbehaved;
 use crate::frame::Inbox;
 use crate::link_error::{Awaited, LinkError, LinkErrorKind};
 
 /// After how long without its owner reading the line's thread reads.
 const OWNER_AWAY: Duration = Duration::from_millis(250);
-/// How long last words may take to be written.
-const LAST_WORDS: Duration = Duration::from_millis(500);
 
 /// What the threads share.
 pub(super) struct Line {
@@ -40,20 +39,13 @@ pub(super) struct Line {
     /// the peer's name and address
     pub peer: String,
     most_ready: usize,
-    out: Mutex<Out>,
+    pub(super) out: Mutex<Out>,
+    /// nothing is left to the thread for the rest any more
+    pub(super) caught_up: Condvar,
     state: Mutex<State>,
     /// the state has changed
-    changed: Condvar,
+    pub(super) changed: Condvar,
     stopped: AtomicBool,
-}
-
-/// The way to the socket.
-#[derive(Default)]
-struct Out {
-    /// sealed, and not yet taken by the socket: goes before anything else
-    bytes: Vec<u8>,
-    /// a frame was not written whole: nothing can follow it
-    failure: Option<LinkErrorKind>,
 }
 
 /// The endpoint, and who reads for it: whoever has its inbox.
@@ -70,7 +62,7 @@ pub(super) struct State {
 }
 
 impl State {
-    fn ring(&self) {
+    pub(super) fn ring(&self) {
         if let Some(bell) = &self.bell {
             bell.ring();
         }
@@ -87,6 +79,7 @@ impl Line {
             stream,
             most_ready: (in_flight as usize).clamp(8, 64),
             out: Mutex::default(),
+            caught_up: Condvar::new(),
             state: Mutex::new(State {
                 endpoint,
                 owner_waits: false,
@@ -113,121 +106,12 @@ impl Line {
         self.changed.notify_all();
     }
 
-    fn error(&self, kind: LinkErrorKind) -> LinkError {
+    pub(super) fn error(&self, kind: LinkErrorKind) -> LinkError {
         kind.with(&self.peer)
     }
 
-    fn is_stopped(&self) -> bool {
+    pub(super) fn is_stopped(&self) -> bool {
         self.stopped.load(Ordering::Acquire)
-    }
-
-    // --- sending
-
-    /// Enters a message into the books with `begin`, and writes it with its `payload`.
-    ///
-    /// A failure is not yet the line's end: what the peer said before it closed may still be there to be read.
-    pub(super) fn send<T>(
-        &self,
-        payload: &[u8],
-        begin: impl FnOnce(&mut State) -> Result<T, Misbehaved>,
-    ) -> Result<T, LinkError> {
-        let mut out = lock(&self.out);
-        if let Some(failure) = &out.failure {
-            return Err(self.error(failure.clone()));
-        }
-        let mut now = Instant::now();
-        let mut state = self.state();
-        let begun = begin(&mut state).map_err(|rule| self.error(LinkErrorKind::Misuse(rule)))?;
-        if state.read_ahead {
-            self.wake();
-        }
-        loop {
-            let more = state.endpoint.poll_transmit(payload, &mut out.bytes, now);
-            if !more && out.bytes.is_empty() {
-                return match state.endpoint.end().filter(|_| state.endpoint.is_halfway()) {
-                    Some(end) => Err(self.error(out.failure.insert(end.clone()).clone())),
-                    None => Ok(begun),
-                };
-            }
-            drop(state);
-            let unreported = match self.write(&out.bytes) {
-                Ok(n) => n,
-                Err(kind) => return Err(self.error(out.failure.insert(kind).clone())),
-            };
-            out.bytes.clear();
-            now = Instant::now();
-            state = self.state();
-            state.endpoint.sent(unreported, now);
-        }
-    }
-
-    /// Writes all of it: one system call if the peer keeps up. How many bytes the last call took, of which the endpoint
-    /// is still to be told.
-    fn write(&self, mut bytes: &[u8]) -> Result<usize, LinkErrorKind> {
-        loop {
-            let n = match (&mut { &self.stream }).write(bytes) {
-                Ok(n) if n == bytes.len() => return Ok(n),
-                Ok(0) => return Err(LinkErrorKind::broken(&std::io::ErrorKind::WriteZero.into())),
-                Ok(n) => n,
-                Err(e) if tcp::is_tick(&e) => 0,
-                Err(_) if self.is_stopped() => return Err(LinkErrorKind::Stopped),
-                Err(e) => return Err(LinkErrorKind::broken(&e)),
-            };
-            bytes = &bytes[n..];
-            let mut state = self.state();
-            state.endpoint.sent(n, Instant::now());
-            if let Some(end) = state.endpoint.end() {
-                return Err(end.clone());
-            }
-        }
-    }
-
-    /// Sends what the endpoint has to say by itself, unless something is being sent or the socket is full: a write may
-    /// be blocked until the peer reads, and the peer until this thread does. Whether nothing is left.
-    fn send_own(&self) -> bool {
-        let Ok(mut out) = self.out.try_lock() else { return false };
-        if out.failure.is_some() {
-            return true;
-        }
-        while self.state().endpoint.poll_transmit(&[], &mut out.bytes, Instant::now()) {}
-        if out.bytes.is_empty() {
-            return true;
-        }
-        // waits for the socket a tick at most
-        if let Ok(n) = (&mut { &self.stream }).write(&out.bytes) {
-            out.bytes.drain(..n);
-            self.state().endpoint.sent(n, Instant::now());
-        }
-        out.bytes.is_empty()
-    }
-
-    /// Says something final, unless another thread is blocked in a write: then the peer takes no bytes anyway.
-    pub(super) fn say_last(&self, say: impl FnOnce(&mut Endpoint)) {
-        let give_up = Instant::now() + LAST_WORDS;
-        let mut say = Some(say);
-        loop {
-            // not while a message is halfway: its frames belong together
-            if let Ok(out) = self.out.try_lock() {
-                if let Some(say) = say.take() {
-                    say(&mut self.state().endpoint);
-                }
-                drop(out);
-                if self.send_own() {
-                    break;
-                }
-            } else {
-                std::thread::sleep(Duration::from_millis(2));
-            }
-            if Instant::now() >= give_up {
-                break;
-            }
-        }
-        self.finish_sending();
-    }
-
-    /// Nothing more is sent; what was sent arrives.
-    fn finish_sending(&self) {
-        let _ = self.stream.shutdown(Shutdown::Write);
     }
 
     // --- receiving

@@ -159,14 +159,15 @@ impl Sender {
     }
 
     /// Host: sends rows to be evaluated; the step's number. `spans` say whose rows they are, in order; `tokens` are their
-    /// token ids, where the agreement has them.
+    /// token ids, where the agreement has them. Never waits for the worker: what the socket has no room for is copied and
+    /// sent as it takes it, and if it takes nothing for too long, the [`Receiver`] tells of the end.
     ///
     /// # Errors
-    /// [`LinkErrorKind::Misuse`] if the rows do not fit the agreement or the sessions, or are not finite: nothing
-    /// was sent. Otherwise the link is lost.
+    /// [`LinkErrorKind::Misuse`] if the rows do not fit the agreement or the sessions, or are not finite, or as many steps
+    /// are under way as were agreed on: nothing was sent. Otherwise the link is lost.
     pub fn send_step(&self, spans: &[Span], tokens: &[i32], rows: RowsRef<'_>) -> Result<u32, LinkError> {
         let payload = rows::as_bytes(rows);
-        self.line.send(payload, |state| {
+        self.line.queue(payload, |state| {
             let step = state.endpoint.send_step(spans, tokens, rows)?;
             if payload.len() > MAX_BODY && state.endpoint.books().is_some_and(|b| b.in_flight() > 1) {
                 // the answer to an earlier step may come while this one is being written
@@ -176,7 +177,7 @@ impl Sender {
         })
     }
 
-    /// Worker: answers the oldest step without an answer.
+    /// Worker: answers the oldest step without an answer. Waits until the host has room for it.
     ///
     /// # Errors
     /// As of [`send_step`](Self::send_step).
@@ -218,7 +219,7 @@ impl Sender {
     }
 
     fn send(&self, message: &Message<'_>) -> Result<(), LinkError> {
-        self.line.send(&[], |state| state.endpoint.send(message))
+        self.line.queue(&[], |state| state.endpoint.send(message))
     }
 
     /// Either side: the length of a session in the books.
@@ -232,7 +233,7 @@ impl Sender {
     /// # Errors
     /// The link is lost.
     pub fn ping(&self) -> Result<(), LinkError> {
-        self.line.send(&[], |state| state.endpoint.ping(Instant::now()))
+        self.line.queue(&[], |state| state.endpoint.ping(Instant::now()))
     }
 
     /// How long the last PING took.

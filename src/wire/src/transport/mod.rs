@@ -9,7 +9,8 @@
 //!
 //! One token takes one write and, mostly, one read on each side, in the threads that compute: no queue, no
 //! other thread is woken. Each link has one thread of its own besides, which sends heartbeats and reads
-//! ahead while the owner computes.
+//! ahead while the owner computes; what a host has said and the socket has no room for is written by another, for as long
+//! as there is such a rest.
 
 pub mod dial;
 pub mod discover;
@@ -19,6 +20,7 @@ pub mod listen;
 mod notices;
 mod opening;
 pub mod push;
+mod sending;
 mod slot;
 pub mod tcp;
 

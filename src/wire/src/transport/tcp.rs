@@ -83,6 +83,24 @@ pub(super) fn is_tick(error: &io::Error) -> bool {
     matches!(error.kind(), ErrorKind::WouldBlock | ErrorKind::TimedOut | ErrorKind::Interrupted)
 }
 
+/// Writes what the system has room for, and never waits for more: how many bytes that were. An error that
+/// [`is_tick`]: there is no room.
+#[cfg(any(target_os = "linux", target_os = "android"))]
+pub(super) fn write_now(stream: &TcpStream, bytes: &[u8]) -> io::Result<usize> {
+    use rustix::net::{SendFlags, send};
+    Ok(send(stream, bytes, SendFlags::DONTWAIT | SendFlags::NOSIGNAL)?)
+}
+
+/// The same where a single call cannot be told not to wait. A read that begins meanwhile comes back as if its tick were
+/// over.
+#[cfg(not(any(target_os = "linux", target_os = "android")))]
+pub(super) fn write_now(stream: &TcpStream, bytes: &[u8]) -> io::Result<usize> {
+    stream.set_nonblocking(true)?;
+    let written = (&mut { stream }).write(bytes);
+    stream.set_nonblocking(false)?;
+    written
+}
+
 /// Reads what there is, waiting for it until `deadline` at the latest. 0: the peer has closed.
 pub(super) fn read_until(stream: &TcpStream, buffer: &mut [u8], deadline: Instant) -> io::Result<usize> {
     loop {
