@@ -6,6 +6,8 @@ pub use dim_core::canary::{
     Canary, FOLD, LEAST_MEAN_COSINE, LEAST_ROW_COSINE, LENGTH_TOLERANCE, Likeness, Wrong,
 };
 
+use crate::apart::Died;
+
 /// Why a middle has no canary.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error, serde::Serialize, serde::Deserialize)]
 #[non_exhaustive]
@@ -36,6 +38,18 @@ pub enum NoCanary {
     /// Its answer breaks a rule for canaries.
     #[error("its answer {0}")]
     Unfit(String),
+}
+
+impl From<Died> for NoCanary {
+    /// A slice that ends a process ends every process; one that nobody looked at says nothing of the slice.
+    fn from(died: Died) -> NoCanary {
+        match died {
+            Died::Ended { .. } => NoCanary::Unloadable(died.to_string()),
+            Died::Silent(_) | Died::Nonsense | Died::NotStarted(..) => {
+                NoCanary::NotEvaluated(died.to_string())
+            }
+        }
+    }
 }
 
 impl NoCanary {

@@ -62,8 +62,7 @@ impl<'a> Dequantised<'a> {
             };
             tensors.push((TensorSpec::new(tensor.name(), stored_as, tensor.dims()), tensor));
         }
-        let metadata = gguf.metadata().filter(|entry| !entry.key.starts_with("split."));
-        let metadata = metadata.map(|entry| match entry.key {
+        let metadata = gguf.carried().map(|entry| match entry.key {
             "general.file_type" => (entry.key, Value::U32(file_type)),
             key => (key, entry.value),
         });

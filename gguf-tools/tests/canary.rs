@@ -8,12 +8,13 @@ use std::{
 
 use gguf_tools::{
     arch,
-    canary::{self, Canary, LEAST_MEAN_COSINE, Wrong},
+    canary::{self, Canary, LEAST_MEAN_COSINE, NoCanary, Wrong},
     gguf::{
         Gguf, Tensor, TensorType,
         write::{GgufWriter, TensorSpec},
     },
     manifest::Manifest,
+    needs::Ask,
     plan::{Plan, Request},
     split,
     synth::{FAMILIES, Spec},
@@ -280,6 +281,31 @@ fn the_same_cut_has_the_same_canary_and_it_can_be_left_out() {
     assert!(without.slices.iter().all(|s| s.canary.is_none()));
     assert!(!fs::read_to_string(b.folder.path().join("m.split.json")).unwrap().contains("canary"));
     assert_eq!(Manifest::read(b.folder.path().join("m.split.json")).unwrap(), without);
+}
+
+/// What is wrong with the process that looks at a slice says nothing of the slice.
+#[cfg(unix)]
+#[test]
+fn a_process_that_cannot_be_asked_costs_the_canary_and_not_the_slices() {
+    let folder = tempfile::tempdir().unwrap();
+    let model = folder.path().join("model.gguf");
+    Spec::tiny("qwen2").unwrap().write(&model).unwrap();
+    let gguf = Gguf::open(&model).unwrap();
+    let request = Request { middles: vec!["1..2".parse().unwrap()], stem: "m".into(), ..Request::default() };
+    // one that is not there, and one that answers nothing
+    for program in ["/nowhere/at/all", "/bin/true"] {
+        let mut plan = Plan::new(&gguf, &request).unwrap();
+        plan.canary = Some(Ask::Apart(program.into()));
+        let mut told = Vec::new();
+        let manifest = split::split(&plan, folder.path(), "m", |p| {
+            if let split::Progress::NoCanary(file, why) = p {
+                told.push((file.to_owned(), why.clone()));
+            }
+        });
+        let manifest = manifest.unwrap_or_else(|e| panic!("{program}: {e}"));
+        assert!(manifest.slices.iter().all(|slice| slice.canary.is_none()));
+        assert!(matches!(&told[..], [(_, NoCanary::NotEvaluated(_))]), "{program}: {told:?}");
+    }
 }
 
 /// A manifest is a file like any other: what it says of a canary is checked before it is believed.

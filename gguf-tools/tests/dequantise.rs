@@ -9,7 +9,7 @@ use std::process::{Command, Output};
 
 use gguf_tools::dequantise::{DequantiseError, Dequantised};
 use gguf_tools::gguf::write::{GgufWriter, TensorSpec};
-use gguf_tools::gguf::{Gguf, Tensor, TensorType, Value};
+use gguf_tools::gguf::{Gguf, Tensor, TensorType, Value, check};
 use gguf_tools::synth::Spec;
 use half::f16;
 
@@ -72,6 +72,32 @@ fn values_are_the_nearest_and_the_rest_is_as_it_was() {
             }
         }
         assert_eq!(from.metadata().len(), to.metadata().len());
+    }
+}
+
+/// ggml asserts that what it maps begins at a multiple of 32 bytes: a file that says less is laid out anew, and one that says
+/// more stays so.
+#[test]
+fn an_alignment_that_llama_cpp_does_not_map_is_not_carried_on() {
+    let folder = tempfile::tempdir().unwrap();
+    let source = Gguf::open(synth(folder.path(), "q8_0")).unwrap();
+    let spec = |t: Tensor<'_>| TensorSpec::new(t.name(), t.tensor_type(), t.dims());
+    let specs: Vec<_> = source.tensors().map(spec).collect();
+    for alignment in [8, 64] {
+        let other = folder.path().join("other.gguf");
+        let mut metadata: Vec<_> = source.metadata().map(|e| (e.key, e.value)).collect();
+        metadata.push(("general.alignment", Value::U32(alignment)));
+        metadata.push(("split.count", Value::U16(1)));
+        let mut writer = GgufWriter::create(&other, &metadata, &specs).unwrap();
+        source.tensors().for_each(|tensor| writer.write(tensor.data().unwrap()).unwrap());
+        writer.finish().unwrap();
+        let out = folder.path().join("out.gguf");
+        let output = program(&[&other, &out]);
+        assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+        let out = Gguf::open(out).unwrap();
+        check::model(&out).unwrap();
+        assert_eq!(out.alignment(), u64::from(alignment.max(32)));
+        assert!(out.get("split.count").is_none());
     }
 }
 

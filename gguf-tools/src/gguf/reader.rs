@@ -11,6 +11,7 @@ use super::{
     error::{Error, Place, Rule},
     header::{KeyEntry, TensorEntry, sorted_by},
     index, length,
+    limits::DEFAULT_ALIGNMENT,
     part::{Part, Source},
     parts::{PartName, open_all},
     types::TensorType,
@@ -139,6 +140,15 @@ impl Gguf {
     pub fn metadata(&self) -> impl ExactSizeIterator<Item = Entry<'_>> {
         let part = &self.parts[0];
         part.header.entries.iter().map(|e| entry(part, e))
+    }
+
+    /// What of the metadata a file that is written anew from this one carries on: all but how this one was spread over files,
+    /// and how it laid its data out where llama.cpp could not map that (ggml asserts).
+    pub fn carried(&self) -> impl Iterator<Item = Entry<'_>> {
+        let cannot_be_mapped = self.alignment() < DEFAULT_ALIGNMENT;
+        self.metadata().filter(move |entry| {
+            !entry.key.starts_with("split.") && !(entry.key == "general.alignment" && cannot_be_mapped)
+        })
     }
 
     /// The value of a key.

@@ -11,7 +11,6 @@ use crate::{
         Tensor, Value,
         absent::{self, Absent},
         check,
-        limits::DEFAULT_ALIGNMENT,
         write::{GgufWriter, TensorSpec},
     },
     needs::Needs,
@@ -63,12 +62,8 @@ pub(super) fn slice<'a>(
 fn metadata<'a>(of: &Common<'a, '_>, role: Role) -> Vec<(Cow<'a, str>, Value<'a>)> {
     let is_middle = role == Role::Middle;
     let mut out: Vec<(Cow<'a, str>, Value<'a>)> = Vec::new();
-    for entry in of.gguf.metadata() {
+    for entry in of.gguf.carried() {
         let value = match entry.key {
-            // how the source was spread over files is no concern of a slice
-            key if key.starts_with("split.") => continue,
-            // a slice is laid out anew, so that llama.cpp can map it
-            "general.alignment" if of.gguf.alignment() < DEFAULT_ALIGNMENT => continue,
             "tokenizer.ggml.model" if is_middle => Value::string("none"),
             key if is_middle && key.starts_with("tokenizer.") => continue,
             _ => entry.value,

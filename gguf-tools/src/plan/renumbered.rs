@@ -18,7 +18,6 @@ use crate::{
     arch::{Arch, LmHead},
     gguf::{
         Tensor, TensorType, Value, ValueType, check,
-        limits::DEFAULT_ALIGNMENT,
         write::{GgufWriter, TensorSpec},
     },
     needs::Crossing,
@@ -65,14 +64,10 @@ impl<'a> Cutter<'a, '_> {
     ) -> Result<Vec<(Cow<'a, str>, Value<'a>)>, PlanError> {
         let arch = self.arch.name;
         let mut out: Vec<(Cow<'a, str>, Value<'a>)> = Vec::new();
-        for entry in self.of.gguf.metadata() {
+        for entry in self.of.gguf.carried() {
             let key = entry.key;
             let below_arch = key.strip_prefix(arch).and_then(|rest| rest.strip_prefix('.'));
             let value = match (key, below_arch) {
-                // how the source was spread over files is no concern of a slice
-                _ if key.starts_with("split.") => continue,
-                // a slice is laid out anew, so that llama.cpp can map it
-                ("general.alignment", _) if self.of.gguf.alignment() < DEFAULT_ALIGNMENT => continue,
                 _ if role == Role::Middle
                     && key.starts_with("tokenizer.")
                     && key != "tokenizer.ggml.model" =>

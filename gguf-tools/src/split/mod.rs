@@ -280,7 +280,7 @@ fn sync(
     let find = |path: &PathBuf| match &plan.canary {
         Some(Ask::Apart(program)) if apart::IS_BUILT_IN => {
             let task = Task::Canary { path: path.clone(), n_embd, seed };
-            task.ask(program).unwrap_or_else(|died| Err(NoCanary::Unloadable(died.to_string())))
+            task.ask(program).unwrap_or_else(|died| Err(died.into()))
         }
         _ => canary::find(path, n_embd, seed),
     };
