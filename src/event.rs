@@ -205,7 +205,7 @@ pub enum NoCanary {
     NoManifest,
     /// The manifest says nothing of it: it was cut by an older program, or without.
     NotInManifest,
-    /// What goes in is not what comes out, or is more than rows of singles: a canary is not made for that.
+    /// What goes in or comes out is more than rows of singles: a canary is not made for that.
     OtherRows,
 }
 

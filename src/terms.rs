@@ -1,6 +1,7 @@
 //! What is agreed on with a worker, in the words of the wire.
 
 use dim_core::blocks::BlockRange;
+use dim_core::canary::Widths;
 use dim_core::digest::Sha;
 use dim_core::rows::{Part, PartType, RowType};
 use dim_core::stage::{LocalStage, TakeBack};
@@ -43,8 +44,8 @@ pub(crate) struct ExpectedRows {
 
 impl ExpectedRows {
     /// Whether it is known that no canary is made for such rows.
-    pub(crate) fn are_not_alike(&self) -> bool {
-        self.input.is_some() && canary_width(&self.shape).is_none()
+    pub(crate) fn are_not_singles(&self) -> bool {
+        self.input.is_some() && canary_widths(&self.shape).is_none()
     }
 
     /// What a manifest says of them; of one that says nothing, nothing.
@@ -62,13 +63,13 @@ impl ExpectedRows {
     }
 }
 
-/// The length of the rows that a canary is made of: those of one length in and out, of singles only. `None` for others.
-pub(crate) fn canary_width(shape: &Shape) -> Option<usize> {
+/// The lengths of the rows that a canary is made of: of singles only. `None` for others.
+pub(crate) fn canary_widths(shape: &Shape) -> Option<Widths> {
     let is_single = |part: &Part| part.part_type == PartType::F32 && part.may_round;
     let all = shape.input.parts.iter().chain(&shape.output.parts);
-    let width = shape.input.width(RowType::F32);
+    let [input, output] = [&shape.input, &shape.output].map(|layout| layout.width(RowType::F32));
     let fits = { all }.all(is_single) && !shape.reads_tokens;
-    (fits && width > 0 && width == shape.output.width(RowType::F32)).then_some(width)
+    (fits && input > 0 && output > 0).then_some(Widths { input, output })
 }
 
 /// The same in the engine's words, whose digest it has.

@@ -167,9 +167,9 @@ fn a_cut_that_is_not_possible_is_refused_with_the_nearest_one() {
     let cuts = Ask::Here.cuts(&gguf).unwrap();
     let possible: Vec<u32> = (1..8).filter(|&block| cuts.cuts[block as usize - 1].is_ok()).collect();
     assert_eq!(possible, [1, 2, 3, 4], "{cuts:?}");
-    // the hidden row, and the inputs of each block
+    // the hidden row, and the inputs of each block behind the cut
     let crossing = cuts.cuts[0].as_ref().unwrap();
-    assert_eq!(crossing.bytes_f32(), 4 * (256 + 8 * 64), "{crossing}");
+    assert_eq!(crossing.bytes_f32(), 4 * (256 + 7 * 64), "{crossing}");
     let why = cuts.cuts[5].as_ref().unwrap_err();
     assert!(why.contains("blocks 6..7") && why.contains("of block"), "{why}");
     for (middle, nearest) in [("3..5", "3..3"), ("5..6", "3..3"), ("1..6", "1..3")] {
@@ -185,9 +185,9 @@ fn a_cut_that_is_not_possible_is_refused_with_the_nearest_one() {
     assert_eq!(manifest.slices[1].input, *crossing);
 }
 
-/// Which middles have a canary: all whose two ends are alike, whatever crosses there, and that read no token ids.
+/// Which middles have a canary: all that read no token ids, whatever crosses their two ends.
 #[test]
-fn middles_whose_ends_are_alike_have_a_canary() {
+fn middles_that_read_no_token_ids_have_a_canary() {
     for family in FAMILIES {
         let cut = Cut::new(family);
         let manifest = Manifest::read(cut.file("m.split.json")).unwrap();

@@ -1,10 +1,10 @@
 //! Finds a middle's [canary](dim_core::canary) when the model is cut: its answer to a known input, by llama.cpp.
 
-#[cfg(feature = "engine")]
-use dim_core::canary::EXPONENTS;
 pub use dim_core::canary::{
-    Canary, FOLD, LEAST_MEAN_COSINE, LEAST_ROW_COSINE, LENGTH_TOLERANCE, Likeness, Wrong,
+    Canary, FOLD, LEAST_MEAN_COSINE, LEAST_ROW_COSINE, LENGTH_TOLERANCE, Likeness, Widths, Wrong,
 };
+#[cfg(feature = "engine")]
+use dim_core::canary::{EXPONENTS, update};
 
 use crate::apart::Died;
 
@@ -21,8 +21,8 @@ pub enum NoCanary {
     /// It loads, and cannot be evaluated: what llama.cpp says.
     #[error("{0}")]
     NotEvaluated(String),
-    /// What goes in is not what comes out, or is more than rows of singles: an answer would not be what was added.
-    #[error("what crosses its two ends is not alike ({0})")]
+    /// What goes in or comes out is more than rows of singles.
+    #[error("what crosses its two ends is more than rows of singles ({0})")]
     Crossing(String),
     /// It is another model's.
     #[error("its rows have {found} values, not {wanted}")]
@@ -89,10 +89,8 @@ pub fn find(path: &std::path::Path, n_embd: usize, seed: u64) -> Result<Canary, 
     let params = StageParams { blocks, takes_tokens: false, has_lm_head: false, context };
     let mut stage = Stage::new(&model, params).map_err(unloadable)?;
     // what stands beside the hidden row is drawn like it; what goes through unchanged adds nothing to the answer
-    let width = stage.input_layout().width_f32();
     let all_f32 = |layout: &Layout| layout.parts.iter().all(|part| part.value_type == ValueType::F32);
-    let alike = width == stage.output_layout().width_f32();
-    if !alike || !all_f32(stage.input_layout()) || !all_f32(stage.output_layout()) || stage.reads_tokens() {
+    if !all_f32(stage.input_layout()) || !all_f32(stage.output_layout()) || stage.reads_tokens() {
         let ids = if stage.reads_tokens() { ", token ids" } else { "" };
         let (input, output) = (stage.input_layout(), stage.output_layout());
         return Err(NoCanary::Crossing(format!("in: {input}{ids}; out: {output}")));
@@ -101,12 +99,12 @@ pub fn find(path: &std::path::Path, n_embd: usize, seed: u64) -> Result<Canary, 
     let steps = STEPS.to_vec();
     let mut canary = Canary { seed, exponent: FIRST_EXPONENT, steps, max_abs: 0, updates: Vec::new() };
     let mut output = evaluate(&canary, &mut stage)?;
-    let wanted = exponent_for(&canary, &output)?;
+    let wanted = exponent_for(&canary, widths(&stage), &output)?;
     if wanted != canary.exponent {
         canary.exponent = wanted;
         output = evaluate(&canary, &mut stage)?;
     }
-    let canary = canary.with_answer(width, &output);
+    let canary = canary.with_answer(widths(&stage), &output);
     canary.check().map(|()| canary).map_err(NoCanary::Unfit)
 }
 
@@ -119,22 +117,27 @@ pub fn find(_path: &std::path::Path, _n_embd: usize, _seed: u64) -> Result<Canar
     Err(NoCanary::NotBuilt)
 }
 
-/// The answer to its rows, (n_rows, width of a row).
+#[cfg(feature = "engine")]
+fn widths(stage: &llama_sys_patch::Stage) -> Widths {
+    Widths { input: stage.input_layout().width_f32(), output: stage.output_layout().width_f32() }
+}
+
+/// The answer to its rows, (n_rows, width of a row that comes out).
 #[cfg(feature = "engine")]
 fn evaluate(canary: &Canary, stage: &mut llama_sys_patch::Stage) -> Result<Vec<f32>, NoCanary> {
     use llama_sys_patch::{Input, Output, Row};
 
-    let width = stage.input_layout().width_f32();
+    let Widths { input: width, output: out_width } = widths(stage);
     let input = canary.input(width);
-    let mut output = vec![0f32; input.len()];
+    let mut output = vec![0f32; canary.n_rows() * out_width];
     let failed = |e: llama_sys_patch::Error| NoCanary::NotEvaluated(e.to_string());
     stage.clear(0).map_err(failed)?;
     let mut position = 0;
     for &n in &canary.steps {
-        let values = position as usize * width..(position + n) as usize * width;
+        let values = |width: usize| position as usize * width..(position + n) as usize * width;
         let rows = Row::chunk(0, position, n as usize);
         stage
-            .evaluate(&rows, Input::F32(&input[values.clone()]), Output::F32(&mut output[values]))
+            .evaluate(&rows, Input::F32(&input[values(width)]), Output::F32(&mut output[values(out_width)]))
             .map_err(failed)?;
         position += n;
     }
@@ -143,10 +146,11 @@ fn evaluate(canary: &Canary, stage: &mut llama_sys_patch::Stage) -> Result<Vec<f
 
 /// The exponent that makes the input about as large as what was added to it.
 #[cfg(feature = "engine")]
-fn exponent_for(canary: &Canary, output: &[f32]) -> Result<i32, NoCanary> {
-    let input = canary.input(output.len() / canary.n_rows().max(1));
-    let squares = |(o, i): (&f32, &f32)| (f64::from(*o) - f64::from(*i)).powi(2);
-    let added = (output.iter().zip(&input).map(squares).sum::<f64>() / output.len() as f64).sqrt();
+fn exponent_for(canary: &Canary, widths: Widths, output: &[f32]) -> Result<i32, NoCanary> {
+    let input = canary.input(widths.input);
+    let rows = input.chunks_exact(widths.input).zip(output.chunks_exact(widths.output));
+    let squares = rows.flat_map(|(before, after)| update(before, after)).map(|x| x * x);
+    let added = (squares.sum::<f64>() / output.len() as f64).sqrt();
     if added < f64::from(f32::MIN_POSITIVE) {
         return Err(NoCanary::Silent);
     }

@@ -12,9 +12,9 @@ size_t crossing::bytes_per_token(dim_dtype as) const {
     return bytes;
 }
 
-tensor_shapes shapes_of(const std::vector<ggml_tensor *> & tensors) {
+tensor_shapes shapes_of(const std::vector<crossing_tensor> & tensors) {
     tensor_shapes shapes;
-    for (const auto * t : tensors) shapes.push_back({ t->ne[0], t->ne[1], t->ne[2], t->ne[3] });
+    for (const auto & [t, first, last] : tensors) shapes.push_back({ t->ne[0], t->ne[1], t->ne[2], t->ne[3] });
     return shapes;
 }
 
@@ -23,13 +23,13 @@ static std::string name_for_people(const ggml_tensor * tensor) {
     return std::strncmp(tensor->name, "node_", 5) ? tensor->name : "unnamed";
 }
 
-crossing layout_of(const std::vector<ggml_tensor *> & tensors, int64_t n_tokens, const tensor_shapes & shapes,
+crossing layout_of(const std::vector<crossing_tensor> & tensors, int64_t n_tokens, const tensor_shapes & shapes,
                    int64_t n_others) {
     if (tensors.size() != shapes.size())
         fail(DIM_UNSUPPORTED, "what goes from block to block depends on the number of tokens");
     crossing layout;
     for (size_t t = 0; t < tensors.size(); t++) {
-        const auto * tensor = tensors[t];
+        const auto & [tensor, first, last] = tensors[t];
         int token_dim = -1;
         for (int d = 0; d < 4; d++) {
             if (tensor->ne[d] == shapes[t][(size_t) d]) continue;
@@ -44,6 +44,7 @@ crossing layout_of(const std::vector<ggml_tensor *> & tensors, int64_t n_tokens,
                             token_dim,
                             { tensor->ne[0], tensor->ne[1], tensor->ne[2], tensor->ne[3] },
                             name_for_people(tensor) };
+        if (token_dim < 2) part.first = first, part.ne[2] = last - first;
         part.ne[(size_t) token_dim] = 1;
         layout.parts.push_back(std::move(part));
     }
@@ -54,14 +55,17 @@ crossing layout_of(const std::vector<ggml_tensor *> & tensors, int64_t n_tokens,
 // place.
 static bool may_be_shorter(const crossing_part & part, int dim) { return part.token_dim == 1 && dim == 0; }
 
-void check_layout(const crossing & layout, const std::vector<ggml_tensor *> & tensors, int64_t n_tokens) {
+void check_layout(const crossing & layout, const std::vector<crossing_tensor> & tensors, int64_t n_tokens) {
     bool same = tensors.size() == layout.parts.size();
     for (size_t t = 0; same && t < tensors.size(); t++) {
         const auto & part = layout.parts[t];
-        same = tensors[t]->type == part.type;
+        const auto & [tensor, first, last] = tensors[t];
+        const bool is_sliced = part.token_dim < 2;
+        same = tensor->type == part.type && (!is_sliced || first == part.first);
         for (int d = 0; d < 4; d++) {
+            const int64_t n = d == 2 && is_sliced ? last - first : tensor->ne[d];
             const int64_t expected = d == part.token_dim ? n_tokens : part.ne[(size_t) d];
-            same &= tensors[t]->ne[d] == expected || (may_be_shorter(part, d) && tensors[t]->ne[d] < expected);
+            same &= n == expected || (may_be_shorter(part, d) && n < expected);
         }
     }
     if (!same) fail(DIM_UNSUPPORTED, "what goes from block to block is not the same in every graph");
@@ -73,9 +77,10 @@ struct runs {
     size_t bytes;   // in the tensor
     size_t place;   // in the row: as many, or more
     size_t n_outer;
+    size_t begin;   // in the tensor: what is before does not cross
 
     runs(const ggml_tensor * tensor, const crossing_part & part)
-        : bytes(ggml_type_size(tensor->type)), place(bytes), n_outer(1) {
+        : bytes(ggml_type_size(tensor->type)), place(bytes), n_outer(1), begin((size_t) part.first * tensor->nb[2]) {
         for (int d = 0; d < part.token_dim; d++) {
             bytes *= (size_t) tensor->ne[d];
             place *= (size_t) part.ne[(size_t) d];
@@ -95,7 +100,7 @@ void rows_in(ggml_tensor * tensor, const crossing_part & part, const std::vector
     const runs run(tensor, part);
     const size_t n = call_row.size();
     if (run.n_outer == 1 && run.bytes == row_bytes && in_order(call_row)) {
-        ggml_backend_tensor_set(tensor, rows + (size_t) call_row[0] * row_bytes, 0, n * row_bytes);
+        ggml_backend_tensor_set(tensor, rows + (size_t) call_row[0] * row_bytes, run.begin, n * row_bytes);
         return;
     }
     std::vector<uint8_t> bytes(n * run.n_outer * run.bytes);
@@ -105,7 +110,7 @@ void rows_in(ggml_tensor * tensor, const crossing_part & part, const std::vector
                         rows + (size_t) call_row[i] * row_bytes + offset + outer * run.place, run.bytes);
         }
     }
-    ggml_backend_tensor_set(tensor, bytes.data(), 0, bytes.size());
+    ggml_backend_tensor_set(tensor, bytes.data(), run.begin, bytes.size());
 }
 
 void rows_out(const ggml_tensor * tensor, const crossing_part & part, const std::vector<int32_t> & call_row,
@@ -113,11 +118,11 @@ void rows_out(const ggml_tensor * tensor, const crossing_part & part, const std:
     const runs run(tensor, part);
     const size_t n = call_row.size();
     if (run.n_outer == 1 && run.bytes == row_bytes && in_order(call_row)) {
-        ggml_backend_tensor_get(tensor, rows + (size_t) call_row[0] * row_bytes, 0, n * row_bytes);
+        ggml_backend_tensor_get(tensor, rows + (size_t) call_row[0] * row_bytes, run.begin, n * row_bytes);
         return;
     }
     std::vector<uint8_t> bytes(n * run.n_outer * run.bytes);
-    ggml_backend_tensor_get(tensor, bytes.data(), 0, bytes.size());
+    ggml_backend_tensor_get(tensor, bytes.data(), run.begin, bytes.size());
     for (size_t outer = 0; outer < run.n_outer; outer++) {
         for (size_t i = 0; i < n; i++) {
             auto * at = rows + (size_t) call_row[i] * row_bytes + offset + outer * run.place;

@@ -18,8 +18,9 @@ namespace dim {
 struct crossing_part {
     ggml_type type;              // F32 or I32
     int token_dim;               // which dimension counts the tokens
-    std::array<int64_t, 4> ne;   // with 1 in place of the tokens
+    std::array<int64_t, 4> ne;   // of what crosses, with 1 in place of the tokens
     std::string name;            // for people
+    int64_t first = 0;           // where that begins in the tensor's third dimension: nobody reads what is before
 
     size_t n_values() const { return (size_t) (ne[0] * ne[1] * ne[2] * ne[3]); }
     size_t value_bytes(dim_dtype as) const { return as == DIM_F16 && type == GGML_TYPE_F32 ? 2 : 4; }
@@ -35,13 +36,13 @@ struct crossing {
 // Reads the layout off the same tensors in two graphs, of n_tokens and n_others tokens. Fails (DIM_UNSUPPORTED) where a
 // tensor is not so much per token. `shapes`: of the graph with n_others, which need not exist any more.
 using tensor_shapes = std::vector<std::array<int64_t, 4>>;
-tensor_shapes shapes_of(const std::vector<ggml_tensor *> & tensors);
-crossing layout_of(const std::vector<ggml_tensor *> & tensors, int64_t n_tokens, const tensor_shapes & shapes,
+tensor_shapes shapes_of(const std::vector<crossing_tensor> & tensors);
+crossing layout_of(const std::vector<crossing_tensor> & tensors, int64_t n_tokens, const tensor_shapes & shapes,
                    int64_t n_others);
 
 // Checks that tensors of a graph of n_tokens tokens are laid out so, or are shorter than their places in a row. Fails
 // (DIM_UNSUPPORTED).
-void check_layout(const crossing & layout, const std::vector<ggml_tensor *> & tensors, int64_t n_tokens);
+void check_layout(const crossing & layout, const std::vector<crossing_tensor> & tensors, int64_t n_tokens);
 
 // Moves a chunk's rows of one part between `tensor` (of the part's own type, or F16) and the rows of a call.
 //   rows:      (rows of the call, row_bytes); this part stands at `offset` of each

@@ -83,8 +83,9 @@ bool ignores_tokens(const llm_graph_input_i & input) {
     return std::any_of(std::begin(known), std::end(known), [&](const std::type_info * k) { return *k == kind; });
 }
 
-void check_crossing(const llama_model & model, const block_range & range, const std::vector<ggml_tensor *> & crossing) {
-    for (const auto * tensor : crossing) {
+void check_crossing(const llama_model & model, const block_range & range,
+                    const std::vector<crossing_tensor> & crossing) {
+    for (const auto & [tensor, first, last] : crossing) {
         const char * why = tensor->view_src || !ggml_is_contiguous(tensor)                  ? "is a view of another"
                            : tensor->type != GGML_TYPE_F32 && tensor->type != GGML_TYPE_I32 ? "is neither F32 nor I32"
                                                                                             : nullptr;
@@ -93,9 +94,16 @@ void check_crossing(const llama_model & model, const block_range & range, const 
     }
 }
 
+std::unordered_set<const ggml_tensor *> set_of(const std::vector<crossing_tensor> & crossing) {
+    std::unordered_set<const ggml_tensor *> tensors;
+    for (const auto & each : crossing) tensors.insert(each.tensor);
+    return tensors;
+}
+
 // Fills in what the kept nodes read and write.
 void collect(const llm_graph_result & whole, const dependencies & nodes, range_cut & cut) {
-    std::unordered_set<const ggml_tensor *> inputs(cut.inputs.begin(), cut.inputs.end()), weights, read, written;
+    const auto inputs = set_of(cut.inputs);
+    std::unordered_set<const ggml_tensor *> weights, read, written;
     const auto look = [&](const ggml_tensor * tensor, bool is_written) {
         const auto * base = base_of(tensor);
         if (nodes.weights.has(base)) {
@@ -148,7 +156,7 @@ range_cut cut_range(const llama_model & model, const llm_graph_result & whole, c
     if (!range.has_lm_head)
         cut.outputs = nodes.boundary((int) range.last);
     else if (whole.t_logits)
-        cut.outputs = { whole.t_logits };
+        cut.outputs = { crossing_tensor(whole.t_logits) };
     if (cut.outputs.empty()) {
         cannot(model, range, range.has_lm_head ? "there are no logits" : "nothing goes on from them");
     }
@@ -156,10 +164,10 @@ range_cut cut_range(const llama_model & model, const llm_graph_result & whole, c
     check_crossing(model, range, cut.inputs);
     check_crossing(model, range, cut.outputs);
 
-    const std::unordered_set<const ggml_tensor *> inputs(cut.inputs.begin(), cut.inputs.end());
+    const auto inputs = set_of(cut.inputs);
     std::vector<char> kept((size_t) nodes.n_nodes(), 0);
-    for (const auto * output : cut.outputs) {
-        if (!inputs.count(output)) kept[(size_t) nodes.place(output)] = 1;
+    for (const auto & output : cut.outputs) {
+        if (!inputs.count(output.tensor)) kept[(size_t) nodes.place(output.tensor)] = 1;
     }
     for (int i = 0; i < nodes.n_nodes(); i++) {
         const auto * node = nodes.node(i);

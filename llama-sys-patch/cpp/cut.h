@@ -18,8 +18,8 @@ struct block_range {
 };
 
 struct range_cut {
-    std::vector<ggml_tensor *> inputs;          // what comes from the blocks before; empty if tokens do
-    std::vector<ggml_tensor *> outputs;         // what goes to the blocks after; or the logits, alone
+    std::vector<crossing_tensor> inputs;        // what comes from the blocks before; empty if tokens do
+    std::vector<crossing_tensor> outputs;       // what goes to the blocks after; or the logits, alone
     std::vector<int> nodes;                     // of the whole graph: what is computed, in order; without the inputs
     std::vector<const ggml_tensor *> weights;   // that these nodes read
     std::vector<const ggml_tensor *> states_read;   // caches and recurrent states

@@ -131,7 +131,27 @@ void dependencies::merge(std::vector<ggml_tensor *> & found) const {
     }
 }
 
-std::vector<ggml_tensor *> dependencies::boundary(int block) const {
+// `read`: what of the tensors before the cut is read behind it.
+void dependencies::narrow(crossing_tensor & crossing, const std::vector<ggml_tensor *> & read) const {
+    const auto * whole = crossing.tensor;
+    if (whole->ne[2] < 2 || whole->ne[3] > 1 || !ggml_is_contiguous(whole)) return;
+    size_t begin = ggml_nbytes(whole), end = 0;
+    for (auto * tensor : read) {
+        const auto steps = chain(tensor);
+        const auto at = std::find(steps.begin(), steps.end(), whole);
+        if (at == steps.end()) continue;   // follows from another one
+        if (at == steps.begin()) return;
+        const auto * reader = *(at - 1);
+        if (reader->op != GGML_OP_VIEW || reader->view_src != whole) return;
+        begin = std::min(begin, reader->view_offs);
+        end = std::max(end, reader->view_offs + ggml_nbytes(reader));
+    }
+    if (begin >= end) return;
+    crossing.first = (int64_t) (begin / whole->nb[2]);
+    crossing.last = (int64_t) ((end + whole->nb[2] - 1) / whole->nb[2]);
+}
+
+std::vector<crossing_tensor> dependencies::boundary(int block) const {
     std::vector<ggml_tensor *> found;
     std::unordered_set<const ggml_tensor *> seen;
     for (int i = 0; i < graph.n_nodes; i++) {
@@ -142,6 +162,7 @@ std::vector<ggml_tensor *> dependencies::boundary(int block) const {
             found.push_back(src);
         }
     }
+    const auto read = found;
     merge(found);
     for (auto *& tensor : found) {
         // the output reads a norm of the last block's rows: what crosses is the rows
@@ -152,7 +173,9 @@ std::vector<ggml_tensor *> dependencies::boundary(int block) const {
     std::sort(found.begin(), found.end(),
               [&](const ggml_tensor * a, const ggml_tensor * b) { return place(a) < place(b); });
     found.erase(std::unique(found.begin(), found.end()), found.end());
-    return found;
+    std::vector<crossing_tensor> crossing(found.begin(), found.end());
+    for (auto & tensor : crossing) narrow(tensor, read);
+    return crossing;
 }
 
 }   // namespace dim

@@ -41,6 +41,16 @@ private:
     std::unordered_map<const ggml_tensor *, int> block_by_tensor;
 };
 
+// A tensor that goes from the blocks before a cut to those behind it, and what of it is read there: whole, or slices
+// [first, last) of its third dimension, where every reader takes views of such. (Inputs of each block, made for all at the
+// start and stacked: blocks behind a cut do not want those of the blocks before it.)
+struct crossing_tensor {
+    ggml_tensor * tensor;
+    int64_t first, last;
+
+    explicit crossing_tensor(ggml_tensor * tensor) : tensor(tensor), first(0), last(tensor->ne[2]) {}
+};
+
 // The dependencies among the nodes of `graph`, by a node's place in it. Valid as long as the graph is not changed.
 class dependencies {
 public:
@@ -63,7 +73,7 @@ public:
 
     // What goes from the blocks before `block` to it and those after it, in the graph's order. `block` may be n_blocks:
     // what the output reads of the last block.
-    std::vector<ggml_tensor *> boundary(int block) const;
+    std::vector<crossing_tensor> boundary(int block) const;
 
     const weight_map & weights;
 
@@ -72,6 +82,7 @@ private:
     ggml_tensor * parent(const ggml_tensor * node) const;
     std::vector<ggml_tensor *> chain(ggml_tensor * node) const;
     void merge(std::vector<ggml_tensor *> & found) const;
+    void narrow(crossing_tensor & crossing, const std::vector<ggml_tensor *> & read) const;
 
     const ggml_cgraph & graph;
     const int n_blocks;

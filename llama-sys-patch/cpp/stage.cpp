@@ -250,10 +250,13 @@ void dim_stage::check_output(const uint8_t * rows, size_t n_rows, const std::vec
 
     // what it was before the conversion tells an overflow from a NaN
     size_t not_finite = 0;
-    for (const auto * result : results) {
+    for (size_t p = 0; p < results.size(); p++) {
+        const auto * result = results[p];
         if (result->type != GGML_TYPE_F32) continue;
-        std::vector<float> exact((size_t) ggml_nelements(result));
-        ggml_backend_tensor_get(result, exact.data(), 0, exact.size() * sizeof(float));
+        // what does not cross may hold anything
+        const size_t begin = kind.output == DIM_LOGITS ? 0 : (size_t) out.parts[p].first * result->nb[2];
+        std::vector<float> exact((ggml_nbytes(result) - begin) / sizeof(float));
+        ggml_backend_tensor_get(result, exact.data(), begin, exact.size() * sizeof(float));
         bad.max_abs = std::max(bad.max_abs, max_abs_finite(exact.data(), exact.size()));
         not_finite += count_not_finite(exact.data(), exact.size());
     }
@@ -280,7 +283,7 @@ void dim_stage::watch_cut(const dependencies & nodes) {
     watched.clear();
     for (uint32_t block = range.first; block < range.last; block++) {
         const auto crossing = nodes.boundary((int) block + 1);
-        if (!crossing.empty()) watched[crossing.back()] = block - range.first;
+        if (!crossing.empty()) watched[crossing.back().tensor] = block - range.first;
     }
 }
 

@@ -33,7 +33,8 @@ void dim_stage::assemble(const range_cut & cut) {
     room.resize((n_ends + 4 * n_products) * ggml_tensor_overhead() + ggml_graph_overhead_custom(max_nodes, false));
     ours.reset(ggml_init({ room.size(), room.data(), /*no_alloc =*/true }));
     graph = ggml_new_graph_custom(ours.get(), max_nodes, false);
-    results = cut.outputs;
+    results.clear();
+    for (const auto & output : cut.outputs) results.push_back(output.tensor);
 
     place_inputs(cut);
     if (f32_products) replace_rounding_products(cut, part_bytes);
@@ -52,7 +53,7 @@ void dim_stage::assemble(const range_cut & cut) {
 // What comes from the blocks before becomes an input where it stands: a leaf, or a conversion of one.
 void dim_stage::place_inputs(const range_cut & cut) {
     inputs.clear();
-    for (auto * tensor : cut.inputs) {
+    for (const auto & [tensor, first, last] : cut.inputs) {
         std::fill(std::begin(tensor->src), std::end(tensor->src), nullptr);
         if (kind.input == DIM_F16 && tensor->type == GGML_TYPE_F32) {
             auto * leaf = ggml_new_tensor(ours.get(), GGML_TYPE_F16, GGML_MAX_DIMS, tensor->ne);

@@ -233,6 +233,39 @@ fn cuts(plan: &mut Plan) -> String {
     }
 }
 
+/// Models with inputs for each block, made at the start, as wide as they are released: what crosses.
+fn per_block_inputs() -> String {
+    let folder = tempfile::tempdir().expect("a folder");
+    let path = folder.path().join("model.gguf");
+    let mut text = String::from(
+        "| model | before block | values a token | bytes, F16 | bytes, F32 |\n|---|---|---|---|---|\n",
+    );
+    let cases: [(&str, &str, u32, &[&str]); 2] = [
+        ("gemma3n", "Gemma 3n E2B", 30, &[".embedding_length=2048"]),
+        (
+            "gemma4",
+            "Gemma 4 E4B",
+            42,
+            &[
+                ".embedding_length=2560",
+                ".attention.shared_kv_layers=18",
+                ".embedding_length_per_layer_input=256",
+            ],
+        ),
+    ];
+    for (arch, model, n_blocks, options) in cases {
+        test_support::write_model(arch, n_blocks, options, &path).expect("a model");
+        let mut plan = Plan::open(&[&path]).expect("a plan");
+        let cuts: Vec<u32> = (1..n_blocks).filter(|&block| plan.cut(block).is_ok()).collect();
+        for cut in [cuts[0], cuts[cuts.len() / 2], cuts[cuts.len() - 1]] {
+            let layout = plan.range(cut..n_blocks).expect("a range").input;
+            let (values, f16, f32) = (layout.to_string(), layout.bytes_f16(), layout.bytes_f32());
+            writeln!(text, "| {model} | {cut} | {values} | {f16} | {f32} |").expect("a String takes it");
+        }
+    }
+    text
+}
+
 /// Models whose late blocks share keys and values, as they are released: where each can be cut.
 fn shared_caches() -> String {
     let folder = tempfile::tempdir().expect("a folder");
@@ -379,6 +412,10 @@ fn page(results: &[(String, Outcome)]) -> (PathBuf, String) {
     text.push_str(&table(results));
     text.push_str("\nWhere late blocks read the keys of earlier ones, the cut cannot lie between them:\n\n");
     text.push_str(&shared_caches());
+    text.push_str(
+        "\nSome models make an input for each block at the start. Those of the blocks behind a cut cross it, and no others:\n\n",
+    );
+    text.push_str(&per_block_inputs());
     (path, text)
 }
 

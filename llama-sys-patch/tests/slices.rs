@@ -220,6 +220,23 @@ fn rows_of_several_parts_cross_in_f16_as_well() {
     }
 }
 
+/// Inputs of each block that are made at the start (Gemma 3n, the small Gemma 4) cross for the blocks behind a cut only. That
+/// they are the right ones, tests/architectures.rs and tests/families.rs say.
+#[test]
+fn inputs_of_blocks_before_a_cut_do_not_cross_it() {
+    let e4b = [".attention.shared_kv_layers=2", ".embedding_length_per_layer_input=64"];
+    for (arch, options, width) in [("gemma3n", &[][..], 256), ("gemma4", &e4b, 64)] {
+        let folder = tempfile::tempdir().unwrap();
+        let mut plan = Plan::open(&[tiny::write(arch, options, folder.path()).unwrap()]).unwrap();
+        for cut in [1, 3, 4] {
+            let (before, behind) = (plan.range(0..cut).unwrap(), plan.range(cut..plan.n_blocks()).unwrap());
+            assert_eq!(before.output, behind.input, "{arch}");
+            let values: Vec<u32> = behind.input.parts.iter().map(|part| part.values).collect();
+            assert_eq!(values[0], width * (plan.n_blocks() - cut), "{arch} before block {cut}: {values:?}");
+        }
+    }
+}
+
 #[test]
 fn rows_get_wider_as_a_context_grows() {
     // the best 512 positions cross, which are all while there are fewer

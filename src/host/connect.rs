@@ -135,17 +135,17 @@ fn dial(
         *n_ubatch = link.agreed().max_rows.min(*n_ubatch);
     }
     let sides = stage.link().map(Sides::of_worker);
-    let width = stage
-        .link()
-        .map_or(Some(split.head.hparams.n_embd as usize), |l| terms::canary_width(&l.agreed().shape));
-    match canary.and_then(|canary| width.map(|width| (canary, width)).ok_or(NoCanary::OtherRows)) {
+    let widths = stage.link().map_or(Some((split.head.hparams.n_embd as usize).into()), |link| {
+        terms::canary_widths(&link.agreed().shape)
+    });
+    match canary.and_then(|canary| widths.map(|widths| (canary, widths)).ok_or(NoCanary::OtherRows)) {
         Err(why) => {
             events.tell(Event::Unchecked { address: address.clone(), why });
             Ok((Dialled::Remote(Box::new(stage), sides), address))
         }
-        Ok((canary, n_embd)) => {
+        Ok((canary, widths)) => {
             let (dtype, n_ctx, max_rows) = (options.wire, options.resources.n_ctx, *n_ubatch);
-            let room = Room { n_embd, dtype, n_ctx, max_rows, sessions: options.sessions };
+            let room = Room { widths, dtype, n_ctx, max_rows, sessions: options.sessions };
             let stage = Guarded::new(stage, canary.clone(), room);
             Ok((Dialled::Remote(Box::new(checked(stage, options, events)?), sides), address))
         }

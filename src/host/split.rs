@@ -98,7 +98,7 @@ impl SplitFiles {
         let canary = middle.and_then(|m| m.canary.as_ref());
         canary.ok_or(match (self.has_manifest, middle) {
             (false, _) => NoCanary::NoManifest,
-            (true, Some(middle)) if middle.rows.are_not_alike() => NoCanary::OtherRows,
+            (true, Some(middle)) if middle.rows.are_not_singles() => NoCanary::OtherRows,
             (true, _) => NoCanary::NotInManifest,
         })
     }

@@ -53,14 +53,20 @@ pub(crate) enum Rows {
 }
 
 impl Pipeline {
+    /// On the CPU.
     pub(crate) fn new(files: &[PathBuf], context: &ContextParams) -> Result<Pipeline, Error> {
-        let stages = files
+        let models = files.iter().map(|file| load(file)).collect::<Result<Vec<_>, Error>>()?;
+        Pipeline::of(&models, context)
+    }
+
+    /// Of slices that were loaded, wherever to.
+    pub(crate) fn of(models: &[Model], context: &ContextParams) -> Result<Pipeline, Error> {
+        let stages = models
             .iter()
-            .map(|file| {
-                let model = load(file)?;
-                assert!(model.is_slice(), "{}", file.display());
+            .map(|model| {
+                assert!(model.is_slice());
                 let blocks: Range<u32> = model.blocks();
-                Stage::new(&model, StageParams::of_whole_model(&model, blocks, context.clone()))
+                Stage::new(model, StageParams::of_whole_model(model, blocks, context.clone()))
             })
             .collect::<Result<Vec<_>, Error>>()?;
         for pair in stages.windows(2) {

@@ -87,7 +87,7 @@ fn no_canary(why: NoCanary) -> &'static str {
         NoCanary::Off => "--no-canary",
         NoCanary::NoManifest => "only --split STEM.split.json says what it has to answer",
         NoCanary::NotInManifest => "the manifest says nothing of it; cut the model again",
-        NoCanary::OtherRows => "what crosses one end of these blocks is not what crosses the other",
+        NoCanary::OtherRows => "what crosses the ends of these blocks is more than rows of singles",
     }
 }
 

@@ -10,7 +10,8 @@
 //!    rounding of the one before it; much larger, and blocks in another order would add nearly the same;
 //! 2. they go through the middle as one session, some rows in one step and then one alone, so that both ways of
 //!    computing and the KV cache take part;
-//! 3. what the middle added to each row (its *update*) is folded to [`FOLD`] numbers: value `i` is added to or, by a
+//! 3. what the middle added to each row (its *update*; of rows that go in wider than they come out, to the end of each, where
+//!    the hidden row stands) is folded to [`FOLD`] numbers: value `i` is added to or, by a
 //!    random sign, taken from number `i % FOLD`. Lengths and angles between updates stay what they were, to about a
 //!    tenth of a difference, so the answer of a row of any width is half a kilobyte in the manifest;
 //! 4. an answer is right if its updates point the same way ([`LEAST_MEAN_COSINE`], [`LEAST_ROW_COSINE`]) and are as
@@ -52,6 +53,22 @@ pub struct Canary {
     pub max_abs: u64,
     /// The update of each row: [`FOLD`] numbers as F32, little endian, in hex.
     pub updates: Vec<String>,
+}
+
+/// How many values rows have.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Widths {
+    /// Those that go in.
+    pub input: usize,
+    /// Those that come out.
+    pub output: usize,
+}
+
+impl From<usize> for Widths {
+    /// As many out as in, as for most models.
+    fn from(width: usize) -> Widths {
+        Widths { input: width, output: width }
+    }
 }
 
 /// How one row's update compares with the one expected.
@@ -107,29 +124,32 @@ impl Canary {
         self.steps.iter().map(|&n| n as usize).sum()
     }
 
-    /// The rows that go in, (n_rows, n_embd).
-    pub fn input(&self, n_embd: usize) -> Vec<f32> {
-        draw(self.seed, self.exponent, self.n_rows() * n_embd)
+    /// The rows that go in, (n_rows, width).
+    pub fn input(&self, width: usize) -> Vec<f32> {
+        draw(self.seed, self.exponent, self.n_rows() * width)
     }
 
-    /// The same with this as the right answer, (n_rows, n_embd).
-    pub fn with_answer(self, n_embd: usize, output: &[f32]) -> Canary {
-        let input = self.input(n_embd);
+    /// The same with this as the right answer, (n_rows, widths.output).
+    pub fn with_answer(self, widths: impl Into<Widths>, output: &[f32]) -> Canary {
+        let widths = widths.into();
+        let input = self.input(widths.input);
         let max_abs = output.iter().fold(0f32, |max, x| max.max(x.abs())).ceil() as u64;
-        let rows = input.chunks_exact(n_embd).zip(output.chunks_exact(n_embd));
+        let rows = input.chunks_exact(widths.input).zip(output.chunks_exact(widths.output));
         let updates = rows.map(|(before, after)| hex(&fold(self.seed, before, after))).collect();
         Canary { max_abs, updates, ..self }
     }
 
-    /// Compares what came back, (n_rows, n_embd), with what has to come: the first rows of the input if there are
+    /// Compares what came back, (n_rows, widths.output), with what has to come: the first rows of the input if there are
     /// fewer. Gives the mean cosine of the rows.
     ///
     /// # Errors
     /// The answer is wrong.
-    pub fn compare(&self, n_embd: usize, output: &[f32]) -> Result<f64, Wrong> {
-        let input = self.input(n_embd);
+    pub fn compare(&self, widths: impl Into<Widths>, output: &[f32]) -> Result<f64, Wrong> {
+        let widths = widths.into();
+        let input = self.input(widths.input);
         let (mut sum, mut n_rows) = (0.0, 0.0);
-        let rows = input.chunks_exact(n_embd).zip(output.chunks_exact(n_embd)).zip(&self.updates);
+        let rows =
+            input.chunks_exact(widths.input).zip(output.chunks_exact(widths.output)).zip(&self.updates);
         for (row, ((before, after), expected)) in rows.enumerate() {
             // what is no update has no length; `check` has seen to it that there is none
             let expected = unhex(expected).unwrap_or([0.0; FOLD]);
@@ -174,11 +194,16 @@ fn draw(seed: u64, exponent: i32, n: usize) -> Vec<f32> {
     (0..n as u64).map(|i| f32::from((random(seed, i) >> 56) as u8 as i8) * scale).collect()
 }
 
+/// What was added to a row: to the end of it where it came out shorter, and to nothing before its beginning where longer.
+pub fn update<'a>(before: &'a [f32], after: &'a [f32]) -> impl Iterator<Item = f64> + 'a {
+    let was = move |i: usize| (i + before.len()).checked_sub(after.len()).map_or(0.0, |i| before[i]);
+    after.iter().enumerate().map(move |(i, &a)| f64::from(a) - f64::from(was(i)))
+}
+
 /// What was added to a row, folded.
 fn fold(seed: u64, before: &[f32], after: &[f32]) -> [f32; FOLD] {
     let mut sums = [0f64; FOLD];
-    for (i, (b, a)) in before.iter().zip(after).enumerate() {
-        let update = f64::from(*a) - f64::from(*b);
+    for (i, update) in update(before, after).enumerate() {
         let sign = if random(!seed, i as u64) >> 63 == 0 { update } else { -update };
         sums[i % FOLD] += sign;
     }

@@ -22,7 +22,7 @@ use std::time::Instant;
 
 use crate::bell::Bell;
 use crate::blocks::BlockRange;
-use crate::canary::{Canary, LEAST_MEAN_COSINE, Likeness};
+use crate::canary::{Canary, LEAST_MEAN_COSINE, Likeness, Widths, update};
 use half::f16;
 
 use crate::ids::{JobId, SessionId};
@@ -38,8 +38,8 @@ const MOST_IN_F16: u64 = 60_000;
 /// What was agreed on with the worker, as far as a check needs it.
 #[derive(Clone, Copy, Debug)]
 pub struct Room {
-    /// The length of a row.
-    pub n_embd: usize,
+    /// The lengths of rows.
+    pub widths: Widths,
     /// The number format of the rows.
     pub dtype: RowType,
     /// Positions of a session.
@@ -69,7 +69,7 @@ pub struct Guard {
 pub struct Check {
     pieces: Vec<(Span, Rows)>,
     answered: usize,
-    /// (n_rows, n_embd)
+    /// (n_rows, widths.output)
     output: Vec<f32>,
 }
 
@@ -140,7 +140,8 @@ impl Guard {
         if room.dtype == RowType::F16 && canary.max_abs > MOST_IN_F16 {
             return None;
         }
-        let input = canary.input(room.n_embd);
+        let width = room.widths.input;
+        let input = canary.input(width);
         let mut pieces = Vec::new();
         let mut position = 0;
         let most = room.max_rows.max(1);
@@ -153,7 +154,7 @@ impl Guard {
             if count == 0 {
                 break;
             }
-            let values = position as usize * room.n_embd..(position + count) as usize * room.n_embd;
+            let values = position as usize * width..(position + count) as usize * width;
             let span = Span { session: self.session, position, count };
             pieces.push((span, hidden(&input[values], room.dtype)));
             position += count;
@@ -166,7 +167,7 @@ impl Guard {
     /// # Errors
     /// [`StageError::Wrong`].
     pub fn verdict(&self, check: &Check) -> Result<f64, StageError> {
-        let compared = self.canary.compare(self.room.n_embd, &check.output);
+        let compared = self.canary.compare(self.room.widths, &check.output);
         compared.map_err(|wrong| self.wrong(WrongAnswer::Canary(wrong)))
     }
 
@@ -185,7 +186,7 @@ impl Guard {
     pub fn compare_again(&mut self, before: &Rows, first: &Rows, second: &Rows) -> Result<(), StageError> {
         self.rows = 0;
         let (before, first, second) = (floats(before), floats(first), floats(second));
-        let update = |after: &[f32]| -> Vec<f32> { after.iter().zip(&before).map(|(a, b)| a - b).collect() };
+        let update = |after: &[f32]| -> Vec<f32> { update(&before, after).map(|x| x as f32).collect() };
         let cosine = Likeness::of(&update(&first), &update(&second)).cosine;
         // the same bits are the same even where nothing was added
         if cosine >= LEAST_MEAN_COSINE || first == second {

@@ -21,7 +21,7 @@ fn canary() -> Canary {
 }
 
 fn room() -> Room {
-    Room { n_embd: N_EMBD, dtype: RowType::F32, n_ctx: 100_000, max_rows: 512, sessions: 1 }
+    Room { widths: N_EMBD.into(), dtype: RowType::F32, n_ctx: 100_000, max_rows: 512, sessions: 1 }
 }
 
 fn guard(room: Room) -> Guard {

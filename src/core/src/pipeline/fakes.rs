@@ -459,8 +459,13 @@ pub(crate) fn guarded(worker: Scripted, session: u32) -> Guarded<Scripted> {
     let spans = [Span { session: 0, position: 0, count: input.len() as u32 }];
     let answer: Vec<f32> = Sums::default().step(&spans, &input).iter().map(|x| x + 1.0).collect();
     // a worker with one session more than the steps use, but for session 0
-    let room =
-        Room { n_embd: 1, dtype: RowType::F32, n_ctx: 100_000, max_rows: 512, sessions: session.max(1) };
+    let room = Room {
+        widths: 1.into(),
+        dtype: RowType::F32,
+        n_ctx: 100_000,
+        max_rows: 512,
+        sessions: session.max(1),
+    };
     let worker = Scripted { adds_one: true, n_sessions: session + 1, ..worker };
     Guarded::new(worker, blank.with_answer(1, &answer), room)
 }
