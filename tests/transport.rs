@@ -11,15 +11,15 @@ use dim_core::bell::Bell;
 use dim_core::blocks::BlockRange;
 use dim_core::digest::Sha;
 use dim_wire::error::HandshakeError;
-use dim_wire::handshake::{FIRST_FLIGHT, GREETING, HostHandshake, Purpose};
-use dim_wire::keys::{Key, KeyStore, PairingCode};
+use dim_wire::handshake::{FIRST_FLIGHT, GREETING, HostHandshake, Named, Purpose};
+use dim_wire::keys::{FoundKey, Key, KeyId, KeyStore, PairingCode, Peer};
 use dim_wire::message::{ErrorCode, Farewell, Fault, Span};
 use dim_wire::rows::{RowTypes, RowsRef, Shape};
 use dim_wire::terms::{Reason, SliceRole, Terms};
 use dim_wire::transport::listen::MAX_STRANGERS;
 use dim_wire::transport::{
-    ComputeTime, Event, Link, LinkError, LinkErrorKind, Listener, ListenerConfig, Notice, Readiness, Sender,
-    Timing, dial, inquire, pair,
+    ComputeTime, Event, KeyRing, Link, LinkError, LinkErrorKind, Listener, ListenerConfig, Notice, Readiness,
+    Sender, Timing, dial, inquire, pair,
 };
 use half::f16;
 
@@ -855,24 +855,112 @@ fn pairing_leaves_the_same_key_on_both_sides() {
     );
 }
 
+/// The code has 100 bits: who sends wrong ones, or preambles that end there, takes it from nobody.
 #[test]
-fn five_wrong_codes_close_the_window_even_for_the_right_one() {
+fn wrong_codes_and_half_handshakes_take_the_code_from_nobody() {
     let dir = tempfile::tempdir().unwrap();
     let worker = Adder::start(config(Arc::new(KeyStore::at(dir.path())), Timing::default()));
     let code = worker.listener.open_pairing().unwrap();
-    for _ in 0..5 {
+    for _ in 0..20 {
         let wrong = pair_with(&worker, &PairingCode::random().unwrap());
         assert!(
             matches!(wrong, Err(LinkError { kind: LinkErrorKind::Handshake(HandshakeError::Key), .. })),
             "{wrong:?}"
         );
     }
-    let spent = pair_with(&worker, &code);
-    assert!(
-        matches!(spent, Err(LinkError { kind: LinkErrorKind::Handshake(HandshakeError::NoPairing), .. })),
-        "{spent:?}"
-    );
+    worker.until_noticed(|n| matches!(n, Notice::Refused { why, .. } if why == "wrong pairing code"));
+    let halves: Vec<TcpStream> = (0..2 * MAX_STRANGERS)
+        .map(|_| {
+            let mut peer = TcpStream::connect(worker.listener.address()).unwrap();
+            let (mut greeting, mut flight) = ([0; GREETING], Vec::new());
+            peer.read_exact(&mut greeting).unwrap();
+            let mut host = HostHandshake::new(&code.key(), Purpose::Pairing, dim_wire::VERSIONS);
+            assert!(host.receive(&mut &greeting[..], &mut flight).unwrap().is_none());
+            peer.write_all(&flight[..40]).unwrap();
+            peer
+        })
+        .collect();
+    pair_with(&worker, &code).unwrap();
     assert!(!worker.listener.is_pairing());
+    drop(halves);
+}
+
+/// A ring whose disk is full the first time.
+struct FullOnce(KeyStore, AtomicBool);
+
+impl KeyRing for FullOnce {
+    fn find(&self, named: &Named) -> Option<FoundKey> {
+        self.0.find_named(named)
+    }
+
+    fn holds(&self, id: KeyId) -> bool {
+        self.0.holds(id)
+    }
+
+    fn add(&self, key: &Key, name: &str) -> Result<(), String> {
+        match self.1.swap(false, Ordering::Relaxed) {
+            true => Err("No space left on device".to_owned()),
+            false => KeyRing::add(&self.0, key, name),
+        }
+    }
+}
+
+#[test]
+fn a_key_that_cannot_be_kept_leaves_the_code_good_and_the_host_hears_why() {
+    let dir = tempfile::tempdir().unwrap();
+    let ring = FullOnce(KeyStore::at(dir.path()), AtomicBool::new(true));
+    let worker = Adder::start(config(Arc::new(ring), Timing::default()));
+    let code = worker.listener.open_pairing().unwrap();
+    let full = pair_with(&worker, &code).unwrap_err();
+    assert!(full.to_string().contains("No space left"), "{full}");
+    worker.until_noticed(|n| matches!(n, Notice::NotPaired { why, .. } if why.contains("No space left")));
+    assert!(worker.listener.is_pairing());
+    pair_with(&worker, &code).unwrap();
+    let used = pair_with(&worker, &code);
+    assert!(matches!(used.unwrap_err().kind, LinkErrorKind::Handshake(HandshakeError::NoPairing)));
+}
+
+#[test]
+fn a_key_that_is_taken_away_ends_the_connection_that_uses_it() {
+    let dir = tempfile::tempdir().unwrap();
+    let store = KeyStore::at(dir.path());
+    let (key, other) = (Key::random().unwrap(), Key::random().unwrap());
+    store.add(&key, &Peer::default()).unwrap();
+    store.add(&other, &Peer::default()).unwrap();
+    let worker = Adder::start(config(Arc::new(store.clone()), Timing::default()));
+    let mut link = dial(&worker.at(), &key, &terms("host"), &Timing::default()).unwrap();
+    token(&mut link, 0).unwrap();
+    // somebody else's key is no concern of this connection
+    store.remove(other.id()).unwrap();
+    let quiet = link.receive(Some(Instant::now() + Duration::from_millis(2500)));
+    assert!(matches!(quiet.unwrap_err().kind, LinkErrorKind::Deadline { .. }));
+    store.remove(key.id()).unwrap();
+    let end = link.receive(soon()).unwrap_err();
+    assert!(matches!(&end.kind, LinkErrorKind::Fault(f) if f.code == ErrorCode::Revoked), "{end}");
+    assert!(!end.may_pass() && end.to_string().contains("taken away"), "{end}");
+}
+
+#[cfg(unix)]
+#[test]
+fn a_key_that_others_can_read_is_no_wrong_key_and_is_said_where_it_lies() {
+    use std::os::unix::fs::PermissionsExt as _;
+    let dir = tempfile::tempdir().unwrap();
+    let store = KeyStore::at(dir.path());
+    let key = Key::random().unwrap();
+    store.add(&key, &Peer::default()).unwrap();
+    let file = dir.path().join(format!("{}.key", key.id()));
+    let allow = |mode| std::fs::set_permissions(&file, std::fs::Permissions::from_mode(mode)).unwrap();
+    let worker = Adder::start(config(Arc::new(store), Timing::default()));
+    let dial = || dial(&worker.at(), &key, &terms("host"), &Timing::default());
+    token(&mut dial().unwrap(), 0).unwrap();
+    allow(0o644);
+    let refused = dial().map(drop).unwrap_err();
+    assert!(refused.may_pass() && refused.to_string().contains("read by others"), "{refused}");
+    let says_where = |why: &str| why.contains(file.to_str().unwrap()) && why.contains("chmod 600");
+    worker.until_noticed(|n| matches!(n, Notice::Refused { why, .. } if says_where(why)));
+    // nothing is remembered of it
+    allow(0o600);
+    token(&mut dial().unwrap(), 0).unwrap();
 }
 
 fn pair_with(worker: &Adder, code: &PairingCode) -> Result<(Key, String), LinkError> {

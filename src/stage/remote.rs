@@ -239,6 +239,15 @@ fn sort(error: LinkError) -> StageError {
     }
 }
 
+/// The same of a worker that was connected before. What was said before its key was proven, anybody can have said: who
+/// took its address, a page of a hotel's network, a worker that is only starting. It counts as a worker that is away.
+fn sort_unproven(error: LinkError) -> StageError {
+    match error.kind {
+        LinkErrorKind::Handshake(_) => StageError::lost(error),
+        _ => sort(error),
+    }
+}
+
 /// What a worker said of one step.
 fn of_step(fault: Fault, peer: &str) -> StageError {
     let (code, block, count) = (fault.code, fault.block, fault.count.into());
@@ -376,7 +385,7 @@ impl RemoteStage for WorkerStage {
             }
         };
         self.dialling = None;
-        let link = self.link.insert(result.map_err(sort)?);
+        let link = self.link.insert(result.map_err(sort_unproven)?);
         link.receiver().notify(self.bell.clone());
         Ok(true)
     }

@@ -31,6 +31,8 @@ pub enum ErrorCode {
     Internal = 11,
     /// The peer took too long.
     Deadline = 12,
+    /// The peer's key was taken away.
+    Revoked = 13,
 }
 
 impl ErrorCode {
@@ -44,7 +46,7 @@ impl ErrorCode {
         use ErrorCode::*;
         [
             Malformed, Unexpected, Position, Step, NonFinite, Overflow, Compute, NoMemory, TooHot, SelfTest,
-            Internal, Deadline,
+            Internal, Deadline, Revoked,
         ]
         .into_iter()
         .find(|&c| c as u16 == code)
@@ -87,6 +89,7 @@ impl Fault {
             ErrorCode::SelfTest => {
                 Some("it computes wrong values with this slice: cut it anew with dim-split and push it again")
             }
+            ErrorCode::Revoked => Some("pair again: `dim-worker --pair`, then `dim-host pair ADDR:PORT`"),
             _ => None,
         }
     }

@@ -113,52 +113,36 @@ pub enum BadCode {
 
 /// The time during which a worker accepts one host that knows the code. Time comes from the caller, in
 /// milliseconds of any clock.
+///
+/// Wrong codes are not counted. At a million tries a second for the whole time, one of 2^72 windows would be opened; a
+/// count would only let whoever sends five of them take the code from the person who is typing it.
 #[derive(Debug)]
 pub struct PairingWindow {
     key: Key,
     closes_ms: u64,
-    pub(super) tries_left: u32,
 }
 
 impl PairingWindow {
     /// How long a code is good for.
     pub const OPEN_MS: u64 = 5 * 60 * 1000;
-    /// How many wrong tries close the window.
-    pub const TRIES: u32 = 5;
 
     /// Opens now.
     pub fn open(code: &PairingCode, now_ms: u64) -> PairingWindow {
-        PairingWindow {
-            key: code.key(),
-            closes_ms: now_ms.saturating_add(PairingWindow::OPEN_MS),
-            tries_left: PairingWindow::TRIES,
-        }
+        PairingWindow { key: code.key(), closes_ms: now_ms.saturating_add(PairingWindow::OPEN_MS) }
     }
 
-    /// The key to try a handshake with; it counts as a wrong try until [`refund`](Self::refund)ed, so
-    /// handshakes side by side get no extra tries.
-    pub fn begin_try(&mut self, now_ms: u64) -> Option<Key> {
-        if !self.is_open(now_ms) {
-            return None;
-        }
-        self.tries_left -= 1;
-        Some(self.key.clone())
+    /// The key to try a handshake with, while it is open.
+    pub fn key(&self, now_ms: u64) -> Option<Key> {
+        self.is_open(now_ms).then(|| self.key.clone())
     }
 
-    /// The peer left before it could be told right or wrong.
-    pub fn refund(&mut self) {
-        self.tries_left = (self.tries_left + 1).min(PairingWindow::TRIES);
-    }
-
-    /// Takes the code's one use. `false`: another host has had it.
-    pub fn use_up(&mut self, now_ms: u64) -> bool {
-        let first = self.closes_ms > now_ms;
+    /// The code has had its one use.
+    pub fn close(&mut self) {
         self.closes_ms = 0;
-        first
     }
 
     /// Whether a host may still try.
     pub fn is_open(&self, now_ms: u64) -> bool {
-        self.tries_left > 0 && now_ms < self.closes_ms
+        now_ms < self.closes_ms
     }
 }

@@ -24,7 +24,7 @@ use sha2::{Digest, Sha256};
 use zeroize::Zeroize;
 
 pub use code::{BadCode, PairingCode, PairingWindow};
-pub use store::{KeyError, KeyStore, Peer};
+pub use store::{FoundKey, KeyError, KeyStore, Peer};
 
 /// A secret that one host and one worker share. Not shown by `Debug`, wiped when dropped.
 #[derive(Clone)]

@@ -36,6 +36,22 @@ pub struct KeyStore {
     known: Arc<Mutex<Option<Known>>>,
 }
 
+/// A key that a host has named.
+#[derive(Debug)]
+pub struct FoundKey {
+    /// The key.
+    pub key: Key,
+    /// Why it is not to be used, for the user on this side.
+    pub unusable: Option<String>,
+}
+
+impl FoundKey {
+    /// One that opens this worker.
+    pub fn good(key: Key) -> FoundKey {
+        FoundKey { key, unusable: None }
+    }
+}
+
 /// The keys of the directory as they were when it was last looked at.
 #[derive(Debug)]
 struct Known {
@@ -79,6 +95,9 @@ impl KeyStore {
         let mut line = key.to_hex() + "\n";
         let written = self.write(&self.path(id, "key"), line.as_bytes());
         line.zeroize();
+        if written.is_err() && !self.path(id, "key").exists() {
+            let _ = fs::remove_file(self.path(id, "json"));
+        }
         written
     }
 
@@ -100,9 +119,9 @@ impl KeyStore {
         Ok((key.id() == id).then_some(key))
     }
 
-    /// The key that a host names, if it is one of these. Keys that cannot be read are none. The directory is read anew
-    /// only when it has changed: anybody may ask.
-    pub fn find_named(&self, named: &Named) -> Option<Key> {
+    /// The key that a host names, if it is one of these. Keys that cannot be read are none; one that others can read is
+    /// found, and not to be used. The directory is read anew only when it has changed: anybody may ask.
+    pub fn find_named(&self, named: &Named) -> Option<FoundKey> {
         let now = SystemTime::now();
         let changed = fs::metadata(&self.directory).and_then(|m| m.modified()).ok()?;
         let mut known = self.known.lock().unwrap_or_else(PoisonError::into_inner);
@@ -113,10 +132,23 @@ impl KeyStore {
         });
         if !is_current {
             let ids = self.list().ok()?.into_iter().map(|(id, _)| id);
-            let keys = ids.filter_map(|id| self.find(id).ok().flatten()).collect();
+            let read = |id| Key::from_file(&self.path(id, "key")).ok().filter(|key| key.id() == id);
+            let keys = ids.filter_map(read).collect();
             *known = Some(Known { changed, read: now, keys });
         }
-        known.as_ref()?.keys.iter().find(|key| named.is(key)).cloned()
+        let key = known.as_ref()?.keys.iter().find(|key| named.is(key))?.clone();
+        drop(known);
+        // who may read it can change without the directory
+        let unusable = match self.find(key.id()) {
+            Ok(found) => return found.map(FoundKey::good),
+            Err(why) => Some(why.to_string()),
+        };
+        Some(FoundKey { key, unusable })
+    }
+
+    /// Whether the file of this key is there.
+    pub fn holds(&self, id: KeyId) -> bool {
+        !matches!(fs::metadata(self.path(id, "key")), Err(e) if e.kind() == io::ErrorKind::NotFound)
     }
 
     /// Every key's id and peer, sorted by id. Files that are none of ours are passed over.

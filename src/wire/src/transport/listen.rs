@@ -9,6 +9,7 @@
 //! has opened. When 16 strangers are there, one is closed for the newest: of the address that has the most of them, the
 //! oldest. A host needs milliseconds, who needs longer is none.
 
+use std::io::ErrorKind;
 use std::net::{IpAddr, Shutdown, SocketAddr, TcpStream};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, Mutex, PoisonError};
@@ -23,9 +24,9 @@ use super::slot::{Host, Slot};
 use super::{LinkError, Timing, tcp};
 use crate::endpoint::{Endpoint, LookUp};
 use crate::error::HandshakeError;
-use crate::fault::Farewell;
+use crate::fault::{ErrorCode, Farewell, Fault};
 use crate::handshake::{Lookup, Named, Purpose};
-use crate::keys::{Key, KeyStore, PairingCode, PairingWindow, Peer};
+use crate::keys::{FoundKey, Key, KeyId, KeyStore, PairingCode, PairingWindow, Peer};
 use crate::link_error::{Awaited, LinkErrorKind};
 use crate::message::Message;
 use crate::terms::{self, Reason, Terms};
@@ -34,11 +35,15 @@ use crate::terms::{self, Reason, Terms};
 pub const MAX_STRANGERS: usize = 16;
 /// How long the system is left alone after it would not accept a connection.
 const TROUBLED: Duration = Duration::from_millis(100);
+/// How often it is looked whether the key of the host being served is still there.
+const KEY_WATCHED: Duration = Duration::from_secs(1);
 
 /// Where a worker's keys are.
 pub trait KeyRing: Send + Sync {
     /// The key that a host names, if it is here. Asked for every stranger: it must not take long.
-    fn find(&self, named: &Named) -> Option<Key>;
+    fn find(&self, named: &Named) -> Option<FoundKey>;
+    /// Whether a key is still here. Asked every second while it is in use: when it is not, its connection ends.
+    fn holds(&self, id: KeyId) -> bool;
     /// Keeps the key of a host that has just been paired, whose name is `name`.
     ///
     /// # Errors
@@ -48,8 +53,13 @@ pub trait KeyRing: Send + Sync {
 
 /// One key from a file, and no pairing.
 impl KeyRing for Key {
-    fn find(&self, named: &Named) -> Option<Key> {
-        named.is(self).then(|| self.clone())
+    fn find(&self, named: &Named) -> Option<FoundKey> {
+        named.is(self).then(|| FoundKey::good(self.clone()))
+    }
+
+    /// It was read once and for all.
+    fn holds(&self, _: KeyId) -> bool {
+        true
     }
 
     fn add(&self, _: &Key, _: &str) -> Result<(), String> {
@@ -59,8 +69,12 @@ impl KeyRing for Key {
 
 /// The user's own keys.
 impl KeyRing for KeyStore {
-    fn find(&self, named: &Named) -> Option<Key> {
+    fn find(&self, named: &Named) -> Option<FoundKey> {
         self.find_named(named)
+    }
+
+    fn holds(&self, id: KeyId) -> bool {
+        KeyStore::holds(self, id)
     }
 
     fn add(&self, key: &Key, name: &str) -> Result<(), String> {
@@ -268,15 +282,19 @@ impl Shared {
         }
     }
 
-    /// Out of descriptors, or a peer that was gone before we looked: the oldest stranger makes room.
+    /// Out of descriptors: a stranger makes room.
     fn troubled(&self, error: &std::io::Error) {
+        // a peer that was gone before we looked, or a signal: nothing is short
+        if matches!(error.kind(), ErrorKind::ConnectionAborted | ErrorKind::Interrupted) {
+            return;
+        }
         if let Some(suppressed) = self.limiter.pass(None, Instant::now()) {
             (self.notice)(&Notice::Trouble { why: error.to_string(), suppressed });
         }
         let mut strangers = lock(&self.strangers);
-        if let Some(oldest) = strangers.first() {
-            let _ = oldest.stream.shutdown(Shutdown::Both);
-            strangers.remove(0);
+        if !strangers.is_empty() {
+            let leaves = to_close(&strangers);
+            let _ = strangers.remove(leaves).stream.shutdown(Shutdown::Both);
         }
         // until one of them is gone
         drop(
@@ -328,30 +346,32 @@ impl Shared {
         if tcp::configure(&stream, self.timing.stalled_write).is_err() {
             return;
         }
-        let pairing_try = Arc::new(AtomicBool::new(false));
-        let endpoint = match Endpoint::worker(self.look_up(pairing_try.clone()), &self.timing, begun) {
+        let named: Arc<Mutex<Looked>> = Arc::default();
+        let endpoint = match Endpoint::worker(self.look_up(named.clone()), &self.timing, begun) {
             Ok(endpoint) => endpoint,
             Err(error) => return self.refused(from.ip(), error.to_string()),
         };
         let mut opening = Opening::new(stream, from.to_string(), endpoint);
         let wish = opening.next().map(Wish::of);
-        let tried = pairing_try.load(Ordering::Relaxed);
-        let refused = matches!(&wish, Err(e) if e.kind == LinkErrorKind::Handshake(HandshakeError::Key));
-        if tried && !refused {
-            // it left before it could be told right or wrong, or it was right
-            lock(&self.pairing).iter_mut().for_each(PairingWindow::refund);
-        }
         let done = match wish {
             Err(error) if !opening.endpoint.is_authenticated() => {
                 let given_up = !lock(&self.strangers).iter().any(|s| s.number == number);
-                self.refused(from.ip(), stranger_text(&error, given_up, tried));
+                self.refused(from.ip(), stranger_text(&error, given_up, lock(&named).pairing));
                 return;
             }
             Err(error) => Err(error),
             Ok(wish) => {
                 // its first sealed message has opened: nobody who has only overheard one can do that
                 self.forget(number);
-                self.answer(&mut opening, wish)
+                match lock(&named).unusable.take() {
+                    None => self.answer(&mut opening, wish),
+                    Some(why) => {
+                        let text = "its key file there can be read by others, which its user has been told";
+                        opening.endpoint.fail(Fault::new(ErrorCode::Internal, text));
+                        self.refused(from.ip(), why);
+                        Ok(None)
+                    }
+                }
             }
         };
         match done {
@@ -367,14 +387,20 @@ impl Shared {
         }
     }
 
-    fn look_up(self: &Arc<Shared>, pairing_try: Arc<AtomicBool>) -> LookUp {
+    fn look_up(self: &Arc<Shared>, looked: Arc<Mutex<Looked>>) -> LookUp {
         let shared = self.clone();
         Box::new(move |named| match named.purpose {
-            Purpose::Key => shared.keys.find(named).map_or(Lookup::Unknown, Lookup::Found),
+            Purpose::Key => match shared.keys.find(named) {
+                None => Lookup::Unknown,
+                Some(FoundKey { key, unusable }) => {
+                    lock(&looked).unusable = unusable;
+                    Lookup::Found(key)
+                }
+            },
             Purpose::Pairing => {
                 let now = shared.now_ms();
-                let key = lock(&shared.pairing).as_mut().and_then(|w| w.begin_try(now));
-                pairing_try.store(key.is_some(), Ordering::Relaxed);
+                let key = lock(&shared.pairing).as_ref().and_then(|w| w.key(now));
+                lock(&looked).pairing = key.is_some();
                 key.map_or(Lookup::NoPairing, Lookup::Found)
             }
         })
@@ -410,13 +436,11 @@ impl Shared {
 
     fn grant(&self, opening: &mut Opening, name: String) -> Result<(), LinkError> {
         let key = Key::random()?;
-        let now = self.now_ms();
-        if !lock(&self.pairing).as_mut().is_some_and(|w| w.use_up(now)) {
-            return Err(LinkErrorKind::Handshake(HandshakeError::NoPairing).with(&opening.peer()));
-        }
-        if let Err(why) = self.keys.add(&key, &name) {
-            (self.notice)(&Notice::NotPaired { name, why: why.clone() });
-            return Err(LinkErrorKind::Keys(why).with(&opening.peer()));
+        if let Err(why) = self.use_code(&key, &name) {
+            // said while it can be: the host's user sits elsewhere
+            opening.endpoint.fail(Fault::new(ErrorCode::Internal, format!("the worker did not pair: {why}")));
+            (self.notice)(&Notice::NotPaired { name, why });
+            return Ok(());
         }
         let terms = self.terms(opening);
         opening.endpoint.grant(&key, terms.name, terms.software);
@@ -426,6 +450,18 @@ impl Shared {
             Err(e) => (self.notice)(&Notice::NotPaired { name, why: e.to_string() }),
         }
         stored
+    }
+
+    /// Keeps the key of a host that knew the code, and only then is the code used up: a disk that is full takes it from
+    /// nobody. Of two hosts that know it one gets a key.
+    fn use_code(&self, key: &Key, name: &str) -> Result<(), String> {
+        let mut window = lock(&self.pairing);
+        let Some(open) = window.as_mut().filter(|w| w.is_open(self.now_ms())) else {
+            return Err("the pairing code is no longer good".to_owned());
+        };
+        self.keys.add(key, name)?;
+        open.close();
+        Ok(())
     }
 
     /// A host that wants to be served: do we fit, and is the slot free?
@@ -448,7 +484,8 @@ impl Shared {
             }
         };
         let number = self.next.fetch_add(1, Ordering::Relaxed);
-        let host = Host { name: peer.clone(), key_id: opening.endpoint.key_id(), instance: hello.instance };
+        let key_id = opening.endpoint.key_id();
+        let host = Host { name: peer.clone(), key_id, instance: hello.instance };
         let occupied = match self.slot.take(number, host) {
             Ok(occupied) => occupied,
             Err((serving, since)) => {
@@ -464,6 +501,18 @@ impl Shared {
             && let Ok(link) = link::start(opening, Some(Box::new(occupied)))
         {
             self.slot.fill(number, link);
+            self.watch(number, key_id);
+        }
+    }
+
+    /// Ends the connection that has the slot when its key is taken away: whom it was taken from is a stranger then.
+    fn watch(&self, number: u64, key: KeyId) {
+        while let Some(served) = self.slot.served_after(number, KEY_WATCHED) {
+            if !self.keys.holds(key) {
+                let text = "this host's key was taken away at the worker";
+                served.fail(Fault::new(ErrorCode::Revoked, text));
+                return served.stop();
+            }
         }
     }
 
@@ -475,6 +524,14 @@ impl Shared {
             (self.notice)(&Notice::Refused { from, why, suppressed });
         }
     }
+}
+
+/// What was found for the key that a stranger names.
+#[derive(Default)]
+struct Looked {
+    pairing: bool,
+    /// the key is here and is not used: why, for the worker's user
+    unusable: Option<String>,
 }
 
 /// What a peer with a key wants.

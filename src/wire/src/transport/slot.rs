@@ -139,6 +139,16 @@ impl Slot {
         }
     }
 
+    /// Waits for `pause`, or until the connection of this `number` no longer has the slot (`None`).
+    pub(super) fn served_after(&self, number: u64, pause: Duration) -> Option<Sender> {
+        let has_it = |state: &mut State| state.serving.as_ref().is_some_and(|s| s.number == number);
+        let state = lock(&self.state);
+        let waited = self.changed.wait_timeout_while(state, pause, has_it);
+        let (state, _) = waited.unwrap_or_else(PoisonError::into_inner);
+        let serving = state.serving.as_ref().filter(|s| s.number == number)?;
+        serving.link.clone()
+    }
+
     /// Ends the connection being served, and takes no other.
     pub(super) fn close(&self, why: Farewell) {
         let (unclaimed, served) = {
