@@ -16,7 +16,7 @@ use dim_wire::keys::{FoundKey, Key, KeyId, KeyStore, PairingCode, Peer};
 use dim_wire::message::{ErrorCode, Farewell, Fault, Span};
 use dim_wire::rows::{RowTypes, RowsRef, Shape};
 use dim_wire::terms::{Reason, SliceRole, Terms};
-use dim_wire::transport::listen::MAX_STRANGERS;
+use dim_wire::transport::MAX_STRANGERS;
 use dim_wire::transport::{
     ComputeTime, Event, KeyRing, Link, LinkError, LinkErrorKind, Listener, ListenerConfig, Notice, Readiness,
     Sender, Timing, dial, inquire, pair,

@@ -65,7 +65,7 @@ public enum ServerEvent: Sendable, Equatable {
     /// rows evaluated in one step, and how long it took
     case step(rows: Int, microseconds: UInt64)
     case paired(host: String)
-    /// the pairing window closed: expired, used, or spent
+    /// the pairing window closed: expired, or used
     case pairingClosed
     case pushing(bytes: UInt64, of: UInt64)
     /// a push is complete and verified, at this place

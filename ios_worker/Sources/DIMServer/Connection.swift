@@ -37,15 +37,15 @@ final class Connection: @unchecked Sendable {
     let offered: StageShape?
     /// in the order of their arrival
     let number: Int
-    /// where the peer is, without its port
-    let peer: String
+    /// where the peer is: its IPv4 address, or the network of its IPv6 address, of which one machine has all addresses
+    let network: String
 
     init(_ server: Server, _ socket: Socket, number: Int) {
         self.server = server
         self.number = number
         self.socket = socket
         address = socket.address(ofPeer: true)
-        peer = Socket.split(address)?.host ?? address
+        network = Socket.network(of: Socket.split(address)?.host ?? address)
         let (terms, shape) = server.terms()
         offered = shape
         wire = WorkerConnection(terms: terms, secrets: server.secrets(), acceptedAt: monotonicMilliseconds())
@@ -185,7 +185,6 @@ final class Connection: @unchecked Sendable {
             self.key = key ?? .none
             name = connection
             phase.withLock { if $0 == .handshaking { $0 = .open } }
-        case .wrongTry: server.wrongTry()
         case .hello(let terms, _): admit(terms)
         case .pushOffered(let offer): beginPush(offer)
         case .pairRequested(let host, _): grant(host)

@@ -44,7 +44,6 @@ public final class Server: @unchecked Sendable {
     private struct PairingWindow {
         let code: PairingCode
         let until: Milliseconds
-        var tries: Int
     }
 
     /// Whether a connection may have the worker.
@@ -127,12 +126,12 @@ public final class Server: @unchecked Sendable {
         if let old { Thread.start("dim leave") { old.leave(.shuttingDown) } }
     }
 
-    /// Opens the pairing window: a new code, for 5 minutes, one use and 5 wrong tries.
+    /// Opens the pairing window: a new code, for 5 minutes and one use. Wrong codes are not counted: it has 100 bits, and a
+    /// count would let whoever sends a few take the code from the person who is typing it.
     public func openPairing() -> PairingCode {
         let code = PairingCode.random()
         locked {
-            window = PairingWindow(
-                code: code, until: monotonicMilliseconds() + Time.pairing, tries: Limit.pairingTries)
+            window = PairingWindow(code: code, until: monotonicMilliseconds() + Time.pairing)
         }
         return code
     }
@@ -247,30 +246,27 @@ public final class Server: @unchecked Sendable {
         locked { _ = connections.removeValue(forKey: ObjectIdentifier(connection)) }
     }
 
-    func wrongTry() {
-        let spent = locked {
-            guard var open = openWindow() else { return false }
-            open.tries -= 1
-            window = open.tries > 0 ? open : nil
-            return open.tries == 0
-        }
-        if spent { configuration.report(.pairingClosed) }
-    }
-
-    /// A key for a host that knew the code: kept before it is given. nil if the window closed meanwhile.
+    /// A key for a host that knew the code: kept before it is given, and only then is the code used up. nil if the window
+    /// closed meanwhile.
     func grant(to host: String) throws -> PairKey? {
-        let used = locked {
-            guard openWindow() != nil else { return false }
-            window = nil
-            return true
-        }
-        guard used else { return nil }
+        // of two hosts that know the code one gets a key
+        granting.lock()
+        defer { granting.unlock() }
+        guard let open = locked({ openWindow() }) else { return nil }
         let key = PairKey.random()
         try configuration.keys.add(key, name: host)
         keysChanged()
-        configuration.report(.pairingClosed)
+        // another code may have been opened while the key was written
+        let was = locked {
+            guard window?.code == open.code else { return false }
+            window = nil
+            return true
+        }
+        if was { configuration.report(.pairingClosed) }
         return key
     }
+
+    private let granting = NSLock()
 
     /// One line per address and minute.
     func refused(_ address: String, _ why: String) {
@@ -313,7 +309,7 @@ public final class Server: @unchecked Sendable {
     private func makeRoom() {
         let handshakes = locked { Array(connections.values) }.filter(\.isHandshaking)
         guard handshakes.count >= Limit.handshakes else { return }
-        let byAddress = Dictionary(grouping: handshakes, by: \.peer)
+        let byAddress = Dictionary(grouping: handshakes, by: \.network)
         let most = byAddress.values.map(\.count).max() ?? 0
         let oldest = byAddress.values.filter { $0.count == most }.joined().min { $0.number < $1.number }
         oldest?.letGo()
@@ -324,10 +320,18 @@ public final class Server: @unchecked Sendable {
     /// handshakes, hosts that have shown a key, and connections that are about to be gone
     private static let mostConnections = 4 * Limit.handshakes
 
+    /// Ends the connection of a host whose key was taken away: it is a stranger now.
+    private func endIfRevoked() {
+        guard let serving = locked({ serving }), !knownKeys().contains(where: { $0.id == serving.key }) else { return }
+        let text = "this host's key was taken away at the worker; pair again"
+        Thread.start("dim leave") { serving.connection.fail(ErrorReport(code: .revoked, text: text)) }
+    }
+
     private func tick() {
-        while true {
+        for count in 1... {
             Thread.sleep(forTimeInterval: 0.1)
             pooled {
+                if count % 10 == 0 { endIfRevoked() }
                 let (computing, expired) = locked {
                     let had = window != nil
                     return (serving?.connection, had && openWindow() == nil)

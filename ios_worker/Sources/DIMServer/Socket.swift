@@ -74,9 +74,9 @@ final class Socket: @unchecked Sendable {
             throw SocketError("bind \(address)")
         }
         #if canImport(Darwin)
-            let listening = Darwin.listen(descriptor, 64)
+            let listening = Darwin.listen(descriptor, backlog)
         #else
-            let listening = Glibc.listen(descriptor, 64)
+            let listening = Glibc.listen(descriptor, backlog)
         #endif
         guard listening == 0 else { throw SocketError("listen \(address)") }
         return listener
@@ -133,6 +133,10 @@ final class Socket: @unchecked Sendable {
         set(Int32(IPPROTO_TCP), TCP_KEEPCNT, 3)
         setTimeout(SO_RCVTIMEO, Socket.patience)
     }
+
+    /// Connections that wait in the system's queue while a crowd keeps the accept thread busy: one that finds no room
+    /// there is tried again after a second.
+    private static let backlog: Int32 = 1024
 
     /// Whether `accept` and `recv` wait.
     func setBlocking(_ blocks: Bool) {
@@ -259,6 +263,18 @@ final class Socket: @unchecked Sendable {
                 return hostText.contains(":") ? "[\(hostText)]:\(portText)" : "\(hostText):\(portText)"
             }
         }
+    }
+
+    /// What an address is counted as: an IPv4 address is itself, of an IPv6 address its first 64 bits.
+    static func network(of host: String) -> String {
+        var address = in6_addr()
+        let number = host.prefix { $0 != "%" }
+        guard inet_pton(AF_INET6, String(number), &address) == 1 else { return host }
+        let bytes = withUnsafeBytes(of: &address) { Array($0) }
+        if bytes[..<12] == [0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0xFF, 0xFF] {
+            return bytes[12...].map { String($0) }.joined(separator: ".")
+        }
+        return hex(bytes[..<8])
     }
 
     /// Host and port of "ADDR:PORT" or "[ADDR]:PORT".

@@ -28,8 +28,6 @@ public enum Limit {
     public static let inquiries = 4
     /// handshakes under way at once
     public static let handshakes = 16
-    /// wrong tries of a pairing code
-    public static let pairingTries = 5
 }
 
 public enum Time {

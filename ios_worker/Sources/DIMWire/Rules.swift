@@ -84,6 +84,7 @@ public enum ErrorCode: UInt16, Sendable, CaseIterable {
     case selfTest = 10
     case `internal` = 11
     case deadline = 12
+    case revoked = 13
 
     /// A code of the wire; one that is not known means `internal`.
     public init(wire: UInt16) { self = ErrorCode(rawValue: wire) ?? .internal }

@@ -24,8 +24,6 @@ public struct WorkerSecrets: Sendable {
 public enum WorkerEvent: Equatable, Sendable {
     /// the peer has the key (nil while pairing); the name is for logs
     case handshaken(KeyID?, connection: String)
-    /// somebody tried a pairing code and it was wrong
-    case wrongTry
     /// the host's terms fit: call `accept`, `busy` or `refuse`
     case hello(Terms, Agreed)
     /// call `need`, `busy` or `refuse`
@@ -231,8 +229,7 @@ public struct WorkerConnection {
             throw RuleBroken(.zeroDH, "the host's ephemeral key is a point of small order")
         } catch {
             answer(.key, now)
-            if preamble.purpose == .pairing { pending.append(.wrongTry) }
-            throw RuleBroken(.key, "wrong key")
+            throw RuleBroken(.key, preamble.purpose == .pairing ? "wrong pairing code" : "wrong key")
         }
         return true
     }

@@ -282,17 +282,59 @@ import Testing
         #expect(twice.closed().rule == .noPairing)
     }
 
-    @Test func fiveWrongTriesCloseThePairingWindow() throws {
+    @Test func wrongCodesAndHalfHandshakesTakeTheCodeFromNobody() throws {
         let worker = try TestServer()
         let code = worker.server.openPairing()
-        for _ in 0..<5 {
+        for _ in 0..<20 {
             let guess = try TestHost(
                 worker.address, .pair(name: "x", software: "y"), key: PairKey(code: .random()))
             #expect(guess.closed().rule == .key)
         }
+        let said = worker.reports.eventually {
+            if case .refused(_, let why) = $0 { why.contains("wrong pairing code") } else { false }
+        }
+        #expect(said)
+        // strangers that say nothing, and nothing more than their first bytes
+        var halves: [Socket] = []
+        for _ in 0..<40 {
+            let half = try Socket.connect(worker.address)
+            _ = half.send([0xD1, 0x44, 0x49])
+            halves.append(half)
+        }
         let right = try TestHost(worker.address, .pair(name: "x", software: "y"), key: PairKey(code: code))
-        #expect(right.closed().rule == .noPairing)
-        #expect(worker.reports.all.contains(.pairingClosed))
+        #expect(right.wait { if case .granted = $0 { true } else { nil } } == true)
+        withExtendedLifetime(halves) {}
+    }
+
+    @Test func aFullDiskDoesNotBurnTheCode() throws {
+        let keys = FullOnce()
+        let worker = try TestServer(keyStore: keys)
+        let code = worker.server.openPairing()
+        let pair = { try TestHost(worker.address, .pair(name: "x", software: "y"), key: PairKey(code: code)) }
+        guard case .peerFailed(let report)? = try pair().closed() else { Issue.record("it was not told"); return }
+        #expect(report.text.contains("no space"))
+        #expect(!worker.reports.all.contains(.pairingClosed))
+        #expect(try pair().wait { if case .granted = $0 { true } else { nil } } == true)
+        #expect(try pair().closed().rule == .noPairing)
+    }
+
+    @Test func aKeyThatIsTakenAwayEndsTheConnectionThatUsesIt() throws {
+        let worker = try TestServer()
+        let host = try TestHost(worker.address, .serve(.host()))
+        #expect(host.accepted() != nil)
+        worker.keys.removeAll()
+        worker.server.keysChanged()
+        guard case .peerFailed(let report)? = host.closed() else { Issue.record("it goes on"); return }
+        #expect(report.code == .revoked)
+        #expect(report.text.contains("pair again"))
+    }
+
+    @Test func anAddressIsCountedByItsNetwork() {
+        #expect(Socket.network(of: "192.168.1.7") == "192.168.1.7")
+        #expect(Socket.network(of: "::ffff:192.168.1.7") == "192.168.1.7")
+        #expect(Socket.network(of: "2001:db8:1:2:3:4:5:6") == Socket.network(of: "2001:db8:1:2::9"))
+        #expect(Socket.network(of: "2001:db8:1:2::9") != Socket.network(of: "2001:db8:1:3::9"))
+        #expect(Socket.network(of: "fe80::1%eth0") == Socket.network(of: "fe80::2%eth0"))
     }
 
     @Test func strangersDoNotDisturb() throws {

@@ -146,6 +146,23 @@ final class MemoryKeys: KeyStore, @unchecked Sendable {
     }
 }
 
+/// Keys on a disk that is full the first time.
+final class FullOnce: KeyStore, @unchecked Sendable {
+    private let kept = Locked<[PairKey]>([])
+    private let full = Locked(true)
+
+    func keys() -> [PairKey] { kept.withLock { $0 } }
+
+    func add(_ key: PairKey, name: String) throws {
+        let isFull = full.withLock { full in
+            defer { full = false }
+            return full
+        }
+        if isFull { throw KeyStoreError("no space left on the device") }
+        kept.withLock { $0.append(key) }
+    }
+}
+
 /// A server with a fake stage, listening on loopback.
 final class TestServer {
     let server: Server

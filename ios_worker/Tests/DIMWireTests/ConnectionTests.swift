@@ -174,7 +174,7 @@ import Testing
             .pair(name: "x", software: "y"), key: wrong, secrets: WorkerSecrets(pairing: Pair.key))
         wrongCode.run()
         #expect(wrongCode.brokenAtHost == .key)
-        #expect(wrongCode.workerEvents.first == .wrongTry)
+        #expect(wrongCode.brokenAtWorker == .key)
 
         var crowded = Pair(crowded: true)
         crowded.run()

@@ -10,7 +10,7 @@
 //! oldest. A host needs milliseconds, who needs longer is none.
 
 use std::io::ErrorKind;
-use std::net::{IpAddr, Shutdown, SocketAddr, TcpStream};
+use std::net::{IpAddr, SocketAddr, TcpStream};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, Mutex, PoisonError};
 use std::thread::JoinHandle;
@@ -21,6 +21,7 @@ use super::link::{self, Link};
 use super::notices::{Limiter, Notice};
 use super::opening::Opening;
 use super::slot::{Host, Slot};
+use super::strangers::Strangers;
 use super::{LinkError, Timing, tcp};
 use crate::endpoint::{Endpoint, LookUp};
 use crate::error::HandshakeError;
@@ -31,8 +32,6 @@ use crate::link_error::{Awaited, LinkErrorKind};
 use crate::message::Message;
 use crate::terms::{self, Reason, Terms};
 
-/// Strangers at once, of all addresses.
-pub const MAX_STRANGERS: usize = 16;
 /// How long the system is left alone after it would not accept a connection.
 const TROUBLED: Duration = Duration::from_millis(100);
 /// How often it is looked whether the key of the host being served is still there.
@@ -195,9 +194,7 @@ impl Listener {
             return;
         }
         self.shared.slot.close(why);
-        for stranger in lock(&self.shared.strangers).drain(..) {
-            let _ = stranger.stream.shutdown(Shutdown::Both);
-        }
+        lock(&self.shared.strangers).close_all();
         self.shared.strangers_changed.notify_all();
         // the acceptor's thread sits in accept(): a connection wakes it
         let mut own = self.address;
@@ -239,27 +236,11 @@ struct Shared {
     begun: Instant,
     pairing: Mutex<Option<PairingWindow>>,
     slot: Arc<Slot>,
-    /// the oldest first
-    strangers: Mutex<Vec<Stranger>>,
+    strangers: Mutex<Strangers>,
     strangers_changed: Condvar,
     limiter: Limiter,
     next: AtomicU64,
     closed: AtomicBool,
-}
-
-/// A newcomer that has not shown yet that it holds a key.
-struct Stranger {
-    number: u64,
-    from: IpAddr,
-    stream: TcpStream,
-}
-
-/// Which of too many strangers is closed for a newer one: the oldest of the address that has the most of them. Who comes
-/// alone is not driven out by somebody's crowd.
-fn to_close(strangers: &[Stranger]) -> usize {
-    let of = |from: IpAddr| strangers.iter().filter(|s| s.from == from).count();
-    let most = strangers.iter().map(|s| of(s.from)).max().unwrap_or(0);
-    strangers.iter().position(|s| of(s.from) == most).unwrap_or(0)
 }
 
 impl Shared {
@@ -292,10 +273,7 @@ impl Shared {
             (self.notice)(&Notice::Trouble { why: error.to_string(), suppressed });
         }
         let mut strangers = lock(&self.strangers);
-        if !strangers.is_empty() {
-            let leaves = to_close(&strangers);
-            let _ = strangers.remove(leaves).stream.shutdown(Shutdown::Both);
-        }
+        strangers.close_one();
         // until one of them is gone
         drop(
             self.strangers_changed.wait_timeout(strangers, TROUBLED).unwrap_or_else(PoisonError::into_inner),
@@ -312,12 +290,7 @@ impl Shared {
             if self.is_closed() {
                 return;
             }
-            if strangers.len() >= MAX_STRANGERS {
-                let leaves = to_close(&strangers);
-                let oldest = strangers.remove(leaves);
-                let _ = oldest.stream.shutdown(Shutdown::Both);
-            }
-            strangers.push(Stranger { number, from: from.ip(), stream: handle });
+            strangers.admit(number, from.ip(), handle);
         }
         let shared = self.clone();
         let run = move || {
@@ -330,15 +303,10 @@ impl Shared {
         }
     }
 
-    /// It is no stranger any more, or gone. Whether it was one: if not, it has been closed for a newer one.
-    fn forget(&self, number: u64) -> bool {
-        let mut strangers = lock(&self.strangers);
-        let before = strangers.len();
-        strangers.retain(|s| s.number != number);
-        let was_there = strangers.len() < before;
-        drop(strangers);
+    /// It is no stranger any more, or gone.
+    fn forget(&self, number: u64) {
+        lock(&self.strangers).forget(number);
         self.strangers_changed.notify_all();
-        was_there
     }
 
     /// A newcomer's way from its first byte to what it wants.
@@ -355,7 +323,7 @@ impl Shared {
         let wish = opening.next().map(Wish::of);
         let done = match wish {
             Err(error) if !opening.endpoint.is_authenticated() => {
-                let given_up = !lock(&self.strangers).iter().any(|s| s.number == number);
+                let given_up = !lock(&self.strangers).has(number);
                 self.refused(from.ip(), stranger_text(&error, given_up, lock(&named).pairing));
                 return;
             }

@@ -22,6 +22,7 @@ mod opening;
 pub mod push;
 mod sending;
 mod slot;
+mod strangers;
 pub mod tcp;
 
 pub use crate::endpoint::{ClockOffset, ComputeTime, Counters, Timing};
@@ -30,3 +31,4 @@ pub use dial::{dial, inquire, pair};
 pub use link::{Event, Link, Receiver, Sender};
 pub use listen::{KeyRing, Listener, ListenerConfig, Readiness};
 pub use notices::Notice;
+pub use strangers::MAX_STRANGERS;
