@@ -304,15 +304,18 @@ public final class Server: @unchecked Sendable {
         if lost { configuration.report(.listenerLost) }
     }
 
-    /// Where too many handshakes are under way, the oldest goes, of the address that has the most: whoever connects and
-    /// says nothing keeps nobody out, and pushes out nobody but its own.
+    /// Where too many handshakes are under way, the oldest goes of the network that has the most, those counted that were
+    /// let go lately: whoever connects and says nothing keeps nobody out, and pushes out nobody but its own.
+    private var crowd = Crowd()
+
     private func makeRoom() {
         let handshakes = locked { Array(connections.values) }.filter(\.isHandshaking)
         guard handshakes.count >= Limit.handshakes else { return }
-        let byAddress = Dictionary(grouping: handshakes, by: \.network)
-        let most = byAddress.values.map(\.count).max() ?? 0
-        let oldest = byAddress.values.filter { $0.count == most }.joined().min { $0.number < $1.number }
-        oldest?.letGo()
+        let sorted = handshakes.sorted { $0.number < $1.number }
+        if let place = crowd.leaves(sorted.map(\.network)) {
+            sorted[place].letGo()
+            crowd.add(sorted[place].network)
+        }
         // one that is let go ends as soon as its thread runs
         for _ in 0..<100 where locked({ connections.count >= Server.mostConnections }) { usleep(1000) }
     }

@@ -143,6 +143,49 @@ import Testing
         #expect(!ended(crowd[59]))
     }
 
+    /// The owner has two connections under way, and sixty addresses come one after the other without an end.
+    @Test func aCrowdOfManyAddressesDrivesOutItsOwn() {
+        var crowd = Crowd()
+        var here: [String] = []
+        for number in 0..<10_000 {
+            if here.count >= 16, let place = crowd.leaves(here) { crowd.add(here.remove(at: place)) }
+            here.append(number == 1000 || number == 1001 ? "10.0.0.1" : "10.1.0.\(number % 60)")
+        }
+        #expect(here.filter { $0 == "10.0.0.1" }.count == 2)
+    }
+
+    /// 200 connections a second from eight addresses, and an owner from a ninth.
+    @Test func theOwnerGetsInThroughAFloodAndAReplyGoesOn() throws {
+        let worker = try TestServer()
+        let host = try TestHost(worker.address, .serve(.host()))
+        _ = host.accepted()
+        let over = Locked(false)
+        let ended = DispatchSemaphore(value: 0)
+        let address = worker.address
+        Thread.start("test flood") {
+            var open: [Socket] = []
+            var number = 0
+            while !over.withLock({ $0 }) {
+                if let socket = try? Socket.connect(address, from: "127.0.0.\(2 + number % 8)") { open.append(socket) }
+                if open.count > 64 { open.removeFirst() }
+                number += 1
+                usleep(5000)
+            }
+            ended.signal()
+        }
+        var oracle = FakeOracle()
+        for step in 0..<20 {
+            // the second host hears that the first is served, which it can only with its key
+            let owner = try TestHost(worker.address, .serve(.host(instance: UInt64(100 + step))))
+            guard case .busy? = owner.closed() else { Issue.record("try \(step): it did not get in"); break }
+            let row = rows(1, seed: step)
+            try host.step([Span(session: 0, position: UInt32(step), count: 1)], row)
+            #expect(host.done().map { Array($0.rows.hidden) } == oracle.evaluate(row))
+        }
+        over.withLock { $0 = true }
+        ended.wait()
+    }
+
     /// Whether the worker has closed its end, behind its greeting.
     private func ended(_ socket: Socket) -> Bool {
         var byte: UInt8 = 0

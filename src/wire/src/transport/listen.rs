@@ -6,8 +6,7 @@
 //! ```
 //!
 //! Nothing that a newcomer does touches the host being served. A newcomer is a stranger until its first sealed message
-//! has opened. When 16 strangers are there, one is closed for the newest: of the address that has the most of them, the
-//! oldest. A host needs milliseconds, who needs longer is none.
+//! has opened. When 16 strangers are there, one is closed for the newest, of whoever has brought the most.
 
 use std::io::ErrorKind;
 use std::net::{IpAddr, SocketAddr, TcpStream};
