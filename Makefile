@@ -49,6 +49,7 @@ lint: setup
 	$(ENV) cargo clippy $(CARGO_FLAGS) --all-targets -- -D warnings
 	$(ENV) RUSTDOCFLAGS="-D warnings" cargo doc $(CARGO_FLAGS) --no-deps
 	@sh .ci/style
+	$(ENV) sh .ci/walls
 	@sh .ci/format-cpp
 
 # the systems that this machine is not; the oldest Rust; what this takes from others, and on which terms
@@ -61,7 +62,7 @@ deny: setup
 
 # dim-split alone, without a C++ compiler in sight, and then everything with it
 test-rust: setup model
-	$(ENV) CARGO_TARGET_DIR=target/pure cargo build --locked -p gguf-tools --no-default-features --bins
+	$(ENV) CARGO_TARGET_DIR=target/pure cargo build --locked -p gguf-tools --no-default-features --features cli --bins
 	$(ENV) cargo test $(CARGO_FLAGS)
 
 # other people's programs on our files, and another implementation on our vectors

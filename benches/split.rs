@@ -65,6 +65,13 @@ fn main() {
         );
         pairs.push(pair);
     }
+    println!("\n{shape} F16, blocks {middle} on the worker, {rounds} rounds, medians");
+    print_speeds(&pairs);
+    print_wire(&pairs[0].1, cut.manifest.model.n_embd);
+}
+
+/// Of pairs of stock and split: the medians, and the median of the ratios within each pair.
+fn print_speeds(pairs: &[(Report, Report)]) {
     let ratio =
         |of: fn(&Report) -> f64| median(pairs.iter().map(|(stock, split)| of(split) / of(stock)).collect());
     let speed = |of: fn(&Report) -> f64| {
@@ -72,13 +79,6 @@ fn main() {
     };
     let (stock_gen, split_gen) = speed(|r| r.gen_tok_s);
     let (stock_pp, split_pp) = speed(|r| r.prompt_tok_s);
-    let steps = pairs[0].1.tokens.len().saturating_sub(1).max(1) as f64;
-    let wire = &pairs[0].1.wire;
-    let per_token = (wire.gen_bytes_sent + wire.gen_bytes_received) as f64 / steps;
-    let n_embd = f64::from(cut.manifest.model.n_embd);
-    let bound = 2.0 * (2.0 * n_embd + 64.0);
-
-    println!("\n{shape} F16, blocks {middle} on the worker, {rounds} rounds, medians");
     println!(
         "generation  split {split_gen:8.2} tok/s   stock {stock_gen:8.2} tok/s   ratio {:.3}",
         ratio(|r| r.gen_tok_s)
@@ -87,9 +87,16 @@ fn main() {
         "prompt 128  split {split_pp:8.2} tok/s   stock {stock_pp:8.2} tok/s   ratio {:.3}",
         ratio(|r| r.prompt_tok_s)
     );
+}
+
+/// What crossed for each token, held against what the protocol promises, and where the time went.
+fn print_wire(split: &Report, n_embd: u32) {
+    let steps = split.tokens.len().saturating_sub(1).max(1) as f64;
+    let per_token = (split.wire.gen_bytes_sent + split.wire.gen_bytes_received) as f64 / steps;
+    let bound = 2.0 * (2.0 * f64::from(n_embd) + 64.0);
     println!("wire        {per_token:.0} bytes per generated token, both ways (bound {bound:.0})");
     assert!(per_token <= bound, "more bytes per token than the protocol promises");
-    for stage in &pairs[0].1.stages {
+    for stage in &split.stages {
         println!(
             "  {:<28} blocks {:<7} compute {:8.3} ms   wait {:7.3} ms   per token",
             stage.name,

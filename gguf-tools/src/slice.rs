@@ -128,9 +128,6 @@ impl SliceInfo {
         let Some(version) = gguf.get(keys::VERSION) else {
             return Err(SliceError::NotASlice(gguf.path().display().to_string()));
         };
-        let refuse = |key: &str, says: String, must: &str| {
-            SliceError::File(gguf.key_error(key, Rule::Hparam { says, must: must.to_owned() }))
-        };
         let renumbered = match version.as_u32() {
             Some(VERSION) => false,
             Some(VERSION_RENUMBERED) => true,
@@ -139,71 +136,95 @@ impl SliceInfo {
                 return Err(SliceError::Version { file, found });
             }
         };
-        let text = |key: &str| match gguf.get(key) {
-            Some(value) => match value.as_str() {
-                Some(text) => Ok(text.to_owned()),
-                None => Err(refuse(key, format!("a {}", value.value_type()), "text")),
-            },
-            None => Err(SliceError::File(gguf.key_error(key, Rule::KeyMissing))),
-        };
-        let number = |key: &str| match gguf.get(key) {
-            Some(Value::U32(n)) => Ok(n),
-            Some(other) => Err(refuse(key, format!("a {}", other.value_type()), "a u32")),
-            None => Err(SliceError::File(gguf.key_error(key, Rule::KeyMissing))),
-        };
-        let sha = |key: &str| {
-            let digits = text(key)?;
-            Sha::parse(&digits).ok_or_else(|| refuse(key, Shown(&digits).to_string(), "64 hex digits"))
-        };
-        let role = text(keys::ROLE)?;
+        let role = text(gguf, keys::ROLE)?;
         let role = Role::from_name(&role)
-            .ok_or_else(|| refuse(keys::ROLE, Shown(&role).to_string(), "head, middle or tail"))?;
-        let (first, last) = (number(keys::FIRST_BLOCK)?, number(keys::LAST_BLOCK)?);
-        let model_blocks = number(keys::MODEL_BLOCKS)?;
+            .ok_or_else(|| refuse(gguf, keys::ROLE, Shown(&role).to_string(), "head, middle or tail"))?;
+        let blocks =
+            BlockRange { first: number(gguf, keys::FIRST_BLOCK)?, last: number(gguf, keys::LAST_BLOCK)? };
+        let model_blocks = number(gguf, keys::MODEL_BLOCKS)?;
         let hparams = check::model(gguf)?;
-
-        let right = match role {
-            Role::Head => first == 0 && last < model_blocks.saturating_sub(1),
-            Role::Middle => first > 0 && last < model_blocks.saturating_sub(1),
-            Role::Tail => first > 0 && last == model_blocks.wrapping_sub(1),
-        };
-        if first > last || !right {
-            let says = format!("blocks {first} to {last} of {model_blocks} for the {role}");
-            return Err(refuse(keys::LAST_BLOCK, says, "blocks of its place"));
-        }
-        let blocks = BlockRange { first, last };
-        if renumbered == absent::is_said(gguf) {
-            let (says, must) = match renumbered {
-                true => ("some tensors", "nothing, in a slice of version 1"),
-                false => ("nothing", "what the slice lacks"),
-            };
-            return Err(refuse(keys::ABSENT_NAMES, says.to_owned(), must));
-        }
-        let least = if renumbered { blocks.count() } else { model_blocks };
-        // blocks that predict further tokens are behind the model's
-        let most = if renumbered { least } else { least.saturating_add(hparams.n_nextn) };
-        if !(least..=most).contains(&hparams.n_blocks) {
-            let says = format!("{} blocks", hparams.n_blocks);
-            let key = format!("{}.block_count", hparams.arch);
-            return Err(refuse(&key, says, &format!("{least}, as its dim. keys have it")));
-        }
+        is_in_its_place(gguf, role, blocks, model_blocks)?;
+        counts_right(gguf, if renumbered { blocks.count() } else { model_blocks }, renumbered, &hparams)?;
         if !renumbered {
             holds(gguf, blocks)?;
         }
+        let params_sha256 = gguf.entry(keys::PARAMS_SHA256).map(|_| sha(gguf, keys::PARAMS_SHA256));
         Ok(SliceInfo {
             role,
             blocks,
             renumbered,
             model_blocks,
-            model_name: text(keys::MODEL_NAME)?,
-            model_sha256: sha(keys::MODEL_SHA256)?,
-            params_sha256: gguf.entry(keys::PARAMS_SHA256).map(|_| sha(keys::PARAMS_SHA256)).transpose()?,
-            slice_sha256: sha(keys::SLICE_SHA256)?,
+            model_name: text(gguf, keys::MODEL_NAME)?,
+            model_sha256: sha(gguf, keys::MODEL_SHA256)?,
+            params_sha256: params_sha256.transpose()?,
+            slice_sha256: sha(gguf, keys::SLICE_SHA256)?,
             hparams,
             is_half: is_half(gguf),
             file_bytes: gguf.file_bytes(),
         })
     }
+}
+
+/// What a key of a slice says is not what it must.
+fn refuse(gguf: &Gguf, key: &str, says: String, must: &str) -> SliceError {
+    SliceError::File(gguf.key_error(key, Rule::Hparam { says, must: must.to_owned() }))
+}
+
+fn text(gguf: &Gguf, key: &str) -> Result<String, SliceError> {
+    match gguf.get(key) {
+        Some(value) => match value.as_str() {
+            Some(text) => Ok(text.to_owned()),
+            None => Err(refuse(gguf, key, format!("a {}", value.value_type()), "text")),
+        },
+        None => Err(SliceError::File(gguf.key_error(key, Rule::KeyMissing))),
+    }
+}
+
+fn number(gguf: &Gguf, key: &str) -> Result<u32, SliceError> {
+    match gguf.get(key) {
+        Some(Value::U32(n)) => Ok(n),
+        Some(other) => Err(refuse(gguf, key, format!("a {}", other.value_type()), "a u32")),
+        None => Err(SliceError::File(gguf.key_error(key, Rule::KeyMissing))),
+    }
+}
+
+fn sha(gguf: &Gguf, key: &str) -> Result<Sha, SliceError> {
+    let digits = text(gguf, key)?;
+    Sha::parse(&digits).ok_or_else(|| refuse(gguf, key, Shown(&digits).to_string(), "64 hex digits"))
+}
+
+/// A slice's blocks lie where its role says.
+fn is_in_its_place(gguf: &Gguf, role: Role, blocks: BlockRange, model_blocks: u32) -> Result<(), SliceError> {
+    let BlockRange { first, last } = blocks;
+    let right = match role {
+        Role::Head => first == 0 && last < model_blocks.saturating_sub(1),
+        Role::Middle => first > 0 && last < model_blocks.saturating_sub(1),
+        Role::Tail => first > 0 && last == model_blocks.wrapping_sub(1),
+    };
+    if first > last || !right {
+        let says = format!("blocks {first} to {last} of {model_blocks} for the {role}");
+        return Err(refuse(gguf, keys::LAST_BLOCK, says, "blocks of its place"));
+    }
+    Ok(())
+}
+
+/// A slice of version 2 says what it lacks, and one of version 1 does not; and it has as many blocks as its own keys say.
+fn counts_right(gguf: &Gguf, least: u32, renumbered: bool, hparams: &Hparams) -> Result<(), SliceError> {
+    if renumbered == absent::is_said(gguf) {
+        let (says, must) = match renumbered {
+            true => ("some tensors", "nothing, in a slice of version 1"),
+            false => ("nothing", "what the slice lacks"),
+        };
+        return Err(refuse(gguf, keys::ABSENT_NAMES, says.to_owned(), must));
+    }
+    // blocks that predict further tokens are behind the model's
+    let most = if renumbered { least } else { least.saturating_add(hparams.n_nextn) };
+    if !(least..=most).contains(&hparams.n_blocks) {
+        let says = format!("{} blocks", hparams.n_blocks);
+        let key = format!("{}.block_count", hparams.arch);
+        return Err(refuse(gguf, &key, says, &format!("{least}, as its dim. keys have it")));
+    }
+    Ok(())
 }
 
 /// [`SliceInfo::is_half`] of a file.

@@ -155,6 +155,23 @@ fn main() {
     };
     let before = check(&mut stock, &mut ranges);
 
+    let mut times = measure(&options, &prompt, n_vocab, &mut stock, &mut ranges);
+    assert_eq!(check(&mut stock, &mut ranges), before);
+    println!(
+        "{model:?}, {} threads, medians of {} rounds, identical logits",
+        options.threads, options.rounds
+    );
+    print_times(&options, model.weights_bytes(), &mut times);
+}
+
+/// Both arms in turn: the times of stock's prompts and tokens, then those of the ranges.
+fn measure(
+    options: &Options,
+    prompt: &[i32],
+    n_vocab: usize,
+    stock: &mut Stock,
+    ranges: &mut Ranges,
+) -> [Vec<Duration>; 4] {
     let mut times: [Vec<Duration>; 4] = Default::default();
     for round in 0..options.rounds {
         let mut arms = [true, false];
@@ -164,28 +181,26 @@ fn main() {
         for is_stock in arms {
             let (prompt_time, tokens_time, _) = if is_stock {
                 stock.clear(0).expect("session 0");
-                run(&prompt, options.tokens, n_vocab, |r, t, l| {
+                run(prompt, options.tokens, n_vocab, |r, t, l| {
                     stock.decode(r, t, l).expect("rows");
                 })
             } else {
                 ranges.clear();
-                run(&prompt, options.tokens, n_vocab, |r, t, l| ranges.evaluate(r, t, l))
+                run(prompt, options.tokens, n_vocab, |r, t, l| ranges.evaluate(r, t, l))
             };
             times[usize::from(!is_stock) * 2].push(prompt_time);
             times[usize::from(!is_stock) * 2 + 1].push(tokens_time);
         }
     }
-    assert_eq!(check(&mut stock, &mut ranges), before);
+    times
+}
 
-    let [stock_prompt, stock_tokens, ranges_prompt, ranges_tokens] = &mut times;
+fn print_times(options: &Options, weights_bytes: u64, times: &mut [Vec<Duration>; 4]) {
+    let [stock_prompt, stock_tokens, ranges_prompt, ranges_tokens] = times;
     let rate = |n: usize, seconds: f64| n as f64 / seconds;
     let (a, b) = (rate(options.tokens, median(stock_tokens)), rate(options.tokens, median(ranges_tokens)));
     let (c, d) = (rate(options.prompt, median(stock_prompt)), rate(options.prompt, median(ranges_prompt)));
-    let gb_s = model.weights_bytes() as f64 / 1e9;
-    println!(
-        "{model:?}, {} threads, medians of {} rounds, identical logits",
-        options.threads, options.rounds
-    );
+    let gb_s = weights_bytes as f64 / 1e9;
     println!("                stock          three ranges      ratio");
     println!("prompt    {c:8.1} tok/s     {d:8.1} tok/s      {:.3}", d / c);
     println!(

@@ -221,76 +221,99 @@ fn an_answer(input: &[u8]) {
 fn a_script(input: &[u8]) {
     let agreed = agreed();
     let mut books = Books::new(agreed.clone());
-    let mut lengths = vec![0u64; agreed.max_sessions as usize];
-    let mut under_way: Vec<(u32, u32)> = Vec::new();
-    let mut last = 0u32;
-    let format = RowType::F16;
+    let mut model = BooksModel {
+        lengths: vec![0; agreed.max_sessions as usize],
+        under_way: Vec::new(),
+        last: 0,
+        agreed: agreed.clone(),
+    };
     for event in input.chunks_exact(4) {
         let [what, session, position, count] =
             [event[0], event[1] % 5, event[2] % 70, event[3] % 20].map(u32::from);
         match what % 4 {
             0 => {
-                let spans = spans_of(what, session, position, count);
-                let n_rows = spans.iter().map(|s| s.count).sum();
-                let step = last + 1 + u32::from(what & 64 != 0 && count == 7);
-                let fits = |s: &Span| {
-                    lengths.get(s.session as usize) == Some(&s.position.into())
-                        && s.count > 0
-                        && u64::from(s.position) + u64::from(s.count) <= u64::from(agreed.n_ctx)
-                };
-                let right = step == last + 1
-                    && under_way.len() < agreed.max_in_flight as usize
-                    && spans.len() <= agreed.max_sessions as usize
-                    && n_rows > 0
-                    && n_rows <= agreed.max_rows
-                    && spans.iter().all(fits)
-                    && (spans.len() < 2 || spans[0].session != spans[1].session);
-                let taken = books.step(step, n_rows, format.into(), spans.iter().copied());
-                assert_eq!(taken.is_ok(), right, "{spans:?} {taken:?}");
-                if right {
-                    spans.iter().for_each(|s| lengths[s.session as usize] += u64::from(s.count));
-                    under_way.push((step, n_rows));
-                    last = step;
-                }
+                let step = model.last + 1 + u32::from(what & 64 != 0 && count == 7);
+                model.step(&mut books, step, &spans_of(what, session, position, count));
             }
             1 => {
-                let (step, n_rows) = match under_way.first() {
+                let (step, n_rows) = match model.under_way.first() {
                     Some(&due) if position != 0 => due,
                     _ => (session, count),
                 };
-                let has_failed = what & 32 != 0;
-                let right = match has_failed {
-                    true => under_way.first().is_some_and(|due| due.0 == step),
-                    false => under_way.first() == Some(&(step, n_rows)),
-                };
-                let taken = match has_failed {
-                    true => books.step_failed(step),
-                    false => books.step_done(step, n_rows, format),
-                };
-                assert_eq!(taken.is_ok(), right);
-                if right {
-                    under_way.remove(0);
-                }
+                model.answered(&mut books, step, n_rows, what & 32 != 0);
             }
-            2 => {
-                let right = lengths.get(session as usize).is_some_and(|&n| u64::from(position) <= n);
-                assert_eq!(books.rewind(session, position).is_ok(), right);
-                if right {
-                    lengths[session as usize] = position.into();
-                }
-            }
-            _ => {
-                let right = (session as usize) < lengths.len();
-                assert_eq!(books.end(session).is_ok(), right);
-                if right {
-                    lengths[session as usize] = 0;
-                }
-            }
+            2 => model.rewind(&mut books, session, position),
+            _ => model.end(&mut books, session),
         }
         let kept: Vec<u64> =
             (0..agreed.max_sessions).filter_map(|s| books.length(s)).map(u64::from).collect();
-        assert_eq!(kept, lengths);
-        assert_eq!(books.in_flight(), under_way.len());
+        assert_eq!(kept, model.lengths);
+        assert_eq!(books.in_flight(), model.under_way.len());
+    }
+}
+
+/// What the books should hold, and so what they should take.
+struct BooksModel {
+    agreed: Agreed,
+    lengths: Vec<u64>,
+    /// steps without an answer, with their rows
+    under_way: Vec<(u32, u32)>,
+    /// the last step's number
+    last: u32,
+}
+
+impl BooksModel {
+    fn step(&mut self, books: &mut Books, step: u32, spans: &[Span]) {
+        let n_rows = spans.iter().map(|s| s.count).sum();
+        let fits = |s: &Span| {
+            self.lengths.get(s.session as usize) == Some(&s.position.into())
+                && s.count > 0
+                && u64::from(s.position) + u64::from(s.count) <= u64::from(self.agreed.n_ctx)
+        };
+        let right = step == self.last + 1
+            && self.under_way.len() < self.agreed.max_in_flight as usize
+            && spans.len() <= self.agreed.max_sessions as usize
+            && n_rows > 0
+            && n_rows <= self.agreed.max_rows
+            && spans.iter().all(fits)
+            && (spans.len() < 2 || spans[0].session != spans[1].session);
+        let taken = books.step(step, n_rows, RowType::F16.into(), spans.iter().copied());
+        assert_eq!(taken.is_ok(), right, "{spans:?} {taken:?}");
+        if right {
+            spans.iter().for_each(|s| self.lengths[s.session as usize] += u64::from(s.count));
+            self.under_way.push((step, n_rows));
+            self.last = step;
+        }
+    }
+
+    fn answered(&mut self, books: &mut Books, step: u32, n_rows: u32, has_failed: bool) {
+        let (right, taken) = match has_failed {
+            true => (self.under_way.first().is_some_and(|due| due.0 == step), books.step_failed(step)),
+            false => {
+                let right = self.under_way.first() == Some(&(step, n_rows));
+                (right, books.step_done(step, n_rows, RowType::F16))
+            }
+        };
+        assert_eq!(taken.is_ok(), right);
+        if right {
+            self.under_way.remove(0);
+        }
+    }
+
+    fn rewind(&mut self, books: &mut Books, session: u32, position: u32) {
+        let right = self.lengths.get(session as usize).is_some_and(|&n| u64::from(position) <= n);
+        assert_eq!(books.rewind(session, position).is_ok(), right);
+        if right {
+            self.lengths[session as usize] = position.into();
+        }
+    }
+
+    fn end(&mut self, books: &mut Books, session: u32) {
+        let right = (session as usize) < self.lengths.len();
+        assert_eq!(books.end(session).is_ok(), right);
+        if right {
+            self.lengths[session as usize] = 0;
+        }
     }
 }
 
