@@ -9,7 +9,7 @@ use std::process::Command;
 
 use common::{Cut, Worker, failure, report, worker_program};
 use gguf_tools::gguf::Gguf;
-use gguf_tools::hub::{self, Patience, Place, Settings};
+use gguf_tools::hub::{self, HubName, Patience, Settings};
 use gguf_tools::plan::{Plan, Request};
 use gguf_tools::split::split;
 use server::{Fault, Hub, REPO};
@@ -21,7 +21,7 @@ fn fetched(cut: &Cut, folder: &Path) -> (Hub, PathBuf) {
     let cache = folder.join("cache");
     let settings =
         Settings { endpoint: hub.endpoint.clone(), cache, token: None, patience: Patience::default() };
-    let place = Place::parse(&format!("hf:{REPO}")).unwrap();
+    let place = HubName::parse(&format!("hf:{REPO}")).unwrap();
     let model = hub::fetch(&settings, &place, &mut |_, _, _| {}).unwrap();
     let gguf = Gguf::open(&model.path).unwrap();
     let middles = vec!["1..2".parse().unwrap()];

@@ -19,7 +19,7 @@ use dim_wire::handshake::{FIRST_FLIGHT, Lookup, Named, Purpose, WorkerHandshake}
 use dim_wire::keys::Key;
 use dim_wire::message::{ErrorCode, Farewell, Fault, Message, PushOffer, PushOutcome};
 use dim_wire::terms::{OPENING_LIMIT, Reason, Terms};
-use gguf_tools::coreml::{Identity, Options, Plan};
+use gguf_tools::coreml::{Identity, Options, PackagePlan};
 use gguf_tools::digest::Sha;
 use gguf_tools::gguf::Gguf;
 use gguf_tools::plan::BlockRange;
@@ -246,9 +246,9 @@ impl Directory {
         let cut = Cut::tiny("qwen2");
         let gguf = Gguf::open(&cut.model).unwrap();
         // a package for each of the two blocks
-        let whole = Plan::new(&gguf, BLOCKS, Options::default()).unwrap().weight_bytes();
+        let whole = PackagePlan::new(&gguf, BLOCKS, Options::default()).unwrap().weight_bytes();
         let options = Options { n_ctx: 256, n_prefill: 16, max_bytes: whole * 2 / 3, ..Options::default() };
-        let plan = Plan::new(&gguf, BLOCKS, options).unwrap();
+        let plan = PackagePlan::new(&gguf, BLOCKS, options).unwrap();
         assert_eq!(plan.n_packages(), 2);
         let path = cut.folder.path().join("model.middle-1..2.coreml");
         let identity = Identity {

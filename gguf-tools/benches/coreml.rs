@@ -20,7 +20,7 @@ use std::fs;
 use std::process::Command;
 use std::time::Instant;
 
-use gguf_tools::coreml::{Identity, Options, Plan, Report};
+use gguf_tools::coreml::{Identity, Options, PackagePlan, Report};
 use gguf_tools::gguf::{Gguf, TensorType};
 use gguf_tools::plan::BlockRange;
 use gguf_tools::synth::Spec;
@@ -46,7 +46,7 @@ fn main() {
 
     let out = folder.path().join("out.coreml");
     let options = Options { selftest: false, ..Options::default() };
-    let plan = Plan::new(&gguf, BlockRange { first: 1, last: n_blocks }, options).expect("the blocks");
+    let plan = PackagePlan::new(&gguf, BlockRange { first: 1, last: n_blocks }, options).expect("the blocks");
     let identity = Identity { model_name: "bench", model_sha256: "", slice_sha256: None };
     let (report, writer) = memory::growth(|| plan.write(&out, &identity, &mut |_| ()).expect("the packages"));
     if weights == "f16" {

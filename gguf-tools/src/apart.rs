@@ -7,6 +7,7 @@
 
 use std::{
     io::{Read, Write},
+    ops::Range,
     path::{Path, PathBuf},
     process::{Child, Command, ExitCode, ExitStatus, Stdio},
     sync::mpsc::channel,
@@ -32,12 +33,12 @@ pub const IS_BUILT_IN: bool = cfg!(feature = "engine");
 /// What the other process is asked.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub enum Task {
-    /// What these ranges (both ends inclusive) of a model need, which are all of it in order: a `Result<Survey, Refusal>`.
+    /// What these ranges of a model's blocks need, which are all of it in order: a `Result<Survey, Refusal>`.
     Survey {
         /// Its files, in order.
         files: Vec<PathBuf>,
         /// The ranges.
-        ranges: Vec<(u32, u32)>,
+        ranges: Vec<Range<u32>>,
     },
     /// Where a model can be cut: a `Result<Cuts, Refusal>`.
     Cuts {
@@ -259,14 +260,14 @@ const MOST_SAID: u64 = 64 << 10;
 /// # Errors
 /// llama.cpp does not take the model, or it cannot be cut so.
 #[cfg(feature = "engine")]
-pub(crate) fn survey(files: &[PathBuf], ranges: &[(u32, u32)]) -> Result<Survey, Refusal> {
+pub(crate) fn survey(files: &[PathBuf], ranges: &[Range<u32>]) -> Result<Survey, Refusal> {
     let mut plan = open(files)?;
-    for &(first, _) in ranges.iter().filter(|(first, _)| *first > 0) {
+    for first in ranges.iter().map(|range| range.start).filter(|&first| first > 0) {
         plan.cut(first).map_err(|e| Refusal::Cut(first, e.to_string()))?;
     }
-    let needs = ranges.iter().map(|&(first, last)| {
-        let found = plan.range(first..last.saturating_add(1));
-        found.map(engine::needs).map_err(|e| Refusal::Blocks(first, last, e.to_string()))
+    let needs = ranges.iter().map(|blocks| {
+        let found = plan.range(blocks.clone());
+        found.map(engine::needs).map_err(|e| Refusal::Blocks(blocks.clone(), e.to_string()))
     });
     let ranges = needs.collect::<Result<_, _>>()?;
     let memory = Some(plan.memory().to_owned());
@@ -298,13 +299,12 @@ pub(crate) fn cuts(files: &[PathBuf]) -> Result<Cuts, Refusal> {
 fn try_out(files: &[PathBuf]) -> Result<(), Refusal> {
     let mut plan = open(files)?;
     let blocks = plan.blocks();
-    let (first, last) = (blocks.start, blocks.end.saturating_sub(1));
-    plan.range(blocks).map(drop).map_err(|e| Refusal::Blocks(first, last, e.to_string()))
+    plan.range(blocks.clone()).map(drop).map_err(|e| Refusal::Blocks(blocks, e.to_string()))
 }
 
 #[cfg(feature = "engine")]
-fn open(files: &[PathBuf]) -> Result<llama_sys_patch::Plan, Refusal> {
-    llama_sys_patch::Plan::open(files).map_err(|error| {
+fn open(files: &[PathBuf]) -> Result<llama_sys_patch::GraphPlan, Refusal> {
+    llama_sys_patch::GraphPlan::open(files).map_err(|error| {
         let text = error.to_string();
         let file = files.first().map(|file| format!("{}: ", file.display())).unwrap_or_default();
         // whoever shows it names the file
@@ -318,7 +318,7 @@ fn open(files: &[PathBuf]) -> Result<llama_sys_patch::Plan, Refusal> {
 
 /// Nothing is known without llama.cpp.
 #[cfg(not(feature = "engine"))]
-pub(crate) fn survey(_files: &[PathBuf], _ranges: &[(u32, u32)]) -> Result<Survey, Refusal> {
+pub(crate) fn survey(_files: &[PathBuf], _ranges: &[Range<u32>]) -> Result<Survey, Refusal> {
     Err(Refusal::Model("there is no llama.cpp in this program".into()))
 }
 

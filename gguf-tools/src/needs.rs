@@ -13,7 +13,7 @@
 //! | `output*` | the tail |
 //! | any other | all |
 
-use std::{borrow::Cow, fmt, path::PathBuf};
+use std::{borrow::Cow, fmt, ops::Range, path::PathBuf};
 
 use dim_core::blocks::BlockRange;
 use serde::{Deserialize, Serialize};
@@ -171,12 +171,12 @@ impl Ask {
         ranges: &[BlockRange],
     ) -> Result<Survey, NeedsError> {
         let files = Self::files(gguf);
-        let pairs = || ranges.iter().map(|r| (r.first, r.last)).collect::<Vec<_>>();
+        let asked = || ranges.iter().map(|blocks| blocks.as_range()).collect::<Vec<_>>();
         let survey = match self {
-            Ask::Here if apart::IS_BUILT_IN && !files.is_empty() => apart::survey(&files, &pairs())?,
+            Ask::Here if apart::IS_BUILT_IN && !files.is_empty() => apart::survey(&files, &asked())?,
             Ask::Apart(program) if apart::IS_BUILT_IN && !files.is_empty() => {
                 let answer: Result<Survey, Refusal> =
-                    apart::Task::Survey { files, ranges: pairs() }.ask(program)?;
+                    apart::Task::Survey { files, ranges: asked() }.ask(program)?;
                 answer?
             }
             _ => by_name(gguf, hparams, ranges),
@@ -218,8 +218,8 @@ pub enum Refusal {
     Kind(String),
     /// It cannot be cut before this block.
     Cut(u32, String),
-    /// These blocks, both inclusive, cannot be evaluated apart.
-    Blocks(u32, u32, String),
+    /// These blocks cannot be evaluated apart.
+    Blocks(Range<u32>, String),
 }
 
 /// Why it is not known what a range needs.
@@ -248,7 +248,7 @@ impl From<Refusal> for NeedsError {
 fn refused(refusal: &Refusal) -> String {
     match refusal {
         // whole sentences, all of them
-        Refusal::Model(why) | Refusal::Kind(why) | Refusal::Cut(_, why) | Refusal::Blocks(_, _, why) => {
+        Refusal::Model(why) | Refusal::Kind(why) | Refusal::Cut(_, why) | Refusal::Blocks(_, why) => {
             Safe(why).to_string()
         }
     }

@@ -38,7 +38,7 @@ fn cut(spec: &Spec, middle: &str) -> Cut {
     let request = Request { middles: vec![middle.parse().unwrap()], stem: "m".into(), ..Request::default() };
     let plan = Plan::new(&gguf, &request).unwrap();
     let manifest = split::split(&plan, folder.path(), "m", |p| {
-        if let split::Progress::NoCanary(file, why) = p {
+        if let split::CutProgress::NoCanary(file, why) = p {
             panic!("{file}: {why}")
         }
     })
@@ -298,7 +298,7 @@ fn a_process_that_cannot_be_asked_costs_the_canary_and_not_the_slices() {
         plan.canary = Some(Ask::Apart(program.into()));
         let mut told = Vec::new();
         let manifest = split::split(&plan, folder.path(), "m", |p| {
-            if let split::Progress::NoCanary(file, why) = p {
+            if let split::CutProgress::NoCanary(file, why) = p {
                 told.push((file.to_owned(), why.clone()));
             }
         });

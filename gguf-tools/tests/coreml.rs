@@ -14,7 +14,7 @@ use std::time::{Duration, Instant};
 
 use common::{ARRAY, BOOL, F32, Raw, Rng, STRING, U32, array, string};
 use gguf_tools::coreml::manifest::Manifest;
-use gguf_tools::coreml::{self, Error, Identity, Options, Plan};
+use gguf_tools::coreml::{self, Error, Identity, Options, PackagePlan};
 use gguf_tools::gguf::Gguf;
 use gguf_tools::plan::BlockRange;
 use gguf_tools::synth::{FAMILIES, Spec};
@@ -27,8 +27,8 @@ fn range(first: u32, last: u32) -> BlockRange {
     BlockRange { first, last }
 }
 
-fn plan(gguf: &Gguf) -> Result<Plan<'_>, Error> {
-    Plan::new(gguf, range(1, 1), OPTIONS)
+fn plan(gguf: &Gguf) -> Result<PackagePlan<'_>, Error> {
+    PackagePlan::new(gguf, range(1, 1), OPTIONS)
 }
 
 fn write(gguf: &Gguf, name: &str, target: &Path) -> Result<coreml::Report, Error> {
@@ -212,7 +212,7 @@ fn quantised_weights_ask_for_the_engine() {
 #[test]
 fn refuses_options_out_of_range() {
     let gguf = Gguf::from_bytes(Raw::model().bytes()).unwrap();
-    let says = |blocks, options| Plan::new(&gguf, blocks, options).unwrap_err().to_string();
+    let says = |blocks, options| PackagePlan::new(&gguf, blocks, options).unwrap_err().to_string();
     for n_ctx in [0, 63, 65, 32, 16448, u32::MAX] {
         assert!(says(range(1, 1), Options { n_ctx, ..OPTIONS }).contains("--coreml-ctx"));
     }
@@ -231,12 +231,12 @@ fn blocks_are_spread_over_as_few_packages_as_fit() {
     let model = dir.path().join("model.gguf");
     Spec::tiny("qwen2").unwrap().blocks(9).write(&model).unwrap();
     let gguf = Gguf::open(&model).unwrap();
-    let one = Plan::new(&gguf, range(1, 1), OPTIONS).unwrap().weight_bytes();
+    let one = PackagePlan::new(&gguf, range(1, 1), OPTIONS).unwrap().weight_bytes();
     for (blocks, room, expected) in
         [(range(1, 7), 3, vec![3, 2, 2]), (range(1, 6), 2, vec![2, 2, 2]), (range(2, 5), 9, vec![4])]
     {
         let options = Options { max_bytes: one * room, ..OPTIONS };
-        let plan = Plan::new(&gguf, blocks, options).unwrap();
+        let plan = PackagePlan::new(&gguf, blocks, options).unwrap();
         let target = dir.path().join("out.coreml");
         let identity = Identity { model_name: "m", model_sha256: SHA, slice_sha256: None };
         plan.write(&target, &identity, &mut |_| ()).unwrap();
@@ -447,7 +447,7 @@ fn write_packages_as_a_child() {
     let Ok(paths) = std::env::var(CHILD) else { return };
     let (model, target) = paths.split_once('\n').unwrap();
     let gguf = Gguf::open(model).unwrap();
-    let plan = Plan::new(&gguf, range(1, 4), Options { max_bytes: 7_000_000, ..OPTIONS }).unwrap();
+    let plan = PackagePlan::new(&gguf, range(1, 4), Options { max_bytes: 7_000_000, ..OPTIONS }).unwrap();
     let identity = Identity { model_name: "m", model_sha256: SHA, slice_sha256: None };
     if let Err(e) = plan.write(Path::new(target), &identity, &mut |_| ()) {
         eprintln!("{e}");
@@ -470,7 +470,7 @@ fn fill_up(disk: &Path) {
     let models = two_models(disk);
     let ggufs = models.map(|m| Gguf::open(m).unwrap());
     let options = Options { max_bytes: 7_000_000, ..OPTIONS };
-    let plans = ggufs.each_ref().map(|g| Plan::new(g, range(1, 4), options).unwrap());
+    let plans = ggufs.each_ref().map(|g| PackagePlan::new(g, range(1, 4), options).unwrap());
     let target = disk.join("out.coreml");
     let identity = |name| Identity { model_name: name, model_sha256: SHA, slice_sha256: None };
     plans[0].write(&target, &identity("first"), &mut |_| ()).unwrap();
@@ -482,7 +482,7 @@ fn fill_up(disk: &Path) {
         let at = rng.below(plans[1].weight_bytes());
         let (mut written, mut filled) = (0, false);
         let result = plans[1].write(&target, &identity("second"), &mut |progress| {
-            let coreml::Progress::Writing { bytes, .. } = progress else { return };
+            let coreml::PackageProgress::Writing { bytes, .. } = progress else { return };
             written += bytes;
             if written >= at && !filled {
                 filled = true;

@@ -14,7 +14,7 @@ use std::{
 use gguf_tools::{
     digest::Sha,
     failure::Explained,
-    hub::{self, HubError, Outcome, Patience, Place, Settings, Token},
+    hub::{self, HubError, HubName, Outcome, Patience, Settings, Token},
     manifest::Manifest,
     synth::Spec,
 };
@@ -56,7 +56,7 @@ fn one_file(n: usize) -> (Hub, tempfile::TempDir, Vec<u8>) {
 }
 
 fn fetch(hub: &Hub, cache: &Path) -> Result<hub::Fetched, HubError> {
-    let place = Place::parse(&format!("hf:{REPO}")).unwrap();
+    let place = HubName::parse(&format!("hf:{REPO}")).unwrap();
     hub::fetch(&settings(hub, cache), &place, &mut |_, _, _| {})
 }
 
@@ -146,7 +146,7 @@ fn each_refusal_is_one_sentence_with_the_way_out() {
     }
     *hub.state.refuses.lock().unwrap() = Some(401);
     let nobody = Settings { token: None, ..settings(&hub, cache.path()) };
-    let place = Place::parse(&format!("hf:{REPO}")).unwrap();
+    let place = HubName::parse(&format!("hf:{REPO}")).unwrap();
     refused(hub::fetch(&nobody, &place, &mut |_, _, _| {}), "not there, or not for everybody", "HF_TOKEN");
     *hub.state.refuses.lock().unwrap() = None;
     hub.fail([Fault::Status(429, Some("86400"))]);

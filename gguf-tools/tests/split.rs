@@ -867,7 +867,7 @@ fn fill_up(disk: &Path) {
         let at = rng.below(plan.slices.iter().map(|s| s.weight_bytes).sum::<u64>() - (10 << 20));
         let mut filled = false;
         let result = split::split(&plan, &out, "model", |progress| {
-            if let split::Progress::Writing(done, ..) = progress
+            if let split::CutProgress::Writing(done, ..) = progress
                 && done >= at
                 && !filled
             {

@@ -4,7 +4,7 @@
 //! the whole's keys, names and numbers and lacks the weights of other blocks. A [`Stage`] evaluates any contiguous range of
 //! its blocks with caches and states of its own: tokens or rows in, rows or logits out. The head, middle and tail of a model
 //! are three stages; the numbers are llama.cpp's own, bit for bit, for every architecture that can be cut, and none is known
-//! by name. A [`Plan`] says of a whole file, without reading its weights, where it can be cut, what a range needs and what
+//! by name. A [`GraphPlan`] says of a whole file, without reading its weights, where it can be cut, what a range needs and what
 //! crosses ([`Layout`]). A [`Stock`] context is plain `llama_decode` on the whole model with the same settings: the oracle,
 //! and the A arm of every comparison.
 //!
@@ -45,7 +45,7 @@ pub use cpu::unused_cpu_features;
 pub use error::Error;
 pub use layout::{Layout, Part, ValueType};
 pub use model::{Device, LogLevel, Model, ModelParams, ModelPart, Offload, devices, end_process, set_log};
-pub use plan::{Plan, RangePlan};
+pub use plan::{GraphPlan, RangePlan};
 pub use quantise::{Quantised, quantise_model};
 pub use rows::{RowType, dequantize_rows, quantize_rows};
 pub use stage::{

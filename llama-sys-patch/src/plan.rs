@@ -11,8 +11,8 @@ use crate::{Error, Layout, ffi};
 
 /// A model of which only the keys and the list of tensors were read.
 ///
-/// Methods: [`open`](Plan::open); [`cut`](Plan::cut), whether and why not; [`range`](Plan::range), what a slice holds.
-pub struct Plan {
+/// Methods: [`open`](GraphPlan::open); [`cut`](GraphPlan::cut), whether and why not; [`range`](GraphPlan::range), what a slice holds.
+pub struct GraphPlan {
     plan: NonNull<ffi::dim_plan>,
     arch: String,
     n_blocks: u32,
@@ -21,7 +21,7 @@ pub struct Plan {
 }
 
 // SAFETY: a dim_plan belongs to no thread; it is used by one at a time, because everything that looks takes `&mut self`.
-unsafe impl Send for Plan {}
+unsafe impl Send for GraphPlan {}
 
 /// What a range of blocks needs.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -45,14 +45,14 @@ pub struct RangePlan {
     pub state_bytes_per_session: u64,
 }
 
-impl Plan {
+impl GraphPlan {
     /// Opens a model, or the parts of a split one in order. A slice that says what it lacks will do as well.
     ///
     /// The file should have been through gguf-tools' reader before: llama.cpp aborts on some malformed ones.
     ///
     /// # Errors
     /// [`Error::LoadFailed`]; [`Error::BadSlice`]; [`Error::Unsupported`] for what is no text decoder.
-    pub fn open<P: AsRef<Path>>(paths: &[P]) -> Result<Plan, Error> {
+    pub fn open<P: AsRef<Path>>(paths: &[P]) -> Result<GraphPlan, Error> {
         let names = c_paths(paths)?;
         let pointers: Vec<*const c_char> = names.iter().map(|n| n.as_ptr()).collect();
         let mut plan = std::ptr::null_mut();
@@ -62,7 +62,7 @@ impl Plan {
             unsafe { ffi::dim_plan_open(pointers.as_ptr(), pointers.len(), &raw mut plan, &raw mut fault) };
         check(status, &fault)?;
         let plan = NonNull::new(plan).ok_or_else(|| Error::Internal("a plan that is NULL".into()))?;
-        let mut plan = Plan { plan, arch: String::new(), n_blocks: 0, blocks: 0..0, n_embd: 0 };
+        let mut plan = GraphPlan { plan, arch: String::new(), n_blocks: 0, blocks: 0..0, n_embd: 0 };
         // SAFETY: the plan is alive, and its model with it.
         let model = unsafe { ffi::dim_plan_model(plan.plan.as_ptr()) };
         let mut info = ffi::dim_model_info::default();
@@ -156,15 +156,15 @@ impl Plan {
     }
 }
 
-impl Drop for Plan {
+impl Drop for GraphPlan {
     fn drop(&mut self) {
         // SAFETY: the plan is ours.
         unsafe { ffi::dim_plan_free(self.plan.as_ptr()) };
     }
 }
 
-impl std::fmt::Debug for Plan {
+impl std::fmt::Debug for GraphPlan {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        write!(f, "Plan({}, {} blocks)", self.arch, self.n_blocks)
+        write!(f, "GraphPlan({}, {} blocks)", self.arch, self.n_blocks)
     }
 }

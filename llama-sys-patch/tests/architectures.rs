@@ -17,7 +17,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use common::max_difference;
 use common::pipeline::{self, Pipeline, Rows};
 use gguf_tools::arch::SUPPORTED;
-use llama_sys_patch::{ContextParams, Error, FlashAttn, Model, Plan, Row, Stock, test_support};
+use llama_sys_patch::{ContextParams, Error, FlashAttn, GraphPlan, Model, Row, Stock, test_support};
 
 const CUTS: [u32; 2] = [3, 6];
 const N_PROMPT: usize = 40;
@@ -188,7 +188,7 @@ fn compare(arch: &str) -> Result<Outcome, Error> {
         }
         format!("{:.2} ({layout})", layout.width_f32() as f64 / whole.n_embd() as f64)
     });
-    let mut plan = Plan::open(&[&path])?;
+    let mut plan = GraphPlan::open(&[&path])?;
     Ok(Outcome::Exact(Facts {
         memory: plan.memory(),
         cuts: cuts(&mut plan),
@@ -211,7 +211,7 @@ fn outcome(arch: &str) -> Outcome {
 }
 
 /// Where a model can be cut, in words: `anywhere`, or the blocks before which it can.
-fn cuts(plan: &mut Plan) -> String {
+fn cuts(plan: &mut GraphPlan) -> String {
     let n_blocks = plan.n_blocks();
     let possible: Vec<u32> = (1..n_blocks).filter(|&block| plan.cut(block).is_ok()).collect();
     if possible.len() as u32 == n_blocks - 1 {
@@ -255,7 +255,7 @@ fn per_block_inputs() -> String {
     ];
     for (arch, model, n_blocks, options) in cases {
         test_support::write_model(arch, n_blocks, options, &path).expect("a model");
-        let mut plan = Plan::open(&[&path]).expect("a plan");
+        let mut plan = GraphPlan::open(&[&path]).expect("a plan");
         let cuts: Vec<u32> = (1..n_blocks).filter(|&block| plan.cut(block).is_ok()).collect();
         for cut in [cuts[0], cuts[cuts.len() / 2], cuts[cuts.len() - 1]] {
             let layout = plan.range(cut..n_blocks).expect("a range").input;
@@ -278,7 +278,7 @@ fn shared_caches() -> String {
     for (arch, model, n_blocks, options) in cases {
         let path = folder.path().join("model.gguf");
         test_support::write_model(arch, n_blocks, options, &path).expect("a tiny model");
-        let mut plan = Plan::open(&[&path]).expect("a plan");
+        let mut plan = GraphPlan::open(&[&path]).expect("a plan");
         let why = plan.cut(n_blocks - 1).expect_err("the last block shares").to_string();
         let why = why.split_once("apart: they ").map_or(why.as_str(), |(_, why)| why);
         writeln!(text, "| {arch} | {model} | {} | the last blocks {why} |", cuts(&mut plan))

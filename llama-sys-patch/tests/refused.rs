@@ -7,7 +7,7 @@ use common::{Chain, Wire, assert_exact, context, decode, pipeline, stock, tokens
 use gguf_tools::gguf::write::{GgufWriter, TensorSpec};
 use gguf_tools::gguf::{TensorType, Value};
 use llama_sys_patch::test_support as tiny;
-use llama_sys_patch::{Error, Model, ModelParams, Plan, Row, Stage, StageParams};
+use llama_sys_patch::{Error, GraphPlan, Model, ModelParams, Row, Stage, StageParams};
 
 const N_EMBD: u64 = 64;
 const N_BLOCKS: u64 = 4;
@@ -111,7 +111,7 @@ fn a_cut_between_blocks_that_share_keys_is_refused_and_says_whose() {
     // of 24 blocks the last four use the keys of blocks 18 and 19
     let folder = tempfile::tempdir().unwrap();
     let path = tiny::write("gemma3n", &[], folder.path()).unwrap();
-    let mut plan = Plan::open(&[&path]).unwrap();
+    let mut plan = GraphPlan::open(&[&path]).unwrap();
     let why = |error: Error| match error {
         Error::Unsupported(text) => text,
         other => panic!("{other:?}"),

@@ -10,7 +10,8 @@ use common::{assert_exact, decode, max_difference, stock};
 use gguf_tools::gguf::{Array, Gguf, Value};
 use llama_sys_patch::test_support as tiny;
 use llama_sys_patch::{
-    ContextParams, Error, Input, Model, ModelParams, Output, Plan, Row, Stage, StageParams, Stock, ValueType,
+    ContextParams, Error, GraphPlan, Input, Model, ModelParams, Output, Row, Stage, StageParams, Stock,
+    ValueType,
 };
 
 fn context() -> ContextParams {
@@ -162,8 +163,8 @@ fn a_load_of_a_slice_is_watched_and_stopped() {
 fn a_plan_of_a_slice_is_that_of_the_model() {
     for arch in ["gemma3n", "jamba", "qwen3vl"] {
         let cut = cut(arch);
-        let mut of_whole = Plan::open(&[&cut.model]).unwrap();
-        let mut of_slice = Plan::open(&[&cut.files[1]]).unwrap();
+        let mut of_whole = GraphPlan::open(&[&cut.model]).unwrap();
+        let mut of_slice = GraphPlan::open(&[&cut.files[1]]).unwrap();
         assert_eq!((of_slice.arch(), of_slice.n_blocks()), (arch, of_whole.n_blocks()));
         for blocks in [0..3, 3..6, 2..7, 5..of_whole.n_blocks()] {
             assert_eq!(of_slice.range(blocks.clone()).unwrap(), of_whole.range(blocks).unwrap(), "{arch}");
@@ -179,7 +180,7 @@ fn a_plan_counts_what_a_session_takes() {
         [("llama", kv, false), ("gemma3", kv, false), ("mamba", 0, true), ("falcon-h1", kv, true)]
     {
         let folder = tempfile::tempdir().unwrap();
-        let mut plan = Plan::open(&[tiny::write(arch, &[], folder.path()).unwrap()]).unwrap();
+        let mut plan = GraphPlan::open(&[tiny::write(arch, &[], folder.path()).unwrap()]).unwrap();
         let range = plan.range(2..5).unwrap();
         assert_eq!(range.cache_bytes_per_position, 3 * per_block, "{arch}");
         assert_eq!(range.state_bytes_per_session > 0, has_state, "{arch}: {}", range.state_bytes_per_session);
@@ -227,7 +228,7 @@ fn inputs_of_blocks_before_a_cut_do_not_cross_it() {
     let e4b = [".attention.shared_kv_layers=2", ".embedding_length_per_layer_input=64"];
     for (arch, options, width) in [("gemma3n", &[][..], 256), ("gemma4", &e4b, 64)] {
         let folder = tempfile::tempdir().unwrap();
-        let mut plan = Plan::open(&[tiny::write(arch, options, folder.path()).unwrap()]).unwrap();
+        let mut plan = GraphPlan::open(&[tiny::write(arch, options, folder.path()).unwrap()]).unwrap();
         for cut in [1, 3, 4] {
             let (before, behind) = (plan.range(0..cut).unwrap(), plan.range(cut..plan.n_blocks()).unwrap());
             assert_eq!(before.output, behind.input, "{arch}");

@@ -35,7 +35,7 @@ use dim_core::blocks::BlockRange;
 
 pub use error::Error;
 pub(crate) use error::IoContext;
-pub use plan::Plan;
+pub use plan::PackagePlan;
 
 use crate::gguf::{Gguf, TensorType};
 use crate::os;
@@ -78,7 +78,7 @@ impl Default for Options {
 
 /// What is going on, for whoever shows it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Progress {
+pub enum PackageProgress {
     /// llama.cpp evaluates the calibration text.
     Calibrating {
         /// Its tokens.
@@ -166,21 +166,21 @@ impl fmt::Display for Notice {
 /// Plans the packages of several middles.
 ///
 /// # Errors
-/// As [`Plan::new`].
+/// As [`PackagePlan::new`].
 pub fn plan_middles<'a>(
     gguf: &'a Gguf,
     middles: &[BlockRange],
     options: Options,
-) -> Result<Vec<Plan<'a>>, Error> {
-    middles.iter().map(|&blocks| Plan::new(gguf, blocks, options)).collect()
+) -> Result<Vec<PackagePlan<'a>>, Error> {
+    middles.iter().map(|&blocks| PackagePlan::new(gguf, blocks, options)).collect()
 }
 
 /// Whether `folder`, or where it will be, has room for the packages and for `more` bytes.
 ///
 /// # Errors
 /// It has not.
-pub fn check_space(plans: &[Plan<'_>], folder: &Path, more: u64) -> Result<(), Error> {
-    let need = plans.iter().map(Plan::file_bytes).fold(more, u64::saturating_add);
+pub fn check_space(plans: &[PackagePlan<'_>], folder: &Path, more: u64) -> Result<(), Error> {
+    let need = plans.iter().map(PackagePlan::file_bytes).fold(more, u64::saturating_add);
     let exists = folder.ancestors().find(|f| f.is_dir()).unwrap_or(Path::new("."));
     match os::free_bytes(exists) {
         Some(have) if have < need => Err(Error::Space { need, have, path: folder.into() }),
@@ -196,15 +196,15 @@ pub fn directory_name(stem: &str, blocks: BlockRange) -> String {
 /// Writes the packages of several middles beside their GGUF slices, which `slices` describes.
 ///
 /// # Errors
-/// As [`Plan::write`]. Middles before the one that failed are complete.
+/// As [`PackagePlan::write`]. Middles before the one that failed are complete.
 pub fn write_middles(
-    plans: &[Plan<'_>],
+    plans: &[PackagePlan<'_>],
     slices: &crate::manifest::Manifest,
     folder: &Path,
     stem: &str,
-    progress: &mut dyn FnMut(Progress),
+    progress: &mut dyn FnMut(PackageProgress),
 ) -> Result<Vec<Report>, Error> {
-    let write = |plan: &Plan<'_>| {
+    let write = |plan: &PackagePlan<'_>| {
         let blocks = plan.blocks();
         let slice = slices.slices.iter().find(|s| s.blocks() == blocks);
         let identity = Identity {

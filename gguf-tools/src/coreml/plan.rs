@@ -11,7 +11,7 @@ use super::limits::{CTX_STEP, MAX_CTX, MAX_PREFILL, MIN_PREFILL};
 use super::manifest::{self, Manifest};
 use super::shape::Shape;
 use super::weights::{self, Rows, WeightPlan};
-use super::{Error, Identity, Notice, Options, Progress, Report, package, proto, types};
+use super::{Error, Identity, Notice, Options, PackageProgress, Report, package, proto, types};
 #[cfg(feature = "engine")]
 use super::{residual_scale, selftest};
 use crate::gguf::{Gguf, check};
@@ -31,7 +31,7 @@ const LEAST_SCALE: f32 = 1.0 / 16384.0;
 
 /// One middle's packages, found possible.
 #[derive(Debug)]
-pub struct Plan<'a> {
+pub struct PackagePlan<'a> {
     gguf: &'a Gguf,
     options: Options,
     shape: Shape,
@@ -41,12 +41,12 @@ pub struct Plan<'a> {
     weight_bytes: u64,
 }
 
-impl<'a> Plan<'a> {
+impl<'a> PackagePlan<'a> {
     /// Checks everything that can be checked before writing.
     ///
     /// # Errors
     /// Whatever the programs would not compute right, by name; options out of range.
-    pub fn new(gguf: &'a Gguf, blocks: BlockRange, options: Options) -> Result<Plan<'a>, Error> {
+    pub fn new(gguf: &'a Gguf, blocks: BlockRange, options: Options) -> Result<PackagePlan<'a>, Error> {
         let Options { n_ctx, n_prefill, max_bytes, .. } = options;
         if !n_ctx.is_multiple_of(CTX_STEP) || !(CTX_STEP..=MAX_CTX).contains(&n_ctx) {
             return Err(Error::Ctx { n_ctx });
@@ -77,7 +77,7 @@ impl<'a> Plan<'a> {
         let runs = graph::package_runs(blocks, per_package);
         let file_bytes = |run: &BlockRange| WeightPlan::new(gguf, &shape, *run, 1.0).file_bytes;
         let weight_bytes = runs.iter().map(file_bytes).sum();
-        Ok(Plan { gguf, options, shape, blocks, runs, weight_bytes })
+        Ok(PackagePlan { gguf, options, shape, blocks, runs, weight_bytes })
     }
 
     /// Its blocks.
@@ -117,7 +117,7 @@ impl<'a> Plan<'a> {
         &self,
         target: &Path,
         identity: &Identity<'_>,
-        progress: &mut dyn FnMut(Progress),
+        progress: &mut dyn FnMut(PackageProgress),
     ) -> Result<Report, Error> {
         let mut notices = self.type_notices();
         let staging = package::Staging::create(target)?;
@@ -131,7 +131,7 @@ impl<'a> Plan<'a> {
             let weights = WeightPlan::new(self.gguf, &self.shape, run, residual_scale);
             let metadata = self.metadata(run, identity);
             let model = context.model(&weights.weights, self.options.n_prefill, metadata);
-            let mut report = |bytes| progress(Progress::Writing { index, bytes });
+            let mut report = |bytes| progress(PackageProgress::Writing { index, bytes });
             let files = staging.write_package(index, &model, &weights, self.gguf, &mut report)?;
             packages.push(manifest::Package {
                 directory: package::directory_name(index),
@@ -158,7 +158,7 @@ impl<'a> Plan<'a> {
         &self,
         staging: &package::Staging,
         notices: &mut Vec<Notice>,
-        progress: &mut dyn FnMut(Progress),
+        progress: &mut dyn FnMut(PackageProgress),
     ) -> Result<(Option<manifest::SelfTest>, f32), Error> {
         if !self.options.selftest {
             notices.push(Notice::NoSelfTest { possible: true });
@@ -181,7 +181,7 @@ impl<'a> Plan<'a> {
         &self,
         _: &package::Staging,
         notices: &mut Vec<Notice>,
-        _: &mut dyn FnMut(Progress),
+        _: &mut dyn FnMut(PackageProgress),
     ) -> Result<(Option<manifest::SelfTest>, f32), Error> {
         notices.push(Notice::NoSelfTest { possible: false });
         Ok((None, 1.0))

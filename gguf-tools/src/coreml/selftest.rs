@@ -25,7 +25,7 @@ use dim_core::blocks::BlockRange;
 
 use super::manifest::{Boundary, SelfTest};
 use super::package::{SELF_TEST, Staging};
-use super::{Error, IoContext, Options, Progress};
+use super::{Error, IoContext, Options, PackageProgress};
 use crate::gguf::Gguf;
 
 /// Tokens of the calibration text, if the vectors need no more.
@@ -79,12 +79,12 @@ pub(super) fn measure(
     options: Options,
     runs: &[BlockRange],
     staging: &Staging,
-    progress: &mut dyn FnMut(Progress),
+    progress: &mut dyn FnMut(PackageProgress),
 ) -> Result<Measured, Error> {
     let (n_ctx, n_prefill) = (options.n_ctx as usize, options.n_prefill as usize);
     let n_rows = (n_prefill + DECODE_STEPS).min(n_ctx);
     let n_tokens = n_rows.max(CALIBRATION_TOKENS.min(n_ctx));
-    progress(Progress::Calibrating { n_tokens });
+    progress(PackageProgress::Calibrating { n_tokens });
 
     let files: Vec<_> = gguf.files().collect();
     let load = |part| {

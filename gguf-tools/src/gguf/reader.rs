@@ -147,7 +147,7 @@ impl Gguf {
     pub fn carried(&self) -> impl Iterator<Item = Entry<'_>> {
         let cannot_be_mapped = self.alignment() < DEFAULT_ALIGNMENT;
         self.metadata().filter(move |entry| {
-            !entry.key.starts_with("split.") && !(entry.key == "general.alignment" && cannot_be_mapped)
+            !(entry.key.starts_with("split.") || entry.key == "general.alignment" && cannot_be_mapped)
         })
     }
 

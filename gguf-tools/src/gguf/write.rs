@@ -58,7 +58,7 @@ pub struct GgufWriter {
     path: PathBuf,
     /// Key, value type, and where the value stands.
     keys: Vec<(String, ValueType, u64, u64)>,
-    tensors: Vec<Place>,
+    tensors: Vec<Extent>,
     data_offset: u64,
     /// The tensor that the next byte belongs to.
     current: usize,
@@ -69,7 +69,7 @@ pub struct GgufWriter {
 
 /// Where a tensor's data goes: from the start of the data section.
 #[derive(Clone, Copy, Debug)]
-struct Place {
+struct Extent {
     offset: u64,
     bytes: u64,
 }
@@ -424,7 +424,7 @@ const VERSION: u32 = 3;
 struct Layout {
     alignment: u64,
     data_offset: u64,
-    places: Vec<Place>,
+    places: Vec<Extent>,
 }
 
 impl Layout {
@@ -470,7 +470,7 @@ impl Layout {
                 return Err(refuse("a tensor has 1 to 4 dimensions, none of them 0"));
             }
             let bytes = tensor.n_bytes().ok_or_else(|| refuse("a row must be whole groups of its type"))?;
-            places.push(Place { offset, bytes });
+            places.push(Extent { offset, bytes });
             offset = bytes
                 .checked_next_multiple_of(alignment)
                 .and_then(|padded| offset.checked_add(padded))
@@ -486,7 +486,7 @@ impl Layout {
     }
 }
 
-fn file_bytes(data_offset: u64, places: &[Place], alignment: u64) -> u64 {
+fn file_bytes(data_offset: u64, places: &[Extent], alignment: u64) -> u64 {
     data_offset + places.last().map_or(0, |t| (t.offset + t.bytes).next_multiple_of(alignment))
 }
 

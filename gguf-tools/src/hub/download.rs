@@ -19,7 +19,7 @@ use serde::Deserialize;
 use sha2::{Digest as _, Sha256};
 
 use super::{
-    HubError, Place, Progress, Settings,
+    HubError, HubName, OnBytes, Settings,
     http::{Client, Remote},
     place::{is_hex, is_inside, is_repo},
 };
@@ -55,7 +55,7 @@ struct Sibling {
 ///
 /// # Errors
 /// It is not there, or cannot be had; what had arrived is kept.
-pub fn fetch(settings: &Settings, place: &Place, progress: Progress<'_>) -> Result<Fetched, HubError> {
+pub fn fetch(settings: &Settings, place: &HubName, progress: OnBytes<'_>) -> Result<Fetched, HubError> {
     if !is_repo(&place.repo) {
         return Err(HubError::Name(place.repo.clone()));
     }
@@ -131,7 +131,7 @@ impl<'a> Folder<'a> {
         &self,
         client: &Client<'_>,
         name: String,
-        progress: Progress<'_>,
+        progress: OnBytes<'_>,
     ) -> Result<(PathBuf, SourceFile), HubError> {
         if !is_inside(&name) {
             return Err(HubError::Name(name));
@@ -198,7 +198,7 @@ fn download(
     remote: &Remote<'_>,
     blob: &Path,
     expected: Option<&String>,
-    progress: Progress<'_>,
+    progress: OnBytes<'_>,
 ) -> Result<String, HubError> {
     let mut part = blob.as_os_str().to_owned();
     part.push(".dim-part");

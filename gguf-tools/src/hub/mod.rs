@@ -25,9 +25,9 @@ mod slice;
 
 pub use download::{Fetched, fetch};
 pub use error::HubError;
-pub use place::{Place, Wanted};
+pub use place::{HubName, Wanted};
 pub use settings::{Patience, Settings, Token};
 pub use slice::{Outcome, fetch_manifest, fetch_slice, is_url, middle};
 
 /// Hears how many bytes there are of how many, and of which file.
-pub type Progress<'a> = &'a mut dyn FnMut(u64, u64, &str);
+pub type OnBytes<'a> = &'a mut dyn FnMut(u64, u64, &str);

@@ -7,7 +7,7 @@ use crate::gguf::PartName;
 
 /// A model on the hub, as people write it.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Place {
+pub struct HubName {
     /// `ORG/NAME`.
     pub repo: String,
     /// Which of its models.
@@ -25,7 +25,7 @@ pub enum Wanted {
     Quant(String),
 }
 
-impl Place {
+impl HubName {
     /// Whether a text asks for a model on the hub, well or badly spelled.
     pub fn is_meant(text: &str) -> bool {
         text.starts_with(PREFIX)
@@ -35,7 +35,7 @@ impl Place {
     ///
     /// # Errors
     /// It is something else.
-    pub fn parse(text: &str) -> Result<Place, HubError> {
+    pub fn parse(text: &str) -> Result<HubName, HubError> {
         let wrong = |why| HubError::Spelling { text: text.to_owned(), why };
         let rest = text.strip_prefix(PREFIX).ok_or_else(|| wrong("does not begin with hf:"))?;
         let (path, quant) = match rest.split_once(':') {
@@ -58,7 +58,7 @@ impl Place {
             (None, Some(_)) => return Err(wrong("names no type as Q4_K_M after the colon")),
             (Some(_), Some(_)) => return Err(wrong("names a file and a type")),
         };
-        Ok(Place { repo, wanted })
+        Ok(HubName { repo, wanted })
     }
 
     /// The files of the model that is meant, in order, among all files of the repository.
@@ -160,14 +160,14 @@ mod tests {
 
     #[test]
     fn places_are_read_as_people_write_them() {
-        let place = |repo: &str, wanted| Place { repo: repo.to_owned(), wanted };
-        assert_eq!(Place::parse("hf:a/b").unwrap(), place("a/b", Wanted::Any));
-        assert_eq!(Place::parse("hf:a/b:Q4_K_M").unwrap(), place("a/b", Wanted::Quant("Q4_K_M".into())));
-        assert_eq!(Place::parse("hf:a/b/c/d.gguf").unwrap(), place("a/b", Wanted::File("c/d.gguf".into())));
+        let place = |repo: &str, wanted| HubName { repo: repo.to_owned(), wanted };
+        assert_eq!(HubName::parse("hf:a/b").unwrap(), place("a/b", Wanted::Any));
+        assert_eq!(HubName::parse("hf:a/b:Q4_K_M").unwrap(), place("a/b", Wanted::Quant("Q4_K_M".into())));
+        assert_eq!(HubName::parse("hf:a/b/c/d.gguf").unwrap(), place("a/b", Wanted::File("c/d.gguf".into())));
         let bad = ["hf:", "hf:a", "hf:/b", "hf:a/..", "hf:../b", "hf:a/b/", "hf:a/b:", "hf:a/b/../c.gguf"];
         let worse = ["hf:a/b//c", "hf:a/b/c:Q4_0", "hf:a/b:Q4/x", "hf:a b/c", "hf:a/b/c\\d", "m.gguf"];
         for text in bad.into_iter().chain(worse) {
-            let error = Place::parse(text).unwrap_err();
+            let error = HubName::parse(text).unwrap_err();
             assert!(error.is_misuse() && error.hint().is_some(), "{text}");
         }
     }
@@ -183,7 +183,7 @@ mod tests {
             "m-Q4_K_S.gguf",
         ];
         let all: Vec<String> = names.map(str::to_owned).to_vec();
-        let choose = |text: &str| Place::parse(text).unwrap().choose(&all);
+        let choose = |text: &str| HubName::parse(text).unwrap().choose(&all);
         assert_eq!(choose("hf:a/b:q4_k_m").unwrap(), ["m-Q4_K_M.gguf"]);
         assert_eq!(choose("hf:a/b:Q8_0").unwrap(), ["m.q8_0.gguf"]);
         assert_eq!(choose("hf:a/b/m-IQ4_XS.gguf").unwrap(), ["m-IQ4_XS.gguf"]);
@@ -201,9 +201,9 @@ mod tests {
         let all = vec![part(3), part(1), part(2)];
         let whole = vec![part(1), part(2), part(3)];
         for text in ["hf:a/b", "hf:a/b:Q8_0", "hf:a/b/q/m-Q8_0-00002-of-00003.gguf"] {
-            assert_eq!(Place::parse(text).unwrap().choose(&all).unwrap(), whole, "{text}");
+            assert_eq!(HubName::parse(text).unwrap().choose(&all).unwrap(), whole, "{text}");
         }
-        let error = Place::parse("hf:a/b").unwrap().choose(&all[..2]).unwrap_err().to_string();
+        let error = HubName::parse("hf:a/b").unwrap().choose(&all[..2]).unwrap_err().to_string();
         assert!(error.contains("2 of the model's 3 parts"), "{error}");
     }
 

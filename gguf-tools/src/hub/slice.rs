@@ -13,7 +13,7 @@ use std::{
 use dim_core::blocks::BlockRange;
 
 use super::{
-    HubError, Progress, Settings,
+    HubError, OnBytes, Settings,
     download::{COMMIT_DIGITS, address, at_repo, check_space, open_part},
     http::{Client, Remote},
     place::{is_hex, is_inside, is_repo},
@@ -88,7 +88,7 @@ pub fn fetch_slice(
     manifest: &Manifest,
     entry: &SliceEntry,
     target: &Path,
-    progress: Progress<'_>,
+    progress: OnBytes<'_>,
 ) -> Result<Outcome, HubError> {
     if is_whole(target, entry) {
         return Ok(Outcome::Present);

@@ -46,7 +46,7 @@ pub use verify::verify;
 
 /// What a cut is doing, for whoever waits.
 #[derive(Clone, Copy, Debug)]
-pub enum Progress<'a> {
+pub enum CutProgress<'a> {
     /// Bytes of tensor data written, of how many, and the file.
     Writing(u64, u64, &'a str),
     /// Flushing to the disk.
@@ -154,7 +154,7 @@ pub fn split(
     plan: &Plan<'_>,
     out: &Path,
     stem: &str,
-    mut progress: impl FnMut(Progress<'_>),
+    mut progress: impl FnMut(CutProgress<'_>),
 ) -> Result<Manifest, SplitError> {
     let folder = |source| SplitError::Folder { path: out.to_owned(), source };
     std::fs::create_dir_all(out).map_err(folder)?;
@@ -183,7 +183,7 @@ pub fn split(
     }
     let model_sha256 = identity.finish();
 
-    progress(Progress::Flushing);
+    progress(CutProgress::Flushing);
     let mut entries = Vec::with_capacity(plan.slices.len());
     for ((slice, writer), of_slice) in plan.slices.iter().zip(&mut writers).zip(&digests.of_slices) {
         entries.push(write_digests(slice, writer, of_slice, model_sha256, plan.source.is_some())?);
@@ -195,7 +195,7 @@ pub fn split(
             Some(Err(why)) if why.is_unloadable() => {
                 return Err(SplitError::Unloadable { file: entry.file.clone(), why });
             }
-            Some(Err(why)) => progress(Progress::NoCanary(&entry.file, &why)),
+            Some(Err(why)) => progress(CutProgress::NoCanary(&entry.file, &why)),
             None => {}
         }
     }

@@ -12,7 +12,7 @@ use std::{
 
 use sha2::{Digest as _, Sha256};
 
-use super::{DIGEST_BYTES, Progress, SplitError};
+use super::{CutProgress, DIGEST_BYTES, SplitError};
 use crate::{
     digest::{self, Sha},
     gguf::{
@@ -53,7 +53,7 @@ enum Piece<'a> {
 pub(super) fn stream(
     plan: &Plan<'_>,
     writers: &mut [GgufWriter],
-    progress: &mut impl FnMut(Progress<'_>),
+    progress: &mut impl FnMut(CutProgress<'_>),
 ) -> Result<Digests, SplitError> {
     thread::scope(|scope| {
         let (report, reports) = channel();
@@ -127,7 +127,7 @@ fn write_all<'a>(
     writers: &mut [GgufWriter],
     lanes: &[Lane<'a>],
     to_flush: &SyncSender<File>,
-    progress: &mut impl FnMut(Progress<'_>),
+    progress: &mut impl FnMut(CutProgress<'_>),
 ) -> Result<Written, SplitError> {
     let total = plan.slices.iter().map(|s| s.weight_bytes).sum();
     let (mut done, mut unflushed) = (0, 0);
@@ -141,7 +141,7 @@ fn write_all<'a>(
             let mut advance = |n: u64| {
                 done += n;
                 unflushed += n;
-                progress(Progress::Writing(done, total, &slice.file));
+                progress(CutProgress::Writing(done, total, &slice.file));
                 // a rendezvous: while a flush is on its way, the next one waits for its turn
                 unflushed >= FLUSH_BYTES
             };

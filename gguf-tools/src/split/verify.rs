@@ -2,7 +2,7 @@
 
 use std::path::Path;
 
-use super::{DIGEST_BYTES, Progress, SplitError};
+use super::{CutProgress, DIGEST_BYTES, SplitError};
 use crate::{
     digest::{self, Identity, Sha},
     gguf::{self, Value},
@@ -21,7 +21,7 @@ pub fn verify(
     plan: &Plan<'_>,
     out: &Path,
     manifest: &Manifest,
-    mut progress: impl FnMut(Progress<'_>),
+    mut progress: impl FnMut(CutProgress<'_>),
 ) -> Result<(), SplitError> {
     let total = plan.slices.iter().map(|s| s.weight_bytes).sum::<u64>() + plan.gguf.tensor_bytes();
     let mut before = 0;
@@ -35,7 +35,7 @@ pub fn verify(
     for tensor in plan.gguf.tensors() {
         let sha = digest::of_tensor(&tensor, &mut buf, |n| {
             before += n;
-            progress(Progress::Verifying(before, total, &model_file));
+            progress(CutProgress::Verifying(before, total, &model_file));
         })?;
         identity.add(tensor.name(), tensor.tensor_type(), tensor.dims(), sha);
         of_model.push(sha);
@@ -50,7 +50,7 @@ pub fn verify(
         os::forget_cached(&path);
         let gguf = gguf::Gguf::open(&path)?;
         let info = slice::verify_opened(&gguf, |done, _| {
-            progress(Progress::Verifying(before + done, total, &slice.file));
+            progress(CutProgress::Verifying(before + done, total, &slice.file));
         })?;
         before += slice.weight_bytes;
         compare(slice, &gguf, &info, entry, manifest, &of_model, plan)?;

@@ -245,7 +245,7 @@ impl Spec {
         Ok(())
     }
 
-    fn plan(&self) -> Result<Plan, Error> {
+    fn plan(&self) -> Result<Blueprint, Error> {
         let shape = &self.shape;
         match (self.family.head, self.tied) {
             (Head::Tied, false) => return Err(Error::OnlyTied { arch: self.family.arch }),
@@ -280,7 +280,7 @@ impl Spec {
         let describe =
             |tensor: &Tensor| TensorSpec::new(&tensor.name, self.type_of(tensor), &tensor.dims[..]);
         let descriptions = tensors.iter().map(describe).collect();
-        Ok(Plan { tokenizer, metadata, tensors, descriptions })
+        Ok(Blueprint { tokenizer, metadata, tensors, descriptions })
     }
 
     fn type_of(&self, tensor: &Tensor) -> TensorType {
@@ -336,7 +336,7 @@ impl Spec {
 }
 
 /// Everything that is known before the first byte is written.
-struct Plan {
+struct Blueprint {
     tokenizer: Tokenizer,
     metadata: Vec<(String, Value<'static>)>,
     tensors: Vec<Tensor>,

@@ -5,7 +5,8 @@ use std::path::{Path, PathBuf};
 
 use half::f16;
 use llama_sys_patch::{
-    ContextParams, Error, Input, Layout, Model, ModelParams, Output, Plan, RangePlan, Row, Stage, StageParams,
+    ContextParams, Error, GraphPlan, Input, Layout, Model, ModelParams, Output, RangePlan, Row, Stage,
+    StageParams,
 };
 
 use super::slices;
@@ -16,7 +17,7 @@ pub(crate) fn load(path: &Path) -> Result<Model, Error> {
 
 /// The ranges that `cuts` make, and what each needs.
 pub(crate) fn plan(model: &Path, cuts: &[u32]) -> Result<Vec<RangePlan>, Error> {
-    let mut plan = Plan::open(&[model])?;
+    let mut plan = GraphPlan::open(&[model])?;
     let mut ranges = Vec::new();
     for range in super::ranges(cuts, plan.n_blocks()) {
         if range.start > 0 {

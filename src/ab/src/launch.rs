@@ -21,7 +21,7 @@ use super::usage::{self, Usage, Watch};
 
 /// Where a program runs.
 #[derive(Clone, Copy, Debug, Default)]
-pub struct Place<'a> {
+pub struct Confinement<'a> {
     /// Its memory group.
     pub group: Option<&'a MemoryGroup>,
     /// The cores it may use; none: all.
@@ -96,7 +96,7 @@ impl Program {
     }
 
     /// Runs it to its end, its stderr into `log`.
-    pub fn run(&self, place: Place<'_>, log: File, time_limit: Duration) -> io::Result<Ended> {
+    pub fn run(&self, place: Confinement<'_>, log: File, time_limit: Duration) -> io::Result<Ended> {
         let deadline = Instant::now() + time_limit;
         let mut child = self.spawn(place, log)?;
         let watch = Watch::start(child.id());
@@ -118,7 +118,7 @@ impl Program {
         Ok(Ended { status: in_time.then_some(status), stdout, usage })
     }
 
-    fn spawn(&self, place: Place<'_>, log: File) -> io::Result<Child> {
+    fn spawn(&self, place: Confinement<'_>, log: File) -> io::Result<Child> {
         let mut command = Command::new(std::env::current_exe()?);
         command.arg("launch");
         if let Some(group) = place.group {
@@ -231,7 +231,7 @@ impl Server {
     /// Starts it and waits for its line `listening on ADDRESS`. Its stderr goes to `log`.
     pub fn start(
         program: &Program,
-        place: Place<'_>,
+        place: Confinement<'_>,
         log: &Path,
         patience: Duration,
     ) -> Result<Server, ServerError> {

@@ -21,7 +21,7 @@ use std::time::{Duration, SystemTime};
 
 use crate::cgroup::MemoryGroup;
 use crate::energy::Meter;
-use crate::launch::{Ended, Place, Program, Server, beside};
+use crate::launch::{Confinement, Ended, Program, Server, beside};
 use crate::link::{Link, LinkTraffic};
 use crate::machine::{Machine, SystemActivity, Versions, evict, rfc3339};
 use crate::record::{Arm, ModelFile, Phase, Record, SCHEMA, Scenario, append};
@@ -31,7 +31,7 @@ use gguf_tools::failure::Failure;
 
 /// What is to be measured, everything found and checked.
 #[derive(Debug)]
-pub struct Plan {
+pub struct Experiment {
     /// The arms in the order in which they run.
     pub arms: Vec<Arm>,
     /// Rounds after the first.
@@ -91,7 +91,7 @@ pub enum RpcServer {
 pub const RECORDS: &str = "results.jsonl";
 
 /// Runs everything. `tell` gets a line for a person now and then.
-pub fn run(plan: &Plan, mut tell: impl FnMut(&str)) -> Result<PathBuf, Failure> {
+pub fn run(plan: &Experiment, mut tell: impl FnMut(&str)) -> Result<PathBuf, Failure> {
     let cannot_write =
         |e: std::io::Error| Failure::misuse(format!("cannot write to {}: {e}", plan.out.display()));
     let logs = plan.out.join("logs");
@@ -113,7 +113,7 @@ pub fn run(plan: &Plan, mut tell: impl FnMut(&str)) -> Result<PathBuf, Failure> 
 
 /// What stands on this machine for the time of a run: workers, the RPC server, the link before each.
 struct Stand<'a> {
-    plan: &'a Plan,
+    plan: &'a Experiment,
     /// the program that is measured
     host: PathBuf,
     logs: PathBuf,
@@ -128,7 +128,7 @@ struct Stand<'a> {
 }
 
 impl<'a> Stand<'a> {
-    fn new(plan: &'a Plan, logs: PathBuf) -> Result<Stand<'a>, Failure> {
+    fn new(plan: &'a Experiment, logs: PathBuf) -> Result<Stand<'a>, Failure> {
         let mut stand = Stand {
             plan,
             host: beside("dim-host")?,
@@ -184,7 +184,7 @@ impl<'a> Stand<'a> {
         let before: Vec<_> = self.servers(arm).iter().map(Server::usage).collect();
         let (link_before, system_before) = (self.link_traffic(arm), SystemActivity::now());
         let meter = Meter::start();
-        let place = Place { group: group.as_ref(), cpus: &plan.scenario.host_cpus };
+        let place = Confinement { group: group.as_ref(), cpus: &plan.scenario.host_cpus };
         let ended = program
             .run(place, log, plan.time_limit)
             .map_err(|e| Failure::failed(format!("cannot run {}: {e}", program.file.display())))?;
@@ -343,7 +343,8 @@ impl<'a> Stand<'a> {
                 }
                 worker = worker.arg("--ctx").arg(plan.scenario.n_ctx.to_string());
                 worker = worker.arg("--threads").arg(plan.scenario.threads.to_string());
-                let place = Place { group: self.worker_groups.get(i), cpus: &plan.scenario.worker_cpus };
+                let place =
+                    Confinement { group: self.worker_groups.get(i), cpus: &plan.scenario.worker_cpus };
                 let log = self.logs.join(format!("worker-{i}.log"));
                 let server = Server::start(&worker, place, &log, SERVER_PATIENCE).map_err(Failure::failed)?;
                 let link = match plan.scenario.link {
@@ -374,7 +375,7 @@ impl<'a> Stand<'a> {
                 "--threads",
             ]);
             let program = program.arg(plan.scenario.threads.to_string());
-            let place = Place { group: self.rpc_group.as_ref(), cpus: &plan.scenario.worker_cpus };
+            let place = Confinement { group: self.rpc_group.as_ref(), cpus: &plan.scenario.worker_cpus };
             let log = self.logs.join("rpc-server.log");
             self.rpc = Some(Server::start(&program, place, &log, SERVER_PATIENCE).map_err(Failure::failed)?);
             self.rpc_link = None;
@@ -405,7 +406,7 @@ fn replace<T>(list: &mut Vec<T>, i: usize, new: T) {
 fn why_not(
     ended: &Ended,
     report: Option<&Report>,
-    plan: &Plan,
+    plan: &Experiment,
     out_of: Option<&MemoryGroup>,
     server_died: bool,
 ) -> Option<String> {

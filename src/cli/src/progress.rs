@@ -7,7 +7,7 @@ use gguf_tools::terminal::steer;
 use gguf_tools::text::Safe;
 
 /// A line such as `loading head.gguf  42 %  1.3 GiB/s`.
-pub struct Progress {
+pub struct ProgressLine {
     what: String,
     shown: bool,
     terminal: bool,
@@ -17,10 +17,10 @@ pub struct Progress {
     last: Option<Instant>,
 }
 
-impl Progress {
+impl ProgressLine {
     /// Nothing is shown before the first [`update`](Self::update), and nothing in the first half second.
-    pub fn new(what: impl Into<String>) -> Progress {
-        Progress {
+    pub fn new(what: impl Into<String>) -> ProgressLine {
+        ProgressLine {
             what: what.into(),
             shown: false,
             terminal: std::io::stderr().is_terminal(),
@@ -59,7 +59,7 @@ pub fn size(bytes: f64) -> String {
     if mib >= 1000.0 { format!("{:.2} GiB", mib / 1024.0) } else { format!("{mib:.1} MiB") }
 }
 
-impl Drop for Progress {
+impl Drop for ProgressLine {
     fn drop(&mut self) {
         if self.shown {
             steer(format_args!("\r\x1b[K"));

@@ -7,11 +7,11 @@ use dim::event::{NoCanary, Placement, Sighted};
 use dim_wire::transport::{LinkError, LinkErrorKind};
 use gguf_tools::tell;
 
-use crate::progress::Progress;
+use crate::progress::ProgressLine;
 
 /// Shows events on stderr; what only `--verbose` is to show, if it is `verbose`.
 pub fn events(verbose: bool) -> impl FnMut(Event) + Send + 'static {
-    let mut progress: Option<(String, Progress)> = None;
+    let mut progress: Option<(String, ProgressLine)> = None;
     move |event| {
         let (doing, done, total) = match &event {
             Event::Checking { file, done, total } => (format!("checking {file}"), *done, *total),
@@ -29,7 +29,7 @@ pub fn events(verbose: bool) -> impl FnMut(Event) + Send + 'static {
             Some((what, shown)) if what == doing => shown,
             before => {
                 drop(before);
-                Progress::new(doing.clone())
+                ProgressLine::new(doing.clone())
             }
         };
         shown.update(done, total);

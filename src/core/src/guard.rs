@@ -61,7 +61,7 @@ pub struct Guard {
     /// rows sent since the last check
     rows: u32,
     /// what the checks sent and received
-    aside: Traffic,
+    check_traffic: Traffic,
 }
 
 /// The canary's steps, and what has been answered of them.
@@ -100,7 +100,8 @@ impl Check {
 impl Guard {
     /// A guard of a stage with these blocks, whose worker has so many sessions.
     pub fn new(canary: Canary, room: Room, blocks: Option<BlockRange>, worker_sessions: u32) -> Guard {
-        let mut guard = Guard { canary, room, session: 0, blocks, rows: 0, aside: Traffic::default() };
+        let mut guard =
+            Guard { canary, room, session: 0, blocks, rows: 0, check_traffic: Traffic::default() };
         guard.connected(worker_sessions);
         guard
     }
@@ -196,10 +197,10 @@ impl Guard {
     }
 
     /// What a check cost: it is nobody's traffic.
-    pub fn put_aside(&mut self, cost: Traffic) {
-        self.aside.bytes_sent += cost.bytes_sent;
-        self.aside.bytes_received += cost.bytes_received;
-        self.aside.round_trips += cost.round_trips;
+    pub fn count_check_traffic(&mut self, cost: Traffic) {
+        self.check_traffic.bytes_sent += cost.bytes_sent;
+        self.check_traffic.bytes_received += cost.bytes_received;
+        self.check_traffic.round_trips += cost.round_trips;
     }
 
     fn wrong(&self, answer: WrongAnswer) -> StageError {
@@ -230,7 +231,7 @@ impl<S: RemoteStage> Guarded<S> {
         let before = self.inner.traffic();
         let result = self.ask();
         let now = self.inner.traffic();
-        self.guard.put_aside(Traffic {
+        self.guard.count_check_traffic(Traffic {
             bytes_sent: now.bytes_sent - before.bytes_sent,
             bytes_received: now.bytes_received - before.bytes_received,
             round_trips: now.round_trips - before.round_trips,
@@ -346,11 +347,11 @@ impl<S: RemoteStage> RemoteStage for Guarded<S> {
     }
 
     fn traffic(&self) -> Traffic {
-        let (all, aside) = (self.inner.traffic(), self.guard.aside);
+        let (all, checks) = (self.inner.traffic(), self.guard.check_traffic);
         Traffic {
-            bytes_sent: all.bytes_sent.saturating_sub(aside.bytes_sent),
-            bytes_received: all.bytes_received.saturating_sub(aside.bytes_received),
-            round_trips: all.round_trips.saturating_sub(aside.round_trips),
+            bytes_sent: all.bytes_sent.saturating_sub(checks.bytes_sent),
+            bytes_received: all.bytes_received.saturating_sub(checks.bytes_received),
+            round_trips: all.round_trips.saturating_sub(checks.round_trips),
         }
     }
 

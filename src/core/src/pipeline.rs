@@ -32,7 +32,7 @@ pub use crate::error::PipelineError;
 use crate::history::History;
 pub use crate::patience::Patience;
 use crate::rows::{RowType, Rows, retain};
-use crate::schedule::{JobId, Next, Placement, Progress, Schedule, SessionId, StageId};
+use crate::schedule::{AfterStage, JobId, Next, Placement, Schedule, SessionId, StageId};
 use crate::stage::{LocalStage, Span, StageInput, StageOutput, TakeBack, Traffic};
 use crate::trace::{Happened, Traced};
 use crate::window::LEAST_WINDOW;
@@ -344,8 +344,8 @@ impl Pipeline {
     fn done(&mut self, id: JobId, at: StageId) {
         self.note(Happened::Done(id, at));
         match self.schedule.finished(at, id) {
-            Ok(Progress::Next(_)) => {}
-            Ok(Progress::Complete | Progress::Void) => self.forget(id),
+            Ok(AfterStage::Next(_)) => {}
+            Ok(AfterStage::Complete | AfterStage::Void) => self.forget(id),
             Err(error) => unreachable!("a local stage runs one job: {error}"),
         }
     }

@@ -67,7 +67,7 @@ pub enum StepKind {
 
 /// What became of a job that a stage has finished.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Progress {
+pub enum AfterStage {
     /// It waits for this stage now.
     Next(StageId),
     /// It has left the last stage.
@@ -318,7 +318,7 @@ impl Schedule {
     ///
     /// # Errors
     /// It is not; nothing has changed then.
-    pub fn finished(&mut self, stage: StageId, job: JobId) -> Result<Progress, OutOfTurn> {
+    pub fn finished(&mut self, stage: StageId, job: JobId) -> Result<AfterStage, OutOfTurn> {
         let expected = self.front(stage);
         if expected != Some(job) {
             return Err(OutOfTurn { stage, got: job, expected });
@@ -498,17 +498,17 @@ impl Schedule {
     }
 
     /// An entry that `stage` is done with.
-    fn move_on(&mut self, stage: usize, entry: Entry) -> Progress {
+    fn move_on(&mut self, stage: usize, entry: Entry) -> AfterStage {
         if entry.is_void() {
             self.leave(&entry, false);
-            return Progress::Void;
+            return AfterStage::Void;
         }
         if stage == entry.last {
             self.leave(&entry, true);
-            return Progress::Complete;
+            return AfterStage::Complete;
         }
         self.stages[stage + 1].waiting.push_back(entry);
-        Progress::Next(StageId(stage + 1))
+        AfterStage::Next(StageId(stage + 1))
     }
 
     /// Rewinds that were sent to a remote stage and have no unanswered step before them move on.

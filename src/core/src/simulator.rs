@@ -13,7 +13,7 @@ use std::time::Duration;
 
 use crate::ids::{JobId, SessionId, StageId};
 use crate::patience::{Losses, Patience};
-use crate::schedule::{Next, Placement, Progress, Schedule, StepKind};
+use crate::schedule::{AfterStage, Next, Placement, Schedule, StepKind};
 use crate::trace::{Happened, Traced};
 use crate::window::{LEAST_WINDOW, RoundTrips};
 
@@ -71,7 +71,7 @@ struct Worker {
 }
 
 #[derive(Debug)]
-enum Place {
+enum SimulatedStage {
     Local(Cost),
     Remote(Box<Worker>),
 }
@@ -79,7 +79,7 @@ enum Place {
 /// A simulated pipeline.
 #[derive(Debug)]
 pub struct Simulator {
-    places: Vec<Place>,
+    stages: Vec<SimulatedStage>,
     schedule: Schedule,
     patience: Patience,
     now: Duration,
@@ -93,37 +93,39 @@ pub struct Simulator {
 impl Simulator {
     /// A pipeline of these stages, in order.
     pub fn new(stages: Vec<StageModel>, patience: Patience) -> Simulator {
-        let places: Vec<Place> = stages
+        let stages: Vec<SimulatedStage> = stages
             .into_iter()
             .map(|stage| match stage {
-                StageModel::Local(cost) => Place::Local(cost),
-                StageModel::Remote { cost, one_way, agreed, losses } => Place::Remote(Box::new(Worker {
-                    cost,
-                    one_way,
-                    agreed: agreed.max(1),
-                    losses,
-                    free_at: Duration::ZERO,
-                    answers: VecDeque::new(),
-                    since_answer: None,
-                    dial_at: None,
-                    back_at: None,
-                    trips: RoundTrips::default(),
-                })),
+                StageModel::Local(cost) => SimulatedStage::Local(cost),
+                StageModel::Remote { cost, one_way, agreed, losses } => {
+                    SimulatedStage::Remote(Box::new(Worker {
+                        cost,
+                        one_way,
+                        agreed: agreed.max(1),
+                        losses,
+                        free_at: Duration::ZERO,
+                        answers: VecDeque::new(),
+                        since_answer: None,
+                        dial_at: None,
+                        back_at: None,
+                        trips: RoundTrips::default(),
+                    }))
+                }
             })
             .collect();
-        let agreed = |place: &Place| match place {
-            Place::Local(_) => 0,
-            Place::Remote(worker) => worker.agreed,
+        let agreed = |stage: &SimulatedStage| match stage {
+            SimulatedStage::Local(_) => 0,
+            SimulatedStage::Remote(worker) => worker.agreed,
         };
-        let limit = 2 + places.iter().map(agreed).sum::<usize>();
-        let placement = |place: &Place| match place {
-            Place::Local(_) => Placement::Local,
-            Place::Remote(worker) => Placement::Remote { window: LEAST_WINDOW.min(worker.agreed) },
+        let limit = 2 + stages.iter().map(agreed).sum::<usize>();
+        let placement = |stage: &SimulatedStage| match stage {
+            SimulatedStage::Local(_) => Placement::Local,
+            SimulatedStage::Remote(worker) => Placement::Remote { window: LEAST_WINDOW.min(worker.agreed) },
         };
-        let placements: Vec<Placement> = places.iter().map(placement).collect();
+        let placements: Vec<Placement> = stages.iter().map(placement).collect();
         Simulator {
             schedule: Schedule::new(&placements, limit),
-            places,
+            stages,
             patience,
             now: Duration::ZERO,
             rows: Vec::new(),
@@ -208,12 +210,12 @@ impl Simulator {
 
     fn run(&mut self, job: JobId, at: StageId) {
         let rows = self.rows_of(at, job);
-        if let (Place::Local(cost), true) = (&self.places[at.0], rows > 0) {
+        if let (SimulatedStage::Local(cost), true) = (&self.stages[at.0], rows > 0) {
             self.now += cost.of(rows);
         }
         self.note(Happened::Done(job, at));
         let members: Vec<_> = self.schedule.members(at, job).collect();
-        if self.schedule.finished(at, job) == Ok(Progress::Complete) && rows > 0 {
+        if self.schedule.finished(at, job) == Ok(AfterStage::Complete) && rows > 0 {
             for member in members.into_iter().filter(|member| !member.is_void) {
                 self.note(Happened::Out(member.job));
                 self.out.extend(member.session.map(|session| (member.job, session)));
@@ -224,7 +226,7 @@ impl Simulator {
     fn send(&mut self, job: JobId, at: StageId) {
         // of a rewind the schedule has heard all there is
         let rows = self.rows_of(at, job);
-        if let (Place::Remote(worker), true) = (&mut self.places[at.0], rows > 0) {
+        if let (SimulatedStage::Remote(worker), true) = (&mut self.stages[at.0], rows > 0) {
             let compute = worker.cost.of(rows);
             worker.free_at = worker.free_at.max(self.now + worker.one_way) + compute;
             worker.answers.push_back((job, self.now, worker.free_at + worker.one_way, compute));
@@ -233,14 +235,14 @@ impl Simulator {
 
     /// Takes in everything that has come by now; the last stage's first.
     fn hear(&mut self) {
-        for i in (0..self.places.len()).rev() {
+        for i in (0..self.stages.len()).rev() {
             while self.hear_one(i) {}
         }
     }
 
     fn hear_one(&mut self, i: usize) -> bool {
         let (at, now) = (StageId(i), self.now);
-        let Place::Remote(worker) = &mut self.places[i] else { return false };
+        let SimulatedStage::Remote(worker) = &mut self.stages[i] else { return false };
         if let Some((dial, away)) = worker.dial_at {
             worker.dial_at.take_if(|_| dial <= now);
             worker.back_at = (dial <= now).then_some(now + away);
@@ -302,9 +304,9 @@ impl Simulator {
 
     /// When the next thing is there to be heard.
     fn next_event(&self) -> Option<Duration> {
-        let workers = self.places.iter().enumerate().filter_map(|(i, place)| match place {
-            Place::Remote(worker) => Some((i, worker)),
-            Place::Local(_) => None,
+        let workers = self.stages.iter().enumerate().filter_map(|(i, stage)| match stage {
+            SimulatedStage::Remote(worker) => Some((i, worker)),
+            SimulatedStage::Local(_) => None,
         });
         let events = workers.flat_map(|(i, worker)| {
             let is_away = worker.dial_at.is_some() || worker.back_at.is_some();

@@ -27,9 +27,9 @@ pub(crate) fn find(model: &Path) -> Result<Model, Failure> {
 #[cfg(feature = "hub")]
 fn fetch(text: &str) -> Result<Model, Failure> {
     use crate::meter::{Meter, say};
-    use gguf_tools::hub::{self, Place, Settings};
+    use gguf_tools::hub::{self, HubName, Settings};
 
-    let place = Place::parse(text)?;
+    let place = HubName::parse(text)?;
     let settings = Settings::from_env()?;
     let mut meter = Meter::new();
     let fetched = hub::fetch(&settings, &place, &mut |done, total, file| meter.fetching(done, total, file));

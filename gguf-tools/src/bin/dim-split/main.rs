@@ -20,7 +20,7 @@ use gguf_tools::{
     manifest::Manifest,
     needs::Ask,
     plan::{Plan, PlanError, Request},
-    split::{self, Progress},
+    split::{self, CutProgress},
     text::gib,
 };
 use meter::{Meter, say, say_on_line};
@@ -118,8 +118,8 @@ fn write_slices(plan: &Plan<'_>, out: &Path, stem: &str, verify: bool) -> Result
     let mut copied = None;
     let result = split::split(plan, out, stem, |p| {
         match p {
-            Progress::Flushing => copied = Some(started.elapsed().as_secs_f64()),
-            Progress::NoCanary(file, why) => {
+            CutProgress::Flushing => copied = Some(started.elapsed().as_secs_f64()),
+            CutProgress::NoCanary(file, why) => {
                 meter.clear();
                 say(format_args!(
                     "{file}: no canary, so a host cannot tell whether a worker computes right: {why}"
@@ -152,30 +152,30 @@ fn write_slices(plan: &Plan<'_>, out: &Path, stem: &str, verify: bool) -> Result
 
 /// Writes what `--coreml` asks for, and says what its user should know.
 fn write_packages(
-    packages: &[coreml::Plan<'_>],
+    packages: &[coreml::PackagePlan<'_>],
     manifest: &Manifest,
     out: &Path,
     stem: &str,
 ) -> Result<Vec<coreml::Report>, Failure> {
-    let total: u64 = packages.iter().map(coreml::Plan::weight_bytes).sum();
+    let total: u64 = packages.iter().map(coreml::PackagePlan::weight_bytes).sum();
     let mut meter = Meter::new();
     let (mut done, mut before) = (0, 0);
     let result = coreml::write_middles(packages, manifest, out, stem, &mut |progress| match progress {
-        coreml::Progress::Calibrating { n_tokens } => {
+        coreml::PackageProgress::Calibrating { n_tokens } => {
             meter.clear();
             say(format_args!(
                 "evaluating {n_tokens} tokens of text up to the end of the middle, for the self-test"
             ));
             before = done;
         }
-        coreml::Progress::Writing { index, bytes } => {
+        coreml::PackageProgress::Writing { index, bytes } => {
             // an evaluation is not writing's time
             if done == before {
                 meter = Meter::new();
             }
             done += bytes;
             let (done, total) = (done - before, total - before);
-            meter.show(Progress::Writing(done, total, &coreml::package::directory_name(index)));
+            meter.show(CutProgress::Writing(done, total, &coreml::package::directory_name(index)));
         }
     });
     meter.clear();

@@ -6,7 +6,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use gguf_tools::{split::Progress, text::Safe};
+use gguf_tools::{split::CutProgress, text::Safe};
 
 /// One line on standard error, with nothing in it that a terminal obeys. That nobody reads it is no reason to stop.
 pub(crate) fn say(text: impl fmt::Display) {
@@ -34,16 +34,16 @@ impl Meter {
         Meter { started: Instant::now(), shown: None, terminal: io::stderr().is_terminal(), drawn: false }
     }
 
-    pub(crate) fn show(&mut self, progress: Progress<'_>) {
-        let flushing = matches!(progress, Progress::Flushing);
+    pub(crate) fn show(&mut self, progress: CutProgress<'_>) {
+        let flushing = matches!(progress, CutProgress::Flushing);
         if !flushing && !self.is_due() || flushing && !self.terminal {
             return;
         }
         let text = match progress {
-            Progress::Flushing => "flushing to the disk".to_owned(),
-            Progress::Writing(done, total, file) => self.line("writing", done, total, file),
-            Progress::Verifying(done, total, file) => self.line("verifying", done, total, file),
-            Progress::NoCanary(..) => return,
+            CutProgress::Flushing => "flushing to the disk".to_owned(),
+            CutProgress::Writing(done, total, file) => self.line("writing", done, total, file),
+            CutProgress::Verifying(done, total, file) => self.line("verifying", done, total, file),
+            CutProgress::NoCanary(..) => return,
         };
         self.draw(text);
     }

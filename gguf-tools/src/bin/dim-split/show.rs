@@ -223,7 +223,7 @@ pub(crate) fn print_cuts(hparams: &Hparams, cuts: &Cuts) -> Result<(), Failure> 
 
 /// One line a middle: what the phone will get.
 pub(crate) struct PackagesView<'a> {
-    pub(crate) packages: &'a [coreml::Plan<'a>],
+    pub(crate) packages: &'a [coreml::PackagePlan<'a>],
     pub(crate) stem: &'a str,
 }
 

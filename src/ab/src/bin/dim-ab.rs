@@ -18,11 +18,11 @@ struct Cli {
 enum Command {
     /// Measure the split against the other ways to run the same model on this machine
     #[command(name = "ab", visible_alias = "run")]
-    Ab(ab::Args),
+    Ab(ab::AbArgs),
     /// How well the split guesses a text, and how far its guesses are from stock llama.cpp's
-    Eval(eval::Args),
+    Eval(eval::EvalArgs),
     /// Make tables and plots of what `ab` has recorded
-    Report(report::Args),
+    Report(report::ReportArgs),
     #[command(hide = true)]
     Launch(arms::LaunchArgs),
     #[command(hide = true)]

@@ -12,19 +12,19 @@ use crate::launch::{CAN_PIN, Program, beside};
 use crate::link::LinkOptions;
 use crate::record::{Arm, Scenario};
 use crate::report::{Page, read_all};
-use crate::run::{Plan, RpcServer, Workers, run as run_plan};
+use crate::run::{Experiment, RpcServer, Workers, run as run_plan};
 use dim::Verify;
 use dim::stage::load::model_name;
 use dim::stage::verified::open_slice;
 use dim_cli::args::WireType;
 use dim_cli::explain;
-use dim_cli::progress::Progress;
+use dim_cli::progress::ProgressLine;
 use gguf_tools::failure::Failure;
 use gguf_tools::{tell, terminal};
 
 /// Arguments of `dim-host ab`.
 #[derive(Debug, clap::Args)]
-pub struct Args {
+pub struct AbArgs {
     /// The whole model
     #[arg(short = 'm', long, value_name = "MODEL.gguf")]
     model: PathBuf,
@@ -94,7 +94,7 @@ pub struct Args {
 }
 
 /// Runs it.
-pub fn run(args: &Args) -> Result<(), Failure> {
+pub fn run(args: &AbArgs) -> Result<(), Failure> {
     let arms = args.arms()?;
     let gguf = Gguf::open(&args.model)?;
     let model_parts: Vec<PathBuf> = gguf.files().map(Path::to_owned).collect();
@@ -114,7 +114,7 @@ pub fn run(args: &Args) -> Result<(), Failure> {
         manifest.slices.iter().filter(|s| s.role != Role::Middle).map(path).collect();
     // slices are compared with their digests now, so that no first load has to
     for slice in &host_slices {
-        let mut checking = Progress::new(format!("checking {}", model_name(slice)));
+        let mut checking = ProgressLine::new(format!("checking {}", model_name(slice)));
         open_slice(slice, Verify::Once, |done, all| checking.update(done, all)).map_err(explain)?;
     }
 
@@ -130,7 +130,7 @@ pub fn run(args: &Args) -> Result<(), Failure> {
     };
     let quantised = quantise(&arms, args)?;
 
-    let plan = Plan {
+    let plan = Experiment {
         rounds: args.rounds,
         scenario: args.scenario(&middles),
         model: args.model.clone(),
@@ -157,7 +157,7 @@ pub fn run(args: &Args) -> Result<(), Failure> {
     Ok(())
 }
 
-impl Args {
+impl AbArgs {
     /// What is measured, each once, the split first.
     fn arms(&self) -> Result<Vec<Arm>, Failure> {
         let mut arms = vec![Arm::Split];
@@ -219,7 +219,7 @@ fn same_model(model: &Path, parts: &[PathBuf], split: &Path, manifest: &Manifest
 }
 
 /// Makes the quantised models of the arms that need one, unless they are there from an earlier run.
-fn quantise(arms: &[Arm], args: &Args) -> Result<Vec<(Arm, PathBuf)>, Failure> {
+fn quantise(arms: &[Arm], args: &AbArgs) -> Result<Vec<(Arm, PathBuf)>, Failure> {
     let dir = args.out.join("models");
     let mut made = Vec::new();
     for (arm, name) in [(Arm::Q8_0, "q8_0"), (Arm::Q4KM, "q4_k_m")] {

@@ -16,7 +16,7 @@ use llama_sys_patch::Model;
 
 /// Arguments of `dim-host eval`.
 #[derive(Debug, clap::Args)]
-pub struct Args {
+pub struct EvalArgs {
     /// The text to guess, token for token
     #[arg(long, value_name = "FILE")]
     text: PathBuf,
@@ -39,7 +39,7 @@ pub struct Args {
 }
 
 /// Runs it.
-pub fn run(args: &Args) -> Result<(), Failure> {
+pub fn run(args: &EvalArgs) -> Result<(), Failure> {
     let resources = args.machine.resources()?;
     args.machine.set_log();
     let text = args.read_text()?;
@@ -109,7 +109,7 @@ pub fn run(args: &Args) -> Result<(), Failure> {
     terminal::print(&evaluation.table())
 }
 
-impl Args {
+impl EvalArgs {
     /// The text, once it is clear that it can be evaluated in such windows.
     fn read_text(&self) -> Result<String, Failure> {
         let (window, n_ctx) = (self.window, self.machine.n_ctx);
@@ -136,7 +136,7 @@ struct Text {
 }
 
 impl Text {
-    fn new(model: &Model, text: &str, args: &Args) -> Result<Text, Failure> {
+    fn new(model: &Model, text: &str, args: &EvalArgs) -> Result<Text, Failure> {
         let mut tokens = model.tokenize(text, false, false).map_err(Failure::misuse)?;
         tokens.truncate(args.max_tokens.unwrap_or(usize::MAX));
         if tokens.len() < 2 {

@@ -8,7 +8,7 @@ use gguf_tools::terminal;
 
 /// Arguments of `dim-host report`.
 #[derive(Debug, clap::Args)]
-pub struct Args {
+pub struct ReportArgs {
     /// A folder with records (*.jsonl), as `dim-host ab --out` left them
     dir: PathBuf,
     /// Put the tables into this Markdown file, between its marks, instead of writing a report
@@ -20,7 +20,7 @@ pub struct Args {
 }
 
 /// Runs it.
-pub fn run(args: &Args) -> Result<(), Failure> {
+pub fn run(args: &ReportArgs) -> Result<(), Failure> {
     let measured = read_all(&args.dir).map_err(Failure::misuse)?;
     if measured.is_empty() {
         return Err(Failure::misuse(format!("there are no records in {}", args.dir.display()))

@@ -2,8 +2,8 @@ use super::*;
 use crate::usage::Usage;
 use dim::host::report::{StageReport, WireReport};
 
-fn plan() -> Plan {
-    Plan {
+fn plan() -> Experiment {
+    Experiment {
         arms: vec![Arm::Split],
         rounds: 1,
         scenario: Scenario {

@@ -19,26 +19,26 @@ struct Cli {
 #[derive(Subcommand)]
 enum Command {
     /// Continue a text with a split model
-    Generate(generate::Args),
+    Generate(generate::GenerateArgs),
     /// Talk with a split model
-    Chat(chat::Args),
+    Chat(chat::ChatArgs),
     /// The same as `generate` with stock llama.cpp and the whole model: the other arm of a comparison
-    Stock(stock::Args),
+    Stock(stock::StockArgs),
     /// Pair with a worker, once: it shows a code, this command takes it
-    Pair(pair::Args),
+    Pair(pair::PairArgs),
     /// Send Core ML packages that `dim-split --coreml` wrote to a phone, over the paired connection
-    Push(push::Args),
+    Push(push::PushArgs),
     /// Talk with a small model over two processes, and compare it with stock llama.cpp
-    Demo(demo::Args),
+    Demo(demo::DemoArgs),
     /// Measure the split against the other ways to run the same model on this machine: `dim-ab ab`
     #[command(disable_help_flag = true)]
-    Ab(laboratory::Args),
+    Ab(laboratory::LaboratoryArgs),
     /// How well the split guesses a text, and how far its guesses are from stock llama.cpp's: `dim-ab eval`
     #[command(disable_help_flag = true)]
-    Eval(laboratory::Args),
+    Eval(laboratory::LaboratoryArgs),
     /// Make tables and plots of what `ab` has recorded: `dim-ab report`
     #[command(disable_help_flag = true)]
-    Report(laboratory::Args),
+    Report(laboratory::LaboratoryArgs),
 }
 
 fn main() -> ExitCode {

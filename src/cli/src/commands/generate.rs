@@ -13,7 +13,7 @@ use crate::{explain, shown};
 
 /// Arguments of `dim-host generate`.
 #[derive(Debug, clap::Args)]
-pub struct Args {
+pub struct GenerateArgs {
     #[command(flatten)]
     split: SplitArgs,
     #[command(flatten)]
@@ -23,7 +23,7 @@ pub struct Args {
 }
 
 /// Runs it.
-pub fn run(args: &Args, process_start: Instant) -> Result<(), Failure> {
+pub fn run(args: &GenerateArgs, process_start: Instant) -> Result<(), Failure> {
     args.prompt.sampling.sampling()?;
     let interrupt = Interrupt::watch();
     let host = args.split.host(&args.machine)?;

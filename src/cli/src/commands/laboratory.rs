@@ -7,7 +7,7 @@ use gguf_tools::failure::Failure;
 
 /// Whatever `dim-ab` takes.
 #[derive(Debug, clap::Args)]
-pub struct Args {
+pub struct LaboratoryArgs {
     /// Arguments of `dim-ab`; `--help` shows them
     #[arg(trailing_var_arg = true, allow_hyphen_values = true, value_name = "ARGUMENTS")]
     rest: Vec<OsString>,
@@ -17,7 +17,7 @@ pub struct Args {
 ///
 /// # Errors
 /// It is not beside this program, or cannot be started.
-pub fn run(subcommand: &str, args: &Args) -> Result<(), Failure> {
+pub fn run(subcommand: &str, args: &LaboratoryArgs) -> Result<(), Failure> {
     let here =
         std::env::current_exe().map_err(|e| Failure::failed(format!("this program's own file: {e}")))?;
     let program = here.with_file_name(format!("dim-ab{}", std::env::consts::EXE_SUFFIX));

@@ -14,7 +14,7 @@ use crate::explain;
 
 /// Arguments of `dim-host pair`.
 #[derive(Debug, clap::Args)]
-pub struct Args {
+pub struct PairArgs {
     /// The worker
     #[arg(value_name = "ADDR:PORT")]
     address: String,
@@ -23,7 +23,7 @@ pub struct Args {
 }
 
 /// Runs it.
-pub fn run(args: &Args) -> Result<(), Failure> {
+pub fn run(args: &PairArgs) -> Result<(), Failure> {
     let address = address(&args.address)?;
     let typed = match &args.code {
         Some(code) => code.clone(),

@@ -17,11 +17,11 @@ use gguf_tools::tell;
 
 use crate::args::{PatienceArgs, address, keys_for};
 use crate::explain;
-use crate::progress::{Progress, size};
+use crate::progress::{ProgressLine, size};
 
 /// Arguments of `dim-host push`.
 #[derive(Debug, clap::Args)]
-pub struct Args {
+pub struct PushArgs {
     /// What dim-split --coreml wrote: STEM.middle-A..B.coreml
     #[arg(value_name = "DIRECTORY")]
     directory: PathBuf,
@@ -36,11 +36,11 @@ pub struct Args {
 }
 
 /// Runs it.
-pub fn run(args: &Args) -> Result<(), Failure> {
+pub fn run(args: &PushArgs) -> Result<(), Failure> {
     let worker = address(&args.worker)?;
     let keys = keys_for(&worker, args.key_file.as_deref())?;
     let mut likeliest = 0;
-    let mut checking = Progress::new(format!("checking {}", args.directory.display()));
+    let mut checking = ProgressLine::new(format!("checking {}", args.directory.display()));
     let packages =
         Packages::open(&args.directory, &mut |done, all| checking.update(done, all)).map_err(unfit)?;
     drop(checking);
@@ -113,13 +113,13 @@ impl Transfer {
 /// One connection's part of it, on a terminal.
 struct Connection<'a> {
     transfer: &'a mut Transfer,
-    progress: Progress,
+    progress: ProgressLine,
     begun: bool,
 }
 
 impl<'a> Connection<'a> {
     fn new(worker: &str, transfer: &'a mut Transfer) -> Connection<'a> {
-        Connection { transfer, progress: Progress::new(format!("sending to {worker}")), begun: false }
+        Connection { transfer, progress: ProgressLine::new(format!("sending to {worker}")), begun: false }
     }
 
     fn moved(&mut self, done: u64) {

@@ -13,7 +13,7 @@ use crate::{explain, shown};
 
 /// Arguments of `dim-host stock`.
 #[derive(Debug, clap::Args)]
-pub struct Args {
+pub struct StockArgs {
     /// The whole model
     #[arg(short = 'm', long, value_name = "MODEL.gguf")]
     model: PathBuf,
@@ -35,7 +35,7 @@ pub struct Args {
 }
 
 /// Runs it.
-pub fn run(args: &Args, process_start: Instant) -> Result<(), Failure> {
+pub fn run(args: &StockArgs, process_start: Instant) -> Result<(), Failure> {
     args.prompt.sampling.sampling()?;
     args.machine.set_log();
     let interrupt = Interrupt::watch();
@@ -43,7 +43,7 @@ pub fn run(args: &Args, process_start: Instant) -> Result<(), Failure> {
     reply(model.session().map_err(explain)?, &args.prompt, &interrupt, process_start)
 }
 
-fn load(args: &Args) -> Result<WholeModel, Failure> {
+fn load(args: &StockArgs) -> Result<WholeModel, Failure> {
     let resources = args.machine.resources()?;
     #[cfg(feature = "rpc")]
     if let (Some(server), Some(n_blocks)) = (args.rpc, args.rpc_blocks) {

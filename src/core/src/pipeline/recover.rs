@@ -272,7 +272,11 @@ impl Pipeline {
         let result = match moved {
             Ok(true) if *is_sent => {
                 let bytes = rows.bytes() as u64;
-                guard.put_aside(Traffic { bytes_sent: bytes, bytes_received: bytes, round_trips: 1 });
+                guard.count_check_traffic(Traffic {
+                    bytes_sent: bytes,
+                    bytes_received: bytes,
+                    round_trips: 1,
+                });
                 check.answered(&rows);
                 (*next, *is_sent) = (*next + 1, false);
                 Ok(true)

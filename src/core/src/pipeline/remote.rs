@@ -12,7 +12,7 @@ use crate::ids::{JobId, StageId};
 use crate::patience::Losses;
 use crate::replay::{ReplayLog, Standing};
 use crate::rows::Rows;
-use crate::schedule::{OutOfTurn, Progress};
+use crate::schedule::{AfterStage, OutOfTurn};
 use crate::stage::{Answer, RemoteStage, Span, StageError, TakeBack, Traffic, n_rows};
 use crate::trace::Happened;
 use crate::window::{LEAST_WINDOW, RoundTrips};
@@ -344,7 +344,7 @@ impl Pipeline {
             slot.stats.wait += waited.saturating_sub(answer.compute);
         }
         match (self.schedule.finished(at, answer.job), self.work.get_mut(answer.job)) {
-            (Ok(Progress::Next(_)), Some(Work::Step(step))) => step.hidden = Some(rows),
+            (Ok(AfterStage::Next(_)), Some(Work::Step(step))) => step.hidden = Some(rows),
             (Ok(_), _) => {
                 self.spare.push(rows);
                 self.forget(answer.job);
@@ -415,7 +415,7 @@ impl Pipeline {
         };
         let after = remote.stage.traffic();
         let guard = remote.stage.guard()?;
-        guard.put_aside(Traffic {
+        guard.count_check_traffic(Traffic {
             bytes_sent: after.bytes_sent - before.bytes_sent,
             bytes_received: after.bytes_received - before.bytes_received,
             round_trips: after.round_trips - before.round_trips,
@@ -449,7 +449,7 @@ impl Pipeline {
         let is_last = remote.check.as_mut().is_some_and(|check| check.answered(&rows));
         let check = remote.check.take_if(|_| is_last);
         let verdict = remote.stage.guard().map(|guard| {
-            guard.put_aside(Traffic { bytes_sent: bytes, bytes_received: bytes, round_trips: 1 });
+            guard.count_check_traffic(Traffic { bytes_sent: bytes, bytes_received: bytes, round_trips: 1 });
             check.map_or(Ok(()), |check| guard.verdict(&check).map(drop))
         });
         self.spare.push(rows);

@@ -46,12 +46,12 @@ fn a_job_passes_every_stage_in_order() {
     let mut s = Schedule::new(&HEAD_REMOTE_TAIL, 4);
     let job = decode(&mut s, ALICE);
     assert_eq!(s.next(), Some(Next::Run(job, HEAD)));
-    assert_eq!(s.finished(HEAD, job), Ok(Progress::Next(MIDDLE)));
+    assert_eq!(s.finished(HEAD, job), Ok(AfterStage::Next(MIDDLE)));
     assert_eq!(s.next(), Some(Next::Send(job, MIDDLE)));
     assert_eq!(s.next(), Some(Next::Wait));
-    assert_eq!(s.finished(MIDDLE, job), Ok(Progress::Next(TAIL)));
+    assert_eq!(s.finished(MIDDLE, job), Ok(AfterStage::Next(TAIL)));
     assert_eq!(s.next(), Some(Next::Run(job, TAIL)));
-    assert_eq!(s.finished(TAIL, job), Ok(Progress::Complete));
+    assert_eq!(s.finished(TAIL, job), Ok(AfterStage::Complete));
     assert_eq!(s.next(), None);
 }
 
@@ -124,8 +124,8 @@ fn a_cancelled_step_vanishes_where_it_waits_and_is_void_where_it_runs() {
     assert_eq!(s.cancel(ALICE, a), Dropped::default());
     assert_eq!(s.next(), Some(Next::Wait));
     assert_eq!(s.finished(MIDDLE, other), Err(OutOfTurn { stage: MIDDLE, got: other, expected: Some(a) }));
-    assert_eq!(s.finished(MIDDLE, a), Ok(Progress::Void));
-    assert_eq!(s.finished(MIDDLE, other), Ok(Progress::Next(TAIL)));
+    assert_eq!(s.finished(MIDDLE, a), Ok(AfterStage::Void));
+    assert_eq!(s.finished(MIDDLE, other), Ok(AfterStage::Next(TAIL)));
 }
 
 #[test]
@@ -160,8 +160,8 @@ fn an_error_takes_a_session_s_steps_and_nobody_else_s() {
     assert_eq!(s.sessions_up_to(MIDDLE), [ALICE, BOB]);
     assert_eq!(s.fail(ALICE), Dropped { first: Some(a), vanished: vec![b], voided: vec![a] });
     assert_eq!(s.sessions_up_to(MIDDLE), [BOB]);
-    assert_eq!(s.finished(MIDDLE, a), Ok(Progress::Void));
-    assert_eq!(s.finished(MIDDLE, x), Ok(Progress::Next(TAIL)));
+    assert_eq!(s.finished(MIDDLE, a), Ok(AfterStage::Void));
+    assert_eq!(s.finished(MIDDLE, x), Ok(AfterStage::Next(TAIL)));
     // its rewind stays: the caches are to be where its caller put them
     let mut rest = Vec::new();
     while let Some(next) = s.next() {
@@ -198,7 +198,7 @@ fn a_check_goes_first_leaves_after_its_stage_and_is_gone_with_its_worker() {
     s.finished(TAIL, a).unwrap_err();
     assert_eq!(s.next(), Some(Next::Run(a, TAIL)));
     s.finished(TAIL, a).unwrap();
-    assert_eq!(s.finished(MIDDLE, ids[0]), Ok(Progress::Complete));
+    assert_eq!(s.finished(MIDDLE, ids[0]), Ok(AfterStage::Complete));
     assert_eq!(s.lost(MIDDLE), [ids[1], ids[2]]);
     s.found(MIDDLE);
     assert_eq!(s.next(), Some(Next::Send(b, MIDDLE)));
@@ -267,11 +267,11 @@ fn batches_are_formed_when_stage_0_is_free_up_to_the_limit_of_rows() {
     assert_eq!(members, [b, a], "Carol's three rows do not fit beside");
     // one of a batch is given up: the batch goes on, and is void when all are
     assert_eq!(s.cancel(ALICE, a).voided, [a]);
-    assert_eq!(s.finished(HEAD, b), Ok(Progress::Next(MIDDLE)));
+    assert_eq!(s.finished(HEAD, b), Ok(AfterStage::Next(MIDDLE)));
     assert_eq!(s.next(), Some(Next::Send(b, MIDDLE)));
     assert_eq!(s.cancel(BOB, b).voided, [b]);
     s.finished(MIDDLE, first).unwrap();
-    assert_eq!(s.finished(MIDDLE, b), Ok(Progress::Void));
+    assert_eq!(s.finished(MIDDLE, b), Ok(AfterStage::Void));
     come_out_of_tail(&mut s, first);
     // as many steps of replies as there are replies: the prompt has its turn, and goes alone
     assert_eq!(s.next(), Some(Next::Run(chunk, HEAD)));
@@ -341,7 +341,7 @@ proptest! {
                 let job = s.front(at).unwrap();
                 let members: Vec<Member> = s.members(at, job).collect();
                 let progress = s.finished(at, job).unwrap();
-                if progress == Progress::Complete {
+                if progress == AfterStage::Complete {
                     refill(&mut s, &members, endless);
                 }
                 continue;
@@ -354,7 +354,7 @@ proptest! {
                     seen[at.0].entry(*session).or_default().push(job);
                 }
             }
-            if matches!(next, Next::Run(..)) && s.finished(at, job).unwrap() == Progress::Complete {
+            if matches!(next, Next::Run(..)) && s.finished(at, job).unwrap() == AfterStage::Complete {
                 refill(&mut s, &members, endless);
             }
         }

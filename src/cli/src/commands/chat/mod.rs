@@ -19,7 +19,7 @@ use input::{Input, Line};
 
 /// Arguments of `dim-host chat`.
 #[derive(Debug, clap::Args)]
-pub struct Args {
+pub struct ChatArgs {
     #[command(flatten)]
     split: SplitArgs,
     #[command(flatten)]
@@ -50,7 +50,7 @@ pub struct Args {
 }
 
 /// Runs it.
-pub fn run(args: &Args, process_start: Instant) -> Result<(), Failure> {
+pub fn run(args: &ChatArgs, process_start: Instant) -> Result<(), Failure> {
     let sampling = args.sampling.sampling()?;
     let n_predict = limit(args.n_predict)?;
     // what is wrong with a file is known before a model is loaded
@@ -88,7 +88,7 @@ fn own_template(host: &Host) -> Result<ChatTemplate, Failure> {
     }
 }
 
-impl Args {
+impl ChatArgs {
     /// The conversation as it begins.
     fn first_turns(&self) -> Result<Vec<Turn>, Failure> {
         let mut turns = self.resume.as_deref().map_or(Ok(Vec::new()), transcript::read)?;
@@ -101,7 +101,7 @@ impl Args {
 }
 
 struct Chat<'a> {
-    args: &'a Args,
+    args: &'a ChatArgs,
     sampling: Sampling,
     n_predict: Option<usize>,
     interrupt: Interrupt,

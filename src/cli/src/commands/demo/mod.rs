@@ -29,7 +29,7 @@ use programs::{Scratch, Worker, program, run_to_end, typed, write_key};
 
 /// Arguments of `dim-host demo`.
 #[derive(Debug, clap::Args)]
-pub struct Args {
+pub struct DemoArgs {
     /// A model of yours [default: SmolLM2-135M-Instruct where `make demo` has fetched it, else random weights]
     #[arg(short = 'm', long, value_name = "MODEL.gguf")]
     model: Option<PathBuf>,
@@ -54,14 +54,14 @@ pub struct Args {
 }
 
 /// Runs it.
-pub fn run(args: &Args) -> Result<(), Failure> {
+pub fn run(args: &DemoArgs) -> Result<(), Failure> {
     // Ctrl-C stops the reply and the programs that were started, and this one then cleans up
     let interrupt = Interrupt::watch();
     interrupt.during(|| Demo::new(args)?.run(interrupt.stop_flag()))
 }
 
 struct Demo<'a> {
-    args: &'a Args,
+    args: &'a DemoArgs,
     scratch: Scratch,
     page: Page,
     resources: Resources,
@@ -78,7 +78,7 @@ enum Weights {
 }
 
 impl Weights {
-    fn of(args: &Args) -> Weights {
+    fn of(args: &DemoArgs) -> Weights {
         if let Some(model) = &args.model {
             return Weights::Given(model.clone());
         }
@@ -99,7 +99,7 @@ fn fetched() -> Option<PathBuf> {
 }
 
 impl<'a> Demo<'a> {
-    fn new(args: &'a Args) -> Result<Demo<'a>, Failure> {
+    fn new(args: &'a DemoArgs) -> Result<Demo<'a>, Failure> {
         let resources = Resources { n_ctx: N_CTX, n_threads: Some(args.threads), ..Resources::default() };
         resources.check().map_err(explain)?;
         let scratch = Scratch::new(args.keep.clone())?;
