@@ -7,9 +7,10 @@ use std::io::{BufRead as _, BufReader, Write as _};
 use std::net::SocketAddr;
 use std::path::Path;
 use std::process::{Command, Stdio};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
-use common::{Cut, Worker, failure, host_program, report, run, text, worker_program};
+use common::{Cut, Relay, Worker, failure, host_program, report, run, text, worker_program};
 use dim_wire::keys::{Key, KeyStore, Peer};
 use dim_wire::transport::discover::{Announcement, Search};
 use gguf_tools::synth::Spec;
@@ -168,6 +169,102 @@ fn without_any_worker_a_middle_at_hand_runs_here_and_without_one_the_way_out_is_
     let says = failure(&mut auto(&cut, &home, port, &["--give-up-after", "1"]), 1);
     assert!(says.contains("no usable worker for blocks 1..2") && says.contains("none was seen"), "{says}");
     assert!(says.contains("--worker ADDR:PORT"), "{says}");
+}
+
+/// A phone that is being unlocked, a worker whose machine wakes up: the question goes unanswered, and is asked again.
+#[test]
+fn a_worker_that_stands_still_for_seven_seconds_is_asked_again() {
+    let port = mdns_port();
+    let cut = Cut::tiny("qwen2");
+    let (host, home) = (Home::new(), Home::new());
+    pair(&host, &home, "a");
+    let mut command = Command::new(worker_program());
+    command.arg(cut.slice(1)).args(["--listen", "127.0.0.1:0", "--threads", "1", "--ctx", "512"]);
+    command.args(["--announce", "never"]).env("XDG_CONFIG_HOME", home.path());
+    let worker = Worker::spawn(&mut command);
+    std::fs::rename(cut.slice(1), cut.slice(1).with_extension("away")).unwrap();
+    let relay = Relay::to(&worker.address);
+    relay.pace(0);
+    let _seen = Announcement::start("slow", relay.address, port, |_| {}).unwrap();
+    let mut generate = auto(&cut, &host, port, &[]);
+    let host = generate.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
+    // longer than a question may take
+    std::thread::sleep(Duration::from_secs(7));
+    relay.pace(u64::MAX);
+    let output = host.wait_with_output().unwrap();
+    let says = text(&output.stderr);
+    assert!(output.status.success() && says.contains("did not answer"), "{says}");
+}
+
+/// Anybody can announce eighty workers, at eighty addresses that take connections and say nothing.
+#[cfg(target_os = "linux")]
+#[test]
+fn eighty_false_announcements_do_not_hide_the_paired_worker() {
+    let port = mdns_port();
+    let cut = Cut::tiny("qwen2");
+    let (host, home) = (Home::new(), Home::new());
+    let silent = std::net::TcpListener::bind("0.0.0.0:0").unwrap();
+    let at = silent.local_addr().unwrap().port();
+    let over = AtomicBool::new(false);
+    std::thread::scope(|scope| {
+        scope.spawn(|| {
+            let socket = std::net::UdpSocket::bind("127.0.0.1:0").unwrap();
+            while !over.load(Ordering::Relaxed) {
+                for n in 0..80 {
+                    socket.send_to(&announcement(n, at), ("224.0.0.251", port)).unwrap();
+                }
+                std::thread::sleep(Duration::from_millis(300));
+            }
+        });
+        let mut search = Search::start(port).unwrap();
+        let mut seen = std::collections::HashSet::new();
+        while seen.len() < 80 {
+            let next = search.next(Instant::now() + Duration::from_secs(20)).expect("all of them are seen");
+            seen.insert(next.name);
+        }
+        drop(search);
+        let worker = announced(&cut.slice(1), &home, port);
+        let mut search = Search::start(port).unwrap();
+        let is_ours = |s: &dim_wire::transport::discover::Sighting| s.addresses.contains(&worker.address);
+        let ours = std::iter::from_fn(|| search.next(Instant::now() + Duration::from_secs(20))).find(is_ours);
+        pair(&host, &home, &ours.expect("it is seen").name);
+        std::fs::rename(cut.slice(1), cut.slice(1).with_extension("away")).unwrap();
+        let output = run(&mut auto(&cut, &host, port, &["--give-up-after", "12"]));
+        over.store(true, Ordering::Relaxed);
+        assert!(output.status.success(), "{}", text(&output.stderr));
+    });
+}
+
+/// What a machine at 127.0.1.`n` would send to say that a worker listens there: PTR, SRV, TXT and A.
+#[cfg(target_os = "linux")]
+fn announcement(n: u8, port: u16) -> Vec<u8> {
+    fn name(labels: &[&str]) -> Vec<u8> {
+        let label = |l: &&str| std::iter::once(l.len() as u8).chain(l.bytes()).collect::<Vec<_>>();
+        labels.iter().flat_map(label).chain([0]).collect()
+    }
+    let (service, host) = (["_dim", "_tcp", "local"], format!("false-{n}"));
+    let instance = format!("worker {n}");
+    let instance = name(&[&instance, service[0], service[1], service[2]]);
+    let host = name(&[&host, "local"]);
+    let record = |of: &[u8], kind: u16, class: u16, data: &[u8]| {
+        let mut record = of.to_vec();
+        record.extend(kind.to_be_bytes());
+        record.extend(class.to_be_bytes());
+        record.extend(120u32.to_be_bytes());
+        record.extend((data.len() as u16).to_be_bytes());
+        record.extend(data);
+        record
+    };
+    let mut srv = vec![0; 4];
+    srv.extend(port.to_be_bytes());
+    srv.extend(&host);
+    // a response, authoritative, of four answers
+    let mut packet = vec![0, 0, 0x84, 0, 0, 0, 0, 4, 0, 0, 0, 0];
+    packet.extend(record(&name(&service), 12, 1, &instance));
+    packet.extend(record(&instance, 33, 0x8001, &srv));
+    packet.extend(record(&instance, 16, 0x8001, &[0]));
+    packet.extend(record(&host, 1, 0x8001, &[127, 0, 1, n + 1]));
+    packet
 }
 
 /// Anybody can announce anything.

@@ -67,10 +67,16 @@ static void on_log(ggml_log_level level, const char * text, void *) {
     if (shown == DIM_LOG_EVERYTHING || (shown == DIM_LOG_WARNINGS && grave)) std::fputs(text, stderr);
 }
 
+// What ggml says last, before it ends the process. Its own way starts a debugger on the process to print a stack.
+static void on_abort(const char * text) {
+    std::fprintf(stderr, "%s\n", text);
+}
+
 void initialize() {
     static std::once_flag once;
     std::call_once(once, [] {
         llama_log_set(on_log, nullptr);
+        ggml_set_abort_callback(on_abort);
         llama_backend_init();
     });
 }

@@ -30,8 +30,9 @@ struct Loaded {
     arch: String,
 }
 
-// SAFETY: a dim_model belongs to no thread and is not changed once it is loaded: everything that takes one is "Thread: any"
-// in layer_eval.h. Freeing it waits for the last Arc.
+// SAFETY: a dim_model belongs to no thread, and of a loaded one only the switch `no_alloc` changes, which whoever lets
+// llama.cpp look at it does under allocation_lock(): everything that takes one is "Thread: any" in layer_eval.h. Freeing it
+// waits for the last Arc.
 unsafe impl Send for Loaded {}
 // SAFETY: as above.
 unsafe impl Sync for Loaded {}

@@ -356,3 +356,29 @@ fn models_without_separate_blocks_are_refused() {
     }
     assert!(devices().iter().any(|d| !d.is_gpu), "the CPU is a device");
 }
+
+/// The program that this test starts again, to see how it ends.
+const ABORTS: &str = "DIM_TEST_ABORTS";
+
+/// ggml's own way starts a debugger on the dying process, which takes seconds and reads the user's memory.
+#[cfg(unix)]
+#[test]
+fn an_abort_of_ggml_says_why_and_starts_nothing() {
+    use std::os::unix::process::ExitStatusExt as _;
+    if std::env::var_os(ABORTS).is_some() {
+        let _initialised = load(&Spec::tiny("qwen2").unwrap());
+        // SAFETY: three literals, NUL-terminated, and a format that takes nothing.
+        unsafe { llama_cpp_sys_2::ggml_abort(c"here.c".as_ptr(), 7, c"on purpose".as_ptr()) };
+    }
+    let again = std::process::Command::new(std::env::current_exe().unwrap())
+        .args(["--exact", "an_abort_of_ggml_says_why_and_starts_nothing", "--nocapture"])
+        .env(ABORTS, "1")
+        .env_remove("GGML_NO_BACKTRACE")
+        // what a debugger would be looked for in
+        .env("PATH", "/nowhere")
+        .output()
+        .unwrap();
+    let said = String::from_utf8_lossy(&again.stderr);
+    assert_eq!(again.status.signal(), Some(6), "{said}");
+    assert!(said.ends_with("here.c:7: on purpose\n"), "{said}");
+}

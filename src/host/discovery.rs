@@ -2,13 +2,13 @@
 //! blocks fit. Tells for each one that it sees why it is or is not usable.
 //!
 //! ```text
-//!     sighting ---> probe (a thread each): reachable? which key? what does it hold?
-//!                     | no: told once                      | yes: candidate
+//!     sighting ---> probe, in its turn (asking.rs): reachable? which key? what does it hold?
+//!                     | no: told once, asked again         | yes: candidate
 //!     candidates ---> do their blocks close the gap? ---> connect: busy? loading? ---> taken
 //! ```
 
 use std::collections::HashMap;
-use std::sync::mpsc::{Receiver, Sender, channel};
+use std::sync::mpsc::{Sender, channel};
 use std::time::{Duration, Instant};
 
 use dim_core::blocks::BlockRange;
@@ -22,6 +22,7 @@ use dim_wire::transport::{LinkError, LinkErrorKind, Timing, inquire};
 
 use crate::error::Error;
 use crate::event::{Event, Events, Sighted};
+use crate::host::asking::Asking;
 use crate::host::assign::with_one_of;
 use crate::retry::{Absent as _, Retry};
 use crate::stage::remote::WorkerStage;
@@ -33,6 +34,8 @@ const LOCAL_AFTER: Duration = Duration::from_secs(5);
 const AGAIN_AFTER: Duration = Duration::from_secs(1);
 /// Keys tried at one worker.
 const MOST_KEYS: usize = 32;
+/// Workers of which it is told why they cannot be used, besides those that are likely this user's.
+const MOST_TOLD: usize = 64;
 /// How long a look at the network takes.
 const POLL: Duration = Duration::from_millis(50);
 
@@ -59,6 +62,14 @@ impl Discovery {
             }
         }
         Ok(Discovery { keys, mdns_port: MDNS_PORT })
+    }
+
+    /// Whether it looks like a worker that this user is paired with: anybody can look like one.
+    fn is_likely(&self, sighting: &Sighting) -> bool {
+        self.keys.iter().any(|(_, peer)| {
+            let is_named = !peer.name.is_empty() && sighting.name.starts_with(&peer.name);
+            is_named || sighting.addresses.contains(&peer.address)
+        })
     }
 
     /// With one key for all.
@@ -114,12 +125,29 @@ pub(crate) fn find(
     let begun = Instant::now();
     let mut retry = Retry::new(need.patience, begun);
     let (tell, probed) = channel();
-    let mut candidates = Candidates { need, events, list: Vec::new(), told: HashMap::new() };
+    let mut asking = Asking::default();
+    let mut candidates =
+        Candidates { need, events, list: Vec::new(), told: HashMap::new(), lost: Vec::new() };
     loop {
-        while let Some(sighting) = search.next(Instant::now() + POLL) {
+        let look_until = Instant::now() + POLL;
+        // announcements without an end do not keep it from asking
+        while let Some(sighting) = search.next(look_until) {
+            let is_likely = how.is_likely(&sighting);
+            asking.saw(sighting, is_likely, Instant::now());
+            if Instant::now() >= look_until {
+                break;
+            }
+        }
+        while let Some(sighting) = asking.next(Instant::now()) {
             probe_apart(sighting, how.keys.clone(), tell.clone());
         }
-        candidates.take_in(&probed);
+        while let Ok((sighting, probe)) = probed.try_recv() {
+            let holds = candidates.take_in(&sighting, probe, how.is_likely(&sighting));
+            asking.answered(&sighting, holds, Instant::now());
+        }
+        for address in candidates.lost.drain(..) {
+            asking.lost(&address, Instant::now());
+        }
         let with_local = begun.elapsed() >= LOCAL_AFTER.min(need.patience.give_up_after);
         if candidates.close_the_gaps(with_local, connect, &mut retry) {
             return Ok(candidates.into_found(with_local));
@@ -196,12 +224,18 @@ struct Candidates<'a> {
     list: Vec<Candidate>,
     /// what was last told of whom
     told: HashMap<(String, String), Sighted>,
+    /// addresses of those that could not be had after all
+    lost: Vec<String>,
 }
 
 impl Candidates<'_> {
-    fn tell(&mut self, name: &str, address: &str, found: Sighted) {
+    fn tell(&mut self, name: &str, address: &str, found: Sighted, is_likely: bool) {
         let who = (name.to_owned(), address.to_owned());
         if self.told.get(&who).is_some_and(|before| is_same_reason(before, &found)) {
+            return;
+        }
+        // a network full of announcements does not fill the screen, nor this machine's memory
+        if self.told.len() >= MOST_TOLD && !is_likely && !self.told.contains_key(&who) {
             return;
         }
         let (name, address) = who.clone();
@@ -209,26 +243,29 @@ impl Candidates<'_> {
         self.told.insert(who, found);
     }
 
-    fn take_in(&mut self, probed: &Receiver<(Sighting, Probe)>) {
-        while let Ok((sighting, probe)) = probed.try_recv() {
-            let (address, key, offer) = match probe {
-                Probe::Holds { address, key, offer } => (address, key, offer),
-                Probe::No(why) => {
-                    self.tell(&sighting.name, &sighting.addresses[0], why);
-                    continue;
-                }
-            };
-            match fit(self.need, &offer) {
-                Err(misfit) => self.tell(&sighting.name, &address, misfit),
-                Ok(blocks) => {
-                    self.tell(&sighting.name, &address, Sighted::Holds(terms::offered(&offer)));
-                    let name = sighting.name;
-                    // seen again, with more addresses
-                    if self.list.iter().any(|c| c.address == address) {
-                        continue;
-                    }
+    /// What a probe came to: whether it holds what is looked for.
+    fn take_in(&mut self, sighting: &Sighting, probe: Probe, is_likely: bool) -> bool {
+        let name = &sighting.name;
+        let (address, key, offer) = match probe {
+            Probe::Holds { address, key, offer } => (address, key, offer),
+            Probe::No(why) => {
+                self.tell(name, &sighting.addresses[0], why, is_likely);
+                return false;
+            }
+        };
+        match fit(self.need, &offer) {
+            Err(misfit) => {
+                self.tell(name, &address, misfit, true);
+                false
+            }
+            Ok(blocks) => {
+                self.tell(name, &address, Sighted::Holds(terms::offered(&offer)), true);
+                // seen again, with more addresses
+                if !self.list.iter().any(|c| c.address == address) {
+                    let name = name.clone();
                     self.list.push(Candidate { name, address, key, blocks, stage: None, failed: None });
                 }
+                true
             }
         }
     }
@@ -249,9 +286,12 @@ impl Candidates<'_> {
                     let (name, address) = (candidate.name.clone(), candidate.address.clone());
                     match error.absence() {
                         Some(absence) => retry.learn(absence),
-                        None => drop(self.list.remove(at)),
+                        None => {
+                            self.list.remove(at);
+                            self.lost.push(address.clone());
+                        }
                     }
-                    self.tell(&name, &address, Sighted::Failed(error));
+                    self.tell(&name, &address, Sighted::Failed(error), true);
                 }
             }
         }

@@ -9,6 +9,7 @@
 //! [`WholeModel`] is the same without a split, by stock llama.cpp: what a split is compared with.
 
 pub mod address;
+mod asking;
 mod assign;
 mod builder;
 mod connect;

@@ -53,6 +53,8 @@ struct Target {
     terms: Terms,
     /// a worker that does not have as many sessions as the terms want may have so many
     least_sessions: u32,
+    /// rows of the largest step that may have to be sent again as it was
+    least_rows: u32,
     timing: Timing,
 }
 
@@ -75,6 +77,19 @@ impl Target {
 #[error("not connected to {address}")]
 struct NotConnected {
     address: String,
+}
+
+/// A worker that was started again with smaller chunks. What it has to be told again has to go in the chunks in which it
+/// went: others give other last bits.
+#[derive(Debug, thiserror::Error)]
+#[error(
+    "{address} takes {has} rows at once now, and this was begun with {needed}: start it with --ubatch {needed}, or \
+     begin anew"
+)]
+struct SmallerChunks {
+    address: String,
+    has: u32,
+    needed: u32,
 }
 
 /// A worker that is heard and does not answer.
@@ -100,12 +115,19 @@ impl WorkerStage {
         timing: Timing,
         step_limit: Duration,
     ) -> Result<WorkerStage, LinkError> {
-        let mut target =
-            Target { address: address.to_owned(), key: key.clone(), terms, least_sessions, timing };
+        let mut target = Target {
+            address: address.to_owned(),
+            key: key.clone(),
+            terms,
+            least_sessions,
+            least_rows: 0,
+            timing,
+        };
         let link = target.dial()?;
         // what this host builds upon every worker that comes after this one has to be able to do
         let agreed = link.agreed();
         target.terms.take_back = agreed.take_back;
+        target.least_rows = agreed.max_rows;
         target.terms.shape = agreed.shape.clone();
         let peer = link.peer_terms();
         (target.terms.input, target.terms.output) = (peer.input, peer.output);
@@ -385,7 +407,13 @@ impl RemoteStage for WorkerStage {
             }
         };
         self.dialling = None;
-        let link = self.link.insert(result.map_err(sort_unproven)?);
+        let link = result.map_err(sort_unproven)?;
+        let (has, needed) = (link.agreed().max_rows, self.target.least_rows);
+        if has < needed {
+            let address = self.target.address.clone();
+            return Err(StageError::refused(SmallerChunks { address, has, needed }));
+        }
+        let link = self.link.insert(link);
         link.receiver().notify(self.bell.clone());
         Ok(true)
     }

@@ -57,9 +57,12 @@ final class Connection: @unchecked Sendable {
     /// nothing holds for long: the accept thread asks this of every connection.
     var isHandshaking: Bool { phase.withLock { $0 == .handshaking } }
 
-    /// Ends a handshake to make room for a newer one.
+    /// Whether everything is said, and only the peer's time to read it is waited for.
+    var isEnding: Bool { phase.withLock { $0 == .ending } }
+
+    /// Ends a handshake, or what is left of a connection, to make room for a newer one.
     func letGo() {
-        phase.withLock { if $0 == .handshaking { $0 = .letGo } }
+        phase.withLock { if $0 != .open { $0 = .letGo } }
         socket.shutDown()
     }
 
@@ -98,7 +101,7 @@ final class Connection: @unchecked Sendable {
         flush()
     }
 
-    private enum Phase { case handshaking, open, letGo }
+    private enum Phase { case handshaking, open, ending, letGo }
     private let phase = Locked(Phase.handshaking)
 
     // MARK: the connection's thread
@@ -449,7 +452,7 @@ final class Connection: @unchecked Sendable {
         server.configuration.pushStore.map { if pushed != nil { $0.end() } }
         server.release(self)
         let wasLetGo = phase.withLock { phase in
-            defer { phase = .letGo }
+            if phase != .letGo { phase = .ending }
             return phase == .letGo
         }
         if wasLetGo {

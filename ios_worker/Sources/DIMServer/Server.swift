@@ -309,7 +309,11 @@ public final class Server: @unchecked Sendable {
     private var crowd = Crowd()
 
     private func makeRoom() {
-        let handshakes = locked { Array(connections.values) }.filter(\.isHandshaking)
+        let all = locked { Array(connections.values) }
+        let ending = all.filter(\.isEnding)
+        // strangers that were told that they may not come in do not fill the room while they read it
+        if ending.count >= Limit.handshakes { ending.min { $0.number < $1.number }?.letGo() }
+        let handshakes = all.filter(\.isHandshaking)
         guard handshakes.count >= Limit.handshakes else { return }
         let sorted = handshakes.sorted { $0.number < $1.number }
         if let place = crowd.leaves(sorted.map(\.network)) {

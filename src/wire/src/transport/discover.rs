@@ -19,8 +19,9 @@ use crate::codec::printable;
 const SERVICE: &str = "_dim._tcp.local.";
 /// The port of multicast DNS.
 pub const MDNS_PORT: u16 = 5353;
-/// Announcements looked at in one search; a network with more of them is somebody's joke.
-const MOST: usize = 64;
+/// Announcements that are remembered, of those that ripen and of those that were told; a network with more of them is
+/// somebody's joke, and is told of some of them twice.
+const MOST: usize = 1024;
 /// Addresses of one announcement that are tried.
 const MOST_ADDRESSES: usize = 4;
 /// How long the addresses of an announcement are waited for after the first.
@@ -129,7 +130,8 @@ pub struct Search {
     events: mdns_sd::Receiver<ServiceEvent>,
     /// seen, and since when: an announcement's addresses come one by one
     fresh: HashMap<String, (Instant, Sighting)>,
-    seen: HashSet<Vec<String>>,
+    /// what was told of each
+    seen: HashMap<String, Vec<String>>,
 }
 
 impl Search {
@@ -140,20 +142,25 @@ impl Search {
     pub fn start(mdns_port: u16) -> Result<Search, DiscoverError> {
         let daemon = ServiceDaemon::new_with_port(mdns_port)?;
         let events = daemon.browse(SERVICE)?;
-        Ok(Search { daemon, events, fresh: HashMap::new(), seen: HashSet::new() })
+        Ok(Search { daemon, events, fresh: HashMap::new(), seen: HashMap::new() })
     }
 
     /// The next worker that was not seen before, or one whose addresses have changed; `None` at `until`.
     pub fn next(&mut self, until: Instant) -> Option<Sighting> {
         loop {
             let now = Instant::now();
-            let ripe =
-                self.fresh.iter().find(|(_, (since, _))| now >= *since + RIPENS).map(|(n, _)| n.clone());
-            if let Some((_, sighting)) = ripe.and_then(|name| self.fresh.remove(&name)) {
-                if self.seen.len() < MOST && self.seen.insert(sighting.addresses.clone()) {
-                    return Some(sighting);
+            let is_full = self.fresh.len() >= MOST;
+            let is_ripe = |since: &Instant| is_full || now >= *since + RIPENS;
+            let ripe = self.fresh.iter().find(|(_, (since, _))| is_ripe(since)).map(|(n, _)| n.clone());
+            if let Some((name, (_, sighting))) = ripe.and_then(|name| self.fresh.remove_entry(&name)) {
+                if self.seen.get(&name) == Some(&sighting.addresses) {
+                    continue;
                 }
-                continue;
+                if self.seen.len() >= MOST {
+                    self.seen.clear();
+                }
+                self.seen.insert(name, sighting.addresses.clone());
+                return Some(sighting);
             }
             if now >= until {
                 return None;
@@ -162,7 +169,7 @@ impl Search {
             match self.events.recv_deadline(wake) {
                 Ok(ServiceEvent::ServiceResolved(found)) => {
                     let addresses = addresses(&found.addresses, found.port);
-                    if !addresses.is_empty() && self.fresh.len() < MOST {
+                    if !addresses.is_empty() {
                         let sighting = Sighting { name: instance(&found.fullname), addresses };
                         let since = self.fresh.get(&found.fullname).map_or_else(Instant::now, |(s, _)| *s);
                         self.fresh.insert(found.fullname.clone(), (since, sighting));
