@@ -12,13 +12,14 @@ export CMAKE_CXX_COMPILER_LAUNCHER := ccache
 endif
 
 .PHONY: help setup model build programs demo test lint cross floor deny test-rust test-oracles test-coreml test-swift test-vulkan bench \
-	fuzz clean
+	fuzz faults clean
 
 help:
 	@echo "make demo         build, fetch a small model (89 MiB), cut it in three, talk with it over two processes, compare with stock"
 	@echo "make test         everything that can be tested on this machine"
 	@echo "make test-vulkan  every block offloaded, through llama.cpp's Vulkan backend on a software driver (Linux)"
 	@echo "make bench        the benches; each checks its answer before it is timed"
+	@echo "make faults       strangers and losses by the hundred, written into docs/TESTING.md; minutes (Linux)"
 	@echo "make fuzz         coverage-guided runs over the GGUF reader and the frame parser (FUZZ_RUNS=$(FUZZ_RUNS))"
 
 setup:
@@ -95,6 +96,10 @@ bench: build
 fuzz: setup
 	$(ENV) sh gguf-tools/fuzz/run.sh $(FUZZ_RUNS)
 	$(ENV) sh tests/fuzz/run.sh $(FUZZ_RUNS)
+
+# every way to lose a worker and every crowd at its door, many times: the tables of docs/TESTING.md
+faults: setup
+	@sh .ci/faults
 
 clean:
 	rm -rf target .venv .env.sh gguf-tools/fuzz/target tests/fuzz/target ios_worker/.build

@@ -135,7 +135,7 @@ fn the_table_of_strangers() {
     }
     let cut = Cut::tiny("qwen2");
     let mut table = String::from(
-        "| worker | crowd | new a second | owner in within 2 s | at the first attempt | slowest | replies, identical |\n\
+        "Strangers at the door\n| worker | crowd | new a second | owner in within 2 s | at the first attempt | slowest | replies, identical |\n\
          |---|---|---:|---:|---:|---:|---:|\n",
     );
     let mut failed = Vec::new();

@@ -2,7 +2,7 @@
 
 use std::io::{Read, Write};
 use std::net::{Shutdown, SocketAddr, TcpListener, TcpStream};
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Condvar, Mutex};
 use std::time::{Duration, Instant};
 
@@ -17,6 +17,8 @@ pub(crate) enum Break {
     Cut,
     /// both ends see it reset
     Reset,
+    /// both ends see it closed, and for a while somebody else answers at the worker's address
+    Impostor,
     /// the host sees no more, and is heard
     HalfClose,
     /// a bit of what the worker sends
@@ -44,6 +46,8 @@ struct State {
     is_broken: Condvar,
     flips_back: AtomicBool,
     stands_still: AtomicBool,
+    /// how many dials somebody else is still to answer
+    impostors: AtomicUsize,
     dialled: Mutex<Vec<Instant>>,
 }
 
@@ -55,9 +59,17 @@ impl Way {
         std::thread::spawn(move || {
             for host in listener.incoming().map_while(Result::ok) {
                 shared.dialled.lock().unwrap().push(Instant::now());
+                let left = shared.impostors.load(Ordering::SeqCst);
+                if left > 0 {
+                    shared.impostors.store(left - 1, Ordering::SeqCst);
+                    std::thread::spawn(move || answer_as_another(host, left));
+                    continue;
+                }
                 let Ok(worker) = TcpStream::connect(&worker) else { continue };
                 let ends = Arc::new((host, worker));
-                [&ends.0, &ends.1].map(|end| end.set_nodelay(true).unwrap());
+                for end in [&ends.0, &ends.1] {
+                    end.set_nodelay(true).unwrap();
+                }
                 for is_down in [true, false] {
                     let (ends, state) = (Arc::clone(&ends), Arc::clone(&shared));
                     std::thread::spawn(move || state.carry(&ends, is_down));
@@ -122,7 +134,7 @@ impl State {
             }
             if !is_down && self.flips_back.swap(false, Ordering::SeqCst) {
                 buffer[n / 2] ^= 0x10;
-                self.broke();
+                self.broke(Instant::now());
             }
             while self.stands_still.load(Ordering::SeqCst) {
                 std::thread::sleep(Duration::from_millis(1));
@@ -145,9 +157,12 @@ impl State {
             self.flips_back.store(true, Ordering::SeqCst);
             return true;
         }
-        self.broke();
-        match how {
-            Break::Cut => {
+        let now = Instant::now();
+        let goes_on = match how {
+            Break::Cut | Break::Impostor => {
+                if how == Break::Impostor {
+                    self.impostors.store(IMPOSTORS, Ordering::SeqCst);
+                }
                 let _ = ends.0.shutdown(Shutdown::Both);
                 let _ = ends.1.shutdown(Shutdown::Both);
                 false
@@ -181,11 +196,39 @@ impl State {
                 true
             }
             Break::FlipBack => unreachable!(),
-        }
+        };
+        // a process that is to be killed has been, before anybody else may reap it
+        self.broke(now);
+        goes_on
     }
 
-    fn broke(&self) {
-        *self.broken_at.lock().unwrap() = Some(Instant::now());
+    fn broke(&self, at: Instant) {
+        *self.broken_at.lock().unwrap() = Some(at);
         self.is_broken.notify_all();
     }
+}
+
+/// How many different ones there are.
+const IMPOSTORS: usize = 5;
+
+/// What somebody says who holds no key: a page of a network, a worker of another version, and each refusal that there is.
+fn answer_as_another(mut host: TcpStream, which: usize) {
+    const MAGIC: [u8; 8] = *b"\xD1DIM\r\n\x1a\n";
+    let versions = |lowest: u16, highest: u16| [lowest.to_le_bytes(), highest.to_le_bytes()].concat();
+    let greeting = |versions: &[u8]| [&MAGIC[..], versions, &[0; 4], &[7; 16]].concat();
+    let spoken = versions(*dim_wire::VERSIONS.start(), *dim_wire::VERSIONS.end());
+    let (greeting, status) = match which {
+        1 => (b"HTTP/1.1 302 Found\r\nLocation: http://hotel.example/login\r\n\r\n".to_vec(), None),
+        2 => (greeting(&versions(90, 99)), None),
+        // KEY, NO_PAIRING, CROWDED
+        n => (greeting(&spoken), Some(n as u8 - 1)),
+    };
+    let _ = host.write_all(&greeting);
+    if let Some(status) = status {
+        let mut flight = [0; dim_wire::handshake::FIRST_FLIGHT];
+        let _ = host.read_exact(&mut flight);
+        let _ = host.write_all(&[&MAGIC[..], &spoken, &[status, 0], &[0; 10]].concat());
+    }
+    let _ = host.shutdown(Shutdown::Write);
+    let _ = host.read(&mut [0; 256]);
 }

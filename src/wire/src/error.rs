@@ -261,7 +261,7 @@ pub enum HandshakeError {
     #[error("the key or pairing code was not accepted: pair host and worker again")]
     Key,
     /// No pairing is open on the worker.
-    #[error("the worker shows no pairing code now: a code is good for 5 minutes, one use and 5 tries")]
+    #[error("the worker shows no pairing code now: a code is good for 5 minutes and one use")]
     NoPairing,
     /// Too many handshakes at once.
     #[error("the worker is busy with other connections: try again")]
