@@ -82,7 +82,7 @@ impl Cut {
     fn new(&Family(_, arch, middle, options): &Family) -> Cut {
         let folder = tempfile::tempdir().unwrap();
         let model = folder.path().join("m.gguf");
-        let options = [test_support::options(arch), options].concat();
+        let options = [&test_support::options(arch)[..], options].concat();
         test_support::write_model(arch, test_support::N_BLOCKS, &options, &model).unwrap();
         let gguf = Gguf::open(&model).unwrap();
         let middles = vec![middle.parse().unwrap()];

@@ -17,6 +17,7 @@ use crate::{
     needs::Crossing,
     recipe::{ModelSource, Recipe},
     slice::Role,
+    text::Safe,
 };
 
 /// Version of the manifest's format.
@@ -119,7 +120,7 @@ pub enum ManifestError {
         source: io::Error,
     },
     /// Not JSON, or not a manifest.
-    #[error("{}: not a manifest of a cut model: {source}", path.display())]
+    #[error("{}: not a manifest of a cut model: {}", path.display(), Safe(&source.to_string()))]
     Json {
         /// The file.
         path: PathBuf,
@@ -177,6 +178,12 @@ pub enum BrokenChain {
     /// What crosses a cut is not what a model has there, or one end of it says something else than the other.
     #[error("what comes into slice {slice} is not what the one before gives")]
     Crossing {
+        /// Which slice.
+        slice: usize,
+    },
+    /// Rows go into a head or come out of a tail, or none into or out of another.
+    #[error("slice {slice} does not say what rows go in and come out")]
+    Ends {
         /// Which slice.
         slice: usize,
     },
@@ -289,6 +296,12 @@ impl Manifest {
                 return Err(BrokenChain::File { slice });
             }
             let before = slice.checked_sub(1).map(|before| &self.slices[before].output);
+            // tokens go into the head, logits come out of the tail, and rows everywhere else
+            if (entry.role == Role::Head) != entry.input.0.is_empty()
+                || (entry.role == Role::Tail) != entry.output.0.is_empty()
+            {
+                return Err(BrokenChain::Ends { slice });
+            }
             let is_whole = |crossing: &Crossing| {
                 crossing.0.len() <= MAX_PARTS
                     && crossing.0.iter().all(|p| (1..=MAX_VALUES).contains(&p.values) && p.name.len() < 64)

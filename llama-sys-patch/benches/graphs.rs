@@ -125,7 +125,7 @@ fn main() {
     for arch in &options.archs {
         let folder = tempfile::tempdir().expect("a folder");
         let path = folder.path().join("model.gguf");
-        test_support::write_model(arch, options.n_blocks, test_support::options(arch), &path)
+        test_support::write_model(arch, options.n_blocks, &test_support::options(arch), &path)
             .expect("a model");
         let cuts = [options.n_blocks / 3, 2 * options.n_blocks / 3];
         let ranges = pipeline::plan(&path, &cuts).expect("it can be cut there");

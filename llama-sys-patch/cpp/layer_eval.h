@@ -424,6 +424,10 @@ dim_status dim_model_quantise(const char * from, const char * to, const char * t
 size_t dim_test_architectures(void);
 const char * dim_test_architecture(size_t index);
 
+// What an architecture's tiny model wants beyond the usual keys, as dim_test_write_model() takes it: option `index`;
+// static, "" beyond the last. Thread: any.
+const char * dim_test_option(const char * arch, size_t index);
+
 // Writes a tiny random model. Options: "KEY=VALUE" sets a key (a KEY that starts with a dot gets the architecture's
 // name before it; VALUE 3, 3.5, true, text, [1,2,3], or none for no key); "without TEXT" leaves out tensors with it in
 // their name; "tied" the output matrix. Keys that an architecture does not accept may make llama.cpp abort(). Thread:

@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <cstdlib>
+#include <cstring>
 
 namespace dim {
 
@@ -243,3 +244,36 @@ void tiny_keys::set(const std::string & short_key, const std::string & value) {
 }
 
 }   // namespace dim
+
+// What an architecture wants beyond the usual keys.
+static const struct {
+    const char * arch;
+    std::vector<const char *> options;
+} special_options[] = {
+    { "olmoe", { ".attention.head_count_kv=4" } },
+    { "dots1", { ".attention.head_count_kv=4" } },
+    { "deepseek2-ocr", { ".attention.head_count_kv=4" } },
+    { "plm", { ".attention.key_length=96", ".rope.dimension_count=32", ".attention.head_count_kv=4" } },
+    { "rwkv6", { ".attention.head_count_kv=4", "without time_mix_lerp_fused" } },
+    { "rwkv6qwen2", { ".token_shift_count=1", ".attention.head_count_kv=4", "without time_mix_first" } },
+    { "arwkv7", { ".token_shift_count=1", ".attention.head_count_kv=4" } },
+    { "deepseek4",
+      { ".attention.compress_ratios=[0,0,4,128,4,128,4,128]", ".attention.head_count_kv=1", ".attention.key_length=128",
+        ".attention.value_length=128", ".rope.dimension_count=32", ".hash_layer_count=2", ".expert_gating_func=4",
+        ".hyper_connection.count=4" } },
+    { "hy_v4", { ".attention.indexer.types=[1,0,0,1,0,1,0,0]", ".hyper_connection.count=4" } },
+    { "glm5-next",
+      { ".attention.indexer.kpool=4", ".hyper_connection.count=4", ".rope.dimension_count=0",
+        ".attention.key_length=64", ".attention.key_length_mla=64" } },
+    { "hrm_text", { ".hrm.layers_per_stack=2", ".hrm.h_cycles=2", ".hrm.l_cycles=1" } },
+    { "graniteswitch",
+      { ".adapters.count=2", ".adapters.lora_rank=8", ".adapters.token_ids_activate=[3,4]",
+        ".adapters.token_ids_substitute=[5,6]" } },
+};
+
+const char * dim_test_option(const char * arch, size_t index) {
+    for (const auto & special : special_options) {
+        if (!std::strcmp(special.arch, arch)) return index < special.options.size() ? special.options[index] : "";
+    }
+    return "";
+}
