@@ -304,9 +304,8 @@ impl Error {
             Error::Manifest(error) => return error.hint().map(Cow::into_owned),
             Error::Slice(error) => return error.hint().map(Cow::into_owned),
             Error::Model(error) => return error.hint().map(Cow::into_owned),
-            Error::Option(_) | Error::Key(_) | Error::Llama(_) | Error::Text(_) | Error::Template(_) => {
-                return None;
-            }
+            Error::Template(error) => error.hint(),
+            Error::Option(_) | Error::Key(_) | Error::Llama(_) | Error::Text(_) => return None,
         };
         Some(text.to_owned())
     }
@@ -320,6 +319,7 @@ impl Error {
             | Error::Check { .. }
             | Error::Pipeline(_)
             | Error::Llama(_)
+            | Error::Template(TemplateError::NotStarted(_))
             | Error::Load { .. } => false,
             Error::Manifest(error) => error.is_misuse(),
             Error::Slice(error) => error.is_misuse(),

@@ -200,7 +200,7 @@ pub fn serve() -> ExitCode {
 }
 
 /// A process whose death is expected leaves nothing behind.
-fn no_core_file() {
+pub fn no_core_file() {
     #[cfg(unix)]
     {
         use rustix::process::{Resource, Rlimit, setrlimit};
@@ -218,7 +218,8 @@ fn read(from: Option<impl Read>, most: u64) -> Vec<u8> {
     bytes
 }
 
-fn how(status: ExitStatus) -> String {
+/// How a process ended: `SIGABRT`, `exit code 1`.
+pub fn how(status: ExitStatus) -> String {
     #[cfg(unix)]
     if let Some(signal) = std::os::unix::process::ExitStatusExt::signal(&status) {
         return match signal {
@@ -229,6 +230,7 @@ fn how(status: ExitStatus) -> String {
             8 => "SIGFPE".into(),
             9 => "SIGKILL".into(),
             11 => "SIGSEGV".into(),
+            24 => "SIGXCPU".into(),
             other => format!("signal {other}"),
         };
     }

@@ -2,8 +2,8 @@
 //! end the process that they are in.
 //!
 //! A library cannot know which program to start for that. One that names [itself](with), and hands over to
-//! [`gguf_tools::apart::serve`] where it is told to, gets an [error](crate::Error::Unsurvived) instead of an end. `dim-host`
-//! and `dim-worker` do. A file that was survived is remembered until it changes.
+//! [`gguf_tools::apart::serve`] and [`template::room::serve`](crate::host::template::room::serve) where it is told to, gets
+//! an [error](crate::Error::Unsurvived) instead of an end. `dim-host` and `dim-worker` do. A file that was survived is remembered until it changes.
 
 use std::path::{Path, PathBuf};
 use std::sync::OnceLock;
@@ -20,9 +20,14 @@ pub fn with(program: PathBuf) {
     let _ = PROGRAM.set(program);
 }
 
+/// The program that tries files out, and reads chat templates, in a process of its own.
+pub(crate) fn program() -> Option<&'static Path> {
+    PROGRAM.get().map(PathBuf::as_path)
+}
+
 /// Tries a model's files, or a slice's, where there is a program to do it.
 pub(crate) fn survive(files: &[PathBuf]) -> Result<(), Error> {
-    let (Some(program), Some(first)) = (PROGRAM.get(), files.first()) else { return Ok(()) };
+    let (Some(program), Some(first)) = (program(), files.first()) else { return Ok(()) };
     // another llama.cpp may take a file otherwise
     let version = format!("llama-cpp-sys-2 {}", llama_sys_patch::LLAMA_CPP_SYS_VERSION);
     let of = |file: &PathBuf| Memory::of("survived", file, &version);

@@ -12,14 +12,17 @@ pub mod shown;
 use std::process::ExitCode;
 
 use dim::Error;
+use dim::host::template::room;
 use gguf_tools::apart;
 use gguf_tools::failure::Failure;
 
-/// The first thing that a program does which loads files: from then on it tries those that llama.cpp has not seen in a
-/// process of its own, which is this program again. The exit code, if this is that process.
+/// The first thing that a program does which loads files: from then on it tries those that llama.cpp has not seen, and reads
+/// chat templates, in a process of its own, which is this program again. The exit code, if this is that process.
 pub fn tries_files_apart() -> Option<ExitCode> {
-    if std::env::args_os().nth(1).is_some_and(|argument| argument == apart::ARGUMENT) {
-        return Some(apart::serve());
+    match std::env::args_os().nth(1) {
+        Some(argument) if argument == apart::ARGUMENT => return Some(apart::serve()),
+        Some(argument) if argument == room::ARGUMENT => return Some(room::serve()),
+        _ => {}
     }
     if let Ok(program) = std::env::current_exe() {
         dim::stage::trial::with(program);

@@ -8,7 +8,7 @@ use std::time::Instant;
 
 use dim::host::report::Stop;
 use dim::host::template::{CHATML, ChatTemplate, Role, TemplateError, Turn};
-use dim::{Host, Sampling, Session};
+use dim::{Error, Host, Sampling, Session};
 use gguf_tools::failure::Failure;
 use gguf_tools::{tell, terminal};
 
@@ -64,7 +64,7 @@ pub fn run(args: &ChatArgs, process_start: Instant) -> Result<(), Failure> {
         None => own_template(&host)?,
     };
     let session = host.session().map_err(explain)?;
-    Chat { args, sampling, n_predict, interrupt, process_start, template, session, turns }.run()
+    Chat { args, sampling, n_predict, interrupt, process_start, template, session, turns, refused: 0 }.run()
 }
 
 /// What `--chat-template` means.
@@ -108,7 +108,10 @@ struct Chat<'a> {
     process_start: Instant,
     template: ChatTemplate,
     session: Session,
+    /// all of them, forgotten or not
     turns: Vec<Turn>,
+    /// messages that the template did not take
+    refused: usize,
 }
 
 const COMMANDS: &str = "\
@@ -126,7 +129,9 @@ impl Chat<'_> {
         }
         loop {
             match input.next()? {
-                Line::End | Line::Command("exit" | "bye" | "quit", _) => return Ok(()),
+                Line::End | Line::Command("exit" | "bye" | "quit", _) => {
+                    return self.end(input.is_terminal());
+                }
                 Line::Command("clear", _) => self.turns.retain(|turn| turn.role == Role::System),
                 Line::Command("help" | "?", _) => tell!("{COMMANDS}"),
                 Line::Command("save", "") => tell!("error: /save FILE: name the file"),
@@ -161,6 +166,17 @@ impl Chat<'_> {
         }
     }
 
+    /// A script is told of what it may not have read.
+    fn end(&self, is_terminal: bool) -> Result<(), Failure> {
+        match self.refused {
+            n if n > 0 && !is_terminal => Err(Failure::misuse(format!(
+                "the chat template did not take {n} message{}",
+                if n == 1 { "" } else { "s" }
+            ))),
+            _ => Ok(()),
+        }
+    }
+
     /// The reply to the last turn; `None` where there is no room for one.
     fn answer(&mut self) -> Result<Option<String>, Failure> {
         let Some(prompt) = self.prompt()? else { return Ok(None) };
@@ -190,7 +206,15 @@ impl Chat<'_> {
         let room = self.n_predict.unwrap_or(usize::MAX).clamp(1, (n_ctx / 4).max(1));
         let mut turns = self.turns.clone();
         loop {
-            let prompt = self.session.tokenize_chat(&self.template, &turns).map_err(explain)?;
+            let prompt = match self.session.tokenize_chat(&self.template, &turns) {
+                // a program that came with a download ends no conversation
+                Err(error @ Error::Template(_)) => {
+                    self.refused += 1;
+                    let _ = explain(error).report();
+                    return Ok(None);
+                }
+                prompt => prompt.map_err(explain)?,
+            };
             if prompt.is_empty() {
                 return Err(Failure::misuse("the chat template gave an empty prompt"));
             }

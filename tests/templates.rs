@@ -1,0 +1,329 @@
+//! Chat templates that came with a download: whatever they do ends in one sentence, and the conversation goes on.
+
+mod common;
+
+use std::io::Write as _;
+use std::process::{Command, Stdio};
+
+use common::{Cut, Numbers, host_program, text};
+use dim::host::template::{CHATML, ChatTemplate, Role, TemplateError, Turn};
+
+/// Templates are read by the real program, as its own are.
+fn template(source: &str) -> Result<ChatTemplate, TemplateError> {
+    dim::stage::trial::with(host_program().to_owned());
+    ChatTemplate::new(source, "<s>", "</s>")
+}
+
+fn said(content: &str) -> [Turn; 1] {
+    [Turn { role: Role::User, content: content.to_owned() }]
+}
+
+fn render(source: &str) -> Result<String, TemplateError> {
+    template(source)?.render(&said("hello"))
+}
+
+/// `before`, then as often `piece` as there is room for in a template, then `after`.
+fn chain(before: &str, piece: &str, after: &str) -> String {
+    let room = 256 * 1024 - before.len() - after.len();
+    format!("{before}{}{after}", piece.repeat(room / piece.len()))
+}
+
+/// In one step of the interpreter each, or in few.
+fn slow() -> Vec<String> {
+    vec![
+        chain("{{ 1", "~1", " }}"),
+        chain("{{ a", " or a", " }}"),
+        "{% set ns = namespace(s=[1]) %}{% for i in range(34) %}{% set ns.s = ns.s + ns.s %}{% endfor %}{{ ns.s | length }}"
+            .into(),
+    ]
+}
+
+#[test]
+fn a_template_that_takes_too_long_is_given_up() {
+    std::thread::scope(|scope| {
+        for source in slow() {
+            scope.spawn(move || {
+                let error = render(&source).unwrap_err();
+                let head: String = source.chars().take(60).collect();
+                assert!(
+                    matches!(error, TemplateError::Slow | TemplateError::TooMuchMemory),
+                    "{head}: {error}"
+                );
+            });
+        }
+    });
+}
+
+#[test]
+fn chains_of_any_length_are_read_or_refused() {
+    for (before, piece, after) in [
+        ("{{ 1", "+1", " }}"),
+        ("{{ messages", ".a", " }}"),
+        ("{{ 1", "|int", " }}"),
+        ("{% if a %}", "{% elif a %}", "{% endif %}"),
+        ("{{ ", "(", " }}"),
+        ("{{ 1", "**1", " }}"),
+        ("{{ ", "not ", "1 }}"),
+    ] {
+        let rendered = render(&chain(before, piece, after));
+        assert!(matches!(rendered, Ok(_) | Err(TemplateError::Failed(_))), "{piece}: {rendered:?}");
+    }
+    let terms = format!("{{{{ 1{} }}}}", "+1".repeat(27_999));
+    assert_eq!(render(&terms).as_deref(), Ok("28000"));
+}
+
+#[test]
+#[cfg(target_os = "linux")]
+fn a_template_has_no_more_memory_than_it_needs() {
+    let growing = "{% set ns = namespace(s='0123456789abcdef') %}{% for i in range(40) %}{% set ns.s = ns.s ~ ns.s %}{% endfor %}";
+    let lists = "{% for i in range(90000) %}{% set ns.s = ns.s + [range(9000) | list] %}{% endfor %}";
+    let lists = format!("{{% set ns = namespace(s=[]) %}}{lists}");
+    let nested = "{% set ns = namespace(s=[]) %}{% for i in range(100000) %}{% for j in range(10) %}{% set ns.s = [ns.s] \
+                  %}{% endfor %}{% endfor %}";
+    for source in [growing, lists.as_str(), nested] {
+        let rendered = render(source);
+        assert!(rendered.is_err() || source == nested, "{source}: {rendered:?}");
+    }
+    let error = render("{{ messages | tojson(indent=1000000) }}").unwrap_err().to_string();
+    assert!(error.contains("an indent of at most 64"), "{error}");
+}
+
+/// It has no keys, no files, no sockets and no environment; and it ends with the conversation.
+#[test]
+#[cfg(target_os = "linux")]
+fn a_template_s_process_has_nothing_but_its_pipes() {
+    // what a program has open
+    let socket = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+    let key = std::fs::File::open(std::env::current_exe().unwrap()).unwrap();
+    let template = template(CHATML).unwrap();
+    let me = std::process::id();
+    let children = || -> Vec<u32> {
+        let pids =
+            std::fs::read_dir("/proc").unwrap().filter_map(|e| e.ok()?.file_name().to_str()?.parse().ok());
+        let is_mine = |pid: &u32| {
+            let status = std::fs::read_to_string(format!("/proc/{pid}/status")).unwrap_or_default();
+            let arguments = std::fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
+            status.contains(&format!("PPid:\t{me}\n")) && text(&arguments).contains("__template")
+        };
+        pids.filter(is_mine).collect()
+    };
+    template.render(&said("hello")).unwrap();
+    // those of other tests come and go
+    let mine = children();
+    assert!(!mine.is_empty());
+    for pid in mine {
+        let of = |what: &str| format!("/proc/{pid}/{what}");
+        let Ok(open) = std::fs::read_dir(of("fd")) else { continue };
+        let open: Vec<String> = open
+            .filter_map(|e| Some(std::fs::read_link(e.ok()?.path()).ok()?.display().to_string()))
+            .collect();
+        let is_nothing = |file: &String| file.starts_with("pipe:") || file.starts_with("/dev/");
+        assert!(!open.is_empty() && open.iter().all(is_nothing), "{open:?}");
+        let environment = std::fs::read(of("environ")).unwrap_or_default();
+        for variable in environment.split(|&byte| byte == 0).filter(|variable| !variable.is_empty()) {
+            let name = text(variable).split('=').next().unwrap().to_owned();
+            assert!(["TZ", "TZDIR", "LD_LIBRARY_PATH"].contains(&name.as_str()), "{name}");
+        }
+    }
+    drop((template, socket, key));
+}
+
+#[test]
+fn one_process_serves_a_conversation_and_is_replaced_when_it_has_failed() {
+    let bomb = "{{ 'x' * 100 }}{% if 'bomb' in messages[-1].content %}{% set ns = namespace(s=[1]) %}\
+                {% for i in range(60) %}{% set ns.s = ns.s + ns.s %}{% endfor %}{{ ns.s | list | length }}{% endif %}\
+                {{ messages[-1].content }}";
+    let template = template(bomb).unwrap();
+    for _ in 0..2 {
+        let start = std::time::Instant::now();
+        for i in 0..20 {
+            assert!(template.render(&said(&format!("turn {i}"))).unwrap().ends_with(&format!("turn {i}")));
+        }
+        println!(
+            "{:?} a turn, the first of 20 with the start of the process or without",
+            start.elapsed() / 20
+        );
+        let error = template.render(&said("bomb")).unwrap_err();
+        assert!(matches!(error, TemplateError::TooMuchMemory | TemplateError::Slow), "{error:?}");
+    }
+    // what a person says may be as large as it likes
+    let long = "x\n\"\u{1f642}".repeat(500_000);
+    assert!(template.render(&said(&long)).unwrap().ends_with(&long));
+}
+
+/// Pieces of Jinja in any order: most of it is no template, and the rest does odd things.
+#[test]
+fn random_templates_end_in_a_text_or_a_sentence() {
+    let pieces = [
+        "{{",
+        "}}",
+        "{%",
+        "%}",
+        "{#",
+        "#}",
+        " if ",
+        " else ",
+        " elif ",
+        " endif ",
+        " for ",
+        " in ",
+        " endfor ",
+        " set ",
+        " endset ",
+        " macro f(a) ",
+        " endmacro ",
+        " call ",
+        " endcall ",
+        " filter ",
+        " endfilter ",
+        " with ",
+        " endwith ",
+        " generation ",
+        " endgeneration ",
+        " raw ",
+        " endraw ",
+        " block b ",
+        " endblock ",
+        " include ",
+        " recursive ",
+        "messages",
+        "loop",
+        "ns",
+        "namespace()",
+        "range(99999)",
+        "range(1, 9, -1)",
+        "loop(messages)",
+        "f(f)",
+        "self.b()",
+        "1",
+        "-1",
+        "0",
+        "1e308",
+        "9223372036854775807",
+        "'x'",
+        "'%'",
+        "''",
+        "[",
+        "]",
+        "(",
+        ")",
+        "{",
+        "}",
+        ":",
+        ",",
+        ".",
+        "|",
+        "~",
+        "+",
+        "-",
+        "*",
+        "**",
+        "/",
+        "//",
+        "%",
+        "==",
+        "<",
+        " and ",
+        " or ",
+        " not ",
+        " is ",
+        "defined",
+        "upper",
+        "join",
+        "sort",
+        "unique",
+        "tojson",
+        "indent(9999999)",
+        "replace('','x')",
+        "format(1)",
+        "list",
+        "batch(0)",
+        "slice(0)",
+        "round(9999)",
+        "center(99999999)",
+        "[::-1]",
+        "[::0]",
+        "[0:99:-1]",
+        ".items()",
+        ".split('')",
+        ".format('{}')",
+        " if 1 else 2",
+        "strftime_now('%')",
+        "raise_exception('x')",
+        "dictsort",
+        "groupby('a')",
+        "min",
+        "max",
+        "sum",
+        "int",
+        "float",
+        "\n",
+    ];
+    let seed = std::env::var("DIM_TEST_SEED").ok().and_then(|s| s.parse().ok()).unwrap_or(20_261_128);
+    let mut numbers = Numbers(seed);
+    let mut rendered = 0;
+    for _ in 0..400 {
+        let mut source = String::new();
+        for _ in 0..1 + numbers.below(3) {
+            let expression: String = (0..1 + numbers.below(6))
+                .map(|_| pieces[numbers.below(pieces.len() as u64) as usize])
+                .collect();
+            match numbers.below(4) {
+                0 => source += &expression,
+                1 => {
+                    source +=
+                        &format!("{{% for m in messages %}}{{{{ m.content {expression} }}}}{{% endfor %}}")
+                }
+                2 => source += &format!("{{{{ 'a%s{{}}' | {expression} }}}}"),
+                _ => source += &format!("{{{{ {expression} }}}}"),
+            }
+        }
+        match render(&source) {
+            Ok(_) => rendered += 1,
+            Err(TemplateError::Died(how)) => panic!("{source:?} ended its process: {how}"),
+            Err(_) => {}
+        }
+    }
+    println!("{rendered} of 400 are templates");
+    assert!(rendered > 10, "{rendered}");
+}
+
+/// What a chat says on stdout and on stderr when it is given `input`, and its exit code.
+fn chat(cut: &Cut, template: &str, input: &str) -> (String, String, Option<i32>) {
+    let file = cut.folder.path().join("template.jinja");
+    std::fs::write(&file, template).unwrap();
+    let mut command = Command::new(host_program());
+    command.arg("chat").arg("--split").arg(&cut.split).arg("--chat-template").arg(&file);
+    command.args(["--threads", "1", "--temp", "0", "--ctx", "256", "-n", "3"]);
+    let mut child =
+        command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
+    child.stdin.take().unwrap().write_all(input.as_bytes()).unwrap();
+    let output = child.wait_with_output().unwrap();
+    (text(&output.stdout), text(&output.stderr), output.status.code())
+}
+
+#[test]
+fn no_template_ends_a_chat() {
+    let cut = Cut::tiny("qwen2");
+    let chatml = CHATML.replace('\n', "\\n");
+    // the second message makes it run away; the first and the third are answered
+    let now_and_then = format!(
+        "{{% if messages[-1].content == 'two' %}}{{% set ns = namespace(s=[1]) %}}{{% for i in range(60) %}}\
+         {{% set ns.s = ns.s + ns.s %}}{{% endfor %}}{{{{ ns.s | length }}}}{{% endif %}}{chatml}"
+    );
+    let (out, err, code) = chat(&cut, &now_and_then, "one\ntwo\nthree\n");
+    assert_eq!((out.lines().count(), code), (2, Some(2)), "{out}{err}");
+    assert!(
+        err.contains("error: this model's chat template ") && err.contains("hint: `--chat-template"),
+        "{err}"
+    );
+    assert!(err.contains("did not take 1 message\n"), "{err}");
+    // every one: a script is told
+    let (out, err, code) = chat(&cut, &chain("{{ 1", "~1", " }}"), "one\n");
+    assert_eq!((out.as_str(), code), ("", Some(2)), "{err}");
+    assert!(err.contains("error: this model's chat template took longer than 5 s\n"), "{err}");
+    // one that cannot be read is known before the first message
+    let (out, err, code) = chat(&cut, "{% for %}", "one\n");
+    assert_eq!((out.as_str(), code), ("", Some(2)), "{err}");
+    assert_eq!(err.lines().filter(|line| line.starts_with("error:")).count(), 1, "{err}");
+}
