@@ -142,6 +142,14 @@ pub enum Error {
     /// A key or the place of the keys cannot be read.
     #[error(transparent)]
     Key(#[from] KeyError),
+    /// An address without a port, and nothing listens at the usual one: not waited for, since it may never be right.
+    #[error("{given:?} names no port, and nothing listens at {address}")]
+    NothingAtAssumedPort {
+        /// As it was given.
+        given: String,
+        /// As it was dialled.
+        address: String,
+    },
     /// A worker holds nothing.
     #[error("the worker at {address} has no slice yet")]
     NoSliceThere {
@@ -271,6 +279,9 @@ impl Error {
             Error::NoKey { address, .. } => {
                 return Some(format!("dim-host pair {address}, with the code that the worker shows"));
             }
+            Error::NothingAtAssumedPort { .. } => {
+                "start dim-worker there first, and name the port that it shows: --worker ADDR:PORT"
+            }
             Error::NoSliceThere { .. } => {
                 "packages reach a phone with `dim-host push STEM.middle-A..B.coreml --worker ADDR:PORT`"
             }
@@ -388,7 +399,7 @@ fn ranges(blocks: &[BlockRange]) -> String {
 
 fn cannot_listen(error: &LinkError) -> String {
     match &error.kind {
-        LinkErrorKind::Unreachable { text } => format!("cannot listen on {}: {text}", error.peer),
+        LinkErrorKind::Unreachable { text, .. } => format!("cannot listen on {}: {text}", error.peer),
         _ => error.to_string(),
     }
 }

@@ -69,6 +69,15 @@ pub fn complete(text: &str) -> Result<String, BadAddress> {
     }
 }
 
+/// Whether an address that can be completed says its port itself.
+pub(crate) fn names_its_port(text: &str) -> bool {
+    let text = text.trim();
+    match text.rfind(']') {
+        Some(end) => end + 1 < text.len(),
+        None => text.matches(':').count() == 1,
+    }
+}
+
 /// Host, with its brackets, and port.
 fn split(text: &str) -> Result<(String, u16), BadAddress> {
     let bad_port = |port: &str| BadAddress::Port { address: text.to_owned(), port: port.to_owned() };
@@ -126,6 +135,7 @@ mod tests {
             ("fe80::1%7", "[fe80::1%7]:7878"),
         ] {
             assert_eq!(complete(text).as_deref(), Ok(expected), "{text}");
+            assert_eq!(names_its_port(text), !expected.ends_with(":7878"), "{text}");
         }
     }
 

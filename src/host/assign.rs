@@ -11,6 +11,7 @@ use gguf_tools::slice::SliceInfo;
 
 use crate::error::Error;
 use crate::event::{Event, Events};
+use crate::host::address;
 use crate::host::builder::HostOptions;
 use crate::host::discovery;
 use crate::host::split::Split;
@@ -86,20 +87,28 @@ impl Split {
         Ok(Assignment(middles))
     }
 
-    /// What the worker at `address` holds.
+    /// What the worker at an address, as it was given, holds.
     fn ask(
         &self,
-        address: &str,
+        given: &str,
         keys: &[Key],
         options: &HostOptions,
         events: &Events,
     ) -> Result<Assigned, Error> {
+        let address = address::complete(given)?;
+        let inquire = || with_one_of(keys, |key| inquire(&address, key, &Timing::default()));
+        let first = inquire();
+        if let Err(LinkError { kind: LinkErrorKind::Unreachable { is_refused: true, .. }, .. }) = first
+            && !address::names_its_port(given)
+        {
+            return Err(Error::NothingAtAssumedPort { given: given.to_owned(), address });
+        }
+        let mut first = Some(first);
         let (offer, key) = retry(
             options.patience,
             |error, give_up_after| events.tell(retrying(error, give_up_after)),
-            || with_one_of(keys, |key| inquire(address, key, &Timing::default())),
+            || first.take().unwrap_or_else(inquire),
         )?;
-        let address = address.to_owned();
         if offer.role == SliceRole::None {
             return Err(Error::NoSliceThere { address });
         }

@@ -174,8 +174,8 @@ impl HostBuilder {
         if !(1..=most).contains(&sessions) {
             return Err(BadOption::new("sessions", sessions, "1 to 64, and no more than --ubatch").into());
         }
-        for (address, _) in &mut self.options.workers {
-            *address = address::complete(address)?;
+        for (address, _) in &self.options.workers {
+            address::complete(address)?;
         }
         let split = Split::open(self.files, self.options.verify, &events)?;
         if self.options.wire_is_free && split.head.is_half {

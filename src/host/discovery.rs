@@ -203,7 +203,7 @@ fn probe(sighting: &Sighting, keys: &[(Key, Peer)]) -> Probe {
             Err(error) => return Probe::No(Sighted::Failed(error)),
         }
     }
-    let nowhere = || LinkErrorKind::Unreachable { text: String::new() }.with("");
+    let nowhere = || LinkErrorKind::Unreachable { text: String::new(), is_refused: false }.with("");
     Probe::No(Sighted::Failed(unreachable.unwrap_or_else(nowhere)))
 }
 

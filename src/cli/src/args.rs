@@ -92,8 +92,7 @@ impl SplitArgs {
             host = host.wire(wire.row_type());
         }
         for address in self.worker.iter().filter(|address| *address != AUTO) {
-            let address = self::address(address)?;
-            let keys = keys_for(&address, self.key_file.as_deref())?;
+            let keys = keys_for(&self::address(address)?, self.key_file.as_deref())?;
             host = host.worker_with_one_of(address, keys);
         }
         if self.worker.iter().any(|address| address == AUTO) {

@@ -24,6 +24,8 @@ pub enum LinkErrorKind {
     Unreachable {
         /// What the system says, and what that means.
         text: String,
+        /// The machine is there and says that nothing listens at this port.
+        is_refused: bool,
     },
     /// The connection broke under this side's hands.
     Broken {
@@ -136,7 +138,7 @@ impl LinkErrorKind {
             ),
             _ => error.to_string(),
         };
-        LinkErrorKind::Unreachable { text }
+        LinkErrorKind::Unreachable { text, is_refused: error.kind() == ConnectionRefused }
     }
 
     /// Whether the connection is just gone, so that what the peer said before is worth looking for.
@@ -210,7 +212,7 @@ impl fmt::Display for LinkError {
         use LinkErrorKind::*;
         let peer = &self.peer;
         match &self.kind {
-            Unreachable { text } => write!(f, "cannot reach {peer}: {text}"),
+            Unreachable { text, .. } => write!(f, "cannot reach {peer}: {text}"),
             Broken { text } => write!(f, "lost {peer}: {text}"),
             Closed => write!(f, "lost {peer}: it closed the connection without saying why"),
             Silent { ms } => write!(f, "lost {peer}: nothing heard for {ms} ms"),

@@ -130,7 +130,7 @@ impl Listener {
                 }
                 _ => e.to_string(),
             };
-            LinkErrorKind::Unreachable { text }.with(address)
+            LinkErrorKind::Unreachable { text, is_refused: false }.with(address)
         };
         let socket: std::net::TcpListener = tcp::listen(address).map_err(unreachable)?.into();
         let local = socket.local_addr().map_err(unreachable)?;
