@@ -4,11 +4,18 @@
 mod common;
 
 use std::sync::{Arc, Mutex};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use common::{Cut, PROMPT, Worker};
 use dim::host::report::Stop;
-use dim::{Error, Event, Host, HostBuilder, Key, Resources, RowType, Sampling, Session};
+use dim::stage::load::{LoadOptions, load_stage};
+use dim::{Error, Event, Host, HostBuilder, Key, Patience, Resources, RowType, Sampling, Session};
+use dim_core::ids::{SessionId, StageId};
+use dim_core::pipeline::{Advance, Pipeline, StageSlot, Step};
+use dim_core::schedule::StepKind;
+use dim_core::trace::Happened;
+use gguf_tools::slice::SliceInfo;
+use llama_sys_patch::{ContextParams, Model, ModelParams, Row, Stock};
 
 /// Small chunks: the prompts are several steps each, and their steps take turns.
 const SMALL: Resources = Resources { n_ctx: 512, n_threads: Some(1), n_ubatch: 16, gpu_layers: None };
@@ -218,4 +225,127 @@ fn a_worker_that_comes_back_with_too_few_sessions_is_an_error_for_each() {
         assert!(error.to_string().contains("the host needs 2 sessions, the worker has 1"), "{error}");
         assert!(error.hint().is_some(), "{error}");
     }
+}
+
+/// What is promised of batches: a pass of several sessions' rows gives what `llama_decode` gives for the same batch.
+#[test]
+fn a_batch_of_three_replies_is_llama_decode_s_on_the_same_batch() {
+    for arch in ["qwen2", "llama"] {
+        let cut = Cut::tiny(arch);
+        let options = LoadOptions { resources: SMALL, mmap: false, max_sessions: 3, compute_bytes: None };
+        let stage = |i: usize| {
+            let path = cut.slice(i);
+            let info = SliceInfo::read(&path).unwrap();
+            StageSlot::Local(Box::new(load_stage(&path, &info, &options, |_| {}).unwrap()))
+        };
+        let mut pipeline = Pipeline::new((0..3).map(stage).collect(), RowType::F32, Patience::default());
+        let n_passes = Arc::new(Mutex::new(0));
+        let passes = Arc::clone(&n_passes);
+        pipeline.trace(move |traced| {
+            let is_pass = matches!(traced.what, Happened::Run(_, stage) if stage == StageId(0));
+            *passes.lock().unwrap() += usize::from(is_pass);
+        });
+        pipeline.set_batch_rows(3);
+
+        let model =
+            Model::load(&[&cut.model], ModelParams { gpu_layers: Some(0), ..Default::default() }).unwrap();
+        let context = ContextParams {
+            n_ctx: SMALL.n_ctx,
+            n_batch: SMALL.n_ubatch,
+            n_ubatch: SMALL.n_ubatch,
+            n_threads: 1,
+            max_sessions: 3,
+            ..Default::default()
+        };
+        let mut stock = Stock::new(&model, &context, None).unwrap();
+        let n_vocab = model.n_vocab();
+        let token = |session: u32, position: u32| {
+            (7919 * (session + 1) + 13 * position) as i32 % i32::try_from(n_vocab).unwrap()
+        };
+
+        // prompts of different lengths, each a step of its own
+        let mut lengths = [5, 9, 3];
+        for session in 0..3u32 {
+            let n = lengths[session as usize];
+            let tokens: Vec<i32> = (0..n).map(|position| token(session, position)).collect();
+            pipeline.submit(Step {
+                session: SessionId(session),
+                position: 0,
+                want_logits: vec![true; tokens.len()],
+                tokens: tokens.clone(),
+                kind: StepKind::Prefill,
+            });
+            let rows: Vec<Row> =
+                (0..n).map(|position| Row { session, position, want_output: true }).collect();
+            let mut expected = vec![0.0; rows.len() * n_vocab];
+            stock.decode(&rows, &tokens, &mut expected).unwrap();
+            let finished = drain(&mut pipeline);
+            assert!(finished[0].1 == expected, "{arch}, prompt {session}");
+        }
+
+        for pass in 0..20 {
+            // one leaves now and then
+            let members: Vec<u32> = (0..3).filter(|session| pass % 7 != 3 || *session != 1).collect();
+            for &session in &members {
+                let position = lengths[session as usize];
+                pipeline.submit(Step::decode(SessionId(session), position, token(session, position)));
+            }
+            *n_passes.lock().unwrap() = 0;
+            let finished = drain(&mut pipeline);
+            assert_eq!((finished.len(), *n_passes.lock().unwrap()), (members.len(), 1), "one pass for all");
+            // they come out in the order in which they lay in it
+            let row = |session: u32| Row { session, position: lengths[session as usize], want_output: true };
+            let rows: Vec<Row> = finished.iter().map(|(session, _)| row(*session)).collect();
+            let tokens: Vec<i32> = rows.iter().map(|row| token(row.session, row.position)).collect();
+            let mut expected = vec![0.0; rows.len() * n_vocab];
+            stock.decode(&rows, &tokens, &mut expected).unwrap();
+            let got: Vec<f32> = finished.into_iter().flat_map(|(_, logits)| logits).collect();
+            assert!(got.iter().any(|&x| x != 0.0) && got == expected, "{arch}, pass {pass}");
+            members.iter().for_each(|&session| lengths[session as usize] += 1);
+        }
+    }
+}
+
+/// What comes out until nothing is under way: whose it is, and the logits.
+fn drain(pipeline: &mut Pipeline) -> Vec<(u32, Vec<f32>)> {
+    let mut all = Vec::new();
+    loop {
+        match pipeline.advance(None) {
+            Advance::Finished(finished) => all.push((finished.session.0, finished.outcome.unwrap())),
+            Advance::Idle => return all,
+            Advance::Later => panic!("there is no deadline"),
+        }
+    }
+}
+
+/// Several replies at once over a worker: fewer steps cross than tokens come out, and all of them come out.
+#[test]
+fn a_host_with_batches_sends_fewer_steps_than_tokens() {
+    const N: usize = 200;
+    let cut = Cut::tiny("qwen2");
+    let worker = parallel(&cut, "127.0.0.1:0", "3");
+    let round_trips = |batch_rows| {
+        let host =
+            host(&cut, &worker.address, 3).batch_rows(batch_rows).canary(false).connect(|_| {}).unwrap();
+        std::thread::scope(|scope| {
+            let reply = |i| {
+                let host = &host;
+                move || {
+                    let mut session = host.session().unwrap();
+                    session.push_tokens(&[5 + i]).unwrap();
+                    let mut reply = session.generate(Sampling::greedy()).ignore_eos(true).limit(Some(N));
+                    assert_eq!(reply.by_ref().map(Result::unwrap).count(), N);
+                    reply.report(Instant::now()).wire.round_trips
+                }
+            };
+            let replies: Vec<_> = (0..3).map(|i| scope.spawn(reply(i))).collect();
+            // the last one's count is that of all
+            replies.into_iter().map(|reply| reply.join().unwrap()).max().unwrap()
+        })
+    };
+    assert_eq!(round_trips(1), 3 * N as u64, "rows apart");
+    let batched = round_trips(3);
+    assert!((N as u64..3 * N as u64).contains(&batched), "{batched}");
+    let Err(error) = host(&cut, &worker.address, 3).batch_rows(0).connect(|_| {}) else { panic!("no rows") };
+    assert!(error.is_misuse() && error.to_string().contains("batch_rows"), "{error}");
 }

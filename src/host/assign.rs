@@ -144,10 +144,10 @@ impl Split {
         };
         let needs = options.needs();
         let found = discovery::find(search, &need, events, &mut |address, key, blocks| {
-            let sessions = options.sessions;
-            let terms = terms::of_host(&needs, &self.head, &self.files.expected(blocks), sessions);
+            let wanted = options.wanted_sessions(self.files.canary_of(blocks).is_ok());
+            let terms = terms::of_host(&needs, &self.head, &self.files.expected(blocks), wanted);
             let (timing, limit) = (Timing::default(), options.step_timeout);
-            WorkerStage::connect(address, key, terms, sessions, timing, limit)
+            WorkerStage::connect(address, key, terms, options.sessions, timing, limit)
         })?;
         let assigned = |discovery::Found { address, blocks, stage }| Assigned {
             blocks,

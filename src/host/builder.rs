@@ -32,6 +32,7 @@ pub(crate) struct HostOptions {
     pub workers: Vec<(String, Vec<Key>)>,
     pub search: Option<Discovery>,
     pub sessions: u32,
+    pub batch_rows: u32,
     pub wire: RowType,
     /// whether the model decides on it
     pub wire_is_free: bool,
@@ -45,6 +46,12 @@ pub(crate) struct HostOptions {
 }
 
 impl HostOptions {
+    /// How many sessions a worker is asked for: the conversations', and where there is something to hold it against one more
+    /// for that. A worker that does not have it is used without.
+    pub(crate) fn wanted_sessions(&self, has_canary: bool) -> u32 {
+        self.sessions + u32::from(self.canary && has_canary)
+    }
+
     /// What every worker has to have.
     pub(crate) fn needs(&self) -> Needs {
         Needs {
@@ -72,6 +79,7 @@ impl HostBuilder {
             workers: Vec::new(),
             search: None,
             sessions: 1,
+            batch_rows: 1,
             wire: RowType::F32,
             wire_is_free: true,
             resources: Resources::default(),
@@ -117,6 +125,19 @@ impl HostBuilder {
     /// compute).
     pub fn sessions(mut self, n: u32) -> HostBuilder {
         self.options.sessions = n;
+        self
+    }
+
+    /// The most rows of several conversations' next tokens that are evaluated in one pass: one, unless this says otherwise,
+    /// which is no batches. A pass reads the weights once for all its rows, so replies that run side by side get more tokens
+    /// a second. It is made of what waits when the head becomes free; nobody waits for others to come.
+    ///
+    /// What is promised: a pass gives what `llama_decode` gives for the same rows in one batch, bit for bit with F32 rows.
+    /// It does not give what each row gives alone: llama.cpp multiplies several rows with other kernels than one, whose sums
+    /// are rounded in another order. So with batches a reply may go another way where two tokens are nearly as likely, and
+    /// which way depends on who else was there. Without them each conversation gets what it gets alone, to the bit.
+    pub fn batch_rows(mut self, n: u32) -> HostBuilder {
+        self.options.batch_rows = n;
         self
     }
 
@@ -173,6 +194,9 @@ impl HostBuilder {
         let (sessions, most) = (self.options.sessions, MAX_SESSIONS.min(self.options.resources.n_ubatch));
         if !(1..=most).contains(&sessions) {
             return Err(BadOption::new("sessions", sessions, "1 to 64, and no more than --ubatch").into());
+        }
+        if self.options.batch_rows == 0 {
+            return Err(BadOption::new("batch_rows", 0, "1, which is no batches, or more").into());
         }
         for (address, _) in &self.options.workers {
             address::complete(address)?;

@@ -82,7 +82,8 @@ impl Assignment {
         sides.push(Sides::of_stage("the tail", &tail));
         seams::check(&sides)?;
         stages.push(StageSlot::Local(Box::new(tail)));
-        let pipeline = Pipeline::new(stages, options.wire, options.patience);
+        let mut pipeline = Pipeline::new(stages, options.wire, options.patience);
+        pipeline.set_batch_rows(options.batch_rows.min(n_ubatch));
         events.tell(Event::Ready { stages: placements, n_blocks: split.head.model_blocks });
         let engine = SplitEngine::new(pipeline, n_ubatch, options.sessions, events.clone());
         Ok(Host { engine, vocabulary, n_ctx, model_name: split.head.model_name.as_str().into() })
@@ -114,8 +115,7 @@ fn dial(
             if max_sessions < needed {
                 return Err(Error::TooFewSessions { address, has: max_sessions, needed });
             }
-            // one session more than the conversations', where the worker has it, is the canary's
-            let wanted = if canary.is_ok() { max_sessions.min(needed + 1) } else { needed };
+            let wanted = options.wanted_sessions(canary.is_ok()).min(max_sessions);
             let expected = split.files.expected(blocks);
             let terms = terms::of_host(&options.needs(), &split.head, &expected, wanted);
             let stage = retry(
@@ -131,13 +131,14 @@ fn dial(
         }
         Holder::Here { path, .. } => return Err(Error::NotHere { blocks, path }),
     };
-    if let Some(link) = stage.link() {
-        *n_ubatch = link.agreed().max_rows.min(*n_ubatch);
-    }
-    let sides = stage.link().map(Sides::of_worker);
-    let widths = stage.link().map_or(Some((split.head.hparams.n_embd as usize).into()), |link| {
-        terms::canary_widths(&link.agreed().shape)
-    });
+    // what came of the connection; one that was lost since is made again by the first check or step
+    let (sides, widths) = match stage.link() {
+        Some(link) => {
+            *n_ubatch = link.agreed().max_rows.min(*n_ubatch);
+            (Some(Sides::of_worker(link)), terms::canary_widths(&link.agreed().shape))
+        }
+        None => (None, Some((split.head.hparams.n_embd as usize).into())),
+    };
     match canary.and_then(|canary| widths.map(|widths| (canary, widths)).ok_or(NoCanary::OtherRows)) {
         Err(why) => {
             events.tell(Event::Unchecked { address: address.clone(), why });
