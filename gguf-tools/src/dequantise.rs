@@ -18,6 +18,7 @@ use crate::{
         self, Gguf, Tensor, TensorType, Value, check,
         write::{GgufWriter, TensorSpec, WriteError},
     },
+    os,
     requantise::{self, RequantiseError, Unconvertible},
     slice::keys,
     text::Shown,
@@ -88,9 +89,7 @@ impl<'a> Dequantised<'a> {
     /// # Errors
     /// Reading or writing fails, `out` is the model itself, or a value is too large for the type.
     pub fn write(&self, out: &Path, mut progress: impl FnMut(u64, u64)) -> Result<(), DequantiseError> {
-        if let Ok(there) = out.canonicalize()
-            && self.gguf.files().any(|file| file.canonicalize().is_ok_and(|file| file == there))
-        {
+        if self.gguf.files().any(|file| os::same_file(file, out)) {
             return Err(DequantiseError::OntoItself(out.display().to_string()));
         }
         let specs: Vec<_> = self.tensors.iter().map(|(spec, _)| spec.clone()).collect();

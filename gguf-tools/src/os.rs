@@ -14,6 +14,16 @@ pub(crate) fn lock(file: &File) {
     let _ = file;
 }
 
+/// The folder that a file stands in, or will: the one this process is in where its name is all there is.
+pub(crate) fn folder_of(path: &Path) -> &Path {
+    path.parent().filter(|folder| !folder.as_os_str().is_empty()).unwrap_or(Path::new("."))
+}
+
+/// Whether two names lead to one file, which is there.
+pub(crate) fn same_file(a: &Path, b: &Path) -> bool {
+    matches!((a.canonicalize(), b.canonicalize()), (Ok(a), Ok(b)) if a == b)
+}
+
 /// Whether no living process holds that lock.
 pub(crate) fn is_unlocked(file: &File) -> bool {
     #[cfg(unix)]
@@ -43,11 +53,7 @@ pub(crate) fn exchange(a: &Path, b: &Path) -> io::Result<()> {
 pub(crate) fn sync_folder(path: &Path) -> io::Result<()> {
     #[cfg(unix)]
     {
-        let folder = match path.parent() {
-            Some(folder) if !folder.as_os_str().is_empty() => folder,
-            _ => Path::new("."),
-        };
-        File::open(folder)?.sync_all()
+        File::open(folder_of(path))?.sync_all()
     }
     #[cfg(not(unix))]
     {

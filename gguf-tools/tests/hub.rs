@@ -211,10 +211,16 @@ fn a_model_in_parts_comes_whole() {
 
 /// Runs `dim-split hf:...` in `folder`, against this hub.
 fn dim_split(hub: &Hub, folder: &Path, arguments: &[&str]) -> Output {
+    dim_split_in(hub, folder, &std::env::temp_dir(), arguments)
+}
+
+/// The same, with its temporary files in `temporary`.
+fn dim_split_in(hub: &Hub, folder: &Path, temporary: &Path, arguments: &[&str]) -> Output {
     Command::new(env!("CARGO_BIN_EXE_dim-split"))
         .current_dir(folder)
         .env("HF_ENDPOINT", &hub.endpoint)
         .env("HF_HOME", folder.join("hf"))
+        .env("TMPDIR", temporary)
         .env_remove("HF_HUB_CACHE")
         .env_remove("HF_TOKEN")
         .args(arguments)
@@ -267,6 +273,44 @@ fn dim_split_cuts_what_it_fetched_and_a_slice_is_made_from_there_again() {
     make().unwrap();
     let moved = hub.sent() - before;
     assert!(moved as f64 <= 1.02 * cut.len() as f64 && moved > 0, "{moved} bytes for {}", cut.len());
+}
+
+/// What a dry run tells stands in the header: nothing else is fetched, and nothing stays.
+#[test]
+fn a_dry_run_fetches_the_header_alone_and_says_the_same() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("big-F16.gguf");
+    // a header of some megabytes: it takes more than one range
+    Spec::tiny("llama").unwrap().vocab(100_000).write(&path).unwrap();
+    let (hub, data) = (Hub::start(), fs::read(&path).unwrap());
+    hub.add("big-F16.gguf", data.clone());
+    let header = gguf_tools::gguf::Gguf::open(&path).unwrap().data_offset();
+    assert!(header > 1 << 20 && data.len() as u64 > 4 * header, "{header} of {}", data.len());
+    let temporary = tempfile::tempdir().unwrap();
+    let run = |model: &str, arguments: &[&str]| {
+        let arguments = [&[model, "--dry-run", "--json"], arguments].concat();
+        let output = dim_split_in(&hub, folder.path(), temporary.path(), &arguments);
+        assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+        (output.stdout, String::from_utf8(output.stderr).unwrap())
+    };
+    for arguments in [&["--middle", "1..2"][..], &[]] {
+        if arguments.is_empty() && !cfg!(feature = "engine") {
+            continue;
+        }
+        let before = hub.sent();
+        let (json, text) = run("hf:org/model", arguments);
+        let moved = hub.sent() - before;
+        assert!(moved >= header && moved < data.len() as u64 / 2, "{moved} bytes for a header of {header}");
+        assert!(text.contains("its header was fetched"), "{text}");
+        assert_eq!(fs::read_dir(temporary.path()).unwrap().count(), 0, "something is left");
+        assert!(json == run(path.to_str().unwrap(), arguments).0, "another plan than that of the file");
+    }
+    assert!(!folder.path().join("hf/hub/models--org--model/blobs").exists(), "nothing in the cache");
+    // what is all in the cache is looked at there
+    assert!(dim_split(&hub, folder.path(), &["hf:org/model", "--middle", "1..2"]).status.success());
+    let before = hub.sent();
+    run("hf:org/model", &["--middle", "1..2"]);
+    assert_eq!(hub.sent(), before);
 }
 
 #[test]

@@ -6,12 +6,13 @@ mod bar;
 
 use std::{path::PathBuf, process::ExitCode, time::Instant};
 
-use bar::{Bar, say};
+use bar::Bar;
 use clap::Parser;
 use gguf_tools::{
     dequantise::Dequantised,
     failure::Failure,
     gguf::{Gguf, TensorType},
+    tell,
     text::{Safe, gib},
 };
 
@@ -51,15 +52,15 @@ fn run(args: &Args) -> Result<(), Failure> {
     bar.clear();
     written?;
     if !args.quiet {
-        say(format_args!(
-            "{}: {} of {} tensors converted to {}, {} in {:.1} s\n",
+        tell!(
+            "{}: {} of {} tensors converted to {}, {} in {:.1} s",
             Safe(&args.out.display().to_string()),
             model.n_converted(),
             gguf.n_tensors(),
             args.to,
             gib(bytes),
             start.elapsed().as_secs_f64(),
-        ));
+        );
     }
     Ok(())
 }

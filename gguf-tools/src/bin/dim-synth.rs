@@ -6,10 +6,11 @@ mod bar;
 
 use std::{io::Write, path::PathBuf, process::ExitCode, time::Instant};
 
-use bar::{Bar, say};
+use bar::Bar;
 use clap::Parser;
 use gguf_tools::failure::Failure;
 use gguf_tools::synth::{self, FAMILIES, Head, SHAPES, Spec};
+use gguf_tools::tell;
 use gguf_tools::text::Safe;
 
 /// Write a GGUF of a real architecture and shape with random weights: for tests, benchmarks and the demo.
@@ -87,13 +88,13 @@ fn run(args: &Args) -> Result<(), synth::Error> {
     bar.clear();
     if !args.quiet {
         let seconds = start.elapsed().as_secs_f64();
-        say(format_args!(
-            "{}: {}, {:.1} MB in {seconds:.1} s, {:.2} GB/s\n",
+        tell!(
+            "{}: {}, {:.1} MB in {seconds:.1} s, {:.2} GB/s",
             Safe(&out.display().to_string()),
             spec.name(),
             bytes as f64 / 1e6,
             bytes as f64 / 1e9 / seconds
-        ));
+        );
     }
     Ok(())
 }

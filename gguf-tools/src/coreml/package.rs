@@ -86,7 +86,7 @@ impl Staging {
             return Err(Error::InTheWay(target.into()));
         }
         let name = target.file_name().ok_or_else(|| Error::InTheWay(target.into()))?;
-        let folder = folder_of(target);
+        let folder = os::folder_of(target);
         fs::create_dir_all(folder).at(folder)?;
         let prefix = format!(".{}.part-", name.to_string_lossy());
         remove_abandoned(folder, &prefix);
@@ -161,7 +161,7 @@ impl Staging {
     ) -> Result<Vec<PackageFile>, Error> {
         let package = self.path.join(directory_name(index));
         let weight_file = package.join(WEIGHT_FILE);
-        let weight_folder = folder_of(&weight_file);
+        let weight_folder = os::folder_of(&weight_file);
         fs::create_dir_all(weight_folder).at(weight_folder)?;
         let sha256 = weights.write(gguf, &weight_file, progress)?;
         let files = vec![
@@ -186,7 +186,7 @@ impl Staging {
         if fs::symlink_metadata(&self.target).is_ok() {
             // the two change names in one step: at no time is there none
             if os::exchange(&self.path, &self.target).is_err() {
-                let old = folder_of(&self.target).join(format!("{}.old", self.path.display()));
+                let old = os::folder_of(&self.target).join(format!("{}.old", self.path.display()));
                 fs::rename(&self.target, &old).at(&self.target)?;
                 fs::rename(&self.path, &self.target).at(&self.target)?;
                 self.path = old;
@@ -237,13 +237,6 @@ fn write_file(folder: &Path, name: &str, bytes: &[u8]) -> Result<PackageFile, Er
     file.write_all(bytes).at(&path)?;
     file.sync_all().at(&path)?;
     Ok(PackageFile { path: name.into(), bytes: bytes.len() as u64, sha256: hex(&Sha256::digest(bytes)) })
-}
-
-fn folder_of(path: &Path) -> &Path {
-    match path.parent() {
-        Some(folder) if !folder.as_os_str().is_empty() => folder,
-        _ => Path::new("."),
-    }
 }
 
 /// Lower-case hex digits.

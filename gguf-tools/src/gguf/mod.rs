@@ -36,6 +36,12 @@ pub(crate) fn index(i: usize) -> u32 {
     u32::try_from(i).unwrap_or(u32::MAX)
 }
 
+/// Whether the header of a file of `len` bytes, which begins with these, goes on behind them.
+#[cfg(feature = "hub")]
+pub(crate) fn goes_on(bytes: &[u8], len: u64) -> bool {
+    matches!(header::parse(bytes, len), Err(header::Stop::More))
+}
+
 pub use error::{Error, Foreign, NotAModel, Place, Rule};
 #[cfg(feature = "hub")]
 pub(crate) use parts::PartName;

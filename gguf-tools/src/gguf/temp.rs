@@ -73,10 +73,7 @@ impl Drop for TempFile {
 /// The folder cannot be read.
 pub fn remove_stale(target: &Path) -> io::Result<usize> {
     let Some(name) = target.file_name().and_then(|n| n.to_str()) else { return Ok(0) };
-    let folder = match target.parent() {
-        Some(folder) if !folder.as_os_str().is_empty() => folder,
-        _ => Path::new("."),
-    };
+    let folder = os::folder_of(target);
     let prefix = format!(".{name}.");
     let mut removed = 0;
     for entry in fs::read_dir(folder)? {

@@ -56,14 +56,9 @@ struct Sibling {
 /// # Errors
 /// It is not there, or cannot be had; what had arrived is kept.
 pub fn fetch(settings: &Settings, place: &HubName, progress: OnBytes<'_>) -> Result<Fetched, HubError> {
-    if !is_repo(&place.repo) {
-        return Err(HubError::Name(place.repo.clone()));
-    }
     let client = Client::new(settings)?;
-    let listing = list(&client, &place.repo)?;
-    let all: Vec<String> = listing.siblings.into_iter().map(|sibling| sibling.rfilename).collect();
-    let chosen = place.choose(&all)?;
-    let folder = Folder::of(settings, &place.repo, &listing.sha);
+    let (commit, chosen) = models_of(&client, place)?;
+    let folder = Folder::of(settings, &place.repo, &commit);
     let mut files = Vec::with_capacity(chosen.len());
     let mut path = None;
     for name in chosen {
@@ -72,9 +67,19 @@ pub fn fetch(settings: &Settings, place: &HubName, progress: OnBytes<'_>) -> Res
         files.push(file);
     }
     folder.remember_main()?;
-    let source = ModelSource { repo: place.repo.clone(), revision: listing.sha, files };
+    let source = ModelSource { repo: place.repo.clone(), revision: commit.clone(), files };
     // there is a file: a choice is never empty
     Ok(Fetched { path: path.unwrap_or_default(), source })
+}
+
+/// The commit of a repository, and the files of the model that is meant.
+pub(super) fn models_of(client: &Client<'_>, place: &HubName) -> Result<(String, Vec<String>), HubError> {
+    if !is_repo(&place.repo) {
+        return Err(HubError::Name(place.repo.clone()));
+    }
+    let listing = list(client, &place.repo)?;
+    let all: Vec<String> = listing.siblings.into_iter().map(|sibling| sibling.rfilename).collect();
+    Ok((listing.sha, place.choose(&all)?))
 }
 
 /// The commit and the files of a repository.
@@ -114,16 +119,54 @@ pub(super) fn address(settings: &Settings, repo: &str, revision: &str, name: &st
 }
 
 /// A repository's folder in the cache.
-struct Folder<'a> {
+pub(super) struct Folder<'a> {
     path: PathBuf,
     repo: &'a str,
     commit: &'a str,
 }
 
+/// What the hub says of a file.
+pub(super) struct Found {
+    pub(super) url: String,
+    pub(super) etag: String,
+    pub(super) bytes: u64,
+    /// Where it is, or will be, in the cache.
+    blob: PathBuf,
+}
+
+impl Found {
+    /// Whether its version's name is its digest.
+    fn is_digest(&self) -> bool {
+        is_hex(&self.etag, DIGEST_DIGITS)
+    }
+
+    /// Whether all of it is in the cache.
+    pub(super) fn is_here(&self) -> bool {
+        fs::metadata(&self.blob).is_ok_and(|meta| meta.is_file() && meta.len() == self.bytes)
+    }
+}
+
 impl<'a> Folder<'a> {
-    fn of(settings: &Settings, repo: &'a str, commit: &'a str) -> Folder<'a> {
+    pub(super) fn of(settings: &Settings, repo: &'a str, commit: &'a str) -> Folder<'a> {
         let path = settings.cache.join(format!("models--{}", repo.replace('/', "--")));
         Folder { path, repo, commit }
+    }
+
+    /// What the hub says of a file.
+    pub(super) fn look(&self, client: &Client<'_>, name: &str) -> Result<Found, HubError> {
+        if !is_inside(name) {
+            return Err(HubError::Name(name.to_owned()));
+        }
+        let url = address(client.settings, self.repo, self.commit, name);
+        let described = client.describe(&url, name).map_err(|e| at_repo(e, client.settings, self.repo))?;
+        let answer = |why| HubError::Answer { what: name.to_owned(), why };
+        let etag = described.etag.ok_or_else(|| answer("does not say which version it is"))?;
+        let bytes = described.bytes.ok_or_else(|| answer("does not say how large it is"))?;
+        if !is_hex(&etag, DIGEST_DIGITS) && !is_hex(&etag, COMMIT_DIGITS) {
+            return Err(answer("names its version by no digest"));
+        }
+        let blob = self.path.join("blobs").join(&etag);
+        Ok(Found { url, etag, bytes, blob })
     }
 
     /// One file: where it is, and what it is.
@@ -133,38 +176,26 @@ impl<'a> Folder<'a> {
         name: String,
         progress: OnBytes<'_>,
     ) -> Result<(PathBuf, SourceFile), HubError> {
-        if !is_inside(&name) {
-            return Err(HubError::Name(name));
-        }
-        let url = address(client.settings, self.repo, self.commit, &name);
-        let described = client.describe(&url, &name).map_err(|e| at_repo(e, client.settings, self.repo))?;
-        let answer = |why| HubError::Answer { what: name.clone(), why };
-        let etag = described.etag.ok_or_else(|| answer("does not say which version it is"))?;
-        let bytes = described.bytes.ok_or_else(|| answer("does not say how large it is"))?;
-        let is_digest = is_hex(&etag, DIGEST_DIGITS);
-        if !is_digest && !is_hex(&etag, COMMIT_DIGITS) {
-            return Err(answer("names its version by no digest"));
-        }
-        let blob = self.path.join("blobs").join(&etag);
-        let whole = fs::metadata(&blob).is_ok_and(|meta| meta.is_file() && meta.len() == bytes);
-        let sha256 = if whole {
-            if is_digest { etag.clone() } else { digest_of(&blob)? }
-        } else {
-            let file = Remote { url, what: &name, bytes, etag: Some(&etag) };
-            download(client, &file, &blob, is_digest.then_some(&etag), progress)?
+        let found = self.look(client, &name)?;
+        let Found { url, etag, bytes, blob } = &found;
+        let sha256 = match (found.is_here(), found.is_digest()) {
+            (true, true) => etag.clone(),
+            (true, false) => digest_of(blob)?,
+            (false, is_digest) => {
+                let file = Remote { url: url.clone(), what: &name, bytes: *bytes, etag: Some(etag) };
+                download(client, &file, blob, is_digest.then_some(etag), progress)?
+            }
         };
-        let at = self.link(&name, &etag)?;
-        Ok((at, SourceFile { name, bytes, sha256 }))
+        let at = self.link(&name, etag)?;
+        Ok((at, SourceFile { name, bytes: *bytes, sha256 }))
     }
 
     /// Gives a blob its name in the snapshot.
-    fn link(&self, name: &str, etag: &str) -> Result<PathBuf, HubError> {
+    pub(super) fn link(&self, name: &str, etag: &str) -> Result<PathBuf, HubError> {
         let at = self.path.join("snapshots").join(self.commit).join(name);
         let blob = self.path.join("blobs").join(etag);
         let io = |source| HubError::Io { path: at.clone(), source };
-        if let (Ok(a), Ok(b)) = (at.canonicalize(), blob.canonicalize())
-            && a == b
-        {
+        if os::same_file(&at, &blob) {
             return Ok(at);
         }
         fs::create_dir_all(at.parent().unwrap_or(&at)).map_err(io)?;

@@ -7,6 +7,7 @@
 //! | `settings` | whom to ask, where to keep it, as whom: `HF_ENDPOINT`, `HF_HOME`, `HF_TOKEN` and their like |
 //! | `http` | one request, its redirects, and patience: what is tried again, and what is the end |
 //! | `download` | whole files: resumed, checked, named |
+//! | `headers` | what a model is like, without its weights |
 //! | `slice` | a slice, by its ranges |
 //!
 //! What is trusted: the hub says which digest a file has, and nothing else it says is believed. Its names stay inside the
@@ -18,6 +19,7 @@
 
 mod download;
 mod error;
+mod headers;
 mod http;
 mod place;
 mod settings;
@@ -25,6 +27,7 @@ mod slice;
 
 pub use download::{Fetched, fetch};
 pub use error::HubError;
+pub use headers::{Headers, fetch_headers};
 pub use place::{HubName, Wanted};
 pub use settings::{Patience, Settings, Token};
 pub use slice::{Outcome, fetch_manifest, fetch_slice, is_url, middle};

@@ -26,11 +26,6 @@ pub enum Wanted {
 }
 
 impl HubName {
-    /// Whether a text asks for a model on the hub, well or badly spelled.
-    pub fn is_meant(text: &str) -> bool {
-        text.starts_with(PREFIX)
-    }
-
     /// Reads `hf:ORG/REPO`, `hf:ORG/REPO/FILE` or `hf:ORG/REPO:QUANT`.
     ///
     /// # Errors

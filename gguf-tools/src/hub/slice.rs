@@ -185,10 +185,7 @@ impl Growing {
     }
 
     fn folder(&self) -> &Path {
-        match self.part.parent() {
-            Some(folder) if !folder.as_os_str().is_empty() => folder,
-            _ => Path::new("."),
-        }
+        os::folder_of(&self.part)
     }
 
     /// Brings the tensors of a run to their places.

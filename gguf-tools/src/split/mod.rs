@@ -162,7 +162,7 @@ pub fn split(
     let manifest_path = out.join(manifest_name(stem));
     for target in targets.iter().chain([&manifest_path]) {
         remove_stale(target).map_err(folder)?;
-        if plan.gguf.files().any(|file| same_file(file, target)) {
+        if plan.gguf.files().any(|file| os::same_file(file, target)) {
             return Err(SplitError::OverModel(target.clone()));
         }
     }
@@ -292,6 +292,11 @@ fn sync(
     })
 }
 
+/// The folder where a model's slices go if nobody says: its own.
+pub fn folder_of(model: &Path) -> &Path {
+    os::folder_of(model)
+}
+
 /// The manifest's file name.
 pub fn manifest_name(stem: &str) -> String {
     format!("{stem}.split.json")
@@ -302,13 +307,6 @@ fn check_space(plan: &Plan<'_>, out: &Path) -> Result<(), SplitError> {
     match os::free_bytes(out) {
         Some(have) if have < need => Err(SplitError::Space { need, have, path: out.to_owned() }),
         _ => Ok(()),
-    }
-}
-
-fn same_file(a: &Path, b: &Path) -> bool {
-    match (a.canonicalize(), b.canonicalize()) {
-        (Ok(a), Ok(b)) => a == b,
-        _ => false,
     }
 }
 

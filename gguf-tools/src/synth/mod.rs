@@ -222,7 +222,7 @@ impl Spec {
         let path = path.as_ref();
         let plan = self.plan()?;
         let need = GgufWriter::planned_bytes(&plan.metadata, &plan.descriptions)?;
-        let folder = path.parent().filter(|folder| !folder.as_os_str().is_empty()).unwrap_or(Path::new("."));
+        let folder = os::folder_of(path);
         // what a killed run left; whether that can be removed is not this run's concern
         let _ = remove_stale(path);
         if let Some(have) = os::free_bytes(folder).filter(|&have| have < need) {

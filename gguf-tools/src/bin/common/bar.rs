@@ -1,14 +1,8 @@
 //! Progress of a program that writes one file.
 
-use std::{
-    io::{IsTerminal, Write},
-    time::Duration,
-};
+use std::{io::IsTerminal, time::Duration};
 
-/// Writes to standard error. That nobody reads it is no reason to stop.
-pub(crate) fn say(text: impl std::fmt::Display) {
-    let _ = write!(std::io::stderr(), "{text}");
-}
+use gguf_tools::terminal;
 
 /// One line on a terminal, a few times a second.
 pub(crate) struct Bar {
@@ -29,7 +23,7 @@ impl Bar {
         let share = done as f64 / total.max(1) as f64;
         let rate = done as f64 / elapsed.as_secs_f64().max(1e-3);
         let full = (share * 30.0) as usize;
-        say(format_args!(
+        terminal::steer(format_args!(
             "\r[{:<30}] {:>5.1} %  {:>7.1} of {:.1} MB  {:.2} GB/s  {:.0} s left ",
             "#".repeat(full),
             share * 100.0,
@@ -42,7 +36,7 @@ impl Bar {
 
     pub(crate) fn clear(&self) {
         if self.shown.is_some() {
-            say("\r\x1b[K");
+            terminal::steer(format_args!("\r\x1b[K"));
         }
     }
 }

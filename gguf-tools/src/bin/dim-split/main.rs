@@ -6,11 +6,7 @@ mod meter;
 mod options;
 mod show;
 
-use std::{
-    path::{Path, PathBuf},
-    process::ExitCode,
-    time::Instant,
-};
+use std::{path::Path, process::ExitCode, time::Instant};
 
 use clap::Parser;
 use gguf_tools::{
@@ -21,9 +17,10 @@ use gguf_tools::{
     needs::Ask,
     plan::{Plan, PlanError, Request},
     split::{self, CutProgress},
-    text::gib,
+    tell, terminal,
+    text::{Safe, gib},
 };
-use meter::{Meter, say, say_on_line};
+use meter::Meter;
 use options::Options;
 use show::{CutsView, PackagesView, PlanView, Took, Written, print_cuts, print_json};
 
@@ -40,14 +37,17 @@ fn main() -> ExitCode {
 }
 
 fn run(options: &Options) -> Result<(), Failure> {
-    let model = fetched::find(&options.model)?;
+    // what a dry run tells stands in the header; Core ML packages are planned by some of the weights
+    let headers = options.dry_run && options.coreml.options().is_none();
+    let model = fetched::find(&options.model, headers)?;
     let gguf = Gguf::open(&model.path)?;
     let stem = gguf.stem();
     let ask = std::env::current_exe().map_or(Ask::Here, Ask::Apart);
     if let Some(projector) = projector_beside(&model.path) {
-        say(format_args!(
-            "{projector} lies beside the model and is left alone: it is for images and sound, and text goes without it"
-        ));
+        tell!(
+            "{} lies beside the model and is left alone: it is for images and sound, and text goes without it",
+            Safe(&projector)
+        );
     }
     if options.middle.is_empty() {
         return show_cuts(options, &gguf, &ask);
@@ -73,8 +73,8 @@ fn run(options: &Options) -> Result<(), Failure> {
         Some(o) => coreml::plan_middles(&gguf, &options.middle, o)?,
         None => Vec::new(),
     };
-    say_on_line(PlanView { plan: &plan, n_ctx });
-    say_on_line(PackagesView { packages: &packages, stem: &stem });
+    terminal::tell(format_args!("{}", PlanView { plan: &plan, n_ctx }));
+    terminal::tell(format_args!("{}", PackagesView { packages: &packages, stem: &stem }));
 
     if options.dry_run {
         if options.json {
@@ -101,7 +101,7 @@ fn show_cuts(options: &Options, gguf: &Gguf, ask: &Ask) -> Result<(), Failure> {
     let hparams = check::hparams(gguf)?;
     let file = || gguf.path().display().to_string();
     let cuts = ask.cuts(gguf).map_err(|why| PlanError::Needs { file: file(), why, nearest: None })?;
-    say_on_line(CutsView { hparams: &hparams, cuts: &cuts });
+    terminal::tell(format_args!("{}", CutsView { hparams: &hparams, cuts: &cuts }));
     if options.json {
         print_cuts(&hparams, &cuts)?;
     }
@@ -121,9 +121,12 @@ fn write_slices(plan: &Plan<'_>, out: &Path, stem: &str, verify: bool) -> Result
             CutProgress::Flushing => copied = Some(started.elapsed().as_secs_f64()),
             CutProgress::NoCanary(file, why) => {
                 meter.clear();
-                say(format_args!(
-                    "{file}: no canary, so a host cannot tell whether a worker computes right: {why}"
-                ));
+                let why = why.to_string();
+                tell!(
+                    "{}: no canary, so a host cannot tell whether a worker computes right: {}",
+                    Safe(file),
+                    Safe(&why)
+                );
             }
             _ => {}
         }
@@ -132,12 +135,12 @@ fn write_slices(plan: &Plan<'_>, out: &Path, stem: &str, verify: bool) -> Result
     meter.clear();
     let manifest = result?;
     let seconds = started.elapsed().as_secs_f64();
-    say(format_args!(
+    tell!(
         "wrote {} in {seconds:.1} s ({:.2} GB/s): {}",
         gib(plan.file_bytes()),
         plan.file_bytes() as f64 / 1e9 / seconds.max(1e-9),
-        out.join(split::manifest_name(stem)).display()
-    ));
+        Safe(&out.join(split::manifest_name(stem)).display().to_string())
+    );
 
     if verify {
         let mut meter = Meter::new();
@@ -145,7 +148,7 @@ fn write_slices(plan: &Plan<'_>, out: &Path, stem: &str, verify: bool) -> Result
         meter.clear();
         // whatever it is, it is not what was asked for that is wrong
         result.map_err(Failure::failed)?;
-        say("verified: every key and tensor of the slices equals the model's");
+        tell!("verified: every key and tensor of the slices equals the model's");
     }
     Ok((manifest, Took { seconds, copy_seconds: copied.unwrap_or(seconds), verified: verify }))
 }
@@ -163,9 +166,7 @@ fn write_packages(
     let result = coreml::write_middles(packages, manifest, out, stem, &mut |progress| match progress {
         coreml::PackageProgress::Calibrating { n_tokens } => {
             meter.clear();
-            say(format_args!(
-                "evaluating {n_tokens} tokens of text up to the end of the middle, for the self-test"
-            ));
+            tell!("evaluating {n_tokens} tokens of text up to the end of the middle, for the self-test");
             before = done;
         }
         coreml::PackageProgress::Writing { index, bytes } => {
@@ -182,29 +183,26 @@ fn write_packages(
     let reports = result?;
     for report in &reports {
         for notice in &report.notices {
-            say(notice);
+            tell!("{}", Safe(&notice.to_string()));
         }
         if let Some(test) = &report.manifest.selftest {
             let max_abs: Vec<_> = test.max_abs_hidden.iter().map(|x| format!("{x:.1}")).collect();
-            say(format_args!(
-                "greatest |hidden| before the middle and after each of its blocks: {}",
-                max_abs.join(" ")
-            ));
+            tell!("greatest |hidden| before the middle and after each of its blocks: {}", max_abs.join(" "));
         }
         let seconds = report.write_time.as_secs_f64();
         let rate = report.bytes as f64 / 1e9 / seconds.max(1e-9);
-        say(format_args!(
+        tell!(
             "wrote {} in {seconds:.1} s ({rate:.2} GB/s): {}",
             gib(report.bytes),
-            report.directory.display()
-        ));
+            Safe(&report.directory.display().to_string())
+        );
     }
     Ok(reports)
 }
 
 /// The name of a projector (`mmproj-*.gguf`) in the model's folder, as downloads bring one along.
 fn projector_beside(model: &Path) -> Option<String> {
-    let names = std::fs::read_dir(parent(model)).ok()?.flatten().map(|entry| entry.file_name());
+    let names = std::fs::read_dir(split::folder_of(model)).ok()?.flatten().map(|entry| entry.file_name());
     let mut names: Vec<String> = names.filter_map(|name| name.into_string().ok()).collect();
     names.sort_unstable();
     let own = model.file_name()?.to_str()?;
@@ -213,11 +211,4 @@ fn projector_beside(model: &Path) -> Option<String> {
         name.starts_with("mmproj") && name.ends_with(".gguf")
     };
     names.into_iter().find(|name| is_projector(name) && name != own)
-}
-
-pub(crate) fn parent(path: &Path) -> PathBuf {
-    match path.parent() {
-        Some(folder) if !folder.as_os_str().is_empty() => folder.to_owned(),
-        _ => PathBuf::from("."),
-    }
 }

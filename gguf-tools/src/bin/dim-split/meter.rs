@@ -1,22 +1,11 @@
 //! Progress on standard error.
 
 use std::{
-    fmt,
-    io::{self, IsTerminal, Write},
+    io::{self, IsTerminal},
     time::{Duration, Instant},
 };
 
-use gguf_tools::{split::CutProgress, text::Safe};
-
-/// One line on standard error, with nothing in it that a terminal obeys. That nobody reads it is no reason to stop.
-pub(crate) fn say(text: impl fmt::Display) {
-    say_on_line(format_args!("{}\n", Safe(&text.to_string())));
-}
-
-/// The same as it is, without an end of line.
-pub(crate) fn say_on_line(text: impl fmt::Display) {
-    let _ = write!(io::stderr(), "{text}");
-}
+use gguf_tools::{split::CutProgress, tell, terminal, text::Safe};
 
 /// What a terminal does with the line it stands on: back to its start, and empty.
 const REDRAW: &str = "\r\x1b[K";
@@ -69,10 +58,10 @@ impl Meter {
 
     fn draw(&mut self, text: String) {
         if self.terminal {
-            say_on_line(format_args!("{REDRAW}{}", Safe(&text)));
+            terminal::steer(format_args!("{REDRAW}{}", Safe(&text)));
             self.drawn = true;
         } else {
-            say(text);
+            tell!("{}", Safe(&text));
         }
     }
 
@@ -87,7 +76,7 @@ impl Meter {
 
     pub(crate) fn clear(&mut self) {
         if self.drawn {
-            say_on_line(REDRAW);
+            terminal::steer(format_args!("{REDRAW}"));
             self.drawn = false;
         }
     }

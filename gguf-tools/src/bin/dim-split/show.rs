@@ -1,10 +1,6 @@
 //! The plan of a cut for people, and the result as JSON.
 
-use std::{
-    fmt,
-    io::{self, Write as _},
-    path::Path,
-};
+use std::{fmt, path::Path};
 
 use gguf_tools::{
     coreml,
@@ -13,6 +9,7 @@ use gguf_tools::{
     manifest::Manifest,
     needs::{Crossing, Cuts},
     plan::{LeftOut, Plan, Role},
+    terminal,
     text::{Safe, Shown, gib},
 };
 
@@ -318,8 +315,7 @@ pub(crate) fn print_json(
 }
 
 fn print(object: &serde_json::Value) -> Result<(), Failure> {
-    let mut out = io::stdout().lock();
-    writeln!(out, "{object}").map_err(|e| Failure::failed(format!("cannot write to standard output: {e}")))
+    terminal::print(&format!("{object}\n"))
 }
 
 fn coreml_json(report: &coreml::Report) -> serde_json::Value {
