@@ -148,7 +148,22 @@ pub fn retry<T, E: Absent>(
 /// # Errors
 /// There is none: `error` again.
 pub fn wait<E: Absent>(state: &mut Retry, error: E, tell: &mut impl FnMut(&E, Duration)) -> Result<(), E> {
-    let Some(absence) = error.absence() else { return Err(error) };
+    match error.absence() {
+        None => Err(error),
+        Some(absence) => wait_as(state, error, absence, tell),
+    }
+}
+
+/// The same for an error that is known to be an `absence`.
+///
+/// # Errors
+/// There is none: `error` again.
+pub fn wait_as<E>(
+    state: &mut Retry,
+    error: E,
+    absence: Absence,
+    tell: &mut impl FnMut(&E, Duration),
+) -> Result<(), E> {
     match state.failed(absence, Instant::now()) {
         Next::GiveUp { .. } => Err(error),
         Next::Wait { pause, tell: limit } => {

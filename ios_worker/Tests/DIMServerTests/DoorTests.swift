@@ -177,7 +177,10 @@ import Testing
         for step in 0..<20 {
             // the second host hears that the first is served, which it can only with its key
             let owner = try TestHost(worker.address, .serve(.host(instance: UInt64(100 + step))))
-            guard case .busy? = owner.closed() else { Issue.record("try \(step): it did not get in"); break }
+            guard case .busy? = owner.closed() else {
+                Issue.record("try \(step): it did not get in")
+                break
+            }
             let row = rows(1, seed: step)
             try host.step([Span(session: 0, position: UInt32(step), count: 1)], row)
             #expect(host.done().map { Array($0.rows.hidden) } == oracle.evaluate(row))

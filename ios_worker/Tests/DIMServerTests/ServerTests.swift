@@ -311,7 +311,10 @@ import Testing
         let worker = try TestServer(keyStore: keys)
         let code = worker.server.openPairing()
         let pair = { try TestHost(worker.address, .pair(name: "x", software: "y"), key: PairKey(code: code)) }
-        guard case .peerFailed(let report)? = try pair().closed() else { Issue.record("it was not told"); return }
+        guard case .peerFailed(let report)? = try pair().closed() else {
+            Issue.record("it was not told")
+            return
+        }
         #expect(report.text.contains("no space"))
         #expect(!worker.reports.all.contains(.pairingClosed))
         #expect(try pair().wait { if case .granted = $0 { true } else { nil } } == true)
@@ -324,7 +327,10 @@ import Testing
         #expect(host.accepted() != nil)
         worker.keys.removeAll()
         worker.server.keysChanged()
-        guard case .peerFailed(let report)? = host.closed() else { Issue.record("it goes on"); return }
+        guard case .peerFailed(let report)? = host.closed() else {
+            Issue.record("it goes on")
+            return
+        }
         #expect(report.code == .revoked)
         #expect(report.text.contains("pair again"))
     }

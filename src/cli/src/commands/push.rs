@@ -2,12 +2,12 @@
 
 use std::fs::File;
 use std::path::PathBuf;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use dim::Patience;
 use dim::device;
 use dim::host::packages::{Packages, PackagesError};
-use dim::retry::{Retry, wait};
+use dim::retry::{Absence, Retry, wait, wait_as};
 use dim_wire::HandshakeError;
 use dim_wire::terms::Reason;
 use dim_wire::transport::push::{PushError, push};
@@ -61,7 +61,7 @@ pub fn run(args: &PushArgs) -> Result<(), Failure> {
             // a key belongs to a worker, wherever that was when it was paired
             Err(PushError::Link(LinkError {
                 kind: LinkErrorKind::Handshake(HandshakeError::Key), ..
-            })) if likeliest + 1 < keys.len() => {
+            })) if likeliest + 1 < keys.len() && !transfer.was_there => {
                 likeliest += 1;
             }
             Err(error) => transfer.failed(error).map_err(|error| final_failure(error, &packages))?,
@@ -89,12 +89,14 @@ struct Transfer {
     sent: u64,
     retry: Retry,
     hash_differed: bool,
+    /// it has opened with this key, and said what it has
+    was_there: bool,
 }
 
 impl Transfer {
     fn new(total: u64, patience: Patience) -> Transfer {
         let retry = Retry::new(patience, Instant::now());
-        Transfer { total, reached: 0, sent: 0, retry, hash_differed: false }
+        Transfer { total, reached: 0, sent: 0, retry, hash_differed: false, was_there: false }
     }
 
     /// Waits for the next attempt, or gives back why there is none.
@@ -104,9 +106,16 @@ impl Transfer {
             tell!("{error}; sending it once more");
             return Ok(());
         }
-        wait(&mut self.retry, error, &mut |error, limit| {
+        let mut tell = |error: &PushError, limit: Duration| {
             tell!("{error}; trying for up to {} s", limit.as_secs());
-        })
+        };
+        match &error {
+            // who was there before and is now said to be another has proven nothing: it counts as away
+            PushError::Link(LinkError { kind: LinkErrorKind::Handshake(_), .. }) if self.was_there => {
+                wait_as(&mut self.retry, error, Absence::Lost, &mut tell)
+            }
+            _ => wait(&mut self.retry, error, &mut tell),
+        }
     }
 }
 
@@ -126,6 +135,7 @@ impl<'a> Connection<'a> {
         let transfer = &mut *self.transfer;
         if !self.begun {
             self.begun = true;
+            transfer.was_there = true;
             self.progress.begin_at(done);
             if done > 0 {
                 let has = size(done as f64);
@@ -189,6 +199,26 @@ fn final_failure(error: PushError, packages: &Packages) -> Failure {
         PushError::File { item, source } => {
             let path = packages.files.get(*item).map(|f| f.display().to_string()).unwrap_or_default();
             Failure::failed(format!("{path}: {source}")).hint("the directory must not change while it is sent")
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Before the worker has opened with the key that is the end, and afterwards a reason to look for it.
+    #[test]
+    fn what_nobody_has_proven_ends_no_push_that_has_begun() {
+        let pause = Duration::from_millis(1);
+        let patience = Patience { first_pause: pause, longest_pause: pause, ..Patience::default() };
+        for kind in [HandshakeError::Key, HandshakeError::NoPairing, HandshakeError::Crowded] {
+            let error = || PushError::Link(LinkErrorKind::Handshake(kind.clone()).with("a phone"));
+            let mut transfer = Transfer::new(100, patience);
+            let at_first = transfer.failed(error());
+            assert_eq!(at_first.is_ok(), kind == HandshakeError::Crowded, "{kind}");
+            Connection::new("a phone", &mut transfer).moved(10);
+            assert!(transfer.failed(error()).is_ok(), "{kind}");
         }
     }
 }
