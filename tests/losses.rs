@@ -159,7 +159,7 @@ impl Scene {
     fn lose_all(&self, loss: Loss, n: usize, is_told: bool) -> Vec<Outcome> {
         let (next, outcomes) = (AtomicUsize::new(0), Mutex::new(Vec::new()));
         std::thread::scope(|scope| {
-            for _ in 0..if is_told { 1 } else { 5 } {
+            for _ in 0..if is_told { 1 } else { 2 } {
                 scope.spawn(|| {
                     loop {
                         let trial = next.fetch_add(1, Ordering::Relaxed);

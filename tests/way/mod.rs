@@ -193,7 +193,9 @@ impl State {
             }
             Break::Stop(pid) => {
                 signal(pid, "STOP");
-                true
+                // until then it was heard
+                self.broke(Instant::now());
+                return true;
             }
             Break::FlipBack => unreachable!(),
         };
