@@ -1,5 +1,7 @@
 //! From an assignment to stages that are ready: workers dialled and checked, slices loaded.
 
+use std::sync::OnceLock;
+
 use dim_core::guard::{Guarded, Room};
 use dim_core::pipeline::{Pipeline, StageSlot};
 use dim_core::stage::RemoteStage;
@@ -86,7 +88,8 @@ impl Assignment {
         pipeline.set_batch_rows(options.batch_rows.min(n_ubatch));
         events.tell(Event::Ready { stages: placements, n_blocks: split.head.model_blocks });
         let engine = SplitEngine::new(pipeline, n_ubatch, options.sessions, events.clone());
-        Ok(Host { engine, vocabulary, n_ctx, model_name: split.head.model_name.as_str().into() })
+        let model_name = split.head.model_name.as_str().into();
+        Ok(Host { engine, vocabulary, n_ctx, model_name, control_names: OnceLock::new() })
     }
 }
 

@@ -27,7 +27,7 @@ pub mod text;
 mod whole;
 
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 
 use llama_sys_patch::Model;
 
@@ -37,7 +37,7 @@ pub use whole::WholeModel;
 
 use crate::error::Error;
 use engine::SplitEngine;
-use template::{ChatTemplate, TemplateError};
+use template::{ChatTemplate, TemplateError, Turn};
 
 /// A split model, ready: every block in one stage, here or on a worker. Threads may share it.
 pub struct Host {
@@ -45,6 +45,8 @@ pub struct Host {
     vocabulary: Model,
     n_ctx: u32,
     model_name: Arc<str>,
+    /// the vocabulary's, once somebody talks
+    control_names: OnceLock<Vec<String>>,
 }
 
 impl Host {
@@ -96,6 +98,24 @@ impl Host {
     /// The vocabulary and everything else that llama.cpp knows of the model without its middle.
     pub fn vocabulary(&self) -> &Model {
         &self.vocabulary
+    }
+
+    /// A text as tokens, as [`Session::tokenize`] reads it.
+    ///
+    /// # Errors
+    /// [`Error::Text`]: the model has no vocabulary, or the text is too long.
+    pub fn tokenize(&self, text: &str, begins: bool) -> Result<Vec<i32>, Error> {
+        prompt::text(&self.vocabulary, text, begins)
+    }
+
+    /// A conversation as tokens, as [`Session::tokenize_chat`] renders it: for whoever has to know them before a session
+    /// is free.
+    ///
+    /// # Errors
+    /// The template fails, or as [`tokenize`](Self::tokenize).
+    pub fn tokenize_chat(&self, template: &ChatTemplate, turns: &[Turn]) -> Result<Vec<i32>, Error> {
+        let names = self.control_names.get_or_init(|| prompt::control_names(&self.vocabulary));
+        prompt::chat(&self.vocabulary, names, template, turns)
     }
 
     /// The model's own chat template.

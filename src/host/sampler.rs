@@ -4,6 +4,7 @@ use llama_cpp_2::sampling::LlamaSampler;
 use llama_cpp_2::token::LlamaToken;
 use llama_cpp_2::token::data::LlamaTokenData;
 use llama_cpp_2::token::data_array::LlamaTokenDataArray;
+use llama_cpp_2::token::logit_bias::LlamaLogitBias;
 
 use crate::error::BadOption;
 
@@ -28,6 +29,8 @@ pub struct Sampling {
     pub frequency_penalty: f32,
     /// Penalty on tokens that were seen at all (0 = none).
     pub presence_penalty: f32,
+    /// Added to tokens' logits before everything else; minus infinity: never that one.
+    pub logit_bias: Vec<(i32, f32)>,
 }
 
 impl Default for Sampling {
@@ -42,6 +45,7 @@ impl Default for Sampling {
             repeat_last_n: 64,
             frequency_penalty: 0.0,
             presence_penalty: 0.0,
+            logit_bias: Vec::new(),
         }
     }
 }
@@ -75,6 +79,11 @@ impl Sampling {
         float("repeat-penalty", self.repeat_penalty, self.repeat_penalty > 0.0, "a number > 0")?;
         float("frequency-penalty", self.frequency_penalty, true, "a finite number")?;
         float("presence-penalty", self.presence_penalty, true, "a finite number")?;
+        let is_bias =
+            |&(token, bias): &(i32, f32)| token >= 0 && (bias.is_finite() || bias == f32::NEG_INFINITY);
+        if let Some((token, bias)) = self.logit_bias.iter().find(|bias| !is_bias(bias)) {
+            return Err(BadOption::new("logit-bias", format!("{token}: {bias}"), "a token and a number"));
+        }
         int("top-k", self.top_k, self.top_k >= -1, "-1 or more")?;
         let last_n = -1..=65_536;
         int("repeat-last-n", self.repeat_last_n, last_n.contains(&self.repeat_last_n), "-1 to 65536")
@@ -106,10 +115,15 @@ impl Sampler {
             options.frequency_penalty,
             options.presence_penalty,
         );
+        let biases = options.logit_bias.iter().filter(|(token, _)| *token < n_vocab_c);
+        let biases: Vec<_> =
+            biases.map(|&(token, bias)| LlamaLogitBias::new(LlamaToken(token), bias)).collect();
+        let bias = LlamaSampler::logit_bias(n_vocab_c, &biases);
         let chain = if options.temperature == 0.0 {
-            vec![penalties, LlamaSampler::greedy()]
+            vec![bias, penalties, LlamaSampler::greedy()]
         } else {
             vec![
+                bias,
                 penalties,
                 LlamaSampler::top_k(options.top_k),
                 LlamaSampler::top_p(options.top_p, 1),
@@ -207,9 +221,21 @@ mod tests {
     }
 
     #[test]
+    fn a_bias_counts_before_everything_else_and_a_token_that_there_is_not_is_left_out() {
+        let logits = [1.0, 3.0, 2.0];
+        let greedy = |logit_bias| Sampling { logit_bias, ..Sampling::greedy() };
+        let first = |sampling: Sampling| Sampler::new(&sampling, 3).unwrap().sample(&logits);
+        assert_eq!(first(greedy(vec![(0, 2.5)])), Some(0));
+        assert_eq!(first(greedy(vec![(1, f32::NEG_INFINITY), (7, 100.0)])), Some(2));
+        let random = Sampling { logit_bias: vec![(0, 100.0)], ..Sampling::default() };
+        let mut s = Sampler::new(&random, 3).unwrap();
+        assert!((0..20).all(|_| s.sample(&logits) == Some(0)));
+    }
+
+    #[test]
     fn refuses_values_that_c_code_would_take_and_break_on() {
         type Change = fn(&mut Sampling);
-        let changes: [(Change, &str); 12] = [
+        let changes: [(Change, &str); 14] = [
             (|s| s.temperature = -1.0, "temp"),
             (|s| s.temperature = f32::NAN, "temp"),
             (|s| s.temperature = f32::INFINITY, "temp"),
@@ -222,6 +248,8 @@ mod tests {
             (|s| s.repeat_last_n = -2, "repeat-last-n"),
             (|s| s.repeat_last_n = i32::MAX, "repeat-last-n"),
             (|s| s.frequency_penalty = f32::INFINITY, "frequency-penalty"),
+            (|s| s.logit_bias = vec![(0, f32::NAN)], "logit-bias"),
+            (|s| s.logit_bias = vec![(-1, 1.0)], "logit-bias"),
         ];
         assert_eq!(Sampling::default().check(), Ok(()));
         for (change, option) in changes {

@@ -1,0 +1,67 @@
+//! `/v1/chat/completions`.
+
+use dim::host::template::{Role, Turn};
+
+use super::fields::{Content, LogprobsField};
+use super::{Defaults, Fields, MAX_TOP_LOGPROBS, Message, Prompts, Wanted, parse};
+use crate::error::ApiError;
+
+/// A chat's request.
+///
+/// # Errors
+/// It is no JSON, or a field is wrong: which.
+pub fn chat(body: &[u8], defaults: &Defaults) -> Result<Wanted, ApiError> {
+    let mut fields: Fields = parse(body)?;
+    let messages = fields.messages.take().ok_or_else(|| ApiError::field("messages", "missing"))?;
+    if messages.is_empty() {
+        return Err(ApiError::field("messages", "there must be one at least"));
+    }
+    let turns =
+        messages.into_iter().enumerate().map(|(i, message)| turn(i, message)).collect::<Result<_, _>>()?;
+    let top = top_logprobs(&fields)?;
+    fields.wanted(Prompts::Chat(turns), top, defaults)
+}
+
+fn turn(
+    i: usize,
+    Message { role, content: Content(content), tool_calls }: Message,
+) -> Result<Turn, ApiError> {
+    if tool_calls.is_some_and(|calls| !calls.is_empty()) {
+        return Err(ApiError::field(format!("messages[{i}].tool_calls"), "tools are not supported yet"));
+    }
+    let role = match role.as_str() {
+        "system" | "developer" => Role::System,
+        "user" => Role::User,
+        "assistant" => Role::Assistant,
+        "tool" | "function" => {
+            return Err(ApiError::field(format!("messages[{i}].role"), "tools are not supported yet"));
+        }
+        other => {
+            let message = format!("{other:?} is none of \"system\", \"developer\", \"user\", \"assistant\"");
+            return Err(ApiError::field(format!("messages[{i}].role"), message));
+        }
+    };
+    Ok(Turn { role, content })
+}
+
+fn top_logprobs(fields: &Fields) -> Result<Option<usize>, ApiError> {
+    let is_told = match fields.logprobs {
+        None | Some(LogprobsField::Told(false)) => false,
+        Some(LogprobsField::Told(true)) => true,
+        Some(LogprobsField::Of(_)) => {
+            return Err(ApiError::field(
+                "logprobs",
+                "must be true or false; top_logprobs says of how many tokens",
+            ));
+        }
+    };
+    match fields.top_logprobs {
+        None => Ok(is_told.then_some(0)),
+        Some(0) if !is_told => Ok(None),
+        Some(_) if !is_told => Err(ApiError::field("top_logprobs", "needs \"logprobs\": true")),
+        Some(n) => match usize::try_from(n).ok().filter(|n| *n <= MAX_TOP_LOGPROBS) {
+            Some(n) => Ok(Some(n)),
+            None => Err(ApiError::field("top_logprobs", format!("{n} must be 0 to {MAX_TOP_LOGPROBS}"))),
+        },
+    }
+}

@@ -1,0 +1,251 @@
+use proptest::prelude::*;
+use serde_json::{Value, json};
+
+use super::*;
+
+fn chat_of(more: Value) -> Result<Wanted, ApiError> {
+    let mut body = json!({"messages": [{"role": "user", "content": "Hi"}]});
+    body.as_object_mut().unwrap().extend(more.as_object().unwrap().clone());
+    chat(body.to_string().as_bytes(), &Defaults::default())
+}
+
+fn completion_of(more: Value) -> Result<Wanted, ApiError> {
+    completion(more.to_string().as_bytes(), &Defaults::default())
+}
+
+#[test]
+fn what_is_not_said_is_as_the_server_was_started() {
+    let defaults = Defaults { sampling: Sampling { top_k: 7, ..Sampling::greedy() }, limit: Some(9) };
+    let body = br#"{"messages": [{"role": "user", "content": "Hi"}], "temperature": null, "stop": null}"#;
+    let wanted = chat(body, &defaults).unwrap();
+    assert_eq!((wanted.sampling, wanted.limit), (defaults.sampling, defaults.limit));
+    assert_eq!((wanted.n, wanted.stream, wanted.cache_prompt, wanted.top_logprobs), (1, false, true, None));
+    assert!(wanted.stop.is_empty());
+}
+
+#[test]
+fn every_field_that_is_known_is_read() {
+    let wanted = chat_of(json!({
+        "temperature": 1, "top_p": 0.5, "min_p": 0.1, "top_k": 3, "seed": 5, "presence_penalty": -1, "frequency_penalty": 2,
+        "repeat_penalty": 1.5, "repeat_last_n": -1, "logit_bias": {"7": -100, "2": 1.5}, "stop": ["a", "b"], "max_tokens": 4,
+        "max_completion_tokens": 3, "n": 2, "stream": true, "stream_options": {"include_usage": true}, "logprobs": true,
+        "top_logprobs": 4, "return_tokens": true, "cache_prompt": false, "ignore_eos": true, "timings_per_token": true,
+        "tools": [], "tool_choice": "none", "response_format": {"type": "text"}, "model": "any", "user": {"a": [1]},
+        "of_tomorrow": [[{}]],
+    }))
+    .unwrap();
+    let sampling = Sampling {
+        temperature: 1.0,
+        top_p: 0.5,
+        min_p: 0.1,
+        top_k: 3,
+        seed: Some(5),
+        presence_penalty: -1.0,
+        frequency_penalty: 2.0,
+        repeat_penalty: 1.5,
+        repeat_last_n: -1,
+        logit_bias: vec![(2, 1.5), (7, f32::NEG_INFINITY)],
+    };
+    let turn = Turn { role: dim::host::template::Role::User, content: "Hi".to_owned() };
+    let expected = Wanted {
+        prompts: Prompts::Chat(vec![turn]),
+        sampling,
+        limit: Some(3),
+        stop: vec!["a".to_owned(), "b".to_owned()],
+        n: 2,
+        top_logprobs: Some(4),
+        stream: true,
+        include_usage: true,
+        timings_per_token: true,
+        return_tokens: true,
+        cache_prompt: false,
+        ignore_eos: true,
+        echo: false,
+    };
+    assert_eq!(wanted, expected);
+}
+
+#[test]
+fn what_is_wrong_is_named() {
+    let table = [
+        (json!({"temperature": "hot"}), "temperature"),
+        (json!({"temperature": -1}), "temperature"),
+        (json!({"temperature": 1e300}), "temperature"),
+        (json!({"top_p": 1.5}), "top_p"),
+        (json!({"min_p": -0.5}), "min_p"),
+        (json!({"top_k": -2}), "top_k"),
+        (json!({"top_k": 1e20}), "top_k"),
+        (json!({"seed": "x"}), "seed"),
+        (json!({"repeat_penalty": 0}), "repeat_penalty"),
+        (json!({"repeat_last_n": 1_000_000}), "repeat_last_n"),
+        (json!({"stop": 5}), "stop"),
+        (json!({"stop": ["a", 5]}), "stop[1]"),
+        (json!({"stop": vec!["x"; 17]}), "stop"),
+        (json!({"stop": ["x".repeat(1025)]}), "stop[0]"),
+        (json!({"max_tokens": -2}), "max_tokens"),
+        (json!({"max_completion_tokens": 1.5}), "max_completion_tokens"),
+        (json!({"n": 0}), "n"),
+        (json!({"n": 129}), "n"),
+        (json!({"n": -1}), "n"),
+        (json!({"stream": "yes"}), "stream"),
+        (json!({"stream_options": {"include_usage": 1}}), "stream_options.include_usage"),
+        (json!({"logprobs": 5}), "logprobs"),
+        (json!({"top_logprobs": 5}), "top_logprobs"),
+        (json!({"logprobs": true, "top_logprobs": 21}), "top_logprobs"),
+        (json!({"logit_bias": {"x": 1}}), "logit_bias[\"x\"]"),
+        (json!({"logit_bias": {"-1": 1}}), "logit_bias[\"-1\"]"),
+        (json!({"logit_bias": {"5": 101}}), "logit_bias[\"5\"]"),
+        (json!({"logit_bias": [1]}), "logit_bias"),
+        (json!({"tools": [{"type": "function"}]}), "tools"),
+        (json!({"functions": [{}]}), "functions"),
+        (json!({"tool_choice": "required"}), "tool_choice"),
+        (json!({"tool_choice": {"type": "function"}}), "tool_choice"),
+        (json!({"response_format": {"type": "json_object"}}), "response_format.type"),
+        (json!({"response_format": {"type": "yaml"}}), "response_format.type"),
+        (json!({"grammar": "root ::= [a]"}), "grammar"),
+        (json!({"json_schema": {}}), "json_schema"),
+        (json!({"messages": []}), "messages"),
+        (json!({"messages": "Hi"}), "messages"),
+        (json!({"messages": null}), "messages"),
+        (json!({"messages": [{"content": "x"}]}), "messages[0]"),
+        (json!({"messages": [{"role": "user"}, {"role": "wizard", "content": "x"}]}), "messages[1].role"),
+        (json!({"messages": [{"role": "tool", "content": "x"}]}), "messages[0].role"),
+        (json!({"messages": [{"role": "assistant", "tool_calls": [{}]}]}), "messages[0].tool_calls"),
+        (json!({"messages": [{"role": "user", "content": 5}]}), "messages[0].content"),
+        (
+            json!({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}),
+            "messages[0].content[0]",
+        ),
+        (json!({"messages": [{"role": "user", "content": [{"type": "text"}]}]}), "messages[0].content[0]"),
+    ];
+    for (more, field) in table {
+        let error = chat_of(more.clone()).expect_err(&more.to_string());
+        assert_eq!(error.param.as_deref(), Some(field), "{more}: {error}");
+        assert_eq!(error.status, StatusCode::BAD_REQUEST);
+        assert!(error.message.starts_with(field) && !error.message.contains("at line"), "{error}");
+    }
+    let table = [
+        (json!({}), "prompt"),
+        (json!({"prompt": ""}), ""),
+        (json!({"prompt": []}), "prompt"),
+        (json!({"prompt": [[]]}), "prompt"),
+        (json!({"prompt": [1, "x"]}), "prompt"),
+        (json!({"prompt": [-1]}), "prompt[0]"),
+        (json!({"prompt": [3_000_000_000u64]}), "prompt[0]"),
+        (json!({"prompt": vec!["x"; 129]}), "prompt"),
+        (json!({"prompt": vec!["x"; 65], "n": 2}), "n"),
+        (json!({"prompt": "x", "suffix": "y"}), "suffix"),
+        (json!({"prompt": "x", "best_of": 2}), "best_of"),
+        (json!({"prompt": "x", "logprobs": 21}), "logprobs"),
+        (json!({"prompt": "x", "logprobs": 1, "echo": true}), "echo"),
+    ];
+    for (body, field) in table {
+        let param = completion_of(body.clone()).err().and_then(|error| error.param).unwrap_or_default();
+        assert_eq!(param, field, "{body}");
+    }
+}
+
+#[test]
+fn prompts_come_in_four_shapes() {
+    let prompts = |prompt: Value| completion_of(json!({"prompt": prompt})).unwrap().prompts;
+    let text = |text: &str| Prompt::Text(text.to_owned());
+    assert_eq!(prompts(json!("a")), Prompts::Texts(vec![text("a")]));
+    assert_eq!(prompts(json!(["a", "b"])), Prompts::Texts(vec![text("a"), text("b")]));
+    assert_eq!(prompts(json!([1, 2])), Prompts::Texts(vec![Prompt::Tokens(vec![1, 2])]));
+    let two = vec![Prompt::Tokens(vec![1]), Prompt::Tokens(vec![2])];
+    assert_eq!(prompts(json!([[1], [2]])), Prompts::Texts(two));
+    let parts = json!({"messages": [{"role": "developer", "content": [{"type": "text", "text": "a"}, {"text": "b", "type": "text"}]}]});
+    let Prompts::Chat(turns) = chat(parts.to_string().as_bytes(), &Defaults::default()).unwrap().prompts
+    else {
+        panic!("a chat")
+    };
+    assert_eq!(turns[0].content, "ab");
+}
+
+#[test]
+fn any_seed_is_one_of_ours() {
+    let seed = |seed: i64| chat_of(json!({"seed": seed})).unwrap().sampling.seed;
+    assert_eq!(seed(-1), None);
+    assert_eq!(seed(0), Some(0));
+    assert_eq!(seed(4_294_967_294), Some(4_294_967_294));
+    assert_eq!(seed(4_294_967_295), Some(0));
+    assert!(seed(i64::MIN).is_some() && seed(i64::MAX).is_some() && seed(-2).is_some());
+}
+
+#[test]
+fn what_is_no_json_is_said_so_and_what_nests_too_deep_is_no_harm() {
+    for body in ["", "{", "[]", "null", "{} x", "\u{0}", "{\"messages\": [}"] {
+        let error = chat(body.as_bytes(), &Defaults::default()).unwrap_err();
+        assert_eq!(error.status, StatusCode::BAD_REQUEST, "{body}: {error}");
+    }
+    // in a field that is read, in one that is only counted, and in one that is not known
+    for (field, is_read) in
+        [("messages", true), ("prompt", true), ("stop", true), ("tools", false), ("of_tomorrow", false)]
+    {
+        let body = format!("{{\"{field}\": {}{}}}", "[".repeat(100_000), "]".repeat(100_000));
+        let error = chat(body.as_bytes(), &Defaults::default()).unwrap_err();
+        assert_eq!(error.param.is_some_and(|param| param.starts_with(field)), is_read, "{}", error.message);
+    }
+}
+
+/// JSON that is nearly a request.
+fn nearly() -> impl Strategy<Value = Value> {
+    let leaf = prop_oneof![
+        Just(Value::Null),
+        any::<bool>().prop_map(Value::from),
+        any::<i64>().prop_map(Value::from),
+        any::<f64>().prop_map(Value::from),
+        prop_oneof!["user", "text", "auto", "[a-z]{0,4}"].prop_map(Value::from),
+    ];
+    let name = prop_oneof![
+        "messages",
+        "role",
+        "content",
+        "type",
+        "text",
+        "prompt",
+        "stop",
+        "n",
+        "seed",
+        "logprobs",
+        "top_logprobs",
+        "temperature",
+        "max_tokens",
+        "logit_bias",
+        "stream",
+        "stream_options",
+        "tools",
+        "tool_choice",
+        "response_format",
+        "[0-9]{1,3}",
+    ];
+    leaf.prop_recursive(4, 64, 8, move |inner| {
+        prop_oneof![
+            proptest::collection::vec(inner.clone(), 0..6).prop_map(Value::from),
+            proptest::collection::btree_map(name.clone(), inner, 0..8)
+                .prop_map(|map| Value::Object(map.into_iter().collect())),
+        ]
+    })
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(4096))]
+
+    #[test]
+    fn whatever_comes_is_a_request_or_an_error_with_a_sentence(body in nearly()) {
+        for result in [chat(body.to_string().as_bytes(), &Defaults::default()), completion(body.to_string().as_bytes(), &Defaults::default())] {
+            match result {
+                Ok(wanted) => {
+                    prop_assert!(wanted.prompts.count() * wanted.n as usize <= MAX_CHOICES);
+                    prop_assert_eq!(wanted.sampling.check(), Ok(()));
+                }
+                Err(error) => prop_assert!(!error.message.is_empty() && error.status == StatusCode::BAD_REQUEST),
+            }
+        }
+    }
+
+    #[test]
+    fn bytes_that_are_anything_are_no_harm(bytes in proptest::collection::vec(any::<u8>(), 0..200)) {
+        prop_assert!(chat(&bytes, &Defaults::default()).is_err());
+    }
+}
