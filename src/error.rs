@@ -316,7 +316,8 @@ impl Error {
             Error::Slice(error) => return error.hint().map(Cow::into_owned),
             Error::Model(error) => return error.hint().map(Cow::into_owned),
             Error::Template(error) => error.hint(),
-            Error::Option(_) | Error::Key(_) | Error::Llama(_) | Error::Text(_) => return None,
+            Error::Key(error) => return error.hint().map(str::to_owned),
+            Error::Option(_) | Error::Llama(_) | Error::Text(_) => return None,
         };
         Some(text.to_owned())
     }

@@ -346,3 +346,36 @@ fn a_paired_worker_may_move() {
     assert_ne!(moved.address, before);
     assert_eq!(generate([&moved.address, &second.address]), expected);
 }
+
+#[test]
+fn a_model_in_the_place_of_a_key_or_a_manifest_is_said_with_the_way_out() {
+    let cut = Cut::tiny("llama");
+    let generate = |split: &std::path::Path, key: &std::path::Path| {
+        let mut command = Command::new(host_program());
+        command.args(["generate", "-p", "x", "--worker", "127.0.0.1:1"]);
+        failure(command.arg("--split").arg(split).arg("--key-file").arg(key), 2)
+    };
+    let cases = [
+        (
+            generate(&cut.split, &cut.model),
+            "model.gguf: a key is 64 hexadecimal digits",
+            "a key file is one line",
+        ),
+        (
+            generate(&cut.model, &cut.key),
+            "model.gguf: a GGUF, not the manifest",
+            "`dim-split MODEL.gguf --middle",
+        ),
+        (
+            generate(&cut.model.with_extension("split"), &cut.key),
+            "No such file",
+            "`dim-split MODEL.gguf --middle",
+        ),
+        (generate(&cut.key, &cut.key), "not a manifest of a cut model", "STEM.split.json"),
+    ];
+    for (says, error, hint) in cases {
+        let lines: Vec<&str> =
+            says.lines().filter(|line| line.starts_with("error: ") || line.starts_with("hint: ")).collect();
+        assert!(matches!(lines[..], [e, h] if e.contains(error) && h.contains(hint)), "{says}");
+    }
+}

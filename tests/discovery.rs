@@ -7,12 +7,14 @@ use std::io::{BufRead as _, BufReader, Write as _};
 use std::net::SocketAddr;
 use std::path::Path;
 use std::process::{Command, Stdio};
+use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use common::{Cut, Relay, Worker, failure, host_program, report, run, text, worker_program};
 use dim_wire::keys::{Key, KeyStore, Peer};
 use dim_wire::transport::discover::{Announcement, Search};
+use dim_wire::transport::{Listener, ListenerConfig, Readiness, Timing, inquire};
 use gguf_tools::synth::Spec;
 
 /// A port for one test's multicast DNS.
@@ -301,4 +303,37 @@ fn a_worker_that_cannot_be_announced_works_all_the_same() {
     assert_eq!(report(&mut cut.generate(&[&worker.address], &["-n", "2"])).tokens.len(), 2);
     let quiet = Worker::start(&cut.slice(1), &cut.key, &["--announce", "never"]);
     assert_eq!(report(&mut cut.generate(&[&quiet.address], &["-n", "2"])).tokens.len(), 2);
+}
+
+/// A worker that was found is asked for a session more than the conversations need, as one that was named: its canary is
+/// asked there while it computes.
+#[test]
+fn a_worker_that_is_found_is_asked_for_a_session_to_spare() {
+    let port = mdns_port();
+    let cut = Cut::tiny("qwen2");
+    let (host, home) = (Home::new(), Home::new());
+    let key = Key::random().unwrap();
+    host.add(&key, "a");
+    home.add(&key, "host");
+    // what a real one says it is, by one that tells what it is asked for
+    let mut command = Command::new(worker_program());
+    command.arg(cut.slice(1)).args(["--listen", "127.0.0.1:0", "--threads", "1", "--ctx", "512"]);
+    command.args(["--announce", "never", "--parallel", "2"]).env("XDG_CONFIG_HOME", home.path());
+    let real = Worker::spawn(&mut command);
+    let terms = inquire(&real.address, &key, &Timing::default()).unwrap();
+    assert_eq!(terms.max_sessions, 2);
+    let config = ListenerConfig {
+        keys: Arc::new(key),
+        readiness: Readiness::Ready(terms),
+        timing: Timing::default(),
+        notice: Box::new(|_| {}),
+    };
+    let listener = Listener::bind("127.0.0.1:0", config).unwrap();
+    let _seen = Announcement::start("a", listener.address(), port, |_| {}).unwrap();
+    let mut generate = auto(&cut, &host, port, &[]);
+    let mut host = generate.stdout(Stdio::null()).stderr(Stdio::null()).spawn().unwrap();
+    let link = listener.accept(Some(Duration::from_secs(60))).expect("it is found");
+    host.kill().unwrap();
+    host.wait().unwrap();
+    assert_eq!(link.agreed().max_sessions, 2, "one for the conversation, one for the canary");
 }

@@ -3,7 +3,7 @@
 
 mod common;
 
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Barrier, Mutex};
 use std::time::{Duration, Instant};
 
 use common::{Cut, PROMPT, Worker};
@@ -327,18 +327,24 @@ fn a_host_with_batches_sends_fewer_steps_than_tokens() {
     let round_trips = |batch_rows| {
         let host =
             host(&cut, &worker.address, 3).batch_rows(batch_rows).canary(false).connect(|_| {}).unwrap();
+        // all of them are there before the first step, so what each counts is what crosses for all
+        let sessions: Vec<Session> = (0..3).map(|_| host.session().unwrap()).collect();
+        let barrier = Barrier::new(3);
         std::thread::scope(|scope| {
-            let reply = |i| {
-                let host = &host;
-                move || {
-                    let mut session = host.session().unwrap();
-                    session.push_tokens(&[5 + i]).unwrap();
-                    let mut reply = session.generate(Sampling::greedy()).ignore_eos(true).limit(Some(N));
-                    assert_eq!(reply.by_ref().map(Result::unwrap).count(), N);
-                    reply.report(Instant::now()).wire.round_trips
-                }
-            };
-            let replies: Vec<_> = (0..3).map(|i| scope.spawn(reply(i))).collect();
+            let replies: Vec<_> = sessions
+                .into_iter()
+                .zip(5..)
+                .map(|(mut session, token)| {
+                    let barrier = &barrier;
+                    scope.spawn(move || {
+                        session.push_tokens(&[token]).unwrap();
+                        let mut reply = session.generate(Sampling::greedy()).ignore_eos(true).limit(Some(N));
+                        barrier.wait();
+                        assert_eq!(reply.by_ref().map(Result::unwrap).count(), N);
+                        reply.report(Instant::now()).wire.round_trips
+                    })
+                })
+                .collect();
             // the last one's count is that of all
             replies.into_iter().map(|reply| reply.join().unwrap()).max().unwrap()
         })

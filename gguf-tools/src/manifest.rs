@@ -4,7 +4,7 @@
 use std::{
     borrow::Cow,
     fs,
-    io::{self, Write},
+    io::{self, Read as _, Write},
     path::{Path, PathBuf},
 };
 
@@ -119,6 +119,12 @@ pub enum ManifestError {
         /// What it said.
         source: io::Error,
     },
+    /// A model or a slice.
+    #[error("{}: a GGUF, not the manifest of a cut model", path.display())]
+    Gguf {
+        /// The file.
+        path: PathBuf,
+    },
     /// Not JSON, or not a manifest.
     #[error("{}: not a manifest of a cut model: {}", path.display(), Safe(&source.to_string()))]
     Json {
@@ -203,11 +209,19 @@ pub enum BrokenChain {
     },
 }
 
+/// How a manifest comes about.
+const CUT_FIRST: &str = "`dim-split MODEL.gguf --middle A..B` cuts a model and writes its manifest, MODEL.split.json, which is \
+                         what is wanted here";
+
 impl Explained for ManifestError {
     fn hint(&self) -> Option<Cow<'static, str>> {
         match self {
             ManifestError::Version { .. } | ManifestError::Chain { .. } => Some("cut the model again".into()),
             ManifestError::Json { .. } => Some("give the STEM.split.json that dim-split wrote".into()),
+            ManifestError::Gguf { .. } => Some(CUT_FIRST.into()),
+            ManifestError::Io { source, .. } if source.kind() == io::ErrorKind::NotFound => {
+                Some(CUT_FIRST.into())
+            }
             ManifestError::Io { .. } => None,
         }
     }
@@ -232,6 +246,12 @@ impl Manifest {
     pub fn read(path: impl AsRef<Path>) -> Result<Manifest, ManifestError> {
         let path = path.as_ref();
         let io = |source| ManifestError::Io { path: path.to_owned(), source };
+        let mut magic = [0; 4];
+        let is_gguf = fs::File::open(path).and_then(|mut file| file.read_exact(&mut magic)).is_ok()
+            && &magic == b"GGUF";
+        if is_gguf {
+            return Err(ManifestError::Gguf { path: path.to_owned() });
+        }
         // a few lines per slice, a canary of some KB and a header per middle: a larger file is something else
         let len = fs::metadata(path).map_err(io)?.len();
         if len > MAX_BYTES {

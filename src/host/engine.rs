@@ -1,6 +1,5 @@
 //! Tokens to logits, whoever computes them: the pipeline, or stock llama.cpp for comparison.
 
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -202,45 +201,45 @@ impl StockEngine {
     }
 }
 
-/// Stock llama.cpp for one session at a time.
-pub(crate) struct StockModel(Arc<StockShared>);
-
-struct StockShared {
-    engine: Mutex<StockEngine>,
-    /// while somebody has a session
-    is_taken: AtomicBool,
-}
+/// Stock llama.cpp for one session at a time: who has it has the engine.
+pub(crate) struct StockModel(Arc<Mutex<Option<StockEngine>>>);
 
 impl StockModel {
     pub(crate) fn new(engine: StockEngine) -> StockModel {
-        StockModel(Arc::new(StockShared { engine: Mutex::new(engine), is_taken: AtomicBool::new(false) }))
+        StockModel(Arc::new(Mutex::new(Some(engine))))
     }
 
     /// The one session there is, empty.
     pub(crate) fn session(&self) -> Result<StockSession, Error> {
-        if self.0.is_taken.swap(true, Ordering::AcqRel) {
-            return Err(NoSession { sessions: 1 }.into());
-        }
-        let mut session = StockSession(Arc::clone(&self.0));
+        let engine = lock(&self.0).take();
+        let engine = Some(engine.ok_or(NoSession { sessions: 1 })?);
+        let mut session = StockSession { engine, home: Arc::clone(&self.0) };
         session.rewind(0)?;
         Ok(session)
     }
 }
 
 /// The session of a [`StockModel`], as an [`Engine`].
-pub(crate) struct StockSession(Arc<StockShared>);
+pub(crate) struct StockSession {
+    /// there until it goes back
+    engine: Option<StockEngine>,
+    home: Arc<Mutex<Option<StockEngine>>>,
+}
 
 impl StockSession {
-    /// Nobody else wants the lock.
-    fn engine(&self) -> MutexGuard<'_, StockEngine> {
-        self.0.engine.lock().unwrap_or_else(PoisonError::into_inner)
+    fn engine(&mut self) -> &mut StockEngine {
+        self.engine.as_mut().expect("it goes back when the session is dropped")
     }
 }
 
 impl Drop for StockSession {
     fn drop(&mut self) {
-        self.0.is_taken.store(false, Ordering::Release);
+        *lock(&self.home) = self.engine.take();
     }
+}
+
+fn lock(home: &Mutex<Option<StockEngine>>) -> MutexGuard<'_, Option<StockEngine>> {
+    home.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 impl Engine for StockSession {
@@ -271,7 +270,7 @@ impl Engine for StockSession {
     }
 
     fn snapshot(&self) -> Snapshot {
-        let engine = self.engine();
+        let Some(engine) = &self.engine else { return Snapshot::default() };
         let blocks = engine.n_blocks.checked_sub(1).map(|last| BlockRange { first: 0, last });
         let stats = StageStats { compute: engine.compute, ..StageStats::default() };
         let stages = vec![StageSnapshot { name: "model".to_owned(), blocks, stats }];

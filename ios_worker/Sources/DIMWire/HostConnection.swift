@@ -31,8 +31,9 @@ public struct HostConnection {
 
     private enum State {
         case greeting
-        case answer
-        case message2(clear: [UInt8], Answer)
+        /// the worker has greeted, and the first flight is sent
+        case answer(NoiseInitiator, Greeting)
+        case message2(clear: [UInt8], Answer, NoiseInitiator)
         /// INQUIRE sent, or nothing yet
         case opening(hello: Terms?)
         case serving
@@ -45,9 +46,6 @@ public struct HostConnection {
     private var state = State.greeting
     var link: Link
     private let dialledAt: Milliseconds
-    /// once the worker has greeted
-    private var noise: NoiseInitiator?
-    private var greeted: Greeting?
     private let key: PairKey
     private let salt: [UInt8]
     private let ephemeral: [UInt8]
@@ -101,9 +99,7 @@ public struct HostConnection {
         flight.u16(UInt16(noise.message1.count))
         flight.array(noise.message1)
         link.sendClear(flight.bytes, now: now)
-        self.noise = noise
-        greeted = greeting
-        state = .answer
+        state = .answer(noise, greeting)
         return true
     }
 
@@ -140,8 +136,8 @@ public struct HostConnection {
         switch state {
         case .closed: return false
         case .greeting: return try readGreeting(now)
-        case .answer: return try readAnswer()
-        case .message2(let clear, let answer): return try readMessage2(clear, answer, now)
+        case .answer(let noise, let greeted): return try readAnswer(noise, greeted)
+        case .message2(let clear, let answer, let noise): return try readMessage2(clear, answer, noise, now)
         case .opening, .serving, .pushing, .pairing:
             guard let message = try link.nextMessage(limit: limit) else { return false }
             try take(message, now)
@@ -149,11 +145,11 @@ public struct HostConnection {
         }
     }
 
-    private mutating func readAnswer() throws(RuleBroken) -> Bool {
+    private mutating func readAnswer(_ noise: NoiseInitiator, _ greeted: Greeting) throws(RuleBroken) -> Bool {
         guard link.input.count >= Answer.bytes else { return false }
         let clear = link.input.take(Answer.bytes)
         let answer = try Answer(clear)
-        guard answer.lowest == greeted?.lowest, answer.highest == greeted?.highest else {
+        guard answer.lowest == greeted.lowest, answer.highest == greeted.highest else {
             throw RuleBroken(.badAnswer, "other versions than it greeted with")
         }
         if let rule = answer.status.rule {
@@ -163,12 +159,12 @@ public struct HostConnection {
             throw RuleBroken(
                 .badAnswer, "version \(answer.chosen) is not the highest of \(versions) and \(answer.highest)")
         }
-        state = .message2(clear: clear, answer)
+        state = .message2(clear: clear, answer, noise)
         return true
     }
 
     private mutating func readMessage2(
-        _ clear: [UInt8], _ answer: Answer, _ now: Milliseconds
+        _ clear: [UInt8], _ answer: Answer, _ noise: NoiseInitiator, _ now: Milliseconds
     ) throws(RuleBroken) -> Bool {
         guard link.input.count >= 2 else { return false }
         let length = Int(link.input[0]) | Int(link.input[1]) << 8
@@ -178,8 +174,8 @@ public struct HostConnection {
         let payload: [UInt8]
         let transport: NoiseTransport
         do throws(NoiseError) {
-            guard let read = try noise?.readMessage2(message2) else { return false }
-            (payload, transport) = read
+            var noise = noise
+            (payload, transport) = try noise.readMessage2(message2)
         } catch .zeroResult {
             throw RuleBroken(.zeroDH, "the worker's ephemeral key is a point of small order")
         } catch {

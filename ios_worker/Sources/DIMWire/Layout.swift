@@ -25,12 +25,7 @@ public struct Part: Hashable, Sendable {
 
     /// bytes of each token in rows of this format
     func bytes(_ format: RowFormat) -> UInt64 {
-        let width: UInt64 =
-            switch kind {
-            case .f16: 2
-            case .f32: format.dtype == .f16 && mayRound ? 2 : 4
-            case .i32: 4
-            }
+        let width: UInt64 = dtype(in: format) == .f16 ? 2 : 4
         return UInt64(values) * width
     }
 }

@@ -68,7 +68,7 @@ public struct Rows: Sendable, Equatable {
 
 extension Part {
     /// What its numbers are in rows of this format; nil: they are none.
-    fileprivate func dtype(in format: RowFormat) -> DType? {
+    func dtype(in format: RowFormat) -> DType? {
         switch kind {
         case .f16: .f16
         case .f32: format.dtype == .f16 && mayRound ? .f16 : .f32

@@ -89,14 +89,14 @@ impl Key {
     /// [`KeyError::Io`] or [`KeyError::BadFile`], naming the file.
     pub fn from_file(path: &Path) -> Result<Key, KeyError> {
         let io = |source| KeyError::Io { path: path.to_owned(), source };
-        let mut text = String::new();
+        let mut bytes = Vec::with_capacity(4096);
         // a key file has 65 bytes; one that was confused with a model has gigabytes
-        io::Read::read_to_string(&mut io::Read::take(fs::File::open(path).map_err(io)?, 4096), &mut text)
+        io::Read::read_to_end(&mut io::Read::take(fs::File::open(path).map_err(io)?, 4096), &mut bytes)
             .map_err(io)?;
-        let key =
-            Key::from_hex(&text).map_err(|problem| KeyError::BadFile { path: path.to_owned(), problem });
-        text.zeroize();
-        key
+        let text = std::str::from_utf8(&bytes).map_err(|_| BadKey::NotText);
+        let key = text.and_then(Key::from_hex);
+        bytes.zeroize();
+        key.map_err(|problem| KeyError::BadFile { path: path.to_owned(), problem })
     }
 }
 
@@ -134,6 +134,9 @@ impl fmt::Display for KeyId {
 /// Text that is no key.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum BadKey {
+    /// A file of something else.
+    #[error("a key is 64 hexadecimal digits, this is no text")]
+    NotText,
     /// Not 64 digits.
     #[error("a key is 64 hexadecimal digits, this has {digits} characters")]
     Length {

@@ -305,6 +305,17 @@ pub enum KeyError {
 }
 
 impl KeyError {
+    /// What to do about it, where the error does not say so itself.
+    pub fn hint(&self) -> Option<&'static str> {
+        match self {
+            KeyError::BadFile { .. } => Some(
+                "a key file is one line of 64 hexadecimal digits, the same on both sides (`openssl rand -hex 32` makes one); \
+                 devices that are paired need none",
+            ),
+            _ => None,
+        }
+    }
+
     pub(super) fn no_randomness(error: getrandom::Error) -> KeyError {
         KeyError::NoRandomness(error.to_string())
     }
