@@ -273,7 +273,7 @@ pub(crate) fn survey(files: &[PathBuf], ranges: &[Range<u32>]) -> Result<Survey,
     });
     let ranges = needs.collect::<Result<_, _>>()?;
     let memory = Some(plan.memory().to_owned());
-    Ok(Survey { n_blocks: plan.n_blocks(), memory, takes_back: Some(plan.takes_back()), ranges })
+    Ok(Survey { memory, ranges })
 }
 
 /// Where a model can be cut, by llama.cpp in this process.
@@ -284,12 +284,8 @@ pub(crate) fn survey(files: &[PathBuf], ranges: &[Range<u32>]) -> Result<Survey,
 pub(crate) fn cuts(files: &[PathBuf]) -> Result<Cuts, Refusal> {
     let mut plan = open(files)?;
     let n_blocks = plan.n_blocks();
-    let cut = |block| {
-        plan.cut(block)?;
-        Ok(engine::crossing(plan.range(block..n_blocks)?.input))
-    };
-    let cuts = (1..n_blocks).map(cut).map(|r| r.map_err(|e: llama_sys_patch::Error| e.to_string()));
-    let cuts = cuts.collect();
+    let cut = |block| plan.cut(block).map(engine::crossing).map_err(|e| e.to_string());
+    let cuts = (1..n_blocks).map(cut).collect();
     Ok(Cuts { n_blocks, memory: plan.memory().to_owned(), cuts })
 }
 

@@ -63,11 +63,6 @@ impl Crossing {
         Crossing(vec![Part { name, kind: ValueKind::F32, values: n_embd }])
     }
 
-    /// Whether it is one row of this many singles, and no more.
-    pub fn is_hidden_row(&self, n_embd: u32) -> bool {
-        matches!(&self.0[..], [part] if part.kind == ValueKind::F32 && part.values == n_embd)
-    }
-
     /// Bytes of each token's row, where singles stay singles.
     pub fn bytes_f32(&self) -> u64 {
         self.0.iter().map(|part| 4 * u64::from(part.values)).sum()
@@ -111,12 +106,8 @@ pub struct Needs {
 /// What a model's ranges need.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Survey {
-    /// Blocks that a cut can lie between; those that predict further tokens are not among them.
-    pub n_blocks: u32,
     /// What is kept of past positions, for people, as `KV cache with sliding windows`; not known by names alone.
     pub memory: Option<String>,
-    /// Whether a session can be taken back to any position: not with recurrent states. `None`: not known by names alone.
-    pub takes_back: Option<bool>,
     /// An entry for each range that was asked for.
     pub ranges: Vec<Needs>,
 }
@@ -304,5 +295,5 @@ fn by_name(gguf: &Gguf, hparams: &Hparams, ranges: &[BlockRange]) -> Survey {
             state_bytes_per_session: 0,
         }
     };
-    Survey { n_blocks, memory: None, takes_back: None, ranges: ranges.iter().map(needs).collect() }
+    Survey { memory: None, ranges: ranges.iter().map(needs).collect() }
 }

@@ -68,9 +68,7 @@ static void on_log(ggml_log_level level, const char * text, void *) {
 }
 
 // What ggml says last, before it ends the process. Its own way starts a debugger on the process to print a stack.
-static void on_abort(const char * text) {
-    std::fprintf(stderr, "%s\n", text);
-}
+static void on_abort(const char * text) { std::fprintf(stderr, "%s\n", text); }
 
 void initialize() {
     static std::once_flag once;

@@ -338,9 +338,6 @@ const dim_model * dim_plan_model(const dim_plan * plan);
 // What the model keeps of past positions, for people: static, as "KV cache with sliding windows". Thread: one.
 const char * dim_plan_memory(const dim_plan * plan);
 
-// A session can be taken back to any of its positions: the model has no recurrent states. Thread: one.
-bool dim_plan_takes_back(const dim_plan * plan);
-
 typedef struct dim_range_plan {
     bool reads_tokens;
     size_t n_tensors;
@@ -362,7 +359,8 @@ dim_status dim_plan_tensor(const dim_plan * plan, size_t index, char * text, siz
 dim_status dim_plan_crossing(const dim_plan * plan, dim_end end, dim_crossing * out, size_t capacity, size_t * n);
 
 // DIM_OK if the model can be cut before block `block`: the blocks before it and those from it on can be evaluated
-// apart, and no state is written by both. Else DIM_UNSUPPORTED, with the sentence why. Thread: one.
+// apart, and no state is written by both; dim_plan_crossing() of DIM_END_IN then speaks of what crosses there. Else
+// DIM_UNSUPPORTED, with the sentence why. Thread: one.
 dim_status dim_plan_cut(dim_plan * plan, uint32_t block);
 
 // ---- stock: llama_decode() and nothing else -------------------------------------------------------------------------

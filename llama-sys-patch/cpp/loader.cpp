@@ -15,6 +15,11 @@
 #include <algorithm>
 #include <map>
 
+#if defined(__linux__)
+#    include <sys/mman.h>
+#    include <unistd.h>
+#endif
+
 namespace dim {
 
 namespace {
@@ -86,6 +91,21 @@ std::vector<float> split_of_present(const std::vector<llama_device> & devices, i
     return split;
 }
 
+// Weights that are read, and not mapped, lie on pages as large as the system has: every token reads all of them, and looks
+// up a page for each piece. Where it does not know this advice, nothing happens.
+void prefer_large_pages(ggml_backend_buffer_t buffer) {
+#if defined(__linux__)
+    if (!ggml_backend_buffer_is_host(buffer)) return;
+    const uintptr_t page = (uintptr_t) sysconf(_SC_PAGESIZE);
+    const auto begin = (uintptr_t) ggml_backend_buffer_get_base(buffer);
+    const uintptr_t end = (begin + ggml_backend_buffer_get_size(buffer)) / page * page;
+    const uintptr_t first = (begin + page - 1) / page * page;
+    if (first < end) madvise((void *) first, end - first, MADV_HUGEPAGE);
+#else
+    (void) buffer;
+#endif
+}
+
 struct fill_watch {
     llama_progress_callback progress;
     void * user;
@@ -119,6 +139,7 @@ void fill(llama_model_loader & loader, dim_model & made, ggml_backend_buffer_typ
         auto * buffer = ggml_backend_alloc_ctx_tensors_from_buft(copies.get(), type);
         if (!buffer) fail(DIM_OUT_OF_MEMORY, "no memory for weights on %s", ggml_backend_buft_name(type));
         made.buffers.emplace_back(buffer);
+        prefer_large_pages(buffer);
         for (uint32_t i = 0; i < loader.files.size(); i++) buffers.emplace(i, buffer);
     }
     for (const auto & [file, buffer] : buffers)

@@ -159,12 +159,13 @@ void dim_plan::check_cut(uint32_t block) {
         for (const auto * state : head.cut.states_written)
             if (!head.cut.common.count(state)) written.insert(state->name);
     }
-    const auto tail = look_at(range(block, n_blocks));
+    auto tail = look_at(range(block, n_blocks));
     for (const auto * state : tail.cut.states_written) {
         if (tail.cut.common.count(state) || !written.count(state->name)) continue;
         fail(DIM_UNSUPPORTED, "a %s model cannot be cut before block %u: the blocks before and behind both write %s",
              model->llama->arch_name().c_str(), block, state_for_people(state).c_str());
     }
+    in = std::move(tail.in), out = {};
 }
 
 dim_status dim_plan_open(const char * const * paths, size_t n_paths, dim_plan ** out, dim_fault * fault) {
@@ -226,8 +227,6 @@ const char * dim_plan_memory(const dim_plan * plan) {
     const auto found = names.find(typeid(memory));
     return found != names.end() ? found->second : "memory of another kind";
 }
-
-bool dim_plan_takes_back(const dim_plan * plan) { return snapshots_of(*plan->one->made.context) == UINT32_MAX; }
 
 dim_status dim_plan_range(dim_plan * plan, uint32_t first, uint32_t last, dim_range_plan * out) {
     return guarded([&] {

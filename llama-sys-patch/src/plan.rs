@@ -102,19 +102,14 @@ impl GraphPlan {
         text.to_str().unwrap_or_default()
     }
 
-    /// Sessions can be taken back to any position: the model has no recurrent states.
-    pub fn takes_back(&self) -> bool {
-        // SAFETY: the plan is alive.
-        unsafe { ffi::dim_plan_takes_back(self.plan.as_ptr()) }
-    }
-
-    /// Whether the model can be cut before block `block`.
+    /// What crosses where the model is cut before block `block`.
     ///
     /// # Errors
     /// [`Error::Unsupported`] with the sentence why not; [`Error::InvalidArgument`] for a block before which nothing can be.
-    pub fn cut(&mut self, block: u32) -> Result<(), Error> {
+    pub fn cut(&mut self, block: u32) -> Result<Layout, Error> {
         // SAFETY: the plan is alive and ours alone.
-        check_status(unsafe { ffi::dim_plan_cut(self.plan.as_ptr(), block) })
+        check_status(unsafe { ffi::dim_plan_cut(self.plan.as_ptr(), block) })?;
+        self.crossing(ffi::DIM_END_IN)
     }
 
     /// What the blocks need.
@@ -137,21 +132,23 @@ impl GraphPlan {
                 Ok(String::from_utf8_lossy(&name.unwrap_or_default()).into_owned())
             })
             .collect::<Result<Vec<_>, Error>>()?;
-        let layout = |end| {
-            Layout::read(|out, capacity, n| {
-                // SAFETY: the plan is alive; `out` has room for `capacity` entries.
-                unsafe { ffi::dim_plan_crossing(self.plan.as_ptr(), end, out, capacity, n) }
-            })
-        };
         Ok(RangePlan {
-            input: layout(ffi::DIM_END_IN)?,
-            output: layout(ffi::DIM_END_OUT)?,
+            input: self.crossing(ffi::DIM_END_IN)?,
+            output: self.crossing(ffi::DIM_END_OUT)?,
             blocks,
             tensors,
             weights_bytes: c.weights_bytes,
             reads_tokens: c.reads_tokens,
             cache_bytes_per_position: c.cache_bytes_per_position,
             state_bytes_per_session: c.state_bytes_per_session,
+        })
+    }
+
+    /// What crosses one end of what was looked at last.
+    fn crossing(&self, end: ffi::dim_end) -> Result<Layout, Error> {
+        Layout::read(|out, capacity, n| {
+            // SAFETY: the plan is alive; `out` has room for `capacity` entries.
+            unsafe { ffi::dim_plan_crossing(self.plan.as_ptr(), end, out, capacity, n) }
         })
     }
 }
