@@ -5,7 +5,7 @@ use std::process::ExitCode;
 use std::time::Instant;
 
 use clap::{Parser, Subcommand};
-use dim_cli::commands::{chat, demo, generate, laboratory, pair, push, stock};
+use dim_cli::commands::{chat, demo, generate, laboratory, pair, push, serve, stock};
 use dim_cli::habits;
 
 /// One model across your machines: the host runs the head and the tail of a split GGUF, workers run the middle.
@@ -22,6 +22,8 @@ enum Command {
     Generate(generate::GenerateArgs),
     /// Talk with a split model
     Chat(chat::ChatArgs),
+    /// Serve a split model to every program that speaks OpenAI's HTTP API
+    Serve(serve::Args),
     /// The same as `generate` with stock llama.cpp and the whole model: the other arm of a comparison
     Stock(stock::StockArgs),
     /// Pair with a worker, once: it shows a code, this command takes it
@@ -50,6 +52,7 @@ fn main() -> ExitCode {
     let result = match Cli::parse_from(habits::long_words(std::env::args_os())).command {
         Command::Generate(args) => generate::run(&args, process_start),
         Command::Chat(args) => chat::run(&args, process_start),
+        Command::Serve(args) => serve::run(&args),
         Command::Stock(args) => stock::run(&args, process_start),
         Command::Pair(args) => pair::run(&args),
         Command::Push(args) => push::run(&args),

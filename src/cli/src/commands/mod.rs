@@ -6,4 +6,5 @@ pub mod generate;
 pub mod laboratory;
 pub mod pair;
 pub mod push;
+pub mod serve;
 pub mod stock;

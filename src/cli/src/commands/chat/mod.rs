@@ -68,7 +68,7 @@ pub fn run(args: &ChatArgs, process_start: Instant) -> Result<(), Failure> {
 }
 
 /// What `--chat-template` means.
-fn template_text(given: &str) -> Result<String, Failure> {
+pub(super) fn template_text(given: &str) -> Result<String, Failure> {
     match given {
         "chatml" => Ok(CHATML.to_owned()),
         jinja if jinja.contains('{') => Ok(jinja.to_owned()),

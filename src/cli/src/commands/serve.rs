@@ -1,0 +1,123 @@
+//! `dim-host serve`.
+
+use std::path::PathBuf;
+use std::time::Duration;
+
+use dim_serve::{ApiKeys, Defaults, Options, ServeError, Server};
+use gguf_tools::failure::Failure;
+use gguf_tools::{tell, terminal};
+
+use super::chat::template_text;
+use crate::args::{MachineArgs, SamplingArgs, SplitArgs, limit};
+use crate::interrupt::Interrupt;
+use crate::{explain, shown};
+
+/// Arguments of `dim-host serve`.
+#[derive(Debug, clap::Args)]
+pub struct Args {
+    #[command(flatten)]
+    split: SplitArgs,
+    #[command(flatten)]
+    door: DoorArgs,
+    #[command(flatten)]
+    machine: MachineArgs,
+    #[command(flatten)]
+    sampling: SamplingArgs,
+    /// What clients are told that the model is called
+    #[arg(long, visible_alias = "alias", value_name = "NAME")]
+    model_alias: Option<String>,
+    /// Replies at once; the workers need as many sessions (dim-worker --parallel)
+    #[arg(long, visible_alias = "np", value_name = "N", default_value_t = 1)]
+    parallel: u32,
+    /// Another template than the model's: Jinja itself, a file of it, or `chatml`
+    #[arg(long, visible_alias = "chat-template-file", value_name = "JINJA|FILE|chatml")]
+    chat_template: Option<String>,
+    /// Most tokens of a reply, for requests that do not say it; -1: until the model ends or the context is full
+    #[arg(short = 'n', long = "predict", value_name = "N", default_value_t = -1, allow_negative_numbers = true)]
+    n_predict: i64,
+}
+
+/// Who may come in.
+#[derive(Clone, Debug, clap::Args)]
+#[command(next_help_heading = "Door")]
+struct DoorArgs {
+    /// Where to listen; an address that others reach needs --api-key-file
+    #[arg(long, value_name = "ADDR:PORT", default_value = "127.0.0.1:8080")]
+    listen: String,
+    /// Keys of which a client has to send one, a line each
+    #[arg(long, value_name = "FILE")]
+    api_key_file: Option<PathBuf>,
+    /// Let everybody in who can reach the address
+    #[arg(long, conflicts_with = "api_key_file")]
+    no_api_key: bool,
+    /// A name beside localhost and addresses by which it is asked for (repeat for more)
+    #[arg(long, value_name = "NAME")]
+    allow_host: Vec<String>,
+    /// A web page elsewhere that may use it, as https://chat.example; * for all (repeat for more)
+    #[arg(long, value_name = "ORIGIN")]
+    allow_origin: Vec<String>,
+    /// Requests that may wait for a slot
+    #[arg(long, value_name = "N", default_value_t = 64, value_parser = clap::value_parser!(u32).range(1..=65_536))]
+    queue: u32,
+    /// How long a reply waits for a client that does not read
+    #[arg(long, value_name = "SECONDS", default_value_t = 30, value_parser = clap::value_parser!(u64).range(1..=86_400))]
+    reader_timeout: u64,
+}
+
+impl Args {
+    fn options(&self) -> Result<Options, Failure> {
+        let door = self.door.clone();
+        let keys = door.api_key_file.map(ApiKeys::from_file).transpose().map_err(cannot)?;
+        Ok(Options {
+            listen: door.listen,
+            model_alias: self.model_alias.clone(),
+            chat_template: self.chat_template.as_deref().map(template_text).transpose()?,
+            keys,
+            is_open: door.no_api_key,
+            hosts: door.allow_host,
+            origins: door.allow_origin,
+            queue: door.queue as usize,
+            reader_timeout: Duration::from_secs(door.reader_timeout),
+            defaults: Defaults { sampling: self.sampling.sampling()?, limit: limit(self.n_predict)? },
+        })
+    }
+}
+
+/// Runs it until Ctrl-C.
+pub fn run(args: &Args) -> Result<(), Failure> {
+    let options = args.options()?;
+    let interrupt = Interrupt::watch();
+    let host = args.split.host(&args.machine)?.sessions(args.parallel);
+    // what is wrong with the address is known before a model is loaded
+    let server = Server::bind(options).map_err(cannot)?;
+    let (watch, mut show) = (server.watch(), shown::events(args.machine.verbose));
+    let host = host.connect(move |event| {
+        watch.hear(&event);
+        show(event);
+    });
+    server.open(host.map_err(explain)?).map_err(cannot)?;
+    // for people and for programs that wait for it
+    terminal::print(&format!("listening on http://{}\n", server.address()))?;
+    let stop = interrupt.stop_flag();
+    interrupt.during(|| {
+        while !stop.load(std::sync::atomic::Ordering::SeqCst) {
+            std::thread::sleep(Duration::from_millis(50));
+        }
+    });
+    tell!("stopping; Ctrl-C again ends it at once");
+    interrupt.during(|| drop(server));
+    // a slot may be anywhere in C++: its objects must not be taken down under it
+    llama_sys_patch::end_process(0);
+}
+
+fn cannot(error: ServeError) -> Failure {
+    let failure = if error.is_misuse() {
+        Failure::misuse(error.to_string())
+    } else {
+        Failure::failed(error.to_string())
+    };
+    match error.hint() {
+        Some(hint) => failure.hint(hint),
+        None => failure,
+    }
+}

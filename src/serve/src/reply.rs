@@ -1,0 +1,309 @@
+//! What a slot tells, in OpenAI's words: chunk by chunk, and whole.
+
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
+
+use serde_json::{Map, Value, json};
+
+use crate::error::ApiError;
+use crate::work::{Finish, Likely, Logprobs, Timings, Update};
+
+/// Which of the two dialects.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Kind {
+    Chat,
+    Completion,
+}
+
+/// What every part of a reply says.
+#[derive(Clone, Debug)]
+pub(crate) struct Teller {
+    kind: Kind,
+    id: String,
+    created: u64,
+    model: String,
+    return_tokens: bool,
+    include_usage: bool,
+    choices: Vec<Choice>,
+    n_prompt: usize,
+    n_cached: usize,
+}
+
+/// A choice so far.
+#[derive(Clone, Debug, Default)]
+struct Choice {
+    text: String,
+    /// put before the text when it begins: a completion's prompt
+    echo: String,
+    has_begun: bool,
+    tokens: Vec<i32>,
+    logprobs: Vec<Logprobs>,
+    wants_logprobs: bool,
+    /// characters of the text before the next token, for `text_offset`
+    offset: usize,
+    ended: Option<(Finish, Timings)>,
+}
+
+impl Teller {
+    /// For as many choices as `echoes`, each with what stands before it; `n_prompt`: tokens of all prompts.
+    pub(crate) fn new(
+        kind: Kind,
+        model: &str,
+        echoes: Vec<String>,
+        n_prompt: usize,
+        wanted: &crate::request::Wanted,
+    ) -> Teller {
+        let choice = |echo: String| Choice {
+            offset: echo.chars().count(),
+            echo,
+            wants_logprobs: wanted.top_logprobs.is_some(),
+            ..Choice::default()
+        };
+        let created = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |d| d.as_secs());
+        let prefix = if kind == Kind::Chat { "chatcmpl" } else { "cmpl" };
+        Teller {
+            kind,
+            id: format!("{prefix}-{}", random_name()),
+            created,
+            model: model.to_owned(),
+            return_tokens: wanted.return_tokens,
+            include_usage: wanted.include_usage,
+            choices: echoes.into_iter().map(choice).collect(),
+            n_prompt,
+            n_cached: 0,
+        }
+    }
+
+    /// Whether every choice is complete.
+    pub(crate) fn is_complete(&self) -> bool {
+        self.choices.iter().all(|choice| choice.ended.is_some())
+    }
+
+    /// Takes an update in, for the whole reply.
+    pub(crate) fn hear(&mut self, update: Update) -> Result<(), ApiError> {
+        match update {
+            Update::Token { choice, id, text, logprobs, .. } => {
+                let choice = &mut self.choices[choice];
+                choice.text.push_str(&text);
+                choice.tokens.push(id);
+                choice.logprobs.extend(logprobs);
+            }
+            Update::Ended { choice, finish, timings } => self.end(choice, finish, timings),
+            Update::Failed(error) => return Err(error),
+        }
+        Ok(())
+    }
+
+    fn end(&mut self, choice: usize, finish: Finish, timings: Timings) {
+        self.n_cached += timings.cached;
+        self.choices[choice].ended = Some((finish, timings));
+    }
+
+    /// An update as parts of a stream.
+    pub(crate) fn chunks(&mut self, update: Update, out: &mut String) {
+        match update {
+            Update::Token { choice: i, id, text, logprobs, timings } => {
+                self.begin(i, out);
+                let choice = &mut self.choices[i];
+                choice.tokens.push(id);
+                let logprobs = logprobs.map(|logprobs| {
+                    let told = self.kind.logprobs(std::slice::from_ref(&logprobs), choice.offset);
+                    choice.offset += characters(&logprobs.chosen);
+                    told
+                });
+                if text.is_empty() && logprobs.is_none() && !self.return_tokens {
+                    return;
+                }
+                let mut part = self.part(i, &text, logprobs.unwrap_or_default(), None);
+                if self.return_tokens {
+                    part["tokens"] = json!([id]);
+                }
+                let extra = timings.map(|t| ("timings", timings_of(&t)));
+                self.event(vec![part], extra, out);
+            }
+            Update::Ended { choice: i, finish, timings } => {
+                self.begin(i, out);
+                self.end(i, finish, timings);
+                let part = match self.kind {
+                    Kind::Chat => {
+                        json!({"index": i, "delta": {}, "logprobs": null, "finish_reason": finish.name()})
+                    }
+                    Kind::Completion => self.part(i, "", Value::Null, Some(finish)),
+                };
+                self.event(vec![part], Some(("timings", timings_of(&timings))), out);
+                if self.is_complete() {
+                    if self.include_usage {
+                        let usage = self.usage();
+                        self.event(Vec::new(), Some(("usage", usage)), out);
+                    }
+                    out.push_str("data: [DONE]\n\n");
+                }
+            }
+            Update::Failed(error) => push_event(out, &error.body()),
+        }
+    }
+
+    /// What a choice begins with.
+    fn begin(&mut self, i: usize, out: &mut String) {
+        if std::mem::replace(&mut self.choices[i].has_begun, true) {
+            return;
+        }
+        let echo = std::mem::take(&mut self.choices[i].echo);
+        let part = match self.kind {
+            Kind::Chat => {
+                json!({"index": i, "delta": {"role": "assistant", "content": ""}, "logprobs": null, "finish_reason": null})
+            }
+            Kind::Completion if echo.is_empty() => return,
+            Kind::Completion => self.part(i, &echo, Value::Null, None),
+        };
+        self.event(vec![part], None, out);
+    }
+
+    fn part(&self, i: usize, text: &str, logprobs: Value, finish: Option<Finish>) -> Value {
+        let finish = finish.map(Finish::name);
+        match self.kind {
+            Kind::Chat => {
+                json!({"index": i, "delta": {"content": text}, "logprobs": logprobs, "finish_reason": finish})
+            }
+            Kind::Completion => {
+                json!({"index": i, "text": text, "logprobs": logprobs, "finish_reason": finish})
+            }
+        }
+    }
+
+    fn event(&self, choices: Vec<Value>, extra: Option<(&str, Value)>, out: &mut String) {
+        let object = if self.kind == Kind::Chat { "chat.completion.chunk" } else { "text_completion" };
+        push_event(out, &self.object(object, choices, extra));
+    }
+
+    fn object(&self, object: &str, choices: Vec<Value>, extra: Option<(&str, Value)>) -> Value {
+        let mut all = Map::new();
+        all.insert("id".into(), self.id.as_str().into());
+        all.insert("object".into(), object.into());
+        all.insert("created".into(), self.created.into());
+        all.insert("model".into(), self.model.as_str().into());
+        all.insert("system_fingerprint".into(), FINGERPRINT.into());
+        all.insert("choices".into(), choices.into());
+        all.extend(extra.map(|(name, value)| (name.to_owned(), value)));
+        all.into()
+    }
+
+    /// The whole reply.
+    pub(crate) fn whole(&self) -> Value {
+        let choices = self.choices.iter().enumerate().map(|(i, choice)| {
+            let finish = choice.ended.map(|(finish, _)| finish.name());
+            let offset = choice.echo.chars().count();
+            let logprobs = match choice.wants_logprobs {
+                true => self.kind.logprobs(&choice.logprobs, offset),
+                false => Value::Null,
+            };
+            let mut told = match self.kind {
+                Kind::Chat => json!({
+                    "index": i,
+                    "message": {"role": "assistant", "content": choice.text, "refusal": null},
+                    "logprobs": logprobs,
+                    "finish_reason": finish,
+                }),
+                Kind::Completion => json!({
+                    "index": i,
+                    "text": format!("{}{}", choice.echo, choice.text),
+                    "logprobs": logprobs,
+                    "finish_reason": finish,
+                }),
+            };
+            if self.return_tokens {
+                told["tokens"] = json!(choice.tokens);
+            }
+            told
+        });
+        let object = if self.kind == Kind::Chat { "chat.completion" } else { "text_completion" };
+        let mut whole = self.object(object, choices.collect(), Some(("usage", self.usage())));
+        if let Some((_, timings)) = self.choices.last().and_then(|choice| choice.ended) {
+            whole["timings"] = timings_of(&timings);
+        }
+        whole
+    }
+
+    /// A prompt counts once, however many choices there are of it.
+    fn usage(&self) -> Value {
+        let completion: usize = self.choices.iter().filter_map(|c| c.ended.map(|(_, t)| t.predicted)).sum();
+        json!({
+            "prompt_tokens": self.n_prompt,
+            "completion_tokens": completion,
+            "total_tokens": self.n_prompt + completion,
+            "prompt_tokens_details": {"cached_tokens": self.n_cached.min(self.n_prompt)},
+        })
+    }
+}
+
+impl Kind {
+    /// How likely tokens were; the first one begins `offset` characters into the text.
+    fn logprobs(self, tokens: &[Logprobs], mut offset: usize) -> Value {
+        if self == Kind::Chat {
+            let entry = |likely: &Likely| json!({"token": text_of(likely), "logprob": likely.logprob, "bytes": likely.bytes});
+            let content = tokens.iter().map(|logprobs| {
+                let mut told = entry(&logprobs.chosen);
+                told["top_logprobs"] = logprobs.top.iter().map(entry).collect();
+                told
+            });
+            return json!({"content": content.collect::<Vec<_>>(), "refusal": null});
+        }
+        let mut offsets = Vec::new();
+        for logprobs in tokens {
+            offsets.push(offset);
+            offset += characters(&logprobs.chosen);
+        }
+        let top = |logprobs: &Logprobs| -> Map<String, Value> {
+            logprobs.top.iter().map(|likely| (text_of(likely), likely.logprob.into())).collect()
+        };
+        json!({
+            "tokens": tokens.iter().map(|l| text_of(&l.chosen)).collect::<Vec<_>>(),
+            "token_logprobs": tokens.iter().map(|l| l.chosen.logprob).collect::<Vec<_>>(),
+            "top_logprobs": tokens.iter().map(top).collect::<Vec<_>>(),
+            "text_offset": offsets,
+        })
+    }
+}
+
+fn text_of(likely: &Likely) -> String {
+    String::from_utf8_lossy(&likely.bytes).into_owned()
+}
+
+fn characters(likely: &Likely) -> usize {
+    text_of(likely).chars().count()
+}
+
+/// As llama-server says it.
+fn timings_of(timings: &Timings) -> Value {
+    let ms = |time: Duration| time.as_secs_f64() * 1e3;
+    let per_second =
+        |n: usize, time: Duration| if time.is_zero() { 0.0 } else { n as f64 / time.as_secs_f64() };
+    // the first token comes with the prompt
+    let steps = timings.predicted.saturating_sub(1);
+    json!({
+        "cache_n": timings.cached,
+        "prompt_n": timings.prompt,
+        "prompt_ms": ms(timings.prompt_time),
+        "prompt_per_token_ms": ms(timings.prompt_time) / timings.prompt.max(1) as f64,
+        "prompt_per_second": per_second(timings.prompt, timings.prompt_time),
+        "predicted_n": timings.predicted,
+        "predicted_ms": ms(timings.predicted_time),
+        "predicted_per_token_ms": ms(timings.predicted_time) / steps.max(1) as f64,
+        "predicted_per_second": per_second(steps, timings.predicted_time),
+    })
+}
+
+pub(crate) fn push_event(out: &mut String, event: &Value) {
+    out.push_str("data: ");
+    out.push_str(&event.to_string());
+    out.push_str("\n\n");
+}
+
+/// A name that nothing else has.
+fn random_name() -> String {
+    let mut bytes = [0; 12];
+    // it need not be secret, and without the system's source it need not be new either
+    let _ = getrandom::fill(&mut bytes);
+    bytes.iter().map(|byte| format!("{byte:02x}")).collect()
+}
+
+const FINGERPRINT: &str = concat!("dim-", env!("CARGO_PKG_VERSION"));

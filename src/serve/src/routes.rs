@@ -1,0 +1,402 @@
+//! What is served under which path.
+
+use std::sync::atomic::AtomicBool;
+use std::sync::{Arc, OnceLock};
+use std::time::{Duration, Instant};
+
+use axum::Router;
+use axum::body::{Body, to_bytes};
+use axum::extract::{Extension, Request, State};
+use axum::http::{HeaderValue, Response, StatusCode, header};
+use axum::middleware::{self, Next};
+use axum::routing::{get, post};
+use dim::Host;
+use dim::host::template::ChatTemplate;
+use serde_json::json;
+use tokio::sync::{Semaphore, mpsc};
+
+use crate::access::Access;
+use crate::door::{Connection, Served};
+use crate::error::{ApiError, json_response};
+use crate::metrics::Metrics;
+use crate::page;
+use crate::queue::Client;
+use crate::reply::{Kind, Teller};
+use crate::request::{self, Defaults, Prompt, Prompts, Wanted};
+use crate::slots::{Slots, Ticket};
+use crate::stream::Events;
+use crate::watch::Watch;
+use crate::work::Job;
+
+/// What every request sees.
+pub(crate) struct App {
+    pub access: Access,
+    pub defaults: Defaults,
+    pub model_alias: Option<String>,
+    pub metrics: Arc<Metrics>,
+    pub watch: Watch,
+    /// once the model is loaded
+    pub loaded: OnceLock<Loaded>,
+    /// who may render and tokenise at a time
+    pub readers: Semaphore,
+}
+
+/// What there is when the model is.
+pub(crate) struct Loaded {
+    pub host: Arc<Host>,
+    pub template: Arc<Result<ChatTemplate, ApiError>>,
+    pub slots: Slots,
+}
+
+type Answer = Result<Response<Body>, ApiError>;
+
+/// All of it.
+pub(crate) fn router(app: Arc<App>) -> Router {
+    let keyed = Router::new()
+        .route("/v1/chat/completions", post(chat))
+        .route("/chat/completions", post(chat))
+        .route("/v1/completions", post(completion))
+        .route("/v1/models", get(models))
+        .route("/v1/models/{model}", get(model))
+        .route("/props", get(props))
+        .route("/split", get(split))
+        .route("/metrics", get(metrics))
+        .layer(middleware::from_fn_with_state(Arc::clone(&app), only_with_a_key));
+    Router::new()
+        .merge(keyed)
+        .route("/health", get(health))
+        .route("/v1/health", get(health))
+        .merge(page::routes())
+        .fallback(async || ApiError::new(StatusCode::NOT_FOUND, "there is nothing under this path"))
+        .method_not_allowed_fallback(async || {
+            ApiError::new(StatusCode::METHOD_NOT_ALLOWED, "this path is not asked with this method")
+        })
+        .layer(middleware::from_fn_with_state(Arc::clone(&app), door))
+        .with_state(app)
+}
+
+/// Every request: which name it comes by, and from whose page.
+async fn door(State(app): State<Arc<App>>, request: Request, next: Next) -> Response<Body> {
+    let origin = match app.access.door(request.headers(), request.uri()) {
+        Ok(origin) => origin,
+        Err(error) => return error.response(),
+    };
+    let is_preflight = Access::is_preflight(request.method(), request.headers());
+    let mut response = match (&origin, is_preflight) {
+        (Some(_), true) => {
+            let mut response = Response::new(Body::empty());
+            *response.status_mut() = StatusCode::NO_CONTENT;
+            let headers = response.headers_mut();
+            let allow = HeaderValue::from_static;
+            headers.insert(header::ACCESS_CONTROL_ALLOW_METHODS, allow("GET, POST"));
+            headers.insert(
+                header::ACCESS_CONTROL_ALLOW_HEADERS,
+                allow("authorization, content-type, x-api-key"),
+            );
+            response
+        }
+        _ => next.run(request).await,
+    };
+    let headers = response.headers_mut();
+    headers.insert(header::X_CONTENT_TYPE_OPTIONS, HeaderValue::from_static("nosniff"));
+    headers.insert(header::CACHE_CONTROL, HeaderValue::from_static("no-store"));
+    if let Some(origin) = origin.and_then(|origin| HeaderValue::try_from(origin).ok()) {
+        headers.insert(header::ACCESS_CONTROL_ALLOW_ORIGIN, origin);
+        headers.insert(header::VARY, HeaderValue::from_static("origin"));
+    }
+    response
+}
+
+async fn only_with_a_key(
+    State(app): State<Arc<App>>,
+    Extension(connection): Extension<Connection>,
+    mut request: Request,
+    next: Next,
+) -> Response<Body> {
+    match app.access.client(request.headers(), connection.peer.ip()) {
+        Ok(client) => {
+            request.extensions_mut().insert(Who(client));
+            next.run(request).await
+        }
+        Err(error) => error.response(),
+    }
+}
+
+/// Who asks.
+#[derive(Clone)]
+struct Who(Client);
+
+impl App {
+    fn loaded(&self) -> Result<&Loaded, ApiError> {
+        self.loaded.get().ok_or_else(|| ApiError::busy("the model is being loaded", 2))
+    }
+
+    fn model_name<'a>(&'a self, host: &'a Host) -> &'a str {
+        self.model_alias.as_deref().unwrap_or_else(|| host.model_name())
+    }
+}
+
+async fn health(State(app): State<Arc<App>>) -> Response<Body> {
+    let status = if app.watch.is_loaded() { StatusCode::OK } else { StatusCode::SERVICE_UNAVAILABLE };
+    let mut health = app.watch.health();
+    // whoever has no key need not know who is where
+    if app.access.keys.is_some() {
+        health = json!({"status": health["status"]});
+    }
+    json_response(status, &health)
+}
+
+async fn metrics(State(app): State<Arc<App>>) -> Response<Body> {
+    let mut response = Response::new(Body::from(app.metrics.text()));
+    let text = HeaderValue::from_static("text/plain; version=0.0.4; charset=utf-8");
+    response.headers_mut().insert(header::CONTENT_TYPE, text);
+    response
+}
+
+fn model_object(app: &App, host: &Host) -> serde_json::Value {
+    json!({
+        "id": app.model_name(host),
+        "object": "model",
+        "created": 0,
+        "owned_by": "dim",
+        "meta": {
+            "n_vocab": host.vocabulary().n_vocab(),
+            "n_ctx_train": host.vocabulary().n_ctx_train(),
+            "n_ctx": host.n_ctx(),
+            "n_embd": host.vocabulary().n_embd(),
+        },
+    })
+}
+
+async fn models(State(app): State<Arc<App>>) -> Answer {
+    let model = model_object(&app, &app.loaded()?.host);
+    Ok(json_response(StatusCode::OK, &json!({"object": "list", "data": [model]})))
+}
+
+async fn model(State(app): State<Arc<App>>, axum::extract::Path(id): axum::extract::Path<String>) -> Answer {
+    let host = &app.loaded()?.host;
+    if id != app.model_name(host) {
+        return Err(
+            ApiError::new(StatusCode::NOT_FOUND, format!("there is no model {id:?}")).code("model_not_found")
+        );
+    }
+    Ok(json_response(StatusCode::OK, &model_object(&app, host)))
+}
+
+async fn props(State(app): State<Arc<App>>) -> Answer {
+    let Loaded { host, slots, .. } = app.loaded()?;
+    let (total, busy, waiting) = slots.load();
+    let sampling = &app.defaults.sampling;
+    Ok(json_response(
+        StatusCode::OK,
+        &json!({
+            "model_alias": app.model_name(host),
+            "total_slots": total,
+            "slots_busy": busy,
+            "requests_waiting": waiting,
+            "chat_template": host.vocabulary().chat_template(),
+            "build_info": concat!("dim-", env!("CARGO_PKG_VERSION")),
+            "default_generation_settings": {
+                "n_ctx": host.n_ctx(),
+                "params": {
+                    "temperature": sampling.temperature,
+                    "top_k": sampling.top_k,
+                    "top_p": sampling.top_p,
+                    "min_p": sampling.min_p,
+                    "repeat_penalty": sampling.repeat_penalty,
+                    "presence_penalty": sampling.presence_penalty,
+                    "frequency_penalty": sampling.frequency_penalty,
+                    "max_tokens": app.defaults.limit,
+                },
+            },
+        }),
+    ))
+}
+
+async fn split(State(app): State<Arc<App>>) -> Response<Body> {
+    let mut picture = app.watch.picture();
+    if let Ok(Loaded { host, slots, .. }) = app.loaded() {
+        let (total, busy, waiting) = slots.load();
+        picture["model"] = app.model_name(host).into();
+        picture["slots"] = json!({"total": total, "busy": busy, "waiting": waiting});
+    }
+    json_response(StatusCode::OK, &picture)
+}
+
+async fn chat(
+    State(app): State<Arc<App>>,
+    Extension(connection): Extension<Connection>,
+    Extension(who): Extension<Who>,
+    request: Request,
+) -> Answer {
+    generate(app, connection, who, request, Kind::Chat).await
+}
+
+async fn completion(
+    State(app): State<Arc<App>>,
+    Extension(connection): Extension<Connection>,
+    Extension(who): Extension<Who>,
+    request: Request,
+) -> Answer {
+    generate(app, connection, who, request, Kind::Completion).await
+}
+
+/// body -> what is wanted -> tokens -> a slot -> events or a whole reply.
+async fn generate(
+    app: Arc<App>,
+    connection: Connection,
+    Who(client): Who,
+    request: Request,
+    kind: Kind,
+) -> Answer {
+    let answer = take_in(&app, connection, client, request, kind).await;
+    if answer.is_err() {
+        app.metrics.refused();
+    }
+    answer
+}
+
+async fn take_in(
+    app: &Arc<App>,
+    connection: Connection,
+    client: Client,
+    request: Request,
+    kind: Kind,
+) -> Answer {
+    let loaded = app.loaded()?;
+    let body = body_of(request, &loaded.host).await?;
+    let served = connection.served();
+    let wanted = match kind {
+        Kind::Chat => request::chat(&body, &app.defaults)?,
+        Kind::Completion => request::completion(&body, &app.defaults)?,
+    };
+    drop(body);
+    let wanted = Arc::new(wanted);
+    let prompts = tokenised(app, &wanted).await?;
+
+    let n = wanted.n as usize;
+    let echo = |i: usize| match &wanted.prompts {
+        Prompts::Texts(texts) if wanted.echo => match &texts[i / n] {
+            Prompt::Text(text) => text.clone(),
+            Prompt::Tokens(tokens) => text_of(&loaded.host, tokens),
+        },
+        _ => String::new(),
+    };
+    let echoes = (0..prompts.len() * n).map(echo).collect();
+    let n_prompt = prompts.iter().map(Vec::len).sum();
+    let mut teller = Teller::new(kind, app.model_name(&loaded.host), echoes, n_prompt, &wanted);
+
+    let (sender, mut updates) = mpsc::channel(UPDATES);
+    let id = loaded.slots.next_id();
+    let is_cancelled = Arc::new(AtomicBool::new(false));
+    let job = Job {
+        id,
+        client,
+        prompts,
+        wanted: Arc::clone(&wanted),
+        updates: sender,
+        is_cancelled,
+        came_at: Instant::now(),
+    };
+    let ticket: Ticket = loaded.slots.submit(job)?;
+    app.metrics.request();
+    if wanted.stream {
+        let events: Events<Served> = Events::new(updates, teller, ticket, app.watch.clone(), served);
+        let mut response = Response::new(Body::from_stream(events));
+        let headers = response.headers_mut();
+        headers.insert(header::CONTENT_TYPE, HeaderValue::from_static("text/event-stream"));
+        // a proxy that keeps what it gets is no stream
+        headers.insert("x-accel-buffering", HeaderValue::from_static("no"));
+        return Ok(response);
+    }
+    while !teller.is_complete() {
+        match updates.recv().await {
+            Some(update) => teller.hear(update)?,
+            None => return Err(ApiError::busy("the server is being stopped", 5)),
+        }
+    }
+    drop((ticket, served));
+    Ok(json_response(StatusCode::OK, &teller.whole()))
+}
+
+/// A body, within a size that follows from the context and a time.
+async fn body_of(request: Request, host: &Host) -> Result<bytes::Bytes, ApiError> {
+    let most = BODY_BYTES + host.n_ctx() as usize * BYTES_PER_TOKEN;
+    let too_large = || {
+        let message =
+            format!("the body is larger than {most} bytes, which is more than the context has room for");
+        ApiError::new(StatusCode::PAYLOAD_TOO_LARGE, message)
+    };
+    let length =
+        request.headers().get(header::CONTENT_LENGTH).and_then(|n| n.to_str().ok()?.parse::<usize>().ok());
+    if length.is_some_and(|n| n > most) {
+        return Err(too_large());
+    }
+    match tokio::time::timeout(BODY_TIMEOUT, to_bytes(request.into_body(), most)).await {
+        Ok(Ok(body)) => Ok(body),
+        Ok(Err(_)) => Err(too_large()),
+        Err(_) => {
+            let message = format!("the body did not come within {} s", BODY_TIMEOUT.as_secs());
+            Err(ApiError::new(StatusCode::REQUEST_TIMEOUT, message))
+        }
+    }
+}
+
+/// The prompts as tokens. Templates and long texts take their time: not here, and not many at once.
+async fn tokenised(app: &Arc<App>, wanted: &Arc<Wanted>) -> Result<Vec<Vec<i32>>, ApiError> {
+    let _permit = app.readers.acquire().await;
+    let (app, wanted) = (Arc::clone(app), Arc::clone(wanted));
+    let task = tokio::task::spawn_blocking(move || {
+        let Loaded { host, template, .. } = app.loaded()?;
+        let prompts = match &wanted.prompts {
+            Prompts::Chat(turns) => {
+                let template = template.as_ref().as_ref().map_err(Clone::clone)?;
+                vec![host.tokenize_chat(template, turns).map_err(|e| ApiError::from(&e))?]
+            }
+            Prompts::Texts(texts) => {
+                let tokens = |(i, prompt): (usize, &Prompt)| tokens_of(host, i, prompt);
+                texts.iter().enumerate().map(tokens).collect::<Result<_, _>>()?
+            }
+        };
+        for prompt in &prompts {
+            let (n_tokens, n_ctx) = (prompt.len(), host.n_ctx());
+            if n_tokens == 0 {
+                return Err(ApiError::from(&dim::Error::EmptyPrompt));
+            }
+            if n_tokens > n_ctx as usize {
+                return Err(ApiError::from(&dim::Error::PromptTooLong { n_tokens, n_ctx }));
+            }
+        }
+        Ok(prompts)
+    });
+    task.await.unwrap_or_else(|e| Err(ApiError::new(StatusCode::INTERNAL_SERVER_ERROR, e.to_string())))
+}
+
+fn tokens_of(host: &Host, i: usize, prompt: &Prompt) -> Result<Vec<i32>, ApiError> {
+    match prompt {
+        Prompt::Text(text) => host.tokenize(text, true).map_err(|e| ApiError::from(&e)),
+        Prompt::Tokens(tokens) => {
+            let n_vocab = host.vocabulary().n_vocab();
+            let is_token = |token: &i32| usize::try_from(*token).is_ok_and(|token| token < n_vocab);
+            match tokens.iter().find(|token| !is_token(token)) {
+                Some(token) => {
+                    Err(ApiError::field(format!("prompt[{i}]"), format!("there is no token {token}")))
+                }
+                None => Ok(tokens.clone()),
+            }
+        }
+    }
+}
+
+fn text_of(host: &Host, tokens: &[i32]) -> String {
+    let bytes: Vec<u8> =
+        tokens.iter().flat_map(|&t| host.vocabulary().token_bytes(t).unwrap_or_default()).collect();
+    String::from_utf8_lossy(&bytes).into_owned()
+}
+
+/// Parts of a reply that wait for a client who reads slowly.
+const UPDATES: usize = 256;
+const BODY_TIMEOUT: Duration = Duration::from_secs(30);
+/// Of a body, beside what its tokens take.
+const BODY_BYTES: usize = 1 << 20;
+const BYTES_PER_TOKEN: usize = 64;

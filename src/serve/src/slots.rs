@@ -1,0 +1,333 @@
+//! Slots: sessions of the library, each in a thread of its own, and the queue before them.
+//!
+//! ```text
+//! submit --> [fair queue] --> the free slot that remembers most of the prompt --> thread: Session::generate --> updates
+//! ```
+//!
+//! One lock, held for moments. A slot keeps its session from request to request, so that a prompt which begins as the one
+//! before did is not evaluated anew. Whoever leaves sets a flag that the generation looks at behind every token.
+
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+
+use dim::{Error, Host, Session};
+use tokio::runtime::Handle;
+use tokio::sync::mpsc::error::TrySendError;
+
+use crate::error::ApiError;
+use crate::metrics::Metrics;
+use crate::queue::FairQueue;
+use crate::watch::Watch;
+use crate::work::{Finish, Job, Logprobs, Timings, Update};
+
+/// The slots of a server.
+#[derive(Clone)]
+pub(crate) struct Slots(Arc<Shared>);
+
+struct Shared {
+    state: Mutex<State>,
+    /// of each slot: there is work, or the end
+    wake: Vec<Condvar>,
+    next_id: AtomicU64,
+    metrics: Arc<Metrics>,
+    watch: Watch,
+    /// the longest that a slot waits for a client who does not read
+    reader_timeout: Duration,
+    runtime: Handle,
+}
+
+struct State {
+    queue: FairQueue<Job>,
+    slots: Vec<Slot>,
+    is_closed: bool,
+    clock: u64,
+}
+
+#[derive(Default)]
+struct Slot {
+    work: Option<Job>,
+    is_busy: bool,
+    /// what its caches hold, while nobody uses it
+    tokens: Vec<i32>,
+    used_at: u64,
+}
+
+/// A request that was taken in. Dropping it calls it off.
+pub(crate) struct Ticket {
+    shared: Arc<Shared>,
+    id: u64,
+    is_cancelled: Arc<AtomicBool>,
+}
+
+impl Drop for Ticket {
+    fn drop(&mut self) {
+        self.is_cancelled.store(true, Ordering::Relaxed);
+        let mut state = self.shared.lock();
+        drop(state.queue.remove(self.id));
+        self.shared.count(&state);
+    }
+}
+
+impl Slots {
+    /// One for each session that `host` can have, and a queue of `bound` requests.
+    pub(crate) fn open(
+        host: &Arc<Host>,
+        bound: usize,
+        reader_timeout: Duration,
+        metrics: Arc<Metrics>,
+        watch: Watch,
+        runtime: Handle,
+    ) -> Result<Slots, crate::ServeError> {
+        let n = host.max_sessions();
+        let state = State {
+            queue: FairQueue::new(bound),
+            slots: (0..n).map(|_| Slot::default()).collect(),
+            is_closed: false,
+            clock: 0,
+        };
+        let wake = (0..n).map(|_| Condvar::new()).collect();
+        let next_id = AtomicU64::new(0);
+        let shared = Arc::new(Shared {
+            state: Mutex::new(state),
+            wake,
+            next_id,
+            metrics,
+            watch,
+            reader_timeout,
+            runtime,
+        });
+        for i in 0..n as usize {
+            let session = host.session()?;
+            let (shared, host) = (Arc::clone(&shared), Arc::clone(host));
+            let thread = std::thread::Builder::new().name(format!("slot {i}"));
+            thread.spawn(move || shared.serve(i, session, &host)).map_err(crate::ServeError::Threads)?;
+        }
+        Ok(Slots(shared))
+    }
+
+    /// The number of a job to be.
+    pub(crate) fn next_id(&self) -> u64 {
+        self.0.next_id.fetch_add(1, Ordering::Relaxed)
+    }
+
+    /// Takes a job in.
+    pub(crate) fn submit(&self, job: Job) -> Result<Ticket, ApiError> {
+        let shared = &self.0;
+        let ticket = (job.id, Arc::clone(&job.is_cancelled));
+        let client = job.client.clone();
+        let mut state = shared.lock();
+        if state.is_closed {
+            return Err(ApiError::busy("the server is being stopped", 5));
+        }
+        // where a slot is free nobody waits: the queue's bound is for those who do
+        let is_free = state.slots.iter().any(|slot| !slot.is_busy) && state.queue.len() == 0;
+        let taken = match is_free {
+            true => {
+                shared.hand_out(&mut state, job);
+                Ok(())
+            }
+            false => state.queue.push(&client, ticket.0, job).map_err(drop),
+        };
+        shared.count(&state);
+        drop(state);
+        match taken {
+            Ok(()) => Ok(Ticket { shared: Arc::clone(shared), id: ticket.0, is_cancelled: ticket.1 }),
+            Err(()) => Err(ApiError::busy("too many requests are waiting", 2)),
+        }
+    }
+
+    /// How many slots there are, how many of them are busy, and how many requests wait.
+    pub(crate) fn load(&self) -> (usize, usize, usize) {
+        let state = self.0.lock();
+        (state.slots.len(), state.slots.iter().filter(|slot| slot.is_busy).count(), state.queue.len())
+    }
+
+    /// Ends every request, and takes no more.
+    pub(crate) fn close(&self) {
+        let mut state = self.0.lock();
+        state.is_closed = true;
+        while let Some(job) = state.queue.pop() {
+            job.is_cancelled.store(true, Ordering::Relaxed);
+        }
+        self.0.wake.iter().for_each(Condvar::notify_all);
+    }
+}
+
+impl Shared {
+    /// The lock is left whole by whoever panics with it.
+    fn lock(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn count(&self, state: &State) {
+        let busy = state.slots.iter().filter(|slot| slot.is_busy).count();
+        self.metrics.load(state.queue.len(), busy);
+    }
+
+    /// Gives a job to the free slot whose caches hold most of its first prompt; where none holds a tenth of it, to the one
+    /// that was used longest ago.
+    fn hand_out(&self, state: &mut State, job: Job) {
+        let prompt = job.prompts.first().map_or(&[][..], Vec::as_slice);
+        let common = |held: &[i32]| held.iter().zip(prompt).take_while(|(a, b)| a == b).count();
+        let worth = |slot: &Slot| {
+            let n = common(&slot.tokens);
+            (if n * 10 >= prompt.len() { n } else { 0 }, std::cmp::Reverse(slot.used_at))
+        };
+        let free = state.slots.iter().enumerate().filter(|(_, slot)| !slot.is_busy);
+        let Some((i, _)) = free.max_by_key(|(_, slot)| worth(slot)) else { return };
+        let slot = &mut state.slots[i];
+        slot.is_busy = true;
+        slot.work = Some(job);
+        self.wake[i].notify_one();
+    }
+
+    /// A slot's thread.
+    fn serve(&self, i: usize, session: Session, host: &Host) {
+        let mut session = Some(session);
+        while let Some(job) = self.next_job(i) {
+            self.metrics.waited(job.came_at.elapsed());
+            // a bug in one reply is not the end of the slot
+            let done = catch_unwind(AssertUnwindSafe(|| {
+                if let Some(session) = &mut session {
+                    self.run(&job, session, host);
+                }
+            }));
+            if done.is_err() {
+                let _ = job.updates.try_send(Update::Failed(ApiError::new(
+                    axum::http::StatusCode::INTERNAL_SERVER_ERROR,
+                    "this is a bug: what the panic said stands in the server's log",
+                )));
+                // its place is free again before it is asked for
+                drop(session.take());
+                session = host.session().ok();
+            }
+            drop(job);
+            let mut state = self.lock();
+            state.clock += 1;
+            let used_at = state.clock;
+            let tokens = session.as_ref().map_or_else(Vec::new, |session| session.tokens().to_vec());
+            state.slots[i] = Slot { work: None, is_busy: session.is_none(), tokens, used_at };
+            if session.is_some()
+                && let Some(job) = state.queue.pop()
+            {
+                self.hand_out(&mut state, job);
+            }
+            self.count(&state);
+        }
+    }
+
+    /// Waits for work; `None`: there will be none.
+    fn next_job(&self, i: usize) -> Option<Job> {
+        let mut state = self.lock();
+        loop {
+            if state.is_closed {
+                return None;
+            }
+            if let Some(job) = state.slots[i].work.take() {
+                return Some(job);
+            }
+            state = self.wake[i].wait(state).unwrap_or_else(PoisonError::into_inner);
+        }
+    }
+
+    /// All choices of a request, one after the other.
+    fn run(&self, job: &Job, session: &mut Session, host: &Host) {
+        let n = job.wanted.n as usize;
+        for choice in 0..job.prompts.len() * n {
+            if self.is_over(job) {
+                return;
+            }
+            match self.choice(job, choice, &job.prompts[choice / n], session, host) {
+                Ok(Some(ended)) => {
+                    if !self.tell(job, ended) {
+                        return;
+                    }
+                }
+                Ok(None) => return,
+                Err(error) => {
+                    self.watch.failed(&error);
+                    self.tell(job, Update::Failed(ApiError::from(&error)));
+                    return;
+                }
+            }
+        }
+    }
+
+    /// prompt -> tokens, each told as it comes; `None`: nobody wants it any more.
+    fn choice(
+        &self,
+        job: &Job,
+        choice: usize,
+        prompt: &[i32],
+        session: &mut Session,
+        host: &Host,
+    ) -> Result<Option<Update>, Error> {
+        let wanted = &job.wanted;
+        if !wanted.cache_prompt {
+            session.set_tokens(&[])?;
+        }
+        session.set_tokens(prompt)?;
+        let mut sampling = wanted.sampling.clone();
+        let nth = u32::try_from(choice).unwrap_or(u32::MAX);
+        // the last number means "any"
+        sampling.seed = sampling.seed.map(|seed| seed.wrapping_add(nth).min(u32::MAX - 1));
+        let began = Instant::now();
+        let generation = session.generate(sampling).limit(wanted.limit).ignore_eos(wanted.ignore_eos);
+        let generation = generation.stop_at(wanted.stop.iter().cloned());
+        let mut generation = generation.stop_when(&job.is_cancelled);
+        let (mut so_far, mut first_at) = (Timings { prompt: prompt.len(), ..Timings::default() }, None);
+        while let Some(token) = generation.next() {
+            let token = token?;
+            let first_at = *first_at.get_or_insert_with(|| {
+                so_far.prompt_time = began.elapsed();
+                self.metrics.first_token(job.came_at.elapsed());
+                Instant::now()
+            });
+            so_far.predicted += 1;
+            so_far.predicted_time = first_at.elapsed();
+            self.metrics.token();
+            self.watch.token();
+            let bytes = |id| host.vocabulary().token_bytes(id).unwrap_or_default();
+            let logprobs = wanted.top_logprobs.filter(|_| !token.is_end || wanted.ignore_eos);
+            let logprobs = logprobs.map(|n| Logprobs::of(generation.logits(), token.id, n, bytes));
+            let timings = wanted.timings_per_token.then_some(so_far);
+            if !self.tell(job, Update::Token { choice, id: token.id, text: token.text, logprobs, timings }) {
+                return Ok(None);
+            }
+            if self.watch.is_due() {
+                self.watch.hear_report(&generation.report(began));
+            }
+        }
+        let report = generation.report(began);
+        let timings = Timings::of(&report, prompt.len().saturating_sub(report.prompt_tokens));
+        self.metrics.prompt(timings.prompt, timings.cached);
+        self.watch.hear_report(&report);
+        let finish = Finish::of(report.stop).filter(|_| !self.is_over(job));
+        Ok(finish.map(|finish| Update::Ended { choice, finish, timings }))
+    }
+
+    fn is_over(&self, job: &Job) -> bool {
+        job.is_cancelled.load(Ordering::Relaxed) || self.lock().is_closed
+    }
+
+    /// Whether there is somebody who hears it. Who does not read for too long is as good as gone.
+    fn tell(&self, job: &Job, update: Update) -> bool {
+        let is_heard = match job.updates.try_send(update) {
+            Ok(()) => true,
+            Err(TrySendError::Closed(_)) => false,
+            Err(TrySendError::Full(update)) => {
+                let sent = self.runtime.block_on(async {
+                    tokio::time::timeout(self.reader_timeout, job.updates.send(update)).await
+                });
+                matches!(sent, Ok(Ok(())))
+            }
+        };
+        if !is_heard {
+            job.is_cancelled.store(true, Ordering::Relaxed);
+            self.metrics.left();
+        }
+        is_heard
+    }
+}

@@ -1,0 +1,93 @@
+//! A reply as server-sent events. Whoever stops reading or leaves drops it, and with it the request.
+
+use std::convert::Infallible;
+use std::future::Future as _;
+use std::pin::Pin;
+use std::task::{Context, Poll};
+use std::time::Duration;
+
+use axum::http::StatusCode;
+use bytes::Bytes;
+use futures_core::Stream;
+use tokio::sync::mpsc;
+use tokio::time::{Instant, Sleep, sleep};
+
+use crate::error::ApiError;
+use crate::reply::{Teller, push_event};
+use crate::slots::Ticket;
+use crate::watch::Watch;
+use crate::work::Update;
+
+/// A body that is a stream of events.
+pub(crate) struct Events<G> {
+    updates: mpsc::Receiver<Update>,
+    teller: Teller,
+    /// calls the request off when the client has left
+    _ticket: Ticket,
+    /// whatever else lasts as long as the stream
+    _guard: G,
+    watch: Watch,
+    quiet: Pin<Box<Sleep>>,
+    is_over: bool,
+}
+
+impl<G> Events<G> {
+    pub(crate) fn new(
+        updates: mpsc::Receiver<Update>,
+        teller: Teller,
+        ticket: Ticket,
+        watch: Watch,
+        guard: G,
+    ) -> Events<G> {
+        let quiet = Box::pin(sleep(KEEP_ALIVE));
+        Events { updates, teller, _ticket: ticket, _guard: guard, watch, quiet, is_over: false }
+    }
+
+    /// Why nothing comes, as a comment: proxies see that the connection lives, clients leave it out.
+    fn comment(&self) -> String {
+        match self.watch.waits_for() {
+            Some(stage) => format!(": waiting for {}\n\n", stage.replace(['\r', '\n'], " ")),
+            None => ": \n\n".to_owned(),
+        }
+    }
+}
+
+impl<G: Unpin> Stream for Events<G> {
+    type Item = Result<Bytes, Infallible>;
+
+    fn poll_next(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Self::Item>> {
+        let this = &mut *self;
+        let mut out = String::new();
+        while !this.is_over && out.len() < LARGE {
+            match this.updates.poll_recv(cx) {
+                Poll::Ready(Some(update)) => {
+                    this.is_over = matches!(update, Update::Failed(_));
+                    this.teller.chunks(update, &mut out);
+                    this.is_over |= this.teller.is_complete();
+                }
+                // the slot has let go of it
+                Poll::Ready(None) => {
+                    let stopped =
+                        ApiError::new(StatusCode::SERVICE_UNAVAILABLE, "the server is being stopped");
+                    push_event(&mut out, &stopped.body());
+                    this.is_over = true;
+                }
+                Poll::Pending => break,
+            }
+        }
+        if out.is_empty() {
+            if this.is_over {
+                return Poll::Ready(None);
+            }
+            std::task::ready!(this.quiet.as_mut().poll(cx));
+            out = this.comment();
+        }
+        this.quiet.as_mut().reset(Instant::now() + KEEP_ALIVE);
+        Poll::Ready(Some(Ok(out.into())))
+    }
+}
+
+/// How long a stream says nothing: shorter than any proxy's patience.
+const KEEP_ALIVE: Duration = Duration::from_secs(5);
+/// Bytes that go in one piece.
+const LARGE: usize = 16 * 1024;
