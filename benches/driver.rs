@@ -137,7 +137,7 @@ fn cost_of_a_step() {
             assert_eq!(black_box(&logits)[..], [10.0]);
             Some(logits)
         };
-        client.run([Step::decode(SESSION, position, 7)], check).expect("nothing can go wrong");
+        client.run([Step::decode(SESSION, position, 7)], None, check).expect("nothing can go wrong");
     };
     per_step("the same, of a pipeline that threads may share", step);
 }

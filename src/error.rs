@@ -70,6 +70,14 @@ pub enum Error {
     /// A slice was named as the whole model.
     #[error("{} is a slice of a model, and not the model", .0.display())]
     NotTheModel(PathBuf),
+    /// Another model than the one that was cut was named beside it.
+    #[error("{} is not the model that was cut: its {differ} are others", path.display())]
+    CutFromAnother {
+        /// The file.
+        path: PathBuf,
+        /// `parameters` or `weights`.
+        differ: &'static str,
+    },
     /// A slice is another part of the model than the one it was named as.
     #[error("{} is a {found} slice, not a {wanted}", path.display())]
     WrongRole {
@@ -261,6 +269,9 @@ impl Error {
             Error::Unsurvived { why, .. } => return why.hint().map(Cow::into_owned),
             Error::NotTheModel(_) => {
                 "give the file that dim-split cut; the slices run with --split STEM.split.json"
+            }
+            Error::CutFromAnother { .. } => {
+                "give the file that dim-split cut, or cut this one: dim-split MODEL.gguf --middle A..B"
             }
             Error::WrongRole { .. } => "--split STEM.split.json names all files at once",
             Error::NotAMiddle { .. } => "the head and the tail stay with dim-host",

@@ -218,7 +218,15 @@ fn what_cannot_be_measured_is_refused_before_it_starts() {
     let out = tempfile::tempdir().unwrap();
     let mut command = ab(&cut, out.path(), &[]);
     let stderr = failure(command.arg("--split").arg(&other.split), 2);
-    assert!(stderr.contains("another model"), "{stderr}");
+    assert!(stderr.contains("is not the model that was cut: its parameters are others"), "{stderr}");
+    // one of the same size, trained otherwise
+    let twin = Cut::new(&Spec::tiny("qwen2").unwrap().seed(99), &["1..2"]);
+    let size = |cut: &Cut| std::fs::metadata(&cut.model).unwrap().len();
+    assert_eq!(size(&cut), size(&twin));
+    let mut command = ab(&cut, out.path(), &[]);
+    let stderr = failure(command.arg("--split").arg(&twin.split), 2);
+    assert!(stderr.contains("is not the model that was cut: its weights are others"), "{stderr}");
+    assert!(stderr.contains("hint: ") && !stderr.contains("panicked"), "{stderr}");
     let stderr =
         failure(&mut ab(&cut, out.path(), &["--worker", "127.0.0.1:1", "--worker", "127.0.0.1:2"]), 2);
     assert!(stderr.contains("2 workers for 1 middles"), "{stderr}");
@@ -302,9 +310,9 @@ fn eval_sees_no_difference_where_there_is_none_and_a_small_one_where_it_is_small
     }
 }
 
-/// The comparison sees another model's weights.
+/// Another model is refused, and the comparison sees its weights.
 #[test]
-fn eval_sees_another_model() {
+fn eval_refuses_another_model_and_would_see_it() {
     let cut = Cut::tiny("qwen2");
     let other = cut.folder.path().join("other.gguf");
     Spec::tiny("qwen2").unwrap().seed(99).write(&other).unwrap();
@@ -312,6 +320,10 @@ fn eval_sees_another_model() {
     let worker = cut.worker(1);
     let more =
         ["--against", other.to_str().unwrap(), "--wire", "f32", "--max-tokens", "100", "--window", "64"];
+    let stderr = failure(&mut eval(&cut, &file, &worker.address, &more), 2);
+    assert!(stderr.contains("other.gguf is not the model that was cut: its weights are others"), "{stderr}");
+    // whoever insists sees how different they are
+    let more = [&more[..], &["--verify", "never"]].concat();
     let found = evaluation(&mut eval(&cut, &file, &worker.address, &more));
     assert_eq!((found.tokens, found.engines.len()), (100, 2));
     let difference = found.engines[1].difference.unwrap();

@@ -169,6 +169,54 @@ fn ctrl_c_in_a_long_prompt_ends_at_once() {
     assert!(output.stdout.is_empty());
 }
 
+/// In a conversation it stops within a chunk, says so, and the conversation goes on.
+#[test]
+#[cfg(unix)]
+fn ctrl_c_in_a_long_message_of_a_chat_gives_up_the_message_and_nothing_else() {
+    let cut = Cut::new(&Spec::new("demo", Some("qwen2")).unwrap(), &["4..7"]);
+    let worker = cut.worker(1);
+    let mut command = Command::new(host_program());
+    command.arg("chat").arg("--split").arg(&cut.split).arg("--key-file").arg(&cut.key);
+    command.args([
+        "--worker",
+        &worker.address,
+        "--threads",
+        "1",
+        "--ctx",
+        "512",
+        "-n",
+        "4",
+        "--ubatch",
+        "16",
+    ]);
+    let mut child =
+        command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
+    let mut stdin = child.stdin.take().unwrap();
+    let mut said = std::io::BufReader::new(child.stderr.take().unwrap());
+    let mut until = |what: &str| {
+        let mut line = String::new();
+        while !line.contains(what) {
+            line.clear();
+            assert!(
+                std::io::BufRead::read_line(&mut said, &mut line).unwrap() > 0,
+                "it ended without {what:?}"
+            );
+        }
+    };
+    until("blocks: head");
+    // a worker that does not answer any more makes every message a long one
+    worker.signal("STOP");
+    stdin.write_all(b"a long one\n").unwrap();
+    std::thread::sleep(Duration::from_millis(300));
+    signal(child.id(), "INT");
+    until("[stopped before the reply began: this message is not kept]");
+    worker.signal("CONT");
+    stdin.write_all(b"hi\n").unwrap();
+    drop(stdin);
+    let output = child.wait_with_output().unwrap();
+    assert_eq!((output.status.code(), text(&output.stdout).trim().is_empty()), (Some(0), false));
+}
+
 #[test]
 fn no_end_of_text_is_put_behind_a_prompt() {
     let cut = Cut::tiny("llama");
@@ -226,12 +274,19 @@ fn chat(cut: &Cut, args: &[&str], input: &[u8]) -> (String, String, Option<i32>)
 fn a_conversation_longer_than_the_context_forgets_its_oldest_turns() {
     let cut = Cut::tiny("qwen2");
     let said: String = (0..12).map(|i| format!("Tell me about the number {i} and the sea.\n")).collect();
-    let (out, err, code) = chat(&cut, &["--ctx", "256", "-n", "20", "--system", "Brief."], said.as_bytes());
+    let file = cut.folder.path().join("talk.json");
+    let keep = ["--save", file.to_str().unwrap()];
+    let args = [["--ctx", "256"], ["-n", "20"], ["--system", "Brief."], keep].concat();
+    let (out, err, code) = chat(&cut, &args, said.as_bytes());
     assert_eq!(code, Some(0), "{err}");
     assert!(err.contains("oldest messages are forgotten]") && !err.contains("error"), "{err}");
     assert!(out.lines().count() >= 12, "{out}");
+    // what there is no room for is no longer read by the model, and stays in the file
+    let kept: Vec<serde_json::Value> =
+        serde_json::from_str(&std::fs::read_to_string(&file).unwrap()).unwrap();
+    assert_eq!(kept.len(), 1 + 24);
+    assert_eq!(kept[1]["content"], "Tell me about the number 0 and the sea.");
     // one message that has no room by itself is said so, costs no other, and the next one is answered
-    let file = cut.folder.path().join("talk.json");
     let long = format!("hi\n{}\nshort\n", "x y ".repeat(400));
     let args = ["--ctx", "256", "-n", "4", "--save", file.to_str().unwrap()];
     let (out, err, code) = chat(&cut, &args, long.as_bytes());

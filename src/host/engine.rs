@@ -17,8 +17,15 @@ pub(crate) trait Engine: Send {
     /// `split` or `stock`.
     fn mode(&self) -> &'static str;
     /// Evaluates `tokens` from `position` on, in chunks of the micro-batch, and puts the last one's logits (n_vocab)
-    /// in the place of what `logits` held, which is used for the next.
-    fn evaluate(&mut self, position: u32, tokens: &[i32], logits: &mut Vec<f32>) -> Result<(), Error>;
+    /// in the place of what `logits` held, which is used for the next. How many were evaluated: all of them, unless `stop`
+    /// was set meanwhile.
+    fn evaluate(
+        &mut self,
+        position: u32,
+        tokens: &[i32],
+        stop: Option<&AtomicBool>,
+        logits: &mut Vec<f32>,
+    ) -> Result<usize, Error>;
     /// Evaluates `tokens` from `position` on and gives every one's logits, a chunk at a time in order.
     fn evaluate_all(
         &mut self,
@@ -75,9 +82,10 @@ impl SplitSession {
         &mut self,
         position: u32,
         tokens: &[i32],
+        stop: Option<&AtomicBool>,
         want: impl Fn(usize) -> bool,
         on_logits: impl FnMut(Vec<f32>) -> Option<Vec<f32>>,
-    ) -> Result<(), Error> {
+    ) -> Result<usize, Error> {
         let session = self.client.session();
         let chunks = tokens.chunks(self.n_ubatch).scan(0, |done, chunk| {
             let first = *done;
@@ -90,7 +98,8 @@ impl SplitSession {
                 kind: if tokens.len() == 1 { StepKind::Decode } else { StepKind::Prefill },
             })
         });
-        Ok(self.client.run(chunks, on_logits)?)
+        let n_out = self.client.run(chunks, stop, on_logits)?;
+        Ok(tokens.len().min(n_out * self.n_ubatch))
     }
 }
 
@@ -99,10 +108,16 @@ impl Engine for SplitSession {
         "split"
     }
 
-    fn evaluate(&mut self, position: u32, tokens: &[i32], logits: &mut Vec<f32>) -> Result<(), Error> {
+    fn evaluate(
+        &mut self,
+        position: u32,
+        tokens: &[i32],
+        stop: Option<&AtomicBool>,
+        logits: &mut Vec<f32>,
+    ) -> Result<usize, Error> {
         let last = tokens.len().wrapping_sub(1);
         // the last chunk's are the only ones that were asked for
-        self.run(position, tokens, |i| i == last, |new| Some(std::mem::replace(logits, new)))
+        self.run(position, tokens, stop, |i| i == last, |new| Some(std::mem::replace(logits, new)))
     }
 
     fn evaluate_all(
@@ -115,7 +130,7 @@ impl Engine for SplitSession {
             on_logits(&logits);
             Some(logits)
         };
-        self.run(position, tokens, |_| true, lend)
+        self.run(position, tokens, None, |_| true, lend).map(drop)
     }
 
     fn rewind(&mut self, position: u32) -> Result<(), Error> {
@@ -160,12 +175,16 @@ impl StockEngine {
         &mut self,
         position: u32,
         tokens: &[i32],
+        stop: Option<&AtomicBool>,
         want: impl Fn(usize) -> bool,
         on_logits: &mut dyn FnMut(&[f32]),
-    ) -> Result<(), Error> {
+    ) -> Result<usize, Error> {
         let mut done = 0;
         let mut logits = Vec::new();
         for chunk in tokens.chunks(self.n_batch) {
+            if stop.is_some_and(|stop| stop.load(Ordering::Relaxed)) {
+                break;
+            }
             let rows: Vec<llama_sys_patch::Row> = (0..chunk.len())
                 .map(|i| llama_sys_patch::Row {
                     session: SESSION,
@@ -185,7 +204,7 @@ impl StockEngine {
             }
             done += chunk.len();
         }
-        Ok(())
+        Ok(done)
     }
 
     fn rewind(&mut self, position: u32) -> Result<(), Error> {
@@ -194,7 +213,7 @@ impl StockEngine {
             Err(CannotRewind { .. } | SessionLost { .. }) => {
                 self.context.clear(SESSION)?;
                 let kept = self.tokens[..self.tokens.len().min(position as usize)].to_vec();
-                self.decode(0, &kept, |_| false, &mut |_| {})
+                self.decode(0, &kept, None, |_| false, &mut |_| {}).map(drop)
             }
             other => Ok(other?),
         }
@@ -247,13 +266,19 @@ impl Engine for StockSession {
         "stock"
     }
 
-    fn evaluate(&mut self, position: u32, tokens: &[i32], logits: &mut Vec<f32>) -> Result<(), Error> {
+    fn evaluate(
+        &mut self,
+        position: u32,
+        tokens: &[i32],
+        stop: Option<&AtomicBool>,
+        logits: &mut Vec<f32>,
+    ) -> Result<usize, Error> {
         let last = tokens.len().wrapping_sub(1);
         let mut keep = |new: &[f32]| {
             logits.clear();
             logits.extend_from_slice(new);
         };
-        self.engine().decode(position, tokens, |i| i == last, &mut keep)
+        self.engine().decode(position, tokens, stop, |i| i == last, &mut keep)
     }
 
     fn evaluate_all(
@@ -262,7 +287,7 @@ impl Engine for StockSession {
         tokens: &[i32],
         on_logits: &mut dyn FnMut(&[f32]),
     ) -> Result<(), Error> {
-        self.engine().decode(position, tokens, |_| true, on_logits)
+        self.engine().decode(position, tokens, None, |_| true, on_logits).map(drop)
     }
 
     fn rewind(&mut self, position: u32) -> Result<(), Error> {

@@ -128,7 +128,7 @@ impl Session {
     /// As a generation's first token.
     pub fn warm_up(&mut self) -> Result<(), Error> {
         let before = self.evaluated;
-        self.evaluate_pending(&mut Vec::new())?;
+        self.evaluate_pending(None, &mut Vec::new())?;
         self.forget_from(before)
     }
 
@@ -174,8 +174,9 @@ impl Session {
         (self.tokens.len() - self.evaluated).max(1).min(self.tokens.len())
     }
 
-    /// The logits of the last token, (n_vocab), in the place of those before.
-    fn evaluate_pending(&mut self, logits: &mut Vec<f32>) -> Result<(), Error> {
+    /// The logits of the last token, (n_vocab), in the place of those before. `false`: `stop` was set before they came; what
+    /// was evaluated until then is not evaluated again.
+    fn evaluate_pending(&mut self, stop: Option<&AtomicBool>, logits: &mut Vec<f32>) -> Result<bool, Error> {
         if self.tokens.is_empty() {
             return Err(Error::EmptyPrompt);
         }
@@ -185,10 +186,11 @@ impl Session {
             self.forget_from(first)?;
         }
         self.torn = true;
-        self.engine.evaluate(to_u32(first), &self.tokens[first..], logits)?;
-        self.torn = false;
-        self.evaluated = self.tokens.len();
-        Ok(())
+        let n_evaluated = self.engine.evaluate(to_u32(first), &self.tokens[first..], stop, logits)?;
+        self.evaluated = first + n_evaluated;
+        // otherwise what was under way may have come further
+        self.torn = self.evaluated < self.tokens.len();
+        Ok(!self.torn)
     }
 }
 
@@ -287,7 +289,8 @@ impl<'s> Generation<'s> {
         self
     }
 
-    /// Ends after the token that is being computed once another thread has set this.
+    /// Ends once another thread has set this: in a prompt within a chunk, in a reply with the token that is being computed,
+    /// or without it where it takes long. The session keeps what was evaluated.
     pub fn stop_when(mut self, flag: &'s AtomicBool) -> Self {
         self.stop_flag = Some(flag);
         self
@@ -338,11 +341,16 @@ impl<'s> Generation<'s> {
 
     /// The next token; `None` where there is none to choose.
     fn step(&mut self) -> Result<Option<Token>, Error> {
-        let so_far = &mut self.so_far;
-        let sampler = self.sampler.as_mut().map_err(|e| e.clone())?;
+        self.sampler.as_ref().map_err(Clone::clone)?;
 
         // tokens -> logits of the last one
-        self.session.evaluate_pending(&mut self.logits)?;
+        if !self.session.evaluate_pending(self.stop_flag, &mut self.logits)? {
+            self.stop = Some(Stop::Interrupted);
+            let rest = self.rest_of_text();
+            self.so_far.text.push_str(&rest);
+            return Ok(None);
+        }
+        let (sampler, so_far) = (self.sampler.as_mut().map_err(|e| e.clone())?, &mut self.so_far);
         if so_far.first_token_at.is_none() {
             so_far.prompt_time = so_far.ready.elapsed();
             so_far.after_prompt = self.session.engine.snapshot();

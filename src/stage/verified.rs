@@ -6,9 +6,12 @@
 
 use std::path::Path;
 
-use gguf_tools::gguf::Gguf;
+use gguf_tools::digest::{self, Sha};
+use gguf_tools::gguf::{Gguf, Value};
+use gguf_tools::manifest::ModelEntry;
 use gguf_tools::slice::{SliceError, SliceInfo, verify_opened};
 
+use crate::error::Error;
 use crate::stage::memory::Memory;
 
 /// When the weights are compared with their digests.
@@ -45,4 +48,69 @@ pub fn open_slice(
         memory.keep();
     }
     Ok(info)
+}
+
+/// What a cut says of the model that was cut.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct CutFrom {
+    /// Its identity.
+    pub model_sha256: Sha,
+    /// The digest of its parameters that are not weights; older cuts have none.
+    pub params_sha256: Option<Sha>,
+}
+
+impl From<&SliceInfo> for CutFrom {
+    fn from(slice: &SliceInfo) -> CutFrom {
+        CutFrom { model_sha256: slice.model_sha256, params_sha256: slice.params_sha256 }
+    }
+}
+
+impl CutFrom {
+    /// Of a manifest; `None`: it holds something else than digests.
+    pub fn of(model: &ModelEntry) -> Option<CutFrom> {
+        let params_sha256 = model.params_sha256.as_deref().map(Sha::parse);
+        let params_sha256 = match params_sha256 {
+            Some(parsed) => Some(parsed?),
+            None => None,
+        };
+        Some(CutFrom { model_sha256: Sha::parse(&model.sha256)?, params_sha256 })
+    }
+}
+
+/// Whether the whole model at `path` is the one that was cut: its parameters, and, as `when` says, its weights, all of which
+/// are read for that; `progress` hears bytes read and bytes in all.
+///
+/// # Errors
+/// It cannot be read, or it is [another](Error::CutFromAnother).
+pub fn is_cut_from(
+    path: &Path,
+    cut: &CutFrom,
+    when: Verify,
+    mut progress: impl FnMut(u64, u64),
+) -> Result<(), Error> {
+    let another = |differ| Err(Error::CutFromAnother { path: path.to_owned(), differ });
+    let gguf = Gguf::open(path)?;
+    let arch =
+        gguf.get("general.architecture").as_ref().and_then(Value::as_str).unwrap_or_default().to_owned();
+    if cut.params_sha256.is_some_and(|params| params != digest::of_params(&gguf, &arch)) {
+        return another("parameters");
+    }
+    let of = |file: &Path| Memory::of("identity", file, &cut.model_sha256.to_string());
+    let memories: Option<Vec<Memory>> = gguf.files().map(of).collect();
+    match when {
+        Verify::Never => return Ok(()),
+        Verify::Once if memories.as_ref().is_some_and(|all| all.iter().all(Memory::holds)) => return Ok(()),
+        Verify::Once | Verify::Always => {}
+    }
+    let all = gguf.tensors().map(|tensor| tensor.n_bytes()).sum();
+    let mut done = 0;
+    let mut each = |n| {
+        done += n;
+        progress(done, all);
+    };
+    if digest::of_model(&gguf, &mut each)? != cut.model_sha256 {
+        return another("weights");
+    }
+    memories.iter().flatten().for_each(Memory::keep);
+    Ok(())
 }

@@ -5,12 +5,16 @@ use std::io::{BufWriter, Read as _};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
+use dim::stage::verified::CutFrom;
 use dim::{
     Discovery, Error, Host, HostBuilder, Key, Patience, Resources, RowType, Sampling, Session, device,
 };
 use dim_wire::keys::KeyStore;
 use dim_wire::transport::discover::MDNS_PORT;
 use gguf_tools::failure::Failure;
+use gguf_tools::gguf::Gguf;
+use gguf_tools::manifest::Manifest;
+use gguf_tools::slice::SliceInfo;
 use llama_sys_patch::LogLevel;
 
 use crate::{explain, habits};
@@ -99,6 +103,29 @@ impl SplitArgs {
             host = host.find_workers(self.discovery()?);
         }
         Ok(host)
+    }
+
+    /// What the cut says of the model that was cut.
+    ///
+    /// # Errors
+    /// The manifest, or the head, cannot be read.
+    pub fn cut_from(&self) -> Result<CutFrom, Failure> {
+        match (&self.split, &self.head) {
+            (Some(split), _) => CutFrom::of(&Manifest::read(split)?.model)
+                .ok_or_else(|| Failure::misuse(format!("{}: its digests are none", split.display()))),
+            (None, Some(head)) => {
+                let gguf = Gguf::open(head)?;
+                Ok((&SliceInfo::of(&gguf).map_err(Error::from).map_err(explain)?).into())
+            }
+            (None, None) => {
+                Err(Failure::misuse("give --split STEM.split.json, or --head FILE and --tail FILE"))
+            }
+        }
+    }
+
+    /// When weights are compared with their digests.
+    pub fn verify(&self) -> dim::Verify {
+        self.verify.when()
     }
 
     fn discovery(&self) -> Result<Discovery, Failure> {

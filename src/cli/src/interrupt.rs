@@ -3,6 +3,7 @@
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
 
 use gguf_tools::tell;
 
@@ -18,18 +19,12 @@ impl Interrupt {
     pub fn watch() -> Interrupt {
         let interrupt = Interrupt::default();
         let flags = interrupt.clone();
-        let runtime = tokio::runtime::Builder::new_current_thread().enable_io().build();
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_io().enable_time().build();
         let Ok(runtime) = runtime else { return interrupt };
         std::thread::spawn(move || {
             runtime.block_on(async {
-                while tokio::signal::ctrl_c().await.is_ok() {
-                    let reply_runs = flags.generating.load(Ordering::SeqCst);
-                    if !reply_runs || flags.stop.swap(true, Ordering::SeqCst) {
-                        tell!();
-                        // the main thread may be anywhere in C++: its objects must not be taken down under it
-                        llama_sys_patch::end_process(EXIT_INTERRUPTED);
-                    }
-                }
+                let mut has_asked = false;
+                while hear(&mut has_asked, &flags).await {}
             });
         });
         interrupt
@@ -50,5 +45,32 @@ impl Interrupt {
     }
 }
 
+/// Waits for the next Ctrl-C and does what it asks for; says so where that takes long. Whether there can be more.
+async fn hear(has_asked: &mut bool, flags: &Interrupt) -> bool {
+    let is_stopping = || flags.generating.load(Ordering::SeqCst) && flags.stop.load(Ordering::SeqCst);
+    let signal = match *has_asked {
+        false => tokio::signal::ctrl_c().await,
+        true => match tokio::time::timeout(SOON, tokio::signal::ctrl_c()).await {
+            Ok(signal) => signal,
+            Err(_) => {
+                *has_asked = false;
+                if is_stopping() {
+                    tell!("\n[stopping; Ctrl-C again ends this]");
+                }
+                return true;
+            }
+        },
+    };
+    if !flags.generating.load(Ordering::SeqCst) || flags.stop.swap(true, Ordering::SeqCst) {
+        tell!();
+        // the main thread may be anywhere in C++: its objects must not be taken down under it
+        llama_sys_patch::end_process(EXIT_INTERRUPTED);
+    }
+    *has_asked = true;
+    signal.is_ok()
+}
+
+/// What takes longer is worth a word.
+const SOON: Duration = Duration::from_millis(150);
 /// 128 + SIGINT, as shells report it.
 const EXIT_INTERRUPTED: i32 = 130;

@@ -16,7 +16,9 @@
 //! One lock, held for moments: nothing of the pipeline runs under it.
 
 use std::collections::VecDeque;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
 
 use crate::bell::Interrupt;
 use crate::error::PipelineError;
@@ -95,7 +97,8 @@ impl Client {
 
     /// Evaluates steps, whatever session they name in this one, and gives each one's logits, (n_wanted, n_vocab), to
     /// `on_logits`, in order and as they come out; it gives back a buffer that is not needed any more. Where it panics,
-    /// the steps behind are given up.
+    /// the steps behind are given up; so are those that have not come out when another thread sets `stop`, which is looked
+    /// at after every step of a stage here and every [`LOOKS`]. How many have come out: all of them, unless it was set.
     ///
     /// # Errors
     /// A step has failed, and those behind it came to nothing: the session has to be rewound to where its caller knows
@@ -103,13 +106,14 @@ impl Client {
     pub fn run(
         &mut self,
         steps: impl IntoIterator<Item = Step>,
+        stop: Option<&AtomicBool>,
         mut on_logits: impl FnMut(Vec<f32>) -> Option<Vec<f32>>,
-    ) -> Result<(), PipelineError> {
+    ) -> Result<usize, PipelineError> {
         let Client { shared, session, spare } = self;
         let mut steps = steps.into_iter();
-        let Some(mut step) = steps.next() else { return Ok(()) };
+        let Some(mut step) = steps.next() else { return Ok(0) };
         let mut under_way = UnderWay { shared, session: *session, is_over: false };
-        let mut n_left = 0;
+        let (mut n_out, mut n_left) = (0, 0);
         let mut state = loop {
             // the caller's code runs without the lock, and what it leaves behind if it panics is given up
             let after = steps.next();
@@ -123,15 +127,16 @@ impl Client {
         };
         loop {
             state.requests.extend(spare.drain(..).map(Request::Reuse));
-            let (unlocked, result) = shared.wait(state, *session, |mailbox| mailbox.results.pop_front());
+            let (unlocked, result) =
+                shared.wait(state, *session, stop, |mailbox| mailbox.results.pop_front());
             drop(unlocked);
-            let outcome = result.and_then(|outcome| outcome);
-            n_left -= 1;
+            let Some(outcome) = result? else { return Ok(n_out) };
+            (n_out, n_left) = (n_out + 1, n_left - 1);
             // whatever an error leaves of this session is given up too
             under_way.is_over = n_left == 0 && outcome.is_ok();
             spare.extend(on_logits(outcome?));
             if n_left == 0 {
-                return Ok(());
+                return Ok(n_out);
             }
             state = shared.lock();
         }
@@ -145,7 +150,9 @@ impl Client {
     pub fn snapshot(&self) -> Result<Snapshot, PipelineError> {
         let mut state = self.shared.lock();
         state.requests.push(Request::Look(self.session));
-        self.shared.wait(state, self.session, |mailbox| mailbox.snapshot.take()).1
+        let snapshot = self.shared.wait(state, self.session, None, |mailbox| mailbox.snapshot.take()).1;
+        // nothing stops it
+        snapshot.map(Option::unwrap_or_default)
     }
 }
 
@@ -251,32 +258,40 @@ impl Shared {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Waits for something in a session's mailbox, or drives the pipeline until it is there.
+    /// Waits for something in a session's mailbox, or drives the pipeline until it is there; `None`: `stop` was set before.
     fn wait<'a, T>(
         &'a self,
         mut state: MutexGuard<'a, State>,
         session: SessionId,
+        stop: Option<&AtomicBool>,
         mut pick: impl FnMut(&mut Mailbox) -> Option<T>,
-    ) -> (MutexGuard<'a, State>, Result<T, PipelineError>) {
+    ) -> (MutexGuard<'a, State>, Result<Option<T>, PipelineError>) {
         let mut has_asked = false;
         loop {
             if let Some(picked) = pick(state.mailbox(session)) {
                 self.pass_on(&state);
-                return (state, Ok(picked));
+                return (state, Ok(Some(picked)));
+            }
+            if is_set(stop) {
+                self.pass_on(&state);
+                return (state, Ok(None));
             }
             if state.is_abandoned {
                 state.requests.clear();
                 return (state, Err(PipelineError::Abandoned));
             }
             state = match state.driven.take() {
-                Some(driven) => self.drive(state, driven, session),
+                Some(driven) => self.drive(state, driven, session, stop),
                 None => {
                     if !std::mem::replace(&mut has_asked, true) {
                         self.interrupt.ask();
                     }
                     state.mailbox(session).is_awaited = true;
                     let ready = &self.ready[session.0 as usize];
-                    let mut state = ready.wait(state).unwrap_or_else(PoisonError::into_inner);
+                    let mut state = match stop {
+                        None => ready.wait(state).unwrap_or_else(PoisonError::into_inner),
+                        Some(_) => ready.wait_timeout(state, LOOKS).unwrap_or_else(PoisonError::into_inner).0,
+                    };
                     state.mailbox(session).is_awaited = false;
                     state
                 }
@@ -293,18 +308,19 @@ impl Shared {
         }
     }
 
-    /// Drives the pipeline until there is something in this session's mailbox.
+    /// Drives the pipeline until there is something in this session's mailbox, or `stop` is set.
     fn drive<'a>(
         &'a self,
         mut state: MutexGuard<'a, State>,
         driven: Box<Driven>,
         session: SessionId,
+        stop: Option<&AtomicBool>,
     ) -> MutexGuard<'a, State> {
         let mut driver = Driver { shared: self, driven: Some(driven) };
         loop {
             let Some(driven) = &mut driver.driven else { return state };
             std::mem::swap(&mut driven.requests, &mut state.requests);
-            if driven.requests.is_empty() && !state.mailbox(session).is_empty() {
+            if driven.requests.is_empty() && (!state.mailbox(session).is_empty() || is_set(stop)) {
                 state.driven = driver.driven.take();
                 return state;
             }
@@ -317,7 +333,8 @@ impl Shared {
             drop(state);
             driven.pipeline.set_shared(is_shared);
             let asked = driven.take_in();
-            let advanced = if asked.is_empty() { driven.pipeline.advance(None) } else { Advance::Later };
+            let until = stop.map(|_| Instant::now() + LOOKS);
+            let advanced = if asked.is_empty() { driven.pipeline.advance(until) } else { Advance::Later };
             let snapshot = (!asked.is_empty()).then(|| driven.pipeline.snapshot());
             state = self.lock();
             for by in asked {
@@ -376,6 +393,13 @@ impl Drop for Driver<'_> {
         }
     }
 }
+
+fn is_set(stop: Option<&AtomicBool>) -> bool {
+    stop.is_some_and(|stop| stop.load(Ordering::Relaxed))
+}
+
+/// How long somebody who has said that it is enough waits at most, beside a local stage's step.
+pub const LOOKS: Duration = Duration::from_millis(100);
 
 #[cfg(test)]
 mod tests;

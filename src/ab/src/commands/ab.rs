@@ -15,7 +15,7 @@ use crate::report::{Page, read_all};
 use crate::run::{Experiment, RpcServer, Workers, run as run_plan};
 use dim::Verify;
 use dim::stage::load::model_name;
-use dim::stage::verified::open_slice;
+use dim::stage::verified::{CutFrom, is_cut_from, open_slice};
 use dim_cli::args::WireType;
 use dim_cli::explain;
 use dim_cli::progress::ProgressLine;
@@ -100,7 +100,11 @@ pub fn run(args: &AbArgs) -> Result<(), Failure> {
     let model_parts: Vec<PathBuf> = gguf.files().map(Path::to_owned).collect();
     drop(gguf);
     let manifest = Manifest::read(&args.split)?;
-    same_model(&args.model, &model_parts, &args.split, &manifest)?;
+    let cut = CutFrom::of(&manifest.model)
+        .ok_or_else(|| Failure::misuse(format!("{}: its digests are none", args.split.display())))?;
+    let mut checking = Progress::new(format!("checking {}", model_name(&args.model)));
+    is_cut_from(&args.model, &cut, Verify::Once, |done, all| checking.update(done, all)).map_err(explain)?;
+    drop(checking);
     let middles: Vec<&SliceEntry> = manifest.slices.iter().filter(|s| s.role == Role::Middle).collect();
     if !args.worker.is_empty() && args.worker.len() != middles.len() {
         return Err(Failure::misuse(format!(
@@ -201,21 +205,6 @@ impl AbArgs {
             local_workers: self.worker.is_empty(),
         }
     }
-}
-
-/// Refuses slices of another model: by what can be seen without reading 15 GB.
-fn same_model(model: &Path, parts: &[PathBuf], split: &Path, manifest: &Manifest) -> Result<(), Failure> {
-    let bytes: u64 = parts.iter().filter_map(|f| std::fs::metadata(f).ok()).map(|m| m.len()).sum();
-    if bytes == manifest.model.bytes {
-        return Ok(());
-    }
-    Err(Failure::misuse(format!(
-        "{} was cut from another model: {} has {bytes} bytes, the model that was cut had {}",
-        split.display(),
-        model.display(),
-        manifest.model.bytes
-    ))
-    .hint("cut this model: dim-split MODEL.gguf --middle A..B"))
 }
 
 /// Makes the quantised models of the arms that need one, unless they are there from an earlier run.

@@ -7,8 +7,11 @@ use std::time::{Duration, Instant, SystemTime};
 
 use crate::machine::{Machine, rfc3339};
 use crate::quality::{Difference, EngineResult, Evaluation, Perplexity, Window, windows};
+use dim::stage::load::model_name;
+use dim::stage::verified::is_cut_from;
 use dim::{Session, WholeModel};
 use dim_cli::args::{MachineArgs, SplitArgs, WireType};
+use dim_cli::progress::Progress;
 use dim_cli::{explain, shown};
 use gguf_tools::failure::Failure;
 use gguf_tools::{tell, terminal};
@@ -45,6 +48,12 @@ pub fn run(args: &EvalArgs) -> Result<(), Failure> {
     let text = args.read_text()?;
 
     // one engine after the other: a machine that needs the split has no room for both models
+    if let Some(path) = &args.against {
+        let mut checking = Progress::new(format!("checking {}", model_name(path)));
+        let of = args.split.cut_from()?;
+        let checked = is_cut_from(path, &of, args.split.verify(), |done, all| checking.update(done, all));
+        checked.map_err(explain)?;
+    }
     let mut engines = Vec::new();
     let mut kept = None;
     let mut tokens_of_stock = None;

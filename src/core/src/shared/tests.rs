@@ -38,7 +38,7 @@ fn step(position: u32, tokens: &[i32]) -> Step {
 /// Runs steps and gives all that comes out.
 fn run(client: &mut Client, steps: Vec<Step>) -> Result<Vec<f32>, PipelineError> {
     let mut out = Vec::new();
-    client.run(steps, |logits| {
+    client.run(steps, None, |logits| {
         out.extend_from_slice(&logits);
         Some(logits)
     })?;
@@ -146,7 +146,11 @@ fn a_caller_that_panics_takes_its_steps_back() {
     let mut client = pipeline.client().unwrap();
     let steps = (0..20).map(|i| step(i, &[1])).collect::<Vec<_>>();
     let caught = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| {
-        client.run(steps, |logits| if logits == [4.0] { panic!("the caller's own") } else { Some(logits) })
+        client.run(
+            steps,
+            None,
+            |logits| if logits == [4.0] { panic!("the caller's own") } else { Some(logits) },
+        )
     }));
     assert!(caught.is_err());
     client.rewind(0);
@@ -160,7 +164,7 @@ fn steps_that_panic_while_they_are_made_leave_nothing_behind() {
     let mut client = pipeline.client().unwrap();
     let made = |i: u32| if i == 4 { panic!("the caller's own") } else { step(i, &[1]) };
     let caught =
-        std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| client.run((0..20).map(made), Some)));
+        std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| client.run((0..20).map(made), None, Some)));
     assert!(caught.is_err());
     client.rewind(0);
     assert_eq!(run(&mut client, vec![step(0, &[9])]).unwrap(), [9.0]);
@@ -204,7 +208,7 @@ fn a_token_does_not_wait_for_another_session_s_prompt() {
         let prompt = scope.spawn(move || {
             let mut n = 0;
             let steps = (0..60).map(|i| step(2 * i, &[1, 1])).collect::<Vec<_>>();
-            long.run(steps, |logits| {
+            long.run(steps, None, |logits| {
                 n += 1;
                 sender.send(n).unwrap();
                 Some(logits)
@@ -229,5 +233,29 @@ fn who_wants_to_know_how_it_stands_does_not_wait_for_a_slow_worker() {
         assert_eq!(other.snapshot().unwrap().stages.len(), 3);
         assert!(begun.elapsed() < Duration::from_millis(300), "{:?}", begun.elapsed());
         run.join().unwrap().unwrap();
+    });
+}
+
+/// A worker that takes 20 s for each step, and somebody who has had enough after the first look.
+#[test]
+fn steps_that_were_called_off_are_not_waited_for_and_the_session_goes_on() {
+    let (shared, _) = pipeline(US, &[Duration::from_secs(20)], 2);
+    let stop = AtomicBool::new(false);
+    let (done, ended) = channel();
+    scope(|scope| {
+        for _ in 0..2 {
+            let mut client = shared.client().unwrap();
+            let (stop, done) = (&stop, done.clone());
+            scope.spawn(move || {
+                let came_out = client.run((0..3).map(|i| step(i, &[1])), Some(stop), Some);
+                done.send(came_out).unwrap();
+            });
+        }
+        sleep(Duration::from_millis(50));
+        stop.store(true, Ordering::Relaxed);
+        for _ in 0..2 {
+            let came_out = ended.recv_timeout(Duration::from_secs(10)).expect("it waits for the worker");
+            assert_eq!(came_out.unwrap(), 0);
+        }
     });
 }

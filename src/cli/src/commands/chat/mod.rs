@@ -38,7 +38,7 @@ pub struct ChatArgs {
     /// End a reply where this text comes (repeat for more)
     #[arg(short = 'r', long = "reverse-prompt", visible_alias = "stop", value_name = "TEXT")]
     stop: Vec<String>,
-    /// Keep the conversation in FILE, as JSON, after every reply
+    /// Keep the conversation in FILE, as JSON, after every reply: all of it, what the context has no room for too
     #[arg(long, value_name = "FILE")]
     save: Option<PathBuf>,
     /// Go on with the conversation in FILE
@@ -64,7 +64,19 @@ pub fn run(args: &ChatArgs, process_start: Instant) -> Result<(), Failure> {
         None => own_template(&host)?,
     };
     let session = host.session().map_err(explain)?;
-    Chat { args, sampling, n_predict, interrupt, process_start, template, session, turns, refused: 0 }.run()
+    Chat {
+        args,
+        sampling,
+        n_predict,
+        interrupt,
+        process_start,
+        template,
+        session,
+        turns,
+        forgotten: 0,
+        refused: 0,
+    }
+    .run()
 }
 
 /// What `--chat-template` means.
@@ -108,8 +120,10 @@ struct Chat<'a> {
     process_start: Instant,
     template: ChatTemplate,
     session: Session,
-    /// all of them, forgotten or not
+    /// all of them
     turns: Vec<Turn>,
+    /// how many of them, from the oldest that is not the system's, the context has no room for
+    forgotten: usize,
     /// messages that the template did not take
     refused: usize,
 }
@@ -132,7 +146,10 @@ impl Chat<'_> {
                 Line::End | Line::Command("exit" | "bye" | "quit", _) => {
                     return self.end(input.is_terminal());
                 }
-                Line::Command("clear", _) => self.turns.retain(|turn| turn.role == Role::System),
+                Line::Command("clear", _) => {
+                    self.turns.retain(|turn| turn.role == Role::System);
+                    self.forgotten = 0;
+                }
                 Line::Command("help" | "?", _) => tell!("{COMMANDS}"),
                 Line::Command("save", "") => tell!("error: /save FILE: name the file"),
                 Line::Command("save", file) => match transcript::write(Path::new(file), &self.turns) {
@@ -191,6 +208,10 @@ impl Chat<'_> {
         terminal::print("\n")?;
         ended?;
         let report = generation.report(self.process_start);
+        if report.stop == Stop::Interrupted && report.tokens.is_empty() {
+            tell!("[stopped before the reply began: this message is not kept]");
+            return Ok(None);
+        }
         if report.stop == Stop::ContextFull {
             tell!("[the context is full: the reply ends here; a larger --ctx has room for more]");
         }
@@ -204,8 +225,9 @@ impl Chat<'_> {
     fn prompt(&mut self) -> Result<Option<Vec<i32>>, Failure> {
         let n_ctx = self.session.n_ctx() as usize;
         let room = self.n_predict.unwrap_or(usize::MAX).clamp(1, (n_ctx / 4).max(1));
-        let mut turns = self.turns.clone();
+        let mut forgotten = self.forgotten;
         loop {
+            let turns = self.remembered(forgotten);
             let prompt = match self.session.tokenize_chat(&self.template, &turns) {
                 // a program that came with a download ends no conversation
                 Err(error @ Error::Template(_)) => {
@@ -223,10 +245,9 @@ impl Chat<'_> {
             let is_last = oldest + 1 >= turns.len();
             if prompt.len() + room <= n_ctx || is_last && prompt.len() < n_ctx {
                 // only a message that has room afterwards is worth the others
-                let forgotten = self.turns.len() - turns.len();
-                if forgotten > 0 {
+                if forgotten > self.forgotten {
                     tell!("[the context is full: the {forgotten} oldest messages are forgotten]");
-                    self.turns = turns;
+                    self.forgotten = forgotten;
                 }
                 return Ok(Some(prompt));
             }
@@ -240,7 +261,18 @@ impl Chat<'_> {
             }
             // a question goes with its answer: templates want them by turns
             let with_answer = turns.get(oldest + 1).is_some_and(|turn| turn.role == Role::Assistant);
-            turns.drain(oldest..=oldest + usize::from(with_answer));
+            forgotten += 1 + usize::from(with_answer);
         }
+    }
+
+    /// What is left of the conversation without its `forgotten` oldest turns; the system's stay.
+    fn remembered(&self, forgotten: usize) -> Vec<Turn> {
+        let mut to_skip = forgotten;
+        let stays = |turn: &&Turn| {
+            let goes = turn.role != Role::System && to_skip > 0;
+            to_skip -= usize::from(goes);
+            !goes
+        };
+        self.turns.iter().filter(stays).cloned().collect()
     }
 }
