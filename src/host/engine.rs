@@ -1,5 +1,6 @@
 //! Tokens to logits, whoever computes them: the pipeline, or stock llama.cpp for comparison.
 
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 

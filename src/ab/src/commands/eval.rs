@@ -48,12 +48,7 @@ pub fn run(args: &EvalArgs) -> Result<(), Failure> {
     let text = args.read_text()?;
 
     // one engine after the other: a machine that needs the split has no room for both models
-    if let Some(path) = &args.against {
-        let mut checking = Progress::new(format!("checking {}", model_name(path)));
-        let of = args.split.cut_from()?;
-        let checked = is_cut_from(path, &of, args.split.verify(), |done, all| checking.update(done, all));
-        checked.map_err(explain)?;
-    }
+    args.check_model()?;
     let mut engines = Vec::new();
     let mut kept = None;
     let mut tokens_of_stock = None;
