@@ -72,6 +72,7 @@ test-oracles: programs model
 	.venv/bin/python docs/vectors/check.py
 	.venv/bin/python tests/oracle/chat_templates.py
 	.venv/bin/python gguf-tools/tests/oracle/gguf_files.py target/release
+	.venv/bin/python tests/clients/openai_python.py target/release
 
 test-coreml: programs model
 	@sh .ci/setup venv

@@ -1,0 +1,375 @@
+//! `dim-host serve` as a process, over workers that are processes: what its clients get is what `generate` gives, whatever
+//! happens to the worker and to each other, and what is wrong is answered.
+
+mod common;
+
+use std::io::{BufRead, BufReader, Read, Write};
+use std::net::TcpStream;
+use std::process::{Child, Command, Stdio};
+use std::time::{Duration, Instant};
+
+use common::{Cut, PROMPT, Worker, failure, host_program, report};
+use serde_json::{Value, json};
+
+/// A server; ended when it is dropped.
+struct Server {
+    child: Child,
+    address: String,
+}
+
+impl Drop for Server {
+    fn drop(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+/// An answer: status, head, body.
+struct Answer(u16, String, String);
+
+impl Answer {
+    fn json(&self) -> Value {
+        serde_json::from_str(&self.2).unwrap_or_else(|e| panic!("{e}: {}", self.2))
+    }
+
+    /// Of an error, the field or the word.
+    fn word(&self) -> String {
+        let error = &self.json()["error"];
+        assert!(error["message"].as_str().is_some_and(|m| !m.is_empty()), "{}", self.2);
+        error["code"].as_str().or(error["param"].as_str()).unwrap_or_default().to_owned()
+    }
+}
+
+fn command(cut: &Cut, worker: &str, more: &[&str]) -> Command {
+    let mut command = Command::new(host_program());
+    command.arg("serve").arg("--split").arg(&cut.split).arg("--key-file").arg(&cut.key);
+    command.args([
+        "--worker",
+        worker,
+        "--listen",
+        "127.0.0.1:0",
+        "--threads",
+        "1",
+        "--ctx",
+        "512",
+        "--wire",
+        "f32",
+    ]);
+    command.args(more);
+    command
+}
+
+impl Server {
+    fn start(cut: &Cut, worker: &str, more: &[&str]) -> Server {
+        let mut child =
+            command(cut, worker, more).stdout(Stdio::piped()).stderr(Stdio::null()).spawn().unwrap();
+        let mut line = String::new();
+        BufReader::new(child.stdout.take().unwrap()).read_line(&mut line).unwrap();
+        let address = line.trim().strip_prefix("listening on http://").expect(&line).to_owned();
+        Server { child, address }
+    }
+
+    fn send(&self, head: &str, body: &str) -> TcpStream {
+        let mut stream = TcpStream::connect(&self.address).unwrap();
+        stream.set_read_timeout(Some(Duration::from_secs(60))).unwrap();
+        write!(stream, "{head}\r\nContent-Length: {}\r\nConnection: close\r\n\r\n{body}", body.len())
+            .unwrap();
+        stream
+    }
+
+    fn ask(&self, head: &str, body: &str) -> Answer {
+        let mut text = String::new();
+        self.send(head, body).read_to_string(&mut text).unwrap();
+        let (head, body) = text.split_once("\r\n\r\n").unwrap_or_else(|| panic!("no head: {text}"));
+        Answer(head[9..12].parse().unwrap(), head.to_ascii_lowercase(), body.to_owned())
+    }
+
+    fn get(&self, path: &str) -> Value {
+        self.ask(&format!("GET {path} HTTP/1.1\r\nHost: localhost"), "").json()
+    }
+
+    fn post(&self, path: &str, body: &Value) -> Answer {
+        self.ask(&format!("POST {path} HTTP/1.1\r\nHost: localhost"), &body.to_string())
+    }
+
+    fn tokens(&self, body: &Value) -> Vec<i32> {
+        let answer = self.post("/v1/completions", body);
+        assert_eq!(answer.0, 200, "{}", answer.2);
+        tokens(&answer.json()["choices"][0]["tokens"])
+    }
+
+    /// Events of a stream, without the last.
+    fn events(&self, body: &Value) -> impl Iterator<Item = Value> + use<> {
+        let mut body = body.clone();
+        body["stream"] = true.into();
+        let stream = self.send("POST /v1/completions HTTP/1.1\r\nHost: localhost", &body.to_string());
+        let lines = BufReader::new(stream).lines().map_while(Result::ok);
+        let data = lines.filter_map(|line| line.strip_prefix("data: ").map(str::to_owned));
+        data.take_while(|data| data != "[DONE]").map(|data| serde_json::from_str(&data).unwrap())
+    }
+
+    fn streamed(&self, body: &Value) -> Vec<i32> {
+        self.events(body).flat_map(|event| tokens(&event["choices"][0]["tokens"])).collect()
+    }
+
+    fn comes_true(&self, what: &str, is_true: impl Fn(&Server) -> bool) {
+        let start = Instant::now();
+        while !is_true(self) {
+            assert!(start.elapsed() < Duration::from_secs(60), "{what}: {}", self.get("/health"));
+            std::thread::sleep(Duration::from_millis(20));
+        }
+    }
+}
+
+fn tokens(list: &Value) -> Vec<i32> {
+    list.as_array().into_iter().flatten().map(|token| token.as_i64().unwrap() as i32).collect()
+}
+
+fn greedy(prompt: &str, n: usize) -> Value {
+    json!({"prompt": prompt, "temperature": 0, "max_tokens": n, "return_tokens": true, "ignore_eos": true})
+}
+
+fn parallel(cut: &Cut, listen: &str) -> Worker {
+    Worker::start_at(listen, &cut.slice(1), &cut.key, &["--parallel", "5"])
+}
+
+/// Where each of four conversations begins.
+const BEGINNINGS: [usize; 4] = [0, 60, 120, 200];
+const N: usize = 48;
+
+/// What each conversation gives by `dim-host generate`.
+fn generated(cut: &Cut, worker: &str) -> Vec<Vec<i32>> {
+    let n = N.to_string();
+    let one = |begin: usize| {
+        let mut generate =
+            cut.generate(&[worker], &["--wire", "f32", "--temp", "0", "-n", &n, "--ignore-eos"]);
+        report(generate.args(["-p", &PROMPT[begin..]])).tokens
+    };
+    BEGINNINGS.into_iter().map(one).collect()
+}
+
+#[test]
+fn greedy_answers_are_those_of_generate_with_and_without_what_the_caches_hold() {
+    let cut = Cut::tiny("qwen2");
+    let worker = parallel(&cut, "127.0.0.1:0");
+    let expected = generated(&cut, &worker.address);
+    let server = Server::start(&cut, &worker.address, &["--model-alias", "tiny"]);
+    assert_eq!(server.get("/v1/models")["data"][0]["id"], "tiny");
+    for (begin, expected) in BEGINNINGS.into_iter().zip(&expected) {
+        let mut body = greedy(&PROMPT[begin..], N);
+        assert_eq!(&server.tokens(&body), expected);
+        assert_eq!(&server.streamed(&body), expected, "with what the cache holds, streamed");
+        body["cache_prompt"] = false.into();
+        assert_eq!(&server.tokens(&body), expected, "without it");
+    }
+    let again = server.post("/v1/completions", &greedy(&PROMPT[BEGINNINGS[3]..], 2)).json();
+    assert_eq!(again["timings"]["prompt_n"], 1, "all but the last token was held");
+    assert!(again["timings"]["cache_n"].as_u64().unwrap() > 20, "{again}");
+}
+
+#[test]
+fn four_clients_at_once_and_a_worker_that_is_killed_change_no_token() {
+    let cut = Cut::tiny("qwen2");
+    let mut worker = parallel(&cut, "127.0.0.1:0");
+    let address = worker.address.clone();
+    let expected = generated(&cut, &address);
+    let server = Server::start(&cut, &address, &["--parallel", "4"]);
+    for round in 0..3 {
+        std::thread::scope(|scope| {
+            for (begin, expected) in BEGINNINGS.into_iter().zip(&expected) {
+                let server = &server;
+                scope.spawn(move || assert_eq!(&server.streamed(&greedy(&PROMPT[begin..], N)), expected));
+            }
+            std::thread::sleep(Duration::from_millis(60));
+            if round > 0 {
+                worker.kill();
+                worker = parallel(&cut, &address);
+            }
+        });
+    }
+    assert_eq!(server.get("/health")["status"], "ok");
+    assert!(server.get("/health")["lost"].as_u64().unwrap() > 0, "it was never noticed");
+}
+
+#[test]
+fn a_worker_that_stays_away_ends_the_request_and_not_the_server() {
+    let cut = Cut::tiny("qwen2");
+    let mut worker = parallel(&cut, "127.0.0.1:0");
+    let address = worker.address.clone();
+    let expected = generated(&cut, &address);
+    let server = Server::start(&cut, &address, &["--give-up-after", "2"]);
+    let body = greedy(PROMPT, N);
+    let mut events = server.events(&body);
+    assert!(events.next().is_some());
+    worker.kill();
+    let last = events.last().expect("an error at the end");
+    assert_eq!(last["error"]["code"], "worker_unavailable", "{last}");
+    assert_eq!(server.get("/health")["status"], "waiting for a worker");
+    let refused = server.post("/v1/completions", &body);
+    assert_eq!((refused.0, refused.word().as_str()), (503, "worker_unavailable"));
+    assert!(refused.1.contains("retry-after:"), "{}", refused.1);
+    let _worker = parallel(&cut, &address);
+    assert_eq!(server.tokens(&body), expected[0]);
+    assert_eq!(server.get("/health")["status"], "ok");
+}
+
+#[test]
+fn a_client_that_leaves_is_not_computed_for_and_one_too_many_is_told_so() {
+    let cut = Cut::tiny("qwen2");
+    let worker = parallel(&cut, "127.0.0.1:0");
+    let server = Server::start(&cut, &worker.address, &["--queue", "2"]);
+    let busy = |server: &Server| server.get("/props")["slots_busy"].as_u64().unwrap();
+    let mut long = greedy(PROMPT, 0);
+    (long["max_tokens"], long["n"]) = ((-1).into(), 128.into());
+    let mut events = server.events(&long);
+    assert!(events.next().is_some());
+    assert_eq!(busy(&server), 1);
+    // one waits, as this client is to have half of the queue; one more is one too many
+    let waits = server.events(&greedy(PROMPT, 3));
+    server.comes_true("one waits", |server| server.get("/props")["requests_waiting"] == 1);
+    let refused = server.post("/v1/completions", &greedy(PROMPT, 3));
+    assert_eq!((refused.0, refused.word().as_str()), (503, "unavailable"));
+    assert!(refused.1.contains("retry-after:"), "{}", refused.1);
+    drop(events);
+    assert!(waits.count() > 3, "it has had its turn");
+    server.comes_true("the slot is free", |server| busy(server) == 0);
+    // far from all that was asked for
+    let metrics = server.ask("GET /metrics HTTP/1.1\r\nHost: localhost", "").2;
+    let line = metrics.lines().find(|line| line.starts_with("dim_generated_tokens_total ")).expect(&metrics);
+    let n: u64 = line.rsplit(' ').next().unwrap().parse().unwrap();
+    assert!(n < 20_000, "{n} tokens");
+    assert!(
+        metrics.contains("dim_clients_left_total") && metrics.contains("dim_slot_wait_seconds_count"),
+        "{metrics}"
+    );
+}
+
+#[test]
+fn replies_are_as_openai_s_clients_read_them() {
+    let cut = Cut::tiny("qwen2");
+    let worker = parallel(&cut, "127.0.0.1:0");
+    let server = Server::start(&cut, &worker.address, &["--chat-template", "chatml"]);
+    let chat = json!({"messages": [{"role": "user", "content": "Hi"}], "temperature": 0, "max_tokens": 4, "ignore_eos": true,
+        "logprobs": true, "top_logprobs": 2, "n": 2});
+    let whole = server.post("/v1/chat/completions", &chat).json();
+    assert_eq!(whole["object"], "chat.completion");
+    assert_eq!(whole["usage"]["completion_tokens"], 8);
+    for (i, choice) in whole["choices"].as_array().unwrap().iter().enumerate() {
+        assert_eq!((&choice["index"], &choice["finish_reason"]), (&json!(i), &json!("length")));
+        let content = choice["logprobs"]["content"].as_array().unwrap();
+        assert_eq!(content.len(), 4);
+        // greedy: the chosen one is the likeliest
+        assert!(content.iter().all(|c| c["top_logprobs"][0]["logprob"] == c["logprob"]), "{choice}");
+    }
+    // a bias of -100 bans what greedy would take, and a stop text ends a reply before itself
+    let first = server.tokens(&greedy(PROMPT, 1))[0];
+    let mut banned = greedy(PROMPT, 1);
+    banned["logit_bias"] = json!({first.to_string(): -100});
+    assert_ne!(server.tokens(&banned)[0], first);
+    let text = server.post("/v1/completions", &greedy(PROMPT, 20)).json()["choices"][0]["text"]
+        .as_str()
+        .unwrap()
+        .to_owned();
+    let cut_at = text.char_indices().nth(text.chars().count() / 2).unwrap().0;
+    let stop: String = text[cut_at..].chars().take(3).collect();
+    let mut stopped = greedy(PROMPT, 20);
+    stopped["stop"] = json!(["never in it at all", stop]);
+    let stopped = server.post("/v1/completions", &stopped).json();
+    assert_eq!(stopped["choices"][0]["text"], text[..text.find(&stop).unwrap()]);
+    assert_eq!(stopped["choices"][0]["finish_reason"], "stop");
+    // the same seed, the same text; choices of one request differ
+    let mut random = json!({"prompt": PROMPT, "seed": 7, "max_tokens": 16, "n": 2, "ignore_eos": true, "temperature": 1.5});
+    let texts = |random: &Value| {
+        let choices = server.post("/v1/completions", random).json()["choices"].clone();
+        (choices[0]["text"].clone(), choices[1]["text"].clone())
+    };
+    let once = texts(&random);
+    assert_ne!(once.0, once.1);
+    assert_eq!(texts(&random), once);
+    random["stream"] = true.into();
+    random["stream_options"] = json!({"include_usage": true});
+    let last = server.events(&random).last().unwrap();
+    assert_eq!((&last["choices"], &last["usage"]["completion_tokens"]), (&json!([]), &json!(32)));
+}
+
+#[test]
+fn what_is_wrong_is_answered_and_who_may_not_is_kept_out() {
+    let cut = Cut::tiny("qwen2");
+    let worker = parallel(&cut, "127.0.0.1:0");
+    let keys = cut.folder.path().join("api-keys");
+    std::fs::write(&keys, "# of the test\na-key-of-a-client\n").unwrap();
+    let server = Server::start(&cut, &worker.address, &["--api-key-file", keys.to_str().unwrap()]);
+    let key = "Authorization: Bearer a-key-of-a-client";
+    let post = |head: &str, body: &str| server.ask(&format!("POST /v1/completions HTTP/1.1\r\n{head}"), body);
+    let good = greedy("Hi", 1).to_string();
+    assert_eq!(post(&format!("Host: localhost\r\n{key}"), &good).0, 200);
+    let table = [
+        ("Host: localhost".to_owned(), good.clone(), 401, "invalid_api_key"),
+        (
+            "Host: localhost\r\nAuthorization: Bearer a-key-of-a-clienT".to_owned(),
+            good.clone(),
+            401,
+            "invalid_api_key",
+        ),
+        (format!("Host: evil.example\r\n{key}"), good.clone(), 403, "host_not_allowed"),
+        (
+            format!("Host: localhost\r\nOrigin: https://evil.example\r\n{key}"),
+            good.clone(),
+            403,
+            "origin_not_allowed",
+        ),
+        (format!("Host: localhost\r\n{key}"), "{".to_owned(), 400, ""),
+        (format!("Host: localhost\r\n{key}"), json!({"prompt": [999_999_999]}).to_string(), 400, "prompt[0]"),
+        (format!("Host: localhost\r\n{key}"), json!({"prompt": "x", "top_p": 7}).to_string(), 400, "top_p"),
+        (
+            format!("Host: localhost\r\n{key}"),
+            json!({"prompt": vec![7; 513]}).to_string(),
+            400,
+            "context_length_exceeded",
+        ),
+    ];
+    for (head, body, status, word) in table {
+        let answer = post(&head, &body);
+        assert_eq!((answer.0, answer.word().as_str()), (status, word), "{head} {body}: {}", answer.2);
+    }
+    let path = |line: &str| server.ask(&format!("{line} HTTP/1.1\r\nHost: localhost\r\n{key}"), "").0;
+    assert_eq!(
+        (path("GET /nothing"), path("GET /v1/completions"), path("GET /v1/models/nobody")),
+        (404, 405, 404)
+    );
+    // it is not read to its end, and not kept
+    let mut large = TcpStream::connect(&server.address).unwrap();
+    write!(
+        large,
+        "POST /v1/completions HTTP/1.1\r\nHost: localhost\r\n{key}\r\nContent-Length: 99999999999\r\n\r\n{{"
+    )
+    .unwrap();
+    let mut line = String::new();
+    BufReader::new(large).read_line(&mut line).unwrap();
+    assert!(line.contains(" 413 "), "{line}");
+    // who has no key learns that it lives, and no more
+    assert_eq!(server.get("/health"), json!({"status": "ok"}));
+    let says = failure(&mut command(&cut, &worker.address, &["--listen", "0.0.0.0:0"]), 2);
+    assert!(says.contains("--api-key-file") && says.contains("--no-api-key"), "{says}");
+}
+
+/// Connections that send half a request keep nobody away.
+#[test]
+fn half_open_clients_are_shown_out_for_one_who_speaks() {
+    let cut = Cut::tiny("qwen2");
+    let worker = parallel(&cut, "127.0.0.1:0");
+    let server = Server::start(&cut, &worker.address, &[]);
+    let half: Vec<TcpStream> = (0..700)
+        .map_while(|_| {
+            let mut stream = TcpStream::connect(&server.address).ok()?;
+            stream.write_all(b"POST /v1/completions HTTP/1.1\r\nHost: local").ok()?;
+            Some(stream)
+        })
+        .collect();
+    assert!(half.len() > 520, "{} connections: more open files are needed (ulimit -n)", half.len());
+    for _ in 0..5 {
+        let start = Instant::now();
+        assert_eq!(server.post("/v1/completions", &greedy("Hi", 2)).0, 200);
+        assert!(start.elapsed() < Duration::from_secs(10));
+    }
+}
