@@ -143,7 +143,8 @@ async fn converse(stream: TcpStream, connection: Connection, router: Router) {
         request.extensions_mut().insert(connection.clone());
         let mut router = router.clone();
         async move {
-            router.call(request).await.or_else(|never: Infallible| match never {}) as Result<_, Infallible>
+            let answer: Result<_, Infallible> = router.call(request).await;
+            answer
         }
     });
     let mut http = http1::Builder::new();

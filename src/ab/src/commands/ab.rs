@@ -102,7 +102,7 @@ pub fn run(args: &AbArgs) -> Result<(), Failure> {
     let manifest = Manifest::read(&args.split)?;
     let cut = CutFrom::of(&manifest.model)
         .ok_or_else(|| Failure::misuse(format!("{}: its digests are none", args.split.display())))?;
-    let mut checking = Progress::new(format!("checking {}", model_name(&args.model)));
+    let mut checking = ProgressLine::new(format!("checking {}", model_name(&args.model)));
     is_cut_from(&args.model, &cut, Verify::Once, |done, all| checking.update(done, all)).map_err(explain)?;
     drop(checking);
     let middles: Vec<&SliceEntry> = manifest.slices.iter().filter(|s| s.role == Role::Middle).collect();

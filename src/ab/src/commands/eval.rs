@@ -11,7 +11,7 @@ use dim::stage::load::model_name;
 use dim::stage::verified::is_cut_from;
 use dim::{Session, WholeModel};
 use dim_cli::args::{MachineArgs, SplitArgs, WireType};
-use dim_cli::progress::Progress;
+use dim_cli::progress::ProgressLine;
 use dim_cli::{explain, shown};
 use gguf_tools::failure::Failure;
 use gguf_tools::{tell, terminal};
@@ -128,6 +128,15 @@ impl EvalArgs {
             std::fs::read(&self.text).map_err(|e| Failure::misuse(format!("cannot read {file}: {e}")))?;
         String::from_utf8(bytes)
             .map_err(|e| Failure::misuse(format!("{file} is not UTF-8: {}", e.utf8_error())))
+    }
+
+    /// The whole model is the one that the slices were cut from.
+    fn check_model(&self) -> Result<(), Failure> {
+        let Some(path) = &self.against else { return Ok(()) };
+        let mut checking = ProgressLine::new(format!("checking {}", model_name(path)));
+        let of = self.split.cut_from()?;
+        let progress = |done, all| checking.update(done, all);
+        is_cut_from(path, &of, self.split.verify(), progress).map_err(explain)
     }
 }
 
