@@ -6,12 +6,14 @@
 
 mod common;
 
+use std::io::{BufRead, BufReader, Read as _, Write as _};
+use std::net::TcpStream;
 use std::path::{Path, PathBuf};
-use std::process::{Command, Stdio};
+use std::process::{Child, Command, Stdio};
+use std::time::Duration;
 
 use common::{Worker, host_program, text};
 use gguf_tools::synth::Spec;
-use std::io::Write as _;
 
 /// A block of commands.
 #[derive(Debug, PartialEq, Eq)]
@@ -61,6 +63,47 @@ fn blocks(document: &str) -> Vec<Block> {
 struct Machine {
     home: tempfile::TempDir,
     worker: Option<Worker>,
+    server: Option<Server>,
+}
+
+/// `dim-host serve`, which stays while other lines are pasted into another terminal.
+struct Server {
+    child: Child,
+    address: String,
+}
+
+impl Server {
+    /// Ready when it says that it is well.
+    fn spawn(command: &mut Command) -> Server {
+        let mut child = command.stdout(Stdio::piped()).spawn().unwrap();
+        let mut line = String::new();
+        BufReader::new(child.stdout.take().unwrap()).read_line(&mut line).unwrap();
+        let address = line.trim().strip_prefix("listening on http://").expect(&line).to_owned();
+        let server = Server { child, address };
+        for _ in 0..600 {
+            if server.health().contains(" 200 ") {
+                return server;
+            }
+            std::thread::sleep(Duration::from_millis(50));
+        }
+        panic!("not ready: {}", server.health())
+    }
+
+    fn health(&self) -> String {
+        let mut stream = TcpStream::connect(&self.address).unwrap();
+        let head = format!("GET /health HTTP/1.1\r\nHost: {}\r\nConnection: close\r\n\r\n", self.address);
+        stream.write_all(head.as_bytes()).unwrap();
+        let mut said = String::new();
+        let _ = stream.read_to_string(&mut said);
+        said
+    }
+}
+
+impl Drop for Server {
+    fn drop(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
 }
 
 impl Machine {
@@ -71,7 +114,7 @@ impl Machine {
         std::fs::create_dir_all(&folder).unwrap();
         std::os::unix::fs::symlink(host_program().parent().unwrap(), folder.join("release")).unwrap();
         std::fs::write(home.path().join("environment"), "").unwrap();
-        Machine { home, worker: None }
+        Machine { home, worker: None, server: None }
     }
 
     fn folder(&self) -> PathBuf {
@@ -92,7 +135,7 @@ impl Machine {
     }
 
     /// Runs a line that has to succeed, and gives what it said. Where README says 192.168.1.20:7878, the worker's address
-    /// is taken; a worker listens on a port that is free, on loopback, and stays; replies end after 8 tokens.
+    /// is taken; a worker and a server listen on a port that is free, on loopback, and stay; replies end after 8 tokens.
     fn run(&mut self, line: &str, other: &Machine) -> String {
         if line.starts_with("dim-worker") {
             let (command, comment) = line.split_once('#').unwrap_or((line, ""));
@@ -103,6 +146,13 @@ impl Machine {
         }
         let worker = other.worker.as_ref();
         let line = worker.map_or(line.to_owned(), |w| line.replace("192.168.1.20:7878", &w.address));
+        if line.starts_with("dim-host serve") {
+            let mut command = self.shell(&format!("exec {line} --listen 127.0.0.1:0"));
+            self.server = Some(Server::spawn(&mut command));
+            return String::new();
+        }
+        let server = self.server.as_ref().filter(|_| line.starts_with("curl "));
+        let line = server.map_or(line.clone(), |s| line.replace("127.0.0.1:8080", &s.address));
         let typed = match (line.starts_with("dim-host pair"), worker) {
             (true, Some(worker)) => code_of(worker),
             _ => "Hello, who are you?\n".to_owned(),
@@ -110,6 +160,9 @@ impl Machine {
         // random weights end no reply
         let line = match line.split_once('#').map_or(line.as_str(), |(command, _)| command.trim_end()) {
             chat if chat.starts_with("dim-host chat") => format!("{chat} -n 8"),
+            curl if curl.starts_with("curl ") => {
+                curl.replace("{\"messages", "{\"max_tokens\": 8, \"messages")
+            }
             other => other.replace("-n 100", "-n 8"),
         };
         let mut command = self.shell(&line);
@@ -154,6 +207,9 @@ fn paste(document: &str) -> (usize, usize) {
                     let speaks = ["dim-host chat", "dim-host generate", "dim-host stock"];
                     if speaks.iter().any(|command| line.starts_with(command)) {
                         assert!(!out.trim().is_empty(), "$ {line}\nsaid nothing");
+                    }
+                    if line.starts_with("curl ") {
+                        assert!(out.contains("\"finish_reason\":\"length\""), "$ {line}\n{out}");
                     }
                 }
                 n_here += lines.len();
