@@ -150,7 +150,7 @@ fn a_reply_ends_where_it_is_told_to_and_says_why() {
     };
     assert!(matches!(end(Some(0), false), (Stop::Length, 0, _)));
     assert!(matches!(end(Some(5), false), (Stop::Length, 5, _)));
-    assert!(matches!(end(None, true), (Stop::Interrupted, 1, _)));
+    assert!(matches!(end(None, true), (Stop::Interrupted, 0, _)));
     let (stop, n, n_prompt) = end(None, false);
     // the last one is chosen, and there is no position left to evaluate it at
     assert_eq!((stop, n_prompt + n), (Stop::ContextFull, 257));

@@ -4,6 +4,7 @@
 //! share of the questions and no more, and whoever looks like a worker that this user is paired with is asked before all
 //! others. Nobody is asked only once: a worker that was slow, or loading, may answer the next time.
 
+use std::collections::HashMap;
 use std::time::{Duration, Instant};
 
 use dim_wire::transport::discover::Sighting;
@@ -104,10 +105,14 @@ impl Asking {
 
     /// Forgets the one that is least missed: asked in vain most often, of the machine with the most. Whether there was one.
     fn make_room(&mut self, for_likely: bool) -> bool {
-        let of_machine = |askee: &Askee| self.0.iter().filter(|a| a.machine() == askee.machine()).count();
+        // counted once: whoever announces much makes this happen often
+        let mut of_machine = HashMap::<&str, usize>::new();
+        for askee in &self.0 {
+            *of_machine.entry(askee.machine()).or_default() += 1;
+        }
         let idle = |a: &Askee| matches!(a.state, State::Due(_)) && (!a.is_likely || for_likely);
         let worth = self.0.iter().enumerate().filter(|(_, a)| idle(a));
-        let least = worth.max_by_key(|(_, a)| (!a.is_likely, a.asked, of_machine(a)));
+        let least = worth.max_by_key(|(_, a)| (!a.is_likely, a.asked, of_machine[a.machine()]));
         let Some((least, _)) = least else { return false };
         self.0.swap_remove(least);
         true

@@ -1,6 +1,6 @@
 //! The model's own chat template: a program that came with a download.
 //!
-//! [`jinja`] reads it, without access to anything outside its arguments and with limits on its steps and its text. That
+//! A Jinja engine reads it, without access to anything outside its arguments and with limits on its steps and its text. That
 //! bounds neither time, nor memory, nor stack: an expression of 28,000 terms is one step. So where a program has named
 //! itself ([`stage::trial`](crate::stage::trial)), a template is read and rendered in a [process of its own](room), and
 //! whatever it does ends in one of the errors below. Elsewhere it is read here, on a stack that is large enough for any
