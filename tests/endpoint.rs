@@ -71,6 +71,23 @@ fn a_pulled_cable_is_noticed_by_both_after_the_silence_and_not_before() {
     assert!(ends.contains(&Seen::Host(silent.clone())) && ends.contains(&Seen::Worker(silent)), "{ends:?}");
 }
 
+/// A host that looks up from its waiting ten times a second, for somebody who may have had enough.
+#[test]
+fn a_reader_that_looks_up_often_hears_the_silence_as_soon() {
+    let mut world = World::serving();
+    world.host.looks_up = true;
+    world.run_for(ms(10_000));
+    assert_eq!(world.trace, [], "heartbeats are heard");
+    world.freeze(true);
+    for _ in 0..29 {
+        world.run_for(ms(100));
+        assert_eq!(world.trace, []);
+    }
+    world.run_for(ms(101));
+    let ends = world.seen();
+    assert!(ends.contains(&Seen::Host(LinkErrorKind::Silent { ms: 3_000 })), "{ends:?}");
+}
+
 #[test]
 fn a_stall_shorter_than_the_silence_is_only_a_delay() {
     // the last byte before it may be a heartbeat's, half a second old

@@ -115,6 +115,8 @@ pub(crate) struct Side {
     inbox: Option<Inbox>,
     /// its owner, or its line's thread, reads
     pub reads: bool,
+    /// its owner leaves off reading and goes on at once, each time that it looks
+    pub looks_up: bool,
     /// rows of the message that is being sent
     payload: Vec<u8>,
     /// taken from the endpoint, not yet by the network
@@ -131,6 +133,7 @@ impl Side {
             current: Store::default(),
             inbox: None,
             reads: true,
+            looks_up: false,
             payload: Vec::new(),
             pending: Vec::new(),
             outgoing: VecDeque::new(),
@@ -143,12 +146,16 @@ impl Side {
         if self.endpoint.is_established() || self.inbox.is_some() {
             match (self.reads, self.inbox.take()) {
                 (true, None) => self.inbox = self.endpoint.lend_inbox(now),
+                (true, Some(inbox)) if self.looks_up && self.endpoint.end().is_none() => {
+                    self.endpoint.return_inbox(inbox, now);
+                    self.inbox = self.endpoint.lend_inbox(now);
+                }
                 (true, inbox) => self.inbox = inbox,
-                (false, Some(inbox)) => self.endpoint.return_inbox(inbox),
+                (false, Some(inbox)) => self.endpoint.return_inbox(inbox, now),
                 // it was never lent: also then silence does not count
                 (false, None) => {
                     if let Some(inbox) = self.endpoint.lend_inbox(now) {
-                        self.endpoint.return_inbox(inbox);
+                        self.endpoint.return_inbox(inbox, now);
                     }
                 }
             }

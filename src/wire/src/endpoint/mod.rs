@@ -93,6 +93,8 @@ pub struct Endpoint {
     timing: Timing,
     begun: Instant,
     timers: Timers,
+    /// how long nothing was heard before the inbox was lent, of the times in which it was
+    quiet: Duration,
     /// until the keys are there
     handshake: Option<Handshake>,
     label: String,
@@ -163,6 +165,7 @@ impl Endpoint {
             timing: timing.clone(),
             begun: now,
             timers: Timers::default(),
+            quiet: Duration::ZERO,
             handshake: Some(handshake),
             label: String::new(),
             version: 0,
@@ -242,12 +245,16 @@ impl Endpoint {
     /// [`file`](Self::file).
     pub fn lend_inbox(&mut self, now: Instant) -> Option<Inbox> {
         let inbox = self.inbox.take()?;
-        self.timers.set(Timer::Silence, now + self.timing.silence);
+        self.timers.set(Timer::Silence, now + self.timing.silence.saturating_sub(self.quiet));
         Some(inbox)
     }
 
-    /// The reader has left off.
-    pub fn return_inbox(&mut self, inbox: Inbox) {
+    /// The reader has left off. The silence that it has heard counts for the next one: a reader that looks up often hears a
+    /// dead peer as soon as one that does not.
+    pub fn return_inbox(&mut self, inbox: Inbox, now: Instant) {
+        if let Some(at) = self.timers.at(Timer::Silence) {
+            self.quiet = self.timing.silence.saturating_sub(at.saturating_duration_since(now));
+        }
         self.timers.clear(Timer::Silence);
         self.inbox = Some(inbox);
     }
@@ -256,6 +263,7 @@ impl Endpoint {
     pub fn heard(&mut self, n: usize, now: Instant) {
         self.counters.bytes_received += n as u64;
         if n > 0 && self.timers.at(Timer::Silence).is_some() {
+            self.quiet = Duration::ZERO;
             self.timers.set(Timer::Silence, now + self.timing.silence);
         }
     }

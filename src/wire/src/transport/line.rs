@@ -210,7 +210,7 @@ impl Line {
                 // a message that has just become complete comes before the deadline
                 let found = filed == Some(Filed::Event) || state.endpoint.end().is_some();
                 if found || (filed.is_none() && deadline.is_some_and(|d| now >= d)) {
-                    state.endpoint.return_inbox(inbox);
+                    state.endpoint.return_inbox(inbox, now);
                     return self.left_off(state, found);
                 }
                 drop(state);
