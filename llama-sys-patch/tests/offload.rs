@@ -128,13 +128,13 @@ fn slices_on_the_gpu_give_stock_s_tokens() {
             .into_iter()
             .map(|(model, takes_tokens, has_lm_head)| {
                 let offload = model.offload();
-                let n = model.n_blocks();
+                let blocks = model.blocks();
                 assert_eq!(
                     (offload.blocks_on_device, offload.lm_head_on_device),
-                    (n, has_lm_head),
+                    (blocks.end - blocks.start, has_lm_head),
                     "{offload:?}"
                 );
-                let params = StageParams { blocks: 0..n, takes_tokens, has_lm_head, context: context() };
+                let params = StageParams { blocks, takes_tokens, has_lm_head, context: context() };
                 Stage::new(&model, params).expect("a stage")
             })
             .collect();

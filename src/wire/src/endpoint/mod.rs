@@ -29,6 +29,7 @@
 
 mod opening;
 mod outbox;
+mod reading;
 mod serving;
 mod timers;
 
@@ -238,34 +239,6 @@ impl Endpoint {
             self.received(n, now);
         }
         taken
-    }
-
-    /// Lends the inbox to a reader that waits for the peer without holding this endpoint. Only then does silence count.
-    /// `None`: it is lent already, or there is none yet. The reader passes what comes to [`heard`](Self::heard) and
-    /// [`file`](Self::file).
-    pub fn lend_inbox(&mut self, now: Instant) -> Option<Inbox> {
-        let inbox = self.inbox.take()?;
-        self.timers.set(Timer::Silence, now + self.timing.silence.saturating_sub(self.quiet));
-        Some(inbox)
-    }
-
-    /// The reader has left off. The silence that it has heard counts for the next one: a reader that looks up often hears a
-    /// dead peer as soon as one that does not.
-    pub fn return_inbox(&mut self, inbox: Inbox, now: Instant) {
-        if let Some(at) = self.timers.at(Timer::Silence) {
-            self.quiet = self.timing.silence.saturating_sub(at.saturating_duration_since(now));
-        }
-        self.timers.clear(Timer::Silence);
-        self.inbox = Some(inbox);
-    }
-
-    /// `n` bytes came.
-    pub fn heard(&mut self, n: usize, now: Instant) {
-        self.counters.bytes_received += n as u64;
-        if n > 0 && self.timers.at(Timer::Silence).is_some() {
-            self.quiet = Duration::ZERO;
-            self.timers.set(Timer::Silence, now + self.timing.silence);
-        }
     }
 
     /// Deals with what [`Inbox::poll`] found in the inbox: a complete message, which is taken out of it, or an error.
