@@ -139,11 +139,10 @@ impl KeyStore {
         let key = known.as_ref()?.keys.iter().find(|key| named.is(key))?.clone();
         drop(known);
         // who may read it can change without the directory
-        let unusable = match self.find(key.id()) {
-            Ok(found) => return found.map(FoundKey::good),
-            Err(why) => Some(why.to_string()),
-        };
-        Some(FoundKey { key, unusable })
+        match self.find(key.id()) {
+            Ok(found) => found.map(FoundKey::good),
+            Err(why) => Some(FoundKey { key, unusable: Some(why.to_string()) }),
+        }
     }
 
     /// Whether the file of this key is there.

@@ -313,8 +313,8 @@ impl Shared {
         if tcp::configure(&stream, self.timing.stalled_write).is_err() {
             return;
         }
-        let named: Arc<Mutex<Looked>> = Arc::default();
-        let endpoint = match Endpoint::worker(self.look_up(named.clone()), &self.timing, begun) {
+        let looked: Arc<Mutex<Looked>> = Arc::default();
+        let endpoint = match Endpoint::worker(self.look_up(looked.clone()), &self.timing, begun) {
             Ok(endpoint) => endpoint,
             Err(error) => return self.refused(from.ip(), error.to_string()),
         };
@@ -323,14 +323,15 @@ impl Shared {
         let done = match wish {
             Err(error) if !opening.endpoint.is_authenticated() => {
                 let given_up = !lock(&self.strangers).has(number);
-                self.refused(from.ip(), stranger_text(&error, given_up, lock(&named).pairing));
+                self.refused(from.ip(), stranger_text(&error, given_up, lock(&looked).pairing));
                 return;
             }
             Err(error) => Err(error),
             Ok(wish) => {
                 // its first sealed message has opened: nobody who has only overheard one can do that
                 self.forget(number);
-                match lock(&named).unusable.take() {
+                let unusable = lock(&looked).unusable.take();
+                match unusable {
                     None => self.answer(&mut opening, wish),
                     Some(why) => {
                         let text = "its key file there can be read by others, which its user has been told";

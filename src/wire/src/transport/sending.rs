@@ -5,7 +5,7 @@
 //! can be the books bound: as many steps as may be in flight, and rewinds of the rows that were sent. A worker and a push
 //! have nothing better to do, and are to hold nothing beside what they send: they wait ([`Line::send`]).
 
-use std::io::Write;
+use std::io::{self, Write};
 use std::net::Shutdown;
 use std::sync::{Arc, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
@@ -28,6 +28,13 @@ pub(super) struct Out {
     is_behind: bool,
     /// a frame was not written whole: nothing can follow it
     failure: Option<LinkErrorKind>,
+}
+
+impl Out {
+    /// Nothing can follow any more, for this reason.
+    fn fail(&mut self, kind: LinkErrorKind) -> LinkErrorKind {
+        self.failure.insert(kind).clone()
+    }
 }
 
 impl Line {
@@ -53,7 +60,7 @@ impl Line {
             drop(state);
             let unreported = match self.write(&out.bytes) {
                 Ok(n) => n,
-                Err(kind) => return Err(self.error(out.failure.insert(kind).clone())),
+                Err(kind) => return Err(self.error(out.fail(kind))),
             };
             out.bytes.clear();
             now = Instant::now();
@@ -93,10 +100,8 @@ impl Line {
         if !out.bytes.is_empty() && !out.is_behind {
             let line = self.clone();
             let rest = std::thread::Builder::new().name("dim-rest".into()).spawn(move || line.write_rest());
-            out.is_behind = rest.is_ok();
-            if let Err(e) = rest {
-                return Err(self.error(out.failure.insert(LinkErrorKind::broken(&e)).clone()));
-            }
+            rest.map_err(|e| self.error(out.fail(LinkErrorKind::broken(&e))))?;
+            out.is_behind = true;
         }
         Ok(begun)
     }
@@ -128,7 +133,7 @@ impl Line {
     ) -> Result<bool, LinkError> {
         let any = state.endpoint.poll_transmit(payload, &mut out.bytes, now);
         match state.endpoint.end().filter(|_| !any && state.endpoint.is_halfway()) {
-            Some(end) => Err(self.error(out.failure.insert(end.clone()).clone())),
+            Some(end) => Err(self.error(out.fail(end.clone()))),
             None => Ok(any),
         }
     }
@@ -136,20 +141,18 @@ impl Line {
     /// Writes what the socket has room for; how many bytes, of which the endpoint is still to be told.
     fn write_now(&self, out: &mut Out) -> Result<usize, LinkError> {
         match tcp::write_now(&self.stream, &out.bytes) {
-            Ok(n) if n == out.bytes.len() => {
-                out.bytes.clear();
-                Ok(n)
-            }
             Ok(n) => {
                 out.bytes.drain(..n);
                 Ok(n)
             }
             Err(e) if tcp::is_tick(&e) => Ok(0),
-            Err(e) => {
-                let kind = if self.is_stopped() { LinkErrorKind::Stopped } else { LinkErrorKind::broken(&e) };
-                Err(self.error(out.failure.insert(kind).clone()))
-            }
+            Err(e) => Err(self.error(out.fail(self.not_written(&e)))),
         }
+    }
+
+    /// Why a write failed: because of the peer, or because this side has closed the socket.
+    fn not_written(&self, error: &io::Error) -> LinkErrorKind {
+        if self.is_stopped() { LinkErrorKind::Stopped } else { LinkErrorKind::broken(error) }
     }
 
     /// Of a thread of its own: writes until nothing is left, or until it is over.
@@ -173,19 +176,15 @@ impl Line {
     /// has left long ago, so the end is told by the receiving half.
     fn rest_failed(&self, kind: LinkErrorKind) {
         let mut out = lock(&self.out);
-        out.failure = Some(kind.clone());
+        out.fail(kind.clone());
         out.is_behind = false;
         self.caught_up.notify_all();
         drop(out);
-        let until = Instant::now() + LAST_WORDS;
-        let mut state = self.state();
-        while state.endpoint.end().is_none() {
-            let left = until.saturating_duration_since(Instant::now());
-            if left.is_zero() {
-                state.endpoint.broken(kind.clone());
-                break;
-            }
-            (state, _) = self.changed.wait_timeout(state, left).unwrap_or_else(PoisonError::into_inner);
+        let goes_on = |state: &mut State| state.endpoint.end().is_none();
+        let waited = self.changed.wait_timeout_while(self.state(), LAST_WORDS, goes_on);
+        let (mut state, waited) = waited.unwrap_or_else(PoisonError::into_inner);
+        if waited.timed_out() {
+            state.endpoint.broken(kind);
         }
         let _ = self.stream.shutdown(Shutdown::Both);
         state.ring();
@@ -199,11 +198,10 @@ impl Line {
         loop {
             let n = match (&mut { &self.stream }).write(bytes) {
                 Ok(n) if n == bytes.len() => return Ok(n),
-                Ok(0) => return Err(LinkErrorKind::broken(&std::io::ErrorKind::WriteZero.into())),
+                Ok(0) => return Err(LinkErrorKind::broken(&io::ErrorKind::WriteZero.into())),
                 Ok(n) => n,
                 Err(e) if tcp::is_tick(&e) => 0,
-                Err(_) if self.is_stopped() => return Err(LinkErrorKind::Stopped),
-                Err(e) => return Err(LinkErrorKind::broken(&e)),
+                Err(e) => return Err(self.not_written(&e)),
             };
             bytes = &bytes[n..];
             let mut state = self.state();
