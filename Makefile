@@ -19,7 +19,7 @@ help:
 	@echo "make test         everything that can be tested on this machine"
 	@echo "make test-vulkan  every block offloaded, through llama.cpp's Vulkan backend on a software driver (Linux)"
 	@echo "make bench        the benches; each checks its answer before it is timed"
-	@echo "make faults       strangers and losses by the hundred, written into docs/TESTING.md; minutes (Linux)"
+	@echo "make faults       strangers, losses and wrong files by the hundred, written into docs/TESTING.md; half an hour (Linux)"
 	@echo "make fuzz         coverage-guided runs over the GGUF reader and the frame parser (FUZZ_RUNS=$(FUZZ_RUNS))"
 
 setup:
@@ -98,7 +98,7 @@ fuzz: setup
 	$(ENV) sh gguf-tools/fuzz/run.sh $(FUZZ_RUNS)
 	$(ENV) sh tests/fuzz/run.sh $(FUZZ_RUNS)
 
-# every way to lose a worker and every crowd at its door, many times: the tables of docs/TESTING.md
+# every way to lose a worker, every crowd at its door and wrong files, many times: the tables of docs/TESTING.md
 faults: setup
 	@sh .ci/faults
 

@@ -48,9 +48,12 @@ fn pair(host: &Home, worker: &Home, name: &str) {
 }
 
 fn announced(slice: &Path, home: &Home, port: u16) -> Worker {
+    worker(slice, home, &["--announce", "always", "--mdns-port", &port.to_string()])
+}
+
+fn worker(slice: &Path, home: &Home, more: &[&str]) -> Worker {
     let mut command = Command::new(worker_program());
-    command.arg(slice).args(["--listen", "127.0.0.1:0", "--threads", "1", "--ctx", "512"]);
-    command.args(["--announce", "always", "--mdns-port", &port.to_string()]);
+    command.arg(slice).args(["--listen", "127.0.0.1:0", "--threads", "1", "--ctx", "512"]).args(more);
     Worker::spawn(command.env("XDG_CONFIG_HOME", home.path()))
 }
 
@@ -180,10 +183,7 @@ fn a_worker_that_stands_still_for_seven_seconds_is_asked_again() {
     let cut = Cut::tiny("qwen2");
     let (host, home) = (Home::new(), Home::new());
     pair(&host, &home, "a");
-    let mut command = Command::new(worker_program());
-    command.arg(cut.slice(1)).args(["--listen", "127.0.0.1:0", "--threads", "1", "--ctx", "512"]);
-    command.args(["--announce", "never"]).env("XDG_CONFIG_HOME", home.path());
-    let worker = Worker::spawn(&mut command);
+    let worker = worker(&cut.slice(1), &home, &["--announce", "never"]);
     std::fs::rename(cut.slice(1), cut.slice(1).with_extension("away")).unwrap();
     let relay = Relay::to(&worker.address);
     relay.pace(0);
@@ -316,10 +316,7 @@ fn a_worker_that_is_found_is_asked_for_a_session_to_spare() {
     host.add(&key, "a");
     home.add(&key, "host");
     // what a real one says it is, by one that tells what it is asked for
-    let mut command = Command::new(worker_program());
-    command.arg(cut.slice(1)).args(["--listen", "127.0.0.1:0", "--threads", "1", "--ctx", "512"]);
-    command.args(["--announce", "never", "--parallel", "2"]).env("XDG_CONFIG_HOME", home.path());
-    let real = Worker::spawn(&mut command);
+    let real = worker(&cut.slice(1), &home, &["--announce", "never", "--parallel", "2"]);
     let terms = inquire(&real.address, &key, &Timing::default()).unwrap();
     assert_eq!(terms.max_sessions, 2);
     let config = ListenerConfig {

@@ -8,15 +8,13 @@ use std::path::Path;
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
-use common::{Cut, Numbers, Relay, Worker, failure, report, text};
+use common::{Cut, Numbers, Relay, Undisturbed, Worker, failure, report, text};
 use dim::host::report::{Report, Stop};
 use gguf_tools::gguf::TensorType;
 use gguf_tools::synth::Spec;
 
-const TOKENS: &str = "128";
 const ROUNDS: u64 = 20;
-/// Small chunks, so that a prompt is several steps and a break can fall among them.
-const OPTIONS: [&str; 6] = ["-n", TOKENS, "--temp", "0", "--ubatch", "48"];
+const OPTIONS: [&str; 6] = Undisturbed::OPTIONS;
 
 fn spawn(command: &mut Command) -> Child {
     command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap()
@@ -29,28 +27,11 @@ fn finish(host: Child) -> (Report, String) {
     (serde_json::from_slice(&output.stdout).unwrap(), stderr)
 }
 
-/// An undisturbed run, and which bytes from the worker are the room in which to break it: `before` are spent on the
-/// question what it holds, the handshake and the canary, `bytes` follow.
-struct Undisturbed {
-    report: Report,
-    before: u64,
-    bytes: u64,
-}
-
-fn undisturbed(cut: &Cut) -> Undisturbed {
-    let worker = cut.worker(1);
-    let relay = Relay::to(&worker.address);
-    let report = report(&mut cut.generate(&[&relay.address()], &OPTIONS));
-    assert_eq!(report.tokens.len(), 128);
-    let bytes = report.wire.bytes_received;
-    Undisturbed { before: relay.received().saturating_sub(bytes), bytes, report }
-}
-
 #[test]
 fn a_worker_killed_at_any_point_and_restarted_changes_no_token() {
     for arch in ["qwen2", "llama"] {
         let cut = Cut::tiny(arch);
-        let Undisturbed { report: expected, before, bytes } = undisturbed(&cut);
+        let Undisturbed { report: expected, before, bytes } = Undisturbed::of(&cut);
         let mut worker = cut.worker(1);
         let address = worker.address.clone();
         let relay = Relay::to(&address);
@@ -99,7 +80,7 @@ fn a_connection_cut_at_any_point_changes_no_token() {
 #[test]
 fn a_worker_that_hangs_past_the_deadline_changes_no_token() {
     let cut = Cut::tiny("qwen2");
-    let Undisturbed { report: expected, before, bytes } = undisturbed(&cut);
+    let Undisturbed { report: expected, before, bytes } = Undisturbed::of(&cut);
     let worker = cut.worker(1);
     let mut numbers = Numbers(3);
     for round in 0..3 {
@@ -144,7 +125,7 @@ fn a_hanging_worker_is_noticed_without_any_help_from_the_network() {
 #[test]
 fn a_link_that_stands_still_changes_no_token() {
     let cut = Cut::tiny("qwen2");
-    let Undisturbed { report: expected, before, bytes } = undisturbed(&cut);
+    let Undisturbed { report: expected, before, bytes } = Undisturbed::of(&cut);
     let worker = cut.worker(1);
     let relay = Relay::to(&worker.address);
     let mut numbers = Numbers(21);
@@ -165,7 +146,7 @@ fn a_link_that_stands_still_changes_no_token() {
 #[test]
 fn a_slow_link_takes_time_and_nothing_else() {
     let cut = Cut::tiny("qwen2");
-    let Undisturbed { report: expected, .. } = undisturbed(&cut);
+    let Undisturbed { report: expected, .. } = Undisturbed::of(&cut);
     let worker = cut.worker(1);
     let relay = Relay::to(&worker.address);
     for mbit_per_s in [1, 5, 20] {
@@ -181,7 +162,7 @@ fn a_slow_link_takes_time_and_nothing_else() {
 fn files_changed_under_a_reply_change_no_token() {
     let cut = Cut::tiny("qwen2");
     let other = Cut::new(&Spec::tiny("qwen2").unwrap().seed(2), &["1..2"]);
-    let Undisturbed { report: expected, before, bytes } = undisturbed(&cut);
+    let Undisturbed { report: expected, before, bytes } = Undisturbed::of(&cut);
     let mut numbers = Numbers(17);
     type Change = fn(&Path, &Path);
     let changes: [(&str, Change); 5] = [
@@ -246,7 +227,7 @@ fn two_workers_and_a_host_may_be_started_in_any_order() {
 #[test]
 fn a_worker_gone_for_good_is_one_clear_error_and_keeps_the_text() {
     let cut = Cut::tiny("qwen2");
-    let Undisturbed { report: expected, before, bytes } = undisturbed(&cut);
+    let Undisturbed { report: expected, before, bytes } = Undisturbed::of(&cut);
     let mut worker = cut.worker(1);
     let relay = Relay::to(&worker.address);
     // the prompt is the larger part of the bytes: this falls among the tokens of the reply
@@ -304,7 +285,7 @@ fn a_host_that_hangs_is_let_go_and_the_next_one_is_served() {
 fn garbage_on_the_port_disturbs_nobody() {
     use std::io::Read as _;
     let cut = Cut::tiny("qwen2");
-    let Undisturbed { report: expected, .. } = undisturbed(&cut);
+    let Undisturbed { report: expected, .. } = Undisturbed::of(&cut);
     let worker = cut.worker(1);
     let host = spawn(&mut cut.generate(&[&worker.address], &OPTIONS));
     let mut numbers = Numbers(9);

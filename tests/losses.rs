@@ -20,12 +20,11 @@ use std::sync::Mutex;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
-use common::{Cut, Numbers, Worker, report, signal};
+use common::{Cut, Numbers, Undisturbed, Worker, signal};
 use dim::host::report::Report;
 use gguf_tools::synth::Spec;
 use way::{Break, Way};
 
-const OPTIONS: [&str; 6] = ["-n", "128", "--temp", "0", "--ubatch", "48"];
 /// Longer than the 3 s after which a silent peer is lost.
 const SILENCE: Duration = Duration::from_millis(4500);
 
@@ -69,10 +68,7 @@ struct Scene {
     cut: Cut,
     other_slice: Cut,
     other_model: Cut,
-    expected: Report,
-    /// bytes from the worker that come before the reply, and in it
-    before: u64,
-    bytes: u64,
+    undisturbed: Undisturbed,
 }
 
 /// What became of one reply.
@@ -88,18 +84,11 @@ struct Outcome {
 impl Scene {
     fn new() -> Scene {
         let cut = Cut::tiny("qwen2");
-        let worker = cut.worker(1);
-        let way = Way::to(&worker.address);
-        let expected = report(&mut cut.generate(&[&way.address()], &OPTIONS));
-        let bytes = expected.wire.bytes_received;
-        let before = way.received().saturating_sub(bytes);
         Scene {
+            undisturbed: Undisturbed::of(&cut),
             other_slice: Cut::new(&Spec::tiny("qwen2").unwrap(), &["1..1"]),
             other_model: Cut::new(&Spec::tiny("qwen2").unwrap().seed(2), &["1..2"]),
             cut,
-            expected,
-            before,
-            bytes,
         }
     }
 
@@ -117,7 +106,8 @@ impl Scene {
     fn lose(&self, loss: Loss, numbers: &mut Numbers) -> Outcome {
         let mut worker = self.cut.worker(1);
         let way = Way::to(&worker.address);
-        let at = self.before + 400 + numbers.below(self.bytes - 600);
+        let Undisturbed { report: expected, before, bytes } = &self.undisturbed;
+        let at = before + 400 + numbers.below(bytes - 600);
         let (pid, address) = (worker.pid(), worker.address.clone());
         way.arm(
             at,
@@ -127,7 +117,7 @@ impl Scene {
                 Loss::Stop => Break::Stop(pid),
             },
         );
-        let mut command = self.cut.generate(&[&way.address()], &OPTIONS);
+        let mut command = self.cut.generate(&[&way.address()], &Undisturbed::OPTIONS);
         let host = Running::start(&mut command);
         assert!(way.wait_until_broken(), "the reply ended before it broke");
         match loss {
@@ -150,7 +140,7 @@ impl Scene {
             Loss::Way(_) => {}
         }
         let broken = way.broken_at().unwrap();
-        let outcome = host.finish(broken, &self.expected);
+        let outcome = host.finish(broken, expected);
         drop(worker);
         Outcome { most_dials_in_a_second: way.most_dials_in_a_second(broken), ..outcome }
     }
@@ -263,7 +253,7 @@ fn a_worker_lost_in_any_way_changes_no_token_or_is_one_clear_error() {
 /// All of them: `make faults`.
 #[test]
 fn the_table_of_losses() {
-    if std::env::var_os("DIM_FAULTS").is_none() {
+    if !common::makes_tables() {
         return;
     }
     let scene = Scene::new();
@@ -278,8 +268,6 @@ fn the_table_of_losses() {
         writeln!(table, "{line}").unwrap();
         wrong.extend(bad);
     }
-    let folder = common::top().join("target/faults");
-    std::fs::create_dir_all(&folder).unwrap();
-    std::fs::write(folder.join("2-losses.md"), table).unwrap();
+    common::leave_table("2-losses", &table);
     assert!(wrong.is_empty(), "{wrong:#?}");
 }

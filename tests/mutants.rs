@@ -363,7 +363,7 @@ fn wrong_files_end_no_program_and_leave_nothing_behind() {
 
 #[test]
 fn the_table_of_mutants() {
-    if std::env::var_os("DIM_FAULTS").is_none() {
+    if !common::makes_tables() {
         return;
     }
     let n = 20_000;
@@ -377,8 +377,6 @@ fn the_table_of_mutants() {
     for (kind, [cut, refused]) in KINDS.iter().zip(counts) {
         writeln!(table, "| {kind} | {cut} | {refused} |").unwrap();
     }
-    let folder = common::top().join("target/faults");
-    std::fs::create_dir_all(&folder).unwrap();
-    std::fs::write(folder.join("3-mutants.md"), table).unwrap();
+    common::leave_table("3-mutants", &table);
     assert!(wrong.is_empty(), "{}", wrong.join("\n"));
 }

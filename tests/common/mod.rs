@@ -135,6 +135,28 @@ impl Cut {
 
 pub(crate) const COMMON: [&str; 7] = ["--threads", "1", "--ctx", "512", "--json", "-p", PROMPT];
 
+/// An undisturbed reply, and which bytes from the worker are the room in which to break it: `before` are spent on the
+/// question what it holds, the handshake and the canary, `bytes` follow.
+pub(crate) struct Undisturbed {
+    pub report: Report,
+    pub before: u64,
+    pub bytes: u64,
+}
+
+impl Undisturbed {
+    /// 128 tokens, and small chunks, so that a prompt is several steps and a break can fall among them.
+    pub(crate) const OPTIONS: [&str; 6] = ["-n", "128", "--temp", "0", "--ubatch", "48"];
+
+    pub(crate) fn of(cut: &Cut) -> Undisturbed {
+        let worker = cut.worker(1);
+        let relay = Relay::to(&worker.address);
+        let report = report(&mut cut.generate(&[&relay.address()], &Undisturbed::OPTIONS));
+        assert_eq!(report.tokens.len(), 128);
+        let bytes = report.wire.bytes_received;
+        Undisturbed { before: relay.received().saturating_sub(bytes), bytes, report }
+    }
+}
+
 /// Runs a host that has to succeed.
 pub(crate) fn report(command: &mut Command) -> Report {
     let output = run(command);
@@ -175,6 +197,18 @@ pub(crate) fn write_with(from: &Path, to: &Path, key: &str, value: Option<Value<
 /// The folder of the repository.
 pub(crate) fn top() -> &'static Path {
     Path::new(concat!(env!("CARGO_MANIFEST_DIR"), "/../.."))
+}
+
+/// Whether this is `make faults`, which tries as many of everything as the tables of docs/TESTING.md say.
+pub(crate) fn makes_tables() -> bool {
+    std::env::var_os("DIM_FAULTS").is_some()
+}
+
+/// Leaves a heading's text and its table where `make faults` takes them from; `name` begins with their place on the page.
+pub(crate) fn leave_table(name: &str, table: &str) {
+    let folder = top().join("target/faults");
+    std::fs::create_dir_all(&folder).unwrap();
+    std::fs::write(folder.join(name).with_extension("md"), table).unwrap();
 }
 
 /// The trained model as it was fetched; where it was not, that is said.

@@ -83,11 +83,6 @@ impl Way {
         self.address.to_string()
     }
 
-    /// Bytes that have come from the worker.
-    pub(crate) fn received(&self) -> u64 {
-        self.state.received.load(Ordering::SeqCst)
-    }
-
     /// Breaks when so many bytes have come from the worker.
     pub(crate) fn arm(&self, at: u64, how: Break) {
         *self.state.plan.lock().unwrap() = Some((at, how));
