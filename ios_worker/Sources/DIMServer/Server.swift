@@ -304,22 +304,19 @@ public final class Server: @unchecked Sendable {
         if lost { configuration.report(.listenerLost) }
     }
 
-    /// Where too many handshakes are under way, the oldest goes of the network that has the most, those counted that were
-    /// let go lately: whoever connects and says nothing keeps nobody out, and pushes out nobody but its own.
     private var crowd = Crowd()
 
+    /// Where too many handshakes are under way, the oldest goes of the network that has the most, those counted that were
+    /// let go lately: whoever connects and says nothing keeps nobody out, and pushes out nobody but its own.
     private func makeRoom() {
         let all = locked { Array(connections.values) }
         let ending = all.filter(\.isEnding)
         // strangers that were told that they may not come in do not fill the room while they read it
         if ending.count >= Limit.handshakes { ending.min { $0.number < $1.number }?.letGo() }
-        let handshakes = all.filter(\.isHandshaking)
-        guard handshakes.count >= Limit.handshakes else { return }
-        let sorted = handshakes.sorted { $0.number < $1.number }
-        if let place = crowd.leaves(sorted.map(\.network)) {
-            sorted[place].letGo()
-            crowd.add(sorted[place].network)
-        }
+        let handshakes = all.filter(\.isHandshaking).sorted { $0.number < $1.number }
+        guard handshakes.count >= Limit.handshakes, let place = crowd.leaves(handshakes.map(\.network)) else { return }
+        handshakes[place].letGo()
+        crowd.add(handshakes[place].network)
         // one that is let go ends as soon as its thread runs
         for _ in 0..<100 where locked({ connections.count >= Server.mostConnections }) { usleep(1000) }
     }

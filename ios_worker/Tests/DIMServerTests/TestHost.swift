@@ -148,10 +148,10 @@ final class MemoryKeys: KeyStore, @unchecked Sendable {
 
 /// Keys on a disk that is full the first time.
 final class FullOnce: KeyStore, @unchecked Sendable {
-    private let kept = Locked<[PairKey]>([])
+    private let kept = MemoryKeys([])
     private let full = Locked(true)
 
-    func keys() -> [PairKey] { kept.withLock { $0 } }
+    func keys() -> [PairKey] { kept.keys() }
 
     func add(_ key: PairKey, name: String) throws {
         let isFull = full.withLock { full in
@@ -159,7 +159,7 @@ final class FullOnce: KeyStore, @unchecked Sendable {
             return full
         }
         if isFull { throw KeyStoreError("no space left on the device") }
-        kept.withLock { $0.append(key) }
+        kept.add(key, name: name)
     }
 }
 
