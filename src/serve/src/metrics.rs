@@ -6,7 +6,7 @@ use prometheus_client::encoding::prometheus_text::encode;
 use prometheus_client::metrics::counter::Counter;
 use prometheus_client::metrics::gauge::Gauge;
 use prometheus_client::metrics::histogram::Histogram;
-use prometheus_client::registry::Registry;
+use prometheus_client::registry::{Metric, Registry};
 
 /// What is counted.
 pub(crate) struct Metrics {
@@ -30,43 +30,20 @@ const BUCKETS: [f64; 10] = [0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0, 3
 impl Metrics {
     pub(crate) fn new() -> Metrics {
         let mut registry = Registry::with_prefix("dim");
-        let (requests, refused, left) = (Counter::default(), Counter::default(), Counter::default());
-        let (tokens, prompt_tokens, cached_tokens) =
-            (Counter::default(), Counter::default(), Counter::default());
-        let (waiting, busy, connections) = (Gauge::default(), Gauge::default(), Gauge::default());
-        let (wait_s, first_token_s) = (Histogram::new(BUCKETS), Histogram::new(BUCKETS));
-        registry.register("requests", "Requests for tokens that were taken in", requests.clone());
-        registry.register("requests_refused", "Requests that ended with an error", refused.clone());
-        registry.register("clients_left", "Replies whose client left or did not read", left.clone());
-        registry.register("generated_tokens", "Tokens generated", tokens.clone());
-        registry.register("prompt_tokens", "Tokens of prompts that were evaluated", prompt_tokens.clone());
-        registry.register(
-            "prompt_tokens_cached",
-            "Tokens of prompts that the caches held",
-            cached_tokens.clone(),
-        );
-        registry.register("requests_waiting", "Requests that wait for a slot", waiting.clone());
-        registry.register("slots_busy", "Slots that generate", busy.clone());
-        registry.register("connections", "Open connections", connections.clone());
-        registry.register("slot_wait_seconds", "Time from a request to its slot", wait_s.clone());
-        registry.register(
-            "first_token_seconds",
-            "Time from a request to its first token",
-            first_token_s.clone(),
-        );
+        let r = &mut registry;
         Metrics {
+            requests: counter(r, "requests", "Requests for tokens that were taken in"),
+            refused: counter(r, "requests_refused", "Requests that ended with an error"),
+            left: counter(r, "clients_left", "Replies whose client left or did not read"),
+            tokens: counter(r, "generated_tokens", "Tokens generated"),
+            prompt_tokens: counter(r, "prompt_tokens", "Tokens of prompts that were evaluated"),
+            cached_tokens: counter(r, "prompt_tokens_cached", "Tokens of prompts that the caches held"),
+            waiting: gauge(r, "requests_waiting", "Requests that wait for a slot"),
+            busy: gauge(r, "slots_busy", "Slots that generate"),
+            connections: gauge(r, "connections", "Open connections"),
+            wait_s: seconds(r, "slot_wait_seconds", "Time from a request to its slot"),
+            first_token_s: seconds(r, "first_token_seconds", "Time from a request to its first token"),
             registry,
-            requests,
-            refused,
-            left,
-            tokens,
-            prompt_tokens,
-            cached_tokens,
-            waiting,
-            busy,
-            connections,
-            wait_s,
-            first_token_s,
         }
     }
 
@@ -115,4 +92,22 @@ impl Metrics {
         let _ = encode(&mut text, &self.registry);
         text
     }
+}
+
+fn counter(registry: &mut Registry, name: &str, help: &str) -> Counter {
+    registered(registry, name, help, Counter::default())
+}
+
+fn gauge(registry: &mut Registry, name: &str, help: &str) -> Gauge {
+    registered(registry, name, help, Gauge::default())
+}
+
+fn seconds(registry: &mut Registry, name: &str, help: &str) -> Histogram {
+    registered(registry, name, help, Histogram::new(BUCKETS))
+}
+
+/// `metric`, of which the registry keeps a clone: both are the same.
+fn registered<M: Metric + Clone>(registry: &mut Registry, name: &str, help: &str, metric: M) -> M {
+    registry.register(name, help, metric.clone());
+    metric
 }
