@@ -23,9 +23,9 @@ pub(crate) struct Teller {
     model: String,
     return_tokens: bool,
     include_usage: bool,
+    wants_logprobs: bool,
     choices: Vec<Choice>,
     n_prompt: usize,
-    n_cached: usize,
 }
 
 /// A choice so far.
@@ -37,8 +37,7 @@ struct Choice {
     has_begun: bool,
     tokens: Vec<i32>,
     logprobs: Vec<Logprobs>,
-    wants_logprobs: bool,
-    /// characters of the text before the next token, for `text_offset`
+    /// characters of the text before the tokens that are not told yet, for `text_offset`
     offset: usize,
     ended: Option<(Finish, Timings)>,
 }
@@ -52,12 +51,7 @@ impl Teller {
         n_prompt: usize,
         wanted: &crate::request::Wanted,
     ) -> Teller {
-        let choice = |echo: String| Choice {
-            offset: echo.chars().count(),
-            echo,
-            wants_logprobs: wanted.top_logprobs.is_some(),
-            ..Choice::default()
-        };
+        let choice = |echo: String| Choice { offset: echo.chars().count(), echo, ..Choice::default() };
         let created = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |d| d.as_secs());
         let prefix = if kind == Kind::Chat { "chatcmpl" } else { "cmpl" };
         Teller {
@@ -67,9 +61,9 @@ impl Teller {
             model: model.to_owned(),
             return_tokens: wanted.return_tokens,
             include_usage: wanted.include_usage,
+            wants_logprobs: wanted.top_logprobs.is_some(),
             choices: echoes.into_iter().map(choice).collect(),
             n_prompt,
-            n_cached: 0,
         }
     }
 
@@ -87,15 +81,12 @@ impl Teller {
                 choice.tokens.push(id);
                 choice.logprobs.extend(logprobs);
             }
-            Update::Ended { choice, finish, timings } => self.end(choice, finish, timings),
+            Update::Ended { choice, finish, timings } => {
+                self.choices[choice].ended = Some((finish, timings));
+            }
             Update::Failed(error) => return Err(error),
         }
         Ok(())
-    }
-
-    fn end(&mut self, choice: usize, finish: Finish, timings: Timings) {
-        self.n_cached += timings.cached;
-        self.choices[choice].ended = Some((finish, timings));
     }
 
     /// An update as parts of a stream.
@@ -104,7 +95,6 @@ impl Teller {
             Update::Token { choice: i, id, text, logprobs, timings } => {
                 self.begin(i, out);
                 let choice = &mut self.choices[i];
-                choice.tokens.push(id);
                 let logprobs = logprobs.map(|logprobs| {
                     let told = self.kind.logprobs(std::slice::from_ref(&logprobs), choice.offset);
                     choice.offset += characters(&logprobs.chosen);
@@ -113,7 +103,11 @@ impl Teller {
                 if text.is_empty() && logprobs.is_none() && !self.return_tokens {
                     return;
                 }
-                let mut part = self.part(i, &text, logprobs.unwrap_or_default(), None);
+                let said = match self.kind {
+                    Kind::Chat => ("delta", json!({"content": text})),
+                    Kind::Completion => ("text", text.into()),
+                };
+                let mut part = part(i, said, logprobs.unwrap_or_default(), None);
                 if self.return_tokens {
                     part["tokens"] = json!([id]);
                 }
@@ -122,13 +116,12 @@ impl Teller {
             }
             Update::Ended { choice: i, finish, timings } => {
                 self.begin(i, out);
-                self.end(i, finish, timings);
-                let part = match self.kind {
-                    Kind::Chat => {
-                        json!({"index": i, "delta": {}, "logprobs": null, "finish_reason": finish.name()})
-                    }
-                    Kind::Completion => self.part(i, "", Value::Null, Some(finish)),
+                self.choices[i].ended = Some((finish, timings));
+                let said = match self.kind {
+                    Kind::Chat => ("delta", json!({})),
+                    Kind::Completion => ("text", "".into()),
                 };
+                let part = part(i, said, Value::Null, Some(finish));
                 self.event(vec![part], Some(("timings", timings_of(&timings))), out);
                 if self.is_complete() {
                     if self.include_usage {
@@ -148,26 +141,12 @@ impl Teller {
             return;
         }
         let echo = std::mem::take(&mut self.choices[i].echo);
-        let part = match self.kind {
-            Kind::Chat => {
-                json!({"index": i, "delta": {"role": "assistant", "content": ""}, "logprobs": null, "finish_reason": null})
-            }
+        let said = match self.kind {
+            Kind::Chat => ("delta", json!({"role": "assistant", "content": ""})),
             Kind::Completion if echo.is_empty() => return,
-            Kind::Completion => self.part(i, &echo, Value::Null, None),
+            Kind::Completion => ("text", echo.into()),
         };
-        self.event(vec![part], None, out);
-    }
-
-    fn part(&self, i: usize, text: &str, logprobs: Value, finish: Option<Finish>) -> Value {
-        let finish = finish.map(Finish::name);
-        match self.kind {
-            Kind::Chat => {
-                json!({"index": i, "delta": {"content": text}, "logprobs": logprobs, "finish_reason": finish})
-            }
-            Kind::Completion => {
-                json!({"index": i, "text": text, "logprobs": logprobs, "finish_reason": finish})
-            }
-        }
+        self.event(vec![part(i, said, Value::Null, None)], None, out);
     }
 
     fn event(&self, choices: Vec<Value>, extra: Option<(&str, Value)>, out: &mut String) {
@@ -190,26 +169,17 @@ impl Teller {
     /// The whole reply.
     pub(crate) fn whole(&self) -> Value {
         let choices = self.choices.iter().enumerate().map(|(i, choice)| {
-            let finish = choice.ended.map(|(finish, _)| finish.name());
-            let offset = choice.echo.chars().count();
-            let logprobs = match choice.wants_logprobs {
-                true => self.kind.logprobs(&choice.logprobs, offset),
+            let logprobs = match self.wants_logprobs {
+                true => self.kind.logprobs(&choice.logprobs, choice.offset),
                 false => Value::Null,
             };
-            let mut told = match self.kind {
-                Kind::Chat => json!({
-                    "index": i,
-                    "message": {"role": "assistant", "content": choice.text, "refusal": null},
-                    "logprobs": logprobs,
-                    "finish_reason": finish,
-                }),
-                Kind::Completion => json!({
-                    "index": i,
-                    "text": format!("{}{}", choice.echo, choice.text),
-                    "logprobs": logprobs,
-                    "finish_reason": finish,
-                }),
+            let said = match self.kind {
+                Kind::Chat => {
+                    ("message", json!({"role": "assistant", "content": choice.text, "refusal": null}))
+                }
+                Kind::Completion => ("text", format!("{}{}", choice.echo, choice.text).into()),
             };
+            let mut told = part(i, said, logprobs, choice.ended.map(|(finish, _)| finish));
             if self.return_tokens {
                 told["tokens"] = json!(choice.tokens);
             }
@@ -225,14 +195,21 @@ impl Teller {
 
     /// A prompt counts once, however many choices there are of it.
     fn usage(&self) -> Value {
-        let completion: usize = self.choices.iter().filter_map(|c| c.ended.map(|(_, t)| t.predicted)).sum();
+        let ended = || self.choices.iter().filter_map(|choice| choice.ended.map(|(_, timings)| timings));
+        let completion: usize = ended().map(|timings| timings.predicted).sum();
+        let cached: usize = ended().map(|timings| timings.cached).sum();
         json!({
             "prompt_tokens": self.n_prompt,
             "completion_tokens": completion,
             "total_tokens": self.n_prompt + completion,
-            "prompt_tokens_details": {"cached_tokens": self.n_cached.min(self.n_prompt)},
+            "prompt_tokens_details": {"cached_tokens": cached.min(self.n_prompt)},
         })
     }
+}
+
+/// A choice or a part of it; `said`: what it says, under the name by which its dialect says it.
+fn part(i: usize, (name, said): (&str, Value), logprobs: Value, finish: Option<Finish>) -> Value {
+    json!({"index": i, name: said, "logprobs": logprobs, "finish_reason": finish.map(Finish::name)})
 }
 
 impl Kind {
@@ -306,4 +283,5 @@ fn random_name() -> String {
     bytes.iter().map(|byte| format!("{byte:02x}")).collect()
 }
 
-const FINGERPRINT: &str = concat!("dim-", env!("CARGO_PKG_VERSION"));
+/// Which program it is.
+pub(crate) const FINGERPRINT: &str = concat!("dim-", env!("CARGO_PKG_VERSION"));

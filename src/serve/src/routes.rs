@@ -21,7 +21,7 @@ use crate::error::{ApiError, json_response};
 use crate::metrics::Metrics;
 use crate::page;
 use crate::queue::Client;
-use crate::reply::{Kind, Teller};
+use crate::reply::{FINGERPRINT, Kind, Teller};
 use crate::request::{self, Defaults, Prompt, Prompts, Wanted};
 use crate::slots::{Slots, Ticket};
 use crate::stream::Events;
@@ -195,7 +195,7 @@ async fn props(State(app): State<Arc<App>>) -> Answer {
             "slots_busy": busy,
             "requests_waiting": waiting,
             "chat_template": host.vocabulary().chat_template(),
-            "build_info": concat!("dim-", env!("CARGO_PKG_VERSION")),
+            "build_info": FINGERPRINT,
             "default_generation_settings": {
                 "n_ctx": host.n_ctx(),
                 "params": {
