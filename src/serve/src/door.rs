@@ -8,7 +8,7 @@ use std::collections::BTreeMap;
 use std::convert::Infallible;
 use std::net::SocketAddr;
 use std::sync::atomic::{AtomicUsize, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use axum::Router;
@@ -49,12 +49,18 @@ impl Drop for Served {
 
 /// All connections, oldest first.
 #[derive(Default)]
-struct Open(Mutex<BTreeMap<u64, (AbortHandle, Arc<AtomicUsize>)>>);
+struct Open(Mutex<Connections>);
+
+type Connections = BTreeMap<u64, (AbortHandle, Arc<AtomicUsize>)>;
 
 impl Open {
+    fn lock(&self) -> MutexGuard<'_, Connections> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
     /// Whether there is room for one more, if need be because somebody who is not served goes.
     fn make_room(&self) -> bool {
-        let mut open = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut open = self.lock();
         if open.len() < MAX_CONNECTIONS {
             return true;
         }
@@ -68,12 +74,12 @@ impl Open {
 
     fn add(&self, id: u64, task: AbortHandle, n_served: Arc<AtomicUsize>) {
         if !task.is_finished() {
-            self.0.lock().unwrap_or_else(PoisonError::into_inner).insert(id, (task, n_served));
+            self.lock().insert(id, (task, n_served));
         }
     }
 
     fn remove(&self, id: u64) -> usize {
-        let mut open = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut open = self.lock();
         open.remove(&id);
         open.len()
     }
@@ -116,10 +122,9 @@ pub(crate) async fn serve(
     drop(listener);
     // streams have been ended by whoever stops the server
     let _ = tokio::time::timeout(GOODBYE, async {
-        while !open.0.lock().unwrap_or_else(PoisonError::into_inner).is_empty() {
+        while !open.lock().is_empty() {
             tokio::time::sleep(Duration::from_millis(10)).await;
-            let mut open = open.0.lock().unwrap_or_else(PoisonError::into_inner);
-            open.retain(|_, (task, n_served)| {
+            open.lock().retain(|_, (task, n_served)| {
                 let stays = n_served.load(Ordering::Relaxed) > 0;
                 if !stays {
                     task.abort();
