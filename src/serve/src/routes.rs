@@ -1,6 +1,5 @@
 //! What is served under which path.
 
-use std::sync::atomic::AtomicBool;
 use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant};
 
@@ -9,21 +8,21 @@ use axum::body::{Body, to_bytes};
 use axum::extract::{Extension, Request, State};
 use axum::http::{HeaderValue, Response, StatusCode, header};
 use axum::middleware::{self, Next};
-use axum::routing::{get, post};
+use axum::routing::{MethodRouter, get, post};
 use dim::Host;
 use dim::host::template::ChatTemplate;
 use serde_json::json;
 use tokio::sync::{Semaphore, mpsc};
 
 use crate::access::Access;
-use crate::door::{Connection, Served};
+use crate::door::Connection;
 use crate::error::{ApiError, json_response};
 use crate::metrics::Metrics;
 use crate::page;
 use crate::queue::Client;
 use crate::reply::{FINGERPRINT, Kind, Teller};
 use crate::request::{self, Defaults, Prompt, Prompts, Wanted};
-use crate::slots::{Slots, Ticket};
+use crate::slots::Slots;
 use crate::stream::Events;
 use crate::watch::Watch;
 use crate::work::Job;
@@ -44,7 +43,7 @@ pub(crate) struct App {
 /// What there is when the model is.
 pub(crate) struct Loaded {
     pub host: Arc<Host>,
-    pub template: Arc<Result<ChatTemplate, ApiError>>,
+    pub template: Result<ChatTemplate, ApiError>,
     pub slots: Slots,
 }
 
@@ -53,9 +52,9 @@ type Answer = Result<Response<Body>, ApiError>;
 /// All of it.
 pub(crate) fn router(app: Arc<App>) -> Router {
     let keyed = Router::new()
-        .route("/v1/chat/completions", post(chat))
-        .route("/chat/completions", post(chat))
-        .route("/v1/completions", post(completion))
+        .route("/v1/chat/completions", replies(Kind::Chat))
+        .route("/chat/completions", replies(Kind::Chat))
+        .route("/v1/completions", replies(Kind::Completion))
         .route("/v1/models", get(models))
         .route("/v1/models/{model}", get(model))
         .route("/props", get(props))
@@ -115,16 +114,12 @@ async fn only_with_a_key(
 ) -> Response<Body> {
     match app.access.client(request.headers(), connection.peer.ip()) {
         Ok(client) => {
-            request.extensions_mut().insert(Who(client));
+            request.extensions_mut().insert(client);
             next.run(request).await
         }
         Err(error) => error.response(),
     }
 }
-
-/// Who asks.
-#[derive(Clone)]
-struct Who(Client);
 
 impl App {
     fn loaded(&self) -> Result<&Loaded, ApiError> {
@@ -223,39 +218,22 @@ async fn split(State(app): State<Arc<App>>) -> Response<Body> {
     json_response(StatusCode::OK, &picture)
 }
 
-async fn chat(
-    State(app): State<Arc<App>>,
-    Extension(connection): Extension<Connection>,
-    Extension(who): Extension<Who>,
-    request: Request,
-) -> Answer {
-    generate(app, connection, who, request, Kind::Chat).await
-}
-
-async fn completion(
-    State(app): State<Arc<App>>,
-    Extension(connection): Extension<Connection>,
-    Extension(who): Extension<Who>,
-    request: Request,
-) -> Answer {
-    generate(app, connection, who, request, Kind::Completion).await
+fn replies(kind: Kind) -> MethodRouter<Arc<App>> {
+    post(
+        async move |State(app): State<Arc<App>>,
+                    Extension(connection): Extension<Connection>,
+                    Extension(client): Extension<Client>,
+                    request: Request| {
+            let answer = take_in(&app, connection, client, request, kind).await;
+            if answer.is_err() {
+                app.metrics.refused();
+            }
+            answer
+        },
+    )
 }
 
 /// body -> what is wanted -> tokens -> a slot -> events or a whole reply.
-async fn generate(
-    app: Arc<App>,
-    connection: Connection,
-    Who(client): Who,
-    request: Request,
-    kind: Kind,
-) -> Answer {
-    let answer = take_in(&app, connection, client, request, kind).await;
-    if answer.is_err() {
-        app.metrics.refused();
-    }
-    answer
-}
-
 async fn take_in(
     app: &Arc<App>,
     connection: Connection,
@@ -287,21 +265,18 @@ async fn take_in(
     let mut teller = Teller::new(kind, app.model_name(&loaded.host), echoes, n_prompt, &wanted);
 
     let (sender, mut updates) = mpsc::channel(UPDATES);
-    let id = loaded.slots.next_id();
-    let is_cancelled = Arc::new(AtomicBool::new(false));
     let job = Job {
-        id,
         client,
         prompts,
         wanted: Arc::clone(&wanted),
         updates: sender,
-        is_cancelled,
+        is_cancelled: Arc::default(),
         came_at: Instant::now(),
     };
-    let ticket: Ticket = loaded.slots.submit(job)?;
+    let ticket = loaded.slots.submit(job)?;
     app.metrics.request();
     if wanted.stream {
-        let events: Events<Served> = Events::new(updates, teller, ticket, app.watch.clone(), served);
+        let events = Events::new(updates, teller, ticket, app.watch.clone(), served);
         let mut response = Response::new(Body::from_stream(events));
         let headers = response.headers_mut();
         headers.insert(header::CONTENT_TYPE, HeaderValue::from_static("text/event-stream"));
@@ -350,7 +325,7 @@ async fn tokenised(app: &Arc<App>, wanted: &Arc<Wanted>) -> Result<Vec<Vec<i32>>
         let Loaded { host, template, .. } = app.loaded()?;
         let prompts = match &wanted.prompts {
             Prompts::Chat(turns) => {
-                let template = template.as_ref().as_ref().map_err(Clone::clone)?;
+                let template = template.as_ref().map_err(Clone::clone)?;
                 vec![host.tokenize_chat(template, turns).map_err(|e| ApiError::from(&e))?]
             }
             Prompts::Texts(texts) => {

@@ -8,7 +8,7 @@
 //! before did is not evaluated anew. Whoever leaves sets a flag that the generation looks at behind every token.
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -30,7 +30,6 @@ struct Shared {
     state: Mutex<State>,
     /// of each slot: there is work, or the end
     wake: Vec<Condvar>,
-    next_id: AtomicU64,
     metrics: Arc<Metrics>,
     watch: Watch,
     /// the longest that a slot waits for a client who does not read
@@ -42,7 +41,15 @@ struct State {
     queue: FairQueue<Job>,
     slots: Vec<Slot>,
     is_closed: bool,
+    /// of the next request
+    next_id: u64,
     clock: u64,
+}
+
+impl State {
+    fn n_busy(&self) -> usize {
+        self.slots.iter().filter(|slot| slot.is_busy).count()
+    }
 }
 
 #[derive(Default)]
@@ -85,19 +92,12 @@ impl Slots {
             queue: FairQueue::new(bound),
             slots: (0..n).map(|_| Slot::default()).collect(),
             is_closed: false,
+            next_id: 0,
             clock: 0,
         };
         let wake = (0..n).map(|_| Condvar::new()).collect();
-        let next_id = AtomicU64::new(0);
-        let shared = Arc::new(Shared {
-            state: Mutex::new(state),
-            wake,
-            next_id,
-            metrics,
-            watch,
-            reader_timeout,
-            runtime,
-        });
+        let state = Mutex::new(state);
+        let shared = Arc::new(Shared { state, wake, metrics, watch, reader_timeout, runtime });
         for i in 0..n as usize {
             let session = host.session()?;
             let (shared, host) = (Arc::clone(&shared), Arc::clone(host));
@@ -107,33 +107,29 @@ impl Slots {
         Ok(Slots(shared))
     }
 
-    /// The number of a job to be.
-    pub(crate) fn next_id(&self) -> u64 {
-        self.0.next_id.fetch_add(1, Ordering::Relaxed)
-    }
-
     /// Takes a job in.
     pub(crate) fn submit(&self, job: Job) -> Result<Ticket, ApiError> {
         let shared = &self.0;
-        let ticket = (job.id, Arc::clone(&job.is_cancelled));
-        let client = job.client.clone();
+        let (client, is_cancelled) = (job.client.clone(), Arc::clone(&job.is_cancelled));
         let mut state = shared.lock();
         if state.is_closed {
             return Err(ApiError::busy("the server is being stopped", 5));
         }
+        let id = state.next_id;
+        state.next_id += 1;
         // where a slot is free nobody waits: the queue's bound is for those who do
-        let is_free = state.slots.iter().any(|slot| !slot.is_busy) && state.queue.len() == 0;
+        let is_free = state.n_busy() < state.slots.len() && state.queue.len() == 0;
         let taken = match is_free {
             true => {
                 shared.hand_out(&mut state, job);
                 Ok(())
             }
-            false => state.queue.push(&client, ticket.0, job).map_err(drop),
+            false => state.queue.push(&client, id, job).map_err(drop),
         };
         shared.count(&state);
         drop(state);
         match taken {
-            Ok(()) => Ok(Ticket { shared: Arc::clone(shared), id: ticket.0, is_cancelled: ticket.1 }),
+            Ok(()) => Ok(Ticket { shared: Arc::clone(shared), id, is_cancelled }),
             Err(()) => Err(ApiError::busy("too many requests are waiting", 2)),
         }
     }
@@ -141,7 +137,7 @@ impl Slots {
     /// How many slots there are, how many of them are busy, and how many requests wait.
     pub(crate) fn load(&self) -> (usize, usize, usize) {
         let state = self.0.lock();
-        (state.slots.len(), state.slots.iter().filter(|slot| slot.is_busy).count(), state.queue.len())
+        (state.slots.len(), state.n_busy(), state.queue.len())
     }
 
     /// Ends every request, and takes no more.
@@ -162,8 +158,7 @@ impl Shared {
     }
 
     fn count(&self, state: &State) {
-        let busy = state.slots.iter().filter(|slot| slot.is_busy).count();
-        self.metrics.load(state.queue.len(), busy);
+        self.metrics.load(state.queue.len(), state.n_busy());
     }
 
     /// Gives a job to the free slot whose caches hold most of its first prompt; where none holds a tenth of it, to the one

@@ -12,6 +12,7 @@ use futures_core::Stream;
 use tokio::sync::mpsc;
 use tokio::time::{Instant, Sleep, sleep};
 
+use crate::door::Served;
 use crate::error::ApiError;
 use crate::reply::{Teller, push_event};
 use crate::slots::Ticket;
@@ -19,28 +20,28 @@ use crate::watch::Watch;
 use crate::work::Update;
 
 /// A body that is a stream of events.
-pub(crate) struct Events<G> {
+pub(crate) struct Events {
     updates: mpsc::Receiver<Update>,
     teller: Teller,
     /// calls the request off when the client has left
     _ticket: Ticket,
-    /// whatever else lasts as long as the stream
-    _guard: G,
+    /// its connection is not shown out before the stream has ended
+    _served: Served,
     watch: Watch,
     quiet: Pin<Box<Sleep>>,
     is_over: bool,
 }
 
-impl<G> Events<G> {
+impl Events {
     pub(crate) fn new(
         updates: mpsc::Receiver<Update>,
         teller: Teller,
         ticket: Ticket,
         watch: Watch,
-        guard: G,
-    ) -> Events<G> {
+        served: Served,
+    ) -> Events {
         let quiet = Box::pin(sleep(KEEP_ALIVE));
-        Events { updates, teller, _ticket: ticket, _guard: guard, watch, quiet, is_over: false }
+        Events { updates, teller, _ticket: ticket, _served: served, watch, quiet, is_over: false }
     }
 
     /// Why nothing comes, as a comment: proxies see that the connection lives, clients leave it out.
@@ -52,7 +53,7 @@ impl<G> Events<G> {
     }
 }
 
-impl<G: Unpin> Stream for Events<G> {
+impl Stream for Events {
     type Item = Result<Bytes, Infallible>;
 
     fn poll_next(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Self::Item>> {

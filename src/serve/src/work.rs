@@ -13,7 +13,6 @@ use crate::request::Wanted;
 
 /// A request on its way to a slot.
 pub(crate) struct Job {
-    pub id: u64,
     pub client: Client,
     /// each at least one token, and no more than the context has positions
     pub prompts: Vec<Vec<i32>>,
