@@ -3,7 +3,7 @@
 use dim::host::template::{Role, Turn};
 
 use super::fields::{Content, LogprobsField};
-use super::{Defaults, Fields, MAX_TOP_LOGPROBS, Message, Prompts, Wanted, parse};
+use super::{Defaults, Fields, Message, Prompts, Wanted, parse, top_logprobs};
 use crate::error::ApiError;
 
 /// A chat's request.
@@ -11,14 +11,14 @@ use crate::error::ApiError;
 /// # Errors
 /// It is no JSON, or a field is wrong: which.
 pub fn chat(body: &[u8], defaults: &Defaults) -> Result<Wanted, ApiError> {
-    let mut fields: Fields = parse(body)?;
+    let mut fields = parse(body)?;
     let messages = fields.messages.take().ok_or_else(|| ApiError::field("messages", "missing"))?;
     if messages.is_empty() {
         return Err(ApiError::field("messages", "there must be one at least"));
     }
     let turns =
         messages.into_iter().enumerate().map(|(i, message)| turn(i, message)).collect::<Result<_, _>>()?;
-    let top = top_logprobs(&fields)?;
+    let top = top(&fields)?;
     fields.wanted(Prompts::Chat(turns), top, defaults)
 }
 
@@ -44,7 +44,7 @@ fn turn(
     Ok(Turn { role, content })
 }
 
-fn top_logprobs(fields: &Fields) -> Result<Option<usize>, ApiError> {
+fn top(fields: &Fields) -> Result<Option<usize>, ApiError> {
     let is_told = match fields.logprobs {
         None | Some(LogprobsField::Told(false)) => false,
         Some(LogprobsField::Told(true)) => true,
@@ -59,9 +59,6 @@ fn top_logprobs(fields: &Fields) -> Result<Option<usize>, ApiError> {
         None => Ok(is_told.then_some(0)),
         Some(0) if !is_told => Ok(None),
         Some(_) if !is_told => Err(ApiError::field("top_logprobs", "needs \"logprobs\": true")),
-        Some(n) => match usize::try_from(n).ok().filter(|n| *n <= MAX_TOP_LOGPROBS) {
-            Some(n) => Ok(Some(n)),
-            None => Err(ApiError::field("top_logprobs", format!("{n} must be 0 to {MAX_TOP_LOGPROBS}"))),
-        },
+        Some(n) => top_logprobs("top_logprobs", n.into()).map(Some),
     }
 }

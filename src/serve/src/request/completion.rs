@@ -1,7 +1,7 @@
 //! `/v1/completions`.
 
 use super::fields::{LogprobsField, PromptField};
-use super::{Defaults, Fields, MAX_TOP_LOGPROBS, Prompt, Prompts, Wanted, parse};
+use super::{Defaults, Prompt, Prompts, Wanted, parse, top_logprobs};
 use crate::error::ApiError;
 
 /// A completion's request.
@@ -9,7 +9,7 @@ use crate::error::ApiError;
 /// # Errors
 /// It is no JSON, or a field is wrong: which.
 pub fn completion(body: &[u8], defaults: &Defaults) -> Result<Wanted, ApiError> {
-    let mut fields: Fields = parse(body)?;
+    let mut fields = parse(body)?;
     let PromptField(prompts) = fields.prompt.take().ok_or_else(|| ApiError::field("prompt", "missing"))?;
     let is_empty = |prompt: &Prompt| matches!(prompt, Prompt::Tokens(tokens) if tokens.is_empty());
     if prompts.is_empty() || prompts.iter().any(is_empty) {
@@ -25,10 +25,7 @@ pub fn completion(body: &[u8], defaults: &Defaults) -> Result<Wanted, ApiError> 
     let top = match fields.logprobs {
         None | Some(LogprobsField::Told(false)) => None,
         Some(LogprobsField::Told(true)) => Some(1),
-        Some(LogprobsField::Of(n)) => match usize::try_from(n).ok().filter(|n| *n <= MAX_TOP_LOGPROBS) {
-            Some(n) => Some(n),
-            None => return Err(ApiError::field("logprobs", format!("{n} must be 0 to {MAX_TOP_LOGPROBS}"))),
-        },
+        Some(LogprobsField::Of(n)) => Some(top_logprobs("logprobs", n.into())?),
     };
     let echo = fields.echo.unwrap_or(false);
     if echo && top.is_some() {

@@ -3,6 +3,7 @@
 
 use std::fmt;
 
+use serde::de::value::SeqAccessDeserializer;
 use serde::de::{Deserialize, Deserializer, Error, IgnoredAny, MapAccess, SeqAccess, Visitor};
 
 /// A text, or a list of them.
@@ -23,12 +24,8 @@ impl<'de> Deserialize<'de> for OneOrMany {
                 Ok(OneOrMany(vec![text.to_owned()]))
             }
 
-            fn visit_seq<A: SeqAccess<'de>>(self, mut seq: A) -> Result<OneOrMany, A::Error> {
-                let mut texts = Vec::new();
-                while let Some(text) = seq.next_element()? {
-                    texts.push(text);
-                }
-                Ok(OneOrMany(texts))
+            fn visit_seq<A: SeqAccess<'de>>(self, seq: A) -> Result<OneOrMany, A::Error> {
+                Vec::deserialize(SeqAccessDeserializer::new(seq)).map(OneOrMany)
             }
         }
         deserializer.deserialize_any(Texts)
@@ -179,12 +176,8 @@ impl<'de> Deserialize<'de> for Element {
                 i32::try_from(n).map(Element::Token).map_err(|_| E::custom(format_args!("{n} is no token")))
             }
 
-            fn visit_seq<A: SeqAccess<'de>>(self, mut seq: A) -> Result<Element, A::Error> {
-                let mut tokens = Vec::new();
-                while let Some(token) = seq.next_element()? {
-                    tokens.push(token);
-                }
-                Ok(Element::Tokens(tokens))
+            fn visit_seq<A: SeqAccess<'de>>(self, seq: A) -> Result<Element, A::Error> {
+                Vec::deserialize(SeqAccessDeserializer::new(seq)).map(Element::Tokens)
             }
         }
         deserializer.deserialize_any(One)

@@ -16,7 +16,7 @@ use axum::http::StatusCode;
 use dim::Sampling;
 use dim::host::template::Turn;
 use serde::Deserialize;
-use serde::de::{DeserializeOwned, IgnoredAny};
+use serde::de::IgnoredAny;
 
 use crate::error::ApiError;
 use fields::{Content, LogprobsField, OneOrMany, PromptField, ToolChoice};
@@ -304,8 +304,14 @@ fn biases(given: &HashMap<String, f64>) -> Result<Vec<(i32, f32)>, ApiError> {
     Ok(biases)
 }
 
+/// Of how many of the likeliest tokens it is told, by the field that says it.
+fn top_logprobs(field: &str, n: i128) -> Result<usize, ApiError> {
+    let top = usize::try_from(n).ok().filter(|n| *n <= MAX_TOP_LOGPROBS);
+    top.ok_or_else(|| ApiError::field(field, format!("{n} must be 0 to {MAX_TOP_LOGPROBS}")))
+}
+
 /// `body` as a request, or which field of it is wrong.
-fn parse<T: DeserializeOwned>(body: &[u8]) -> Result<T, ApiError> {
+fn parse(body: &[u8]) -> Result<Fields, ApiError> {
     let mut json = serde_json::Deserializer::from_slice(body);
     let not_json =
         |e: &serde_json::Error| ApiError::new(StatusCode::BAD_REQUEST, format!("the body is not JSON: {e}"));
