@@ -188,7 +188,6 @@ impl Server {
         let (metrics, watch) = (Arc::clone(&self.app.metrics), self.app.watch.clone());
         let slots = Slots::open(&host, queue, reader_timeout, metrics, watch, self.runtime.clone())?;
         let _ = self.app.loaded.set(Loaded { host, template, slots });
-        self.app.watch.loaded();
         Ok(())
     }
 }

@@ -132,8 +132,9 @@ impl App {
 }
 
 async fn health(State(app): State<Arc<App>>) -> Response<Body> {
-    let status = if app.watch.is_loaded() { StatusCode::OK } else { StatusCode::SERVICE_UNAVAILABLE };
-    let mut health = app.watch.health();
+    let is_loaded = app.loaded.get().is_some();
+    let status = if is_loaded { StatusCode::OK } else { StatusCode::SERVICE_UNAVAILABLE };
+    let mut health = app.watch.health(is_loaded);
     // whoever has no key need not know who is where
     if app.access.keys.is_some() {
         health = json!({"status": health["status"]});
@@ -209,8 +210,9 @@ async fn props(State(app): State<Arc<App>>) -> Answer {
 }
 
 async fn split(State(app): State<Arc<App>>) -> Response<Body> {
-    let mut picture = app.watch.picture();
-    if let Ok(Loaded { host, slots, .. }) = app.loaded() {
+    let loaded = app.loaded.get();
+    let mut picture = app.watch.picture(loaded.is_some());
+    if let Some(Loaded { host, slots, .. }) = loaded {
         let (total, busy, waiting) = slots.load();
         picture["model"] = app.model_name(host).into();
         picture["slots"] = json!({"total": total, "busy": busy, "waiting": waiting});
@@ -218,6 +220,7 @@ async fn split(State(app): State<Arc<App>>) -> Response<Body> {
     json_response(StatusCode::OK, &picture)
 }
 
+/// The way in of both dialects; what ends with an error is counted.
 fn replies(kind: Kind) -> MethodRouter<Arc<App>> {
     post(
         async move |State(app): State<Arc<App>>,

@@ -15,7 +15,6 @@ pub struct Watch(Arc<Mutex<State>>);
 
 #[derive(Default)]
 struct State {
-    is_loaded: bool,
     stages: Vec<Placement>,
     n_blocks: u32,
     /// by the names of stages
@@ -69,14 +68,6 @@ impl Watch {
         }
     }
 
-    pub(crate) fn loaded(&self) {
-        self.lock().is_loaded = true;
-    }
-
-    pub(crate) fn is_loaded(&self) -> bool {
-        self.lock().is_loaded
-    }
-
     pub(crate) fn token(&self) {
         let mut state = self.lock();
         let now = Instant::now();
@@ -121,9 +112,9 @@ impl Watch {
     }
 
     /// `/health`.
-    pub(crate) fn health(&self) -> Value {
+    pub(crate) fn health(&self, is_loaded: bool) -> Value {
         let state = self.lock();
-        let status = match (state.is_loaded, state.away.is_empty()) {
+        let status = match (is_loaded, state.away.is_empty()) {
             (false, _) => "loading model",
             (true, true) => "ok",
             (true, false) => "waiting for a worker",
@@ -140,8 +131,8 @@ impl Watch {
     }
 
     /// The picture of the split.
-    pub(crate) fn picture(&self) -> Value {
-        let health = self.health();
+    pub(crate) fn picture(&self, is_loaded: bool) -> Value {
+        let health = self.health(is_loaded);
         let state = self.lock();
         let stages: Vec<Value> = state
             .stages
