@@ -37,8 +37,13 @@ pub fn explain(error: impl Into<Error>) -> Failure {
         Error::Option(e) => format!("--{e}"),
         other => other.to_string(),
     };
-    let failure = if error.is_misuse() { Failure::misuse(message) } else { Failure::failed(message) };
-    match error.hint() {
+    ended_by(message, error.is_misuse(), error.hint())
+}
+
+/// An error of a library, by its parts, as a program ends with it.
+fn ended_by(message: String, is_misuse: bool, hint: Option<String>) -> Failure {
+    let failure = if is_misuse { Failure::misuse(message) } else { Failure::failed(message) };
+    match hint {
         Some(hint) => failure.hint(hint),
         None => failure,
     }

@@ -10,7 +10,7 @@ use gguf_tools::{tell, terminal};
 use super::chat::template_text;
 use crate::args::{MachineArgs, SamplingArgs, SplitArgs, limit};
 use crate::interrupt::Interrupt;
-use crate::{explain, shown};
+use crate::{ended_by, explain, shown};
 
 /// Arguments of `dim-host serve`.
 #[derive(Debug, clap::Args)]
@@ -111,13 +111,5 @@ pub fn run(args: &Args) -> Result<(), Failure> {
 }
 
 fn cannot(error: ServeError) -> Failure {
-    let failure = if error.is_misuse() {
-        Failure::misuse(error.to_string())
-    } else {
-        Failure::failed(error.to_string())
-    };
-    match error.hint() {
-        Some(hint) => failure.hint(hint),
-        None => failure,
-    }
+    ended_by(error.to_string(), error.is_misuse(), error.hint())
 }
