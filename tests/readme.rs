@@ -6,13 +6,12 @@
 
 mod common;
 
-use std::io::{BufRead, BufReader, Read as _, Write as _};
-use std::net::TcpStream;
+use std::io::Write as _;
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command, Stdio};
+use std::process::{Command, Stdio};
 use std::time::Duration;
 
-use common::{Worker, host_program, text};
+use common::{Server, Worker, host_program, text};
 use gguf_tools::synth::Spec;
 
 /// A block of commands.
@@ -63,47 +62,8 @@ fn blocks(document: &str) -> Vec<Block> {
 struct Machine {
     home: tempfile::TempDir,
     worker: Option<Worker>,
+    /// it stays while other lines are pasted into another terminal
     server: Option<Server>,
-}
-
-/// `dim-host serve`, which stays while other lines are pasted into another terminal.
-struct Server {
-    child: Child,
-    address: String,
-}
-
-impl Server {
-    /// Ready when it says that it is well.
-    fn spawn(command: &mut Command) -> Server {
-        let mut child = command.stdout(Stdio::piped()).spawn().unwrap();
-        let mut line = String::new();
-        BufReader::new(child.stdout.take().unwrap()).read_line(&mut line).unwrap();
-        let address = line.trim().strip_prefix("listening on http://").expect(&line).to_owned();
-        let server = Server { child, address };
-        for _ in 0..600 {
-            if server.health().contains(" 200 ") {
-                return server;
-            }
-            std::thread::sleep(Duration::from_millis(50));
-        }
-        panic!("not ready: {}", server.health())
-    }
-
-    fn health(&self) -> String {
-        let mut stream = TcpStream::connect(&self.address).unwrap();
-        let head = format!("GET /health HTTP/1.1\r\nHost: {}\r\nConnection: close\r\n\r\n", self.address);
-        stream.write_all(head.as_bytes()).unwrap();
-        let mut said = String::new();
-        let _ = stream.read_to_string(&mut said);
-        said
-    }
-}
-
-impl Drop for Server {
-    fn drop(&mut self) {
-        let _ = self.child.kill();
-        let _ = self.child.wait();
-    }
 }
 
 impl Machine {
@@ -147,8 +107,9 @@ impl Machine {
         let worker = other.worker.as_ref();
         let line = worker.map_or(line.to_owned(), |w| line.replace("192.168.1.20:7878", &w.address));
         if line.starts_with("dim-host serve") {
-            let mut command = self.shell(&format!("exec {line} --listen 127.0.0.1:0"));
-            self.server = Some(Server::spawn(&mut command));
+            let server = Server::spawn(&mut self.shell(&format!("exec {line} --listen 127.0.0.1:0")));
+            wait_until_well(&server);
+            self.server = Some(server);
             return String::new();
         }
         let server = self.server.as_ref().filter(|_| line.starts_with("curl "));
@@ -178,6 +139,18 @@ impl Machine {
     }
 }
 
+/// Until the server says that it is well.
+fn wait_until_well(server: &Server) {
+    let health = || server.ask(&format!("GET /health HTTP/1.1\r\nHost: {}", server.address), "");
+    for _ in 0..600 {
+        if health().0 == 200 {
+            return;
+        }
+        std::thread::sleep(Duration::from_millis(50));
+    }
+    panic!("not ready: {}", health().2)
+}
+
 /// The pairing code that a worker shows.
 fn code_of(worker: &Worker) -> String {
     let is_code = |l: &&str| l.len() > 20 && l.chars().all(|c| c == '-' || c.is_ascii_alphanumeric());
@@ -186,7 +159,7 @@ fn code_of(worker: &Worker) -> String {
         if let Some(code) = said.lines().map(str::trim).find(is_code) {
             return format!("{code}\n");
         }
-        std::thread::sleep(std::time::Duration::from_millis(10));
+        std::thread::sleep(Duration::from_millis(10));
     }
     panic!("no code in {}", worker.stderr.lock().unwrap())
 }

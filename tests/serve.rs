@@ -3,29 +3,13 @@
 
 mod common;
 
-use std::io::{BufRead, BufReader, Read, Write};
+use std::io::{BufRead, BufReader, Write};
 use std::net::TcpStream;
-use std::process::{Child, Command, Stdio};
+use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
-use common::{Cut, PROMPT, Worker, failure, host_program, report};
+use common::{Answer, Cut, PROMPT, Server, Worker, failure, report};
 use serde_json::{Value, json};
-
-/// A server; ended when it is dropped.
-struct Server {
-    child: Child,
-    address: String,
-}
-
-impl Drop for Server {
-    fn drop(&mut self) {
-        let _ = self.child.kill();
-        let _ = self.child.wait();
-    }
-}
-
-/// An answer: status, head, body.
-struct Answer(u16, String, String);
 
 impl Answer {
     fn json(&self) -> Value {
@@ -41,47 +25,14 @@ impl Answer {
 }
 
 fn command(cut: &Cut, worker: &str, more: &[&str]) -> Command {
-    let mut command = Command::new(host_program());
-    command.arg("serve").arg("--split").arg(&cut.split).arg("--key-file").arg(&cut.key);
-    command.args([
-        "--worker",
-        worker,
-        "--listen",
-        "127.0.0.1:0",
-        "--threads",
-        "1",
-        "--ctx",
-        "512",
-        "--wire",
-        "f32",
-    ]);
-    command.args(more);
+    let mut command = cut.host("serve", &[worker]);
+    command.args(["--listen", "127.0.0.1:0", "--threads", "1", "--ctx", "512", "--wire", "f32"]).args(more);
     command
 }
 
 impl Server {
     fn start(cut: &Cut, worker: &str, more: &[&str]) -> Server {
-        let mut child =
-            command(cut, worker, more).stdout(Stdio::piped()).stderr(Stdio::null()).spawn().unwrap();
-        let mut line = String::new();
-        BufReader::new(child.stdout.take().unwrap()).read_line(&mut line).unwrap();
-        let address = line.trim().strip_prefix("listening on http://").expect(&line).to_owned();
-        Server { child, address }
-    }
-
-    fn send(&self, head: &str, body: &str) -> TcpStream {
-        let mut stream = TcpStream::connect(&self.address).unwrap();
-        stream.set_read_timeout(Some(Duration::from_secs(60))).unwrap();
-        write!(stream, "{head}\r\nContent-Length: {}\r\nConnection: close\r\n\r\n{body}", body.len())
-            .unwrap();
-        stream
-    }
-
-    fn ask(&self, head: &str, body: &str) -> Answer {
-        let mut text = String::new();
-        self.send(head, body).read_to_string(&mut text).unwrap();
-        let (head, body) = text.split_once("\r\n\r\n").unwrap_or_else(|| panic!("no head: {text}"));
-        Answer(head[9..12].parse().unwrap(), head.to_ascii_lowercase(), body.to_owned())
+        Server::spawn(command(cut, worker, more).stderr(Stdio::null()))
     }
 
     fn get(&self, path: &str) -> Value {

@@ -1,4 +1,4 @@
-//! What the tests with real processes have in common: a cut model, workers, hosts, and a relay between them.
+//! What the tests with real processes have in common: a cut model, workers, hosts, servers, and a relay between them.
 #![allow(dead_code, reason = "each test program uses a part of it")]
 
 use std::io::{BufRead, BufReader, Read, Write};
@@ -8,6 +8,7 @@ use std::process::{Child, Command, Output, Stdio};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, LazyLock, Mutex};
 use std::thread::JoinHandle;
+use std::time::Duration;
 
 use dim::host::report::Report;
 use gguf_tools::gguf::write::{GgufWriter, TensorSpec};
@@ -114,13 +115,19 @@ impl Cut {
         Worker::start(&self.slice(i), &self.key, &[])
     }
 
-    /// `dim-host generate` for this model, with the options every run here has in common.
-    pub(crate) fn generate(&self, workers: &[&str], more: &[&str]) -> Command {
+    /// A command of `dim-host` with this split, its key and `workers`.
+    pub(crate) fn host(&self, name: &str, workers: &[&str]) -> Command {
         let mut command = Command::new(host_program());
-        command.arg("generate").arg("--split").arg(&self.split).arg("--key-file").arg(&self.key);
+        command.arg(name).arg("--split").arg(&self.split).arg("--key-file").arg(&self.key);
         for worker in workers {
             command.args(["--worker", worker]);
         }
+        command
+    }
+
+    /// `dim-host generate` for this model, with the options every run here has in common.
+    pub(crate) fn generate(&self, workers: &[&str], more: &[&str]) -> Command {
+        let mut command = self.host("generate", workers);
         command.args(COMMON).args(more);
         command
     }
@@ -276,7 +283,7 @@ impl Worker {
         let address = line.trim().strip_prefix("listening on ").map(str::to_owned);
         let address = address.unwrap_or_else(|| {
             let _ = child.wait();
-            std::thread::sleep(std::time::Duration::from_millis(100));
+            std::thread::sleep(Duration::from_millis(100));
             panic!("{command:?} does not listen: {}", stderr.lock().unwrap())
         });
         Worker { child, address, stderr, reader: Some(reader) }
@@ -308,6 +315,49 @@ impl Drop for Worker {
         if let Some(reader) = self.reader.take() {
             let _ = reader.join();
         }
+    }
+}
+
+/// A `dim-host serve` process; ended when it is dropped.
+pub(crate) struct Server {
+    child: Child,
+    pub address: String,
+}
+
+/// An answer of a server: status, head in lower case, body.
+pub(crate) struct Answer(pub u16, pub String, pub String);
+
+impl Server {
+    /// Starts what `command` says and waits until it listens.
+    pub(crate) fn spawn(command: &mut Command) -> Server {
+        let mut child = command.stdout(Stdio::piped()).spawn().unwrap();
+        let mut line = String::new();
+        BufReader::new(child.stdout.take().unwrap()).read_line(&mut line).unwrap();
+        let address = line.trim().strip_prefix("listening on http://").expect(&line).to_owned();
+        Server { child, address }
+    }
+
+    /// Sends a request, after which the server closes; `head`: its lines, without the last line break.
+    pub(crate) fn send(&self, head: &str, body: &str) -> TcpStream {
+        let mut stream = TcpStream::connect(&self.address).unwrap();
+        stream.set_read_timeout(Some(Duration::from_secs(60))).unwrap();
+        write!(stream, "{head}\r\nContent-Length: {}\r\nConnection: close\r\n\r\n{body}", body.len())
+            .unwrap();
+        stream
+    }
+
+    pub(crate) fn ask(&self, head: &str, body: &str) -> Answer {
+        let mut text = String::new();
+        self.send(head, body).read_to_string(&mut text).unwrap();
+        let (head, body) = text.split_once("\r\n\r\n").unwrap_or_else(|| panic!("no head: {text}"));
+        Answer(head[9..12].parse().unwrap(), head.to_ascii_lowercase(), body.to_owned())
+    }
+}
+
+impl Drop for Server {
+    fn drop(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
     }
 }
 
@@ -440,7 +490,7 @@ fn comes_true(flag: &AtomicBool) -> bool {
         if flag.load(Ordering::SeqCst) {
             return true;
         }
-        std::thread::sleep(std::time::Duration::from_millis(1));
+        std::thread::sleep(Duration::from_millis(1));
     }
     false
 }
@@ -451,9 +501,9 @@ impl RelayState {
         loop {
             match self.pace.load(Ordering::SeqCst) {
                 u64::MAX => return,
-                0 => std::thread::sleep(std::time::Duration::from_millis(1)),
+                0 => std::thread::sleep(Duration::from_millis(1)),
                 pace => {
-                    return std::thread::sleep(std::time::Duration::from_secs_f64(n as f64 / pace as f64));
+                    return std::thread::sleep(Duration::from_secs_f64(n as f64 / pace as f64));
                 }
             }
         }
