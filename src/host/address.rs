@@ -59,6 +59,7 @@ pub fn complete(text: &str) -> Result<String, BadAddress> {
         return Err(BadAddress::Url(text.to_owned()));
     }
     let (host, port) = split(text)?;
+    let port = port.unwrap_or(DEFAULT_PORT);
     if let Some(v6) = host.strip_prefix('[').and_then(|host| host.strip_suffix(']')) {
         return Ok(format!("[{}]:{port}", with_zone(v6, text)?));
     }
@@ -69,38 +70,34 @@ pub fn complete(text: &str) -> Result<String, BadAddress> {
     }
 }
 
-/// Whether an address that can be completed says its port itself.
+/// Whether an address says its port itself.
 pub(crate) fn names_its_port(text: &str) -> bool {
-    let text = text.trim();
-    match text.rfind(']') {
-        Some(end) => end + 1 < text.len(),
-        None => text.matches(':').count() == 1,
-    }
+    split(text.trim()).is_ok_and(|(_, port)| port.is_some())
 }
 
-/// Host, with its brackets, and port.
-fn split(text: &str) -> Result<(String, u16), BadAddress> {
+/// Host, with its brackets, and the port that is written.
+fn split(text: &str) -> Result<(String, Option<u16>), BadAddress> {
     let bad_port = |port: &str| BadAddress::Port { address: text.to_owned(), port: port.to_owned() };
     let port = |port: &str| match port.parse() {
-        Ok(n) if n > 0 => Ok(n),
+        Ok(n) if n > 0 => Ok(Some(n)),
         _ => Err(bad_port(port)),
     };
     if text.starts_with('[') {
         let end = text.find(']').ok_or_else(|| BadAddress::Name(text.to_owned()))?;
         return match text[end + 1..].strip_prefix(':') {
             Some(after) => Ok((text[..=end].to_owned(), port(after)?)),
-            None if end + 1 == text.len() => Ok((text.to_owned(), DEFAULT_PORT)),
+            None if end + 1 == text.len() => Ok((text.to_owned(), None)),
             None => Err(BadAddress::Name(text.to_owned())),
         };
     }
     match text.matches(':').count() {
-        0 => Ok((text.to_owned(), DEFAULT_PORT)),
+        0 => Ok((text.to_owned(), None)),
         1 => {
             let (host, after) = text.split_once(':').unwrap_or((text, ""));
             Ok((host.to_owned(), port(after)?))
         }
         // an address of version 6 by itself
-        _ => Ok((format!("[{text}]"), DEFAULT_PORT)),
+        _ => Ok((format!("[{text}]"), None)),
     }
 }
 

@@ -17,23 +17,43 @@ use crate::event::{Event, Events};
 pub(crate) trait Engine: Send {
     /// `split` or `stock`.
     fn mode(&self) -> &'static str;
-    /// Evaluates `tokens` from `position` on, in chunks of the micro-batch, and puts the last one's logits (n_vocab)
-    /// in the place of what `logits` held, which is used for the next. How many were evaluated: all of them, unless `stop`
-    /// was set meanwhile.
+    /// Evaluates `tokens` from `position` on, in chunks of the micro-batch, and gives `on_logits` the logits of those that
+    /// it wants, (n_wanted, n_vocab), a chunk at a time in order; it gives back a buffer for the next ones. How many were
+    /// evaluated: all of them, unless `stop` was set meanwhile.
+    fn run(
+        &mut self,
+        position: u32,
+        tokens: &[i32],
+        stop: Option<&AtomicBool>,
+        wants: &dyn Fn(usize) -> bool,
+        on_logits: &mut dyn FnMut(Vec<f32>) -> Option<Vec<f32>>,
+    ) -> Result<usize, Error>;
+    /// The same, with the last one's logits (n_vocab) in the place of what `logits` held, which is used for the next.
     fn evaluate(
         &mut self,
         position: u32,
         tokens: &[i32],
         stop: Option<&AtomicBool>,
         logits: &mut Vec<f32>,
-    ) -> Result<usize, Error>;
-    /// Evaluates `tokens` from `position` on and gives every one's logits, a chunk at a time in order.
+    ) -> Result<usize, Error> {
+        let last = tokens.len().wrapping_sub(1);
+        // the last chunk's are the only ones that were asked for
+        let mut keep = |new| Some(std::mem::replace(logits, new));
+        self.run(position, tokens, stop, &|i| i == last, &mut keep)
+    }
+    /// The same, to the end and with everyone's logits.
     fn evaluate_all(
         &mut self,
         position: u32,
         tokens: &[i32],
         on_logits: &mut dyn FnMut(&[f32]),
-    ) -> Result<(), Error>;
+    ) -> Result<(), Error> {
+        let mut lend = |logits: Vec<f32>| {
+            on_logits(&logits);
+            Some(logits)
+        };
+        self.run(position, tokens, None, &|_| true, &mut lend).map(drop)
+    }
     /// Forgets everything from `position` on.
     fn rewind(&mut self, position: u32) -> Result<(), Error>;
     /// What each stage has done so far, whoever it was for, and what has crossed sockets; nothing where that is not known
@@ -78,14 +98,18 @@ pub(crate) struct SplitSession {
     wire_dtype: &'static str,
 }
 
-impl SplitSession {
+impl Engine for SplitSession {
+    fn mode(&self) -> &'static str {
+        "split"
+    }
+
     fn run(
         &mut self,
         position: u32,
         tokens: &[i32],
         stop: Option<&AtomicBool>,
-        want: impl Fn(usize) -> bool,
-        on_logits: impl FnMut(Vec<f32>) -> Option<Vec<f32>>,
+        wants: &dyn Fn(usize) -> bool,
+        on_logits: &mut dyn FnMut(Vec<f32>) -> Option<Vec<f32>>,
     ) -> Result<usize, Error> {
         let session = self.client.session();
         let chunks = tokens.chunks(self.n_ubatch).scan(0, |done, chunk| {
@@ -95,43 +119,12 @@ impl SplitSession {
                 session,
                 position: position + to_u32(first),
                 tokens: chunk.to_vec(),
-                want_logits: (first..*done).map(&want).collect(),
+                want_logits: (first..*done).map(wants).collect(),
                 kind: if tokens.len() == 1 { StepKind::Decode } else { StepKind::Prefill },
             })
         });
         let n_out = self.client.run(chunks, stop, on_logits)?;
         Ok(tokens.len().min(n_out * self.n_ubatch))
-    }
-}
-
-impl Engine for SplitSession {
-    fn mode(&self) -> &'static str {
-        "split"
-    }
-
-    fn evaluate(
-        &mut self,
-        position: u32,
-        tokens: &[i32],
-        stop: Option<&AtomicBool>,
-        logits: &mut Vec<f32>,
-    ) -> Result<usize, Error> {
-        let last = tokens.len().wrapping_sub(1);
-        // the last chunk's are the only ones that were asked for
-        self.run(position, tokens, stop, |i| i == last, |new| Some(std::mem::replace(logits, new)))
-    }
-
-    fn evaluate_all(
-        &mut self,
-        position: u32,
-        tokens: &[i32],
-        on_logits: &mut dyn FnMut(&[f32]),
-    ) -> Result<(), Error> {
-        let lend = |logits: Vec<f32>| {
-            on_logits(&logits);
-            Some(logits)
-        };
-        self.run(position, tokens, None, |_| true, lend).map(drop)
     }
 
     fn rewind(&mut self, position: u32) -> Result<(), Error> {
@@ -177,8 +170,8 @@ impl StockEngine {
         position: u32,
         tokens: &[i32],
         stop: Option<&AtomicBool>,
-        want: impl Fn(usize) -> bool,
-        on_logits: &mut dyn FnMut(&[f32]),
+        wants: &dyn Fn(usize) -> bool,
+        on_logits: &mut dyn FnMut(Vec<f32>) -> Option<Vec<f32>>,
     ) -> Result<usize, Error> {
         let mut done = 0;
         let mut logits = Vec::new();
@@ -190,7 +183,7 @@ impl StockEngine {
                 .map(|i| llama_sys_patch::Row {
                     session: SESSION,
                     position: position + to_u32(done + i),
-                    want_output: want(done + i),
+                    want_output: wants(done + i),
                 })
                 .collect();
             let n_wanted = rows.iter().filter(|r| r.want_output).count();
@@ -201,7 +194,7 @@ impl StockEngine {
             self.tokens.truncate(position as usize + done);
             self.tokens.extend_from_slice(chunk);
             if n_wanted > 0 {
-                on_logits(&logits);
+                logits = on_logits(logits).unwrap_or_default();
             }
             done += chunk.len();
         }
@@ -214,7 +207,7 @@ impl StockEngine {
             Err(CannotRewind { .. } | SessionLost { .. }) => {
                 self.context.clear(SESSION)?;
                 let kept = self.tokens[..self.tokens.len().min(position as usize)].to_vec();
-                self.decode(0, &kept, None, |_| false, &mut |_| {}).map(drop)
+                self.decode(0, &kept, None, &|_| false, &mut Some).map(drop)
             }
             other => Ok(other?),
         }
@@ -267,28 +260,15 @@ impl Engine for StockSession {
         "stock"
     }
 
-    fn evaluate(
+    fn run(
         &mut self,
         position: u32,
         tokens: &[i32],
         stop: Option<&AtomicBool>,
-        logits: &mut Vec<f32>,
+        wants: &dyn Fn(usize) -> bool,
+        on_logits: &mut dyn FnMut(Vec<f32>) -> Option<Vec<f32>>,
     ) -> Result<usize, Error> {
-        let last = tokens.len().wrapping_sub(1);
-        let mut keep = |new: &[f32]| {
-            logits.clear();
-            logits.extend_from_slice(new);
-        };
-        self.engine().decode(position, tokens, stop, |i| i == last, &mut keep)
-    }
-
-    fn evaluate_all(
-        &mut self,
-        position: u32,
-        tokens: &[i32],
-        on_logits: &mut dyn FnMut(&[f32]),
-    ) -> Result<(), Error> {
-        self.engine().decode(position, tokens, None, |_| true, on_logits).map(drop)
+        self.engine().decode(position, tokens, stop, wants, on_logits)
     }
 
     fn rewind(&mut self, position: u32) -> Result<(), Error> {
