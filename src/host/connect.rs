@@ -1,6 +1,6 @@
 //! From an assignment to stages that are ready: workers dialled and checked, slices loaded.
 
-use std::sync::OnceLock;
+use std::sync::Arc;
 
 use dim_core::guard::{Guarded, Room};
 use dim_core::pipeline::{Pipeline, StageSlot};
@@ -15,6 +15,7 @@ use crate::host::Host;
 use crate::host::assign::{Assigned, Assignment, Holder, retrying};
 use crate::host::builder::HostOptions;
 use crate::host::engine::SplitEngine;
+use crate::host::prompt::Vocabulary;
 use crate::host::seams::{self, Sides};
 use crate::host::split::Split;
 use crate::retry::{Retry, retry, wait};
@@ -64,7 +65,7 @@ impl Assignment {
             load::stage(path, info, &load_options, events)
         };
         let head = local(&split.files.head, &split.head)?;
-        let vocabulary = head.inner().model().clone();
+        let vocabulary = Arc::new(Vocabulary::new(head.inner().model().clone()));
         let mut sides = vec![Sides::of_stage("the head", &head)];
         let mut stages = vec![StageSlot::Local(Box::new(head))];
         for middle in dialled {
@@ -89,7 +90,7 @@ impl Assignment {
         events.tell(Event::Ready { stages: placements, n_blocks: split.head.model_blocks });
         let engine = SplitEngine::new(pipeline, n_ubatch, options.sessions, events.clone());
         let model_name = split.head.model_name.as_str().into();
-        Ok(Host { engine, vocabulary, n_ctx, model_name, control_names: OnceLock::new() })
+        Ok(Host { engine, vocabulary, n_ctx, model_name })
     }
 }
 

@@ -27,7 +27,7 @@ pub mod text;
 mod whole;
 
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, OnceLock};
+use std::sync::Arc;
 
 use llama_sys_patch::Model;
 
@@ -37,16 +37,15 @@ pub use whole::WholeModel;
 
 use crate::error::Error;
 use engine::SplitEngine;
+use prompt::Vocabulary;
 use template::{ChatTemplate, TemplateError, Turn};
 
 /// A split model, ready: every block in one stage, here or on a worker. Threads may share it.
 pub struct Host {
     engine: SplitEngine,
-    vocabulary: Model,
+    vocabulary: Arc<Vocabulary>,
     n_ctx: u32,
     model_name: Arc<str>,
-    /// the vocabulary's, once somebody talks
-    control_names: OnceLock<Vec<String>>,
 }
 
 impl Host {
@@ -97,7 +96,7 @@ impl Host {
 
     /// The vocabulary and everything else that llama.cpp knows of the model without its middle.
     pub fn vocabulary(&self) -> &Model {
-        &self.vocabulary
+        &self.vocabulary.model
     }
 
     /// A text as tokens, as [`Session::tokenize`] reads it.
@@ -105,7 +104,7 @@ impl Host {
     /// # Errors
     /// [`Error::Text`]: the model has no vocabulary, or the text is too long.
     pub fn tokenize(&self, text: &str, begins: bool) -> Result<Vec<i32>, Error> {
-        prompt::text(&self.vocabulary, text, begins)
+        self.vocabulary.text(text, begins)
     }
 
     /// A conversation as tokens, as [`Session::tokenize_chat`] renders it: for whoever has to know them before a session
@@ -114,8 +113,7 @@ impl Host {
     /// # Errors
     /// The template fails, or as [`tokenize`](Self::tokenize).
     pub fn tokenize_chat(&self, template: &ChatTemplate, turns: &[Turn]) -> Result<Vec<i32>, Error> {
-        let names = self.control_names.get_or_init(|| prompt::control_names(&self.vocabulary));
-        prompt::chat(&self.vocabulary, names, template, turns)
+        self.vocabulary.chat(template, turns)
     }
 
     /// The model's own chat template.
@@ -123,7 +121,7 @@ impl Host {
     /// # Errors
     /// It has none, or one that cannot be used.
     pub fn chat_template(&self) -> Result<ChatTemplate, TemplateError> {
-        self.chat_template_of(&self.vocabulary.chat_template().unwrap_or_default())
+        self.chat_template_of(&self.vocabulary().chat_template().unwrap_or_default())
     }
 
     /// Another chat template for this model: Jinja, as a GGUF has it.
@@ -131,7 +129,7 @@ impl Host {
     /// # Errors
     /// It cannot be used.
     pub fn chat_template_of(&self, source: &str) -> Result<ChatTemplate, TemplateError> {
-        let model = &self.vocabulary;
+        let model = self.vocabulary();
         let special = |token: Option<i32>| {
             let text = token.and_then(|t| model.token_name(t).ok()).unwrap_or_default();
             String::from_utf8_lossy(&text).into_owned()

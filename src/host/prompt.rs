@@ -1,6 +1,8 @@
 //! Texts and conversations as tokens. Only a chat template makes control tokens: what a person or a model wrote never does,
 //! whatever it looks like.
 
+use std::sync::OnceLock;
+
 use llama_sys_patch::Model;
 
 use crate::error::Error;
@@ -11,48 +13,58 @@ use crate::host::template::{ChatTemplate, Turn};
 const OPEN: char = '\u{fdd0}';
 const CLOSE: char = '\u{fdd1}';
 
-/// A text that is to be continued. Special tokens in it are read as such. `begins`: models that want a token before
-/// every text get it; none is put behind this one, though some models want that too.
-pub(crate) fn text(vocabulary: &Model, text: &str, begins: bool) -> Result<Vec<i32>, Error> {
-    let mut tokens = vocabulary.tokenize(text, begins, true).map_err(Error::Text)?;
-    if begins && vocabulary.adds_eos() && tokens.last().copied() == vocabulary.eos() {
-        tokens.pop();
-    }
-    Ok(tokens)
+/// A model's vocabulary, for a host and all its sessions.
+pub(crate) struct Vocabulary {
+    pub model: Model,
+    /// of the tokens that have no text of their own, once somebody talks: a pass over the vocabulary
+    control_names: OnceLock<Vec<String>>,
 }
 
-/// A conversation, ending where the assistant is to speak. `names`: the vocabulary's [`control_names`].
-pub(crate) fn chat(
-    vocabulary: &Model,
-    names: &[String],
-    template: &ChatTemplate,
-    turns: &[Turn],
-) -> Result<Vec<i32>, Error> {
-    let mut turns = turns.to_vec();
-    for turn in &mut turns {
-        turn.content.retain(|c| c != OPEN && c != CLOSE);
-        turn.content = guarded(&turn.content, names);
+impl Vocabulary {
+    /// That of `model`.
+    pub(crate) fn new(model: Model) -> Vocabulary {
+        Vocabulary { model, control_names: OnceLock::new() }
     }
-    let rendered = template.render(&turns)?;
-    // a template may begin with the token that the tokenizer would add again
-    let begins = !template.adds_bos(&rendered);
-    let mut tokens = Vec::new();
-    for (i, piece) in rendered.split(OPEN).enumerate() {
-        // before the first mark, and behind every closing one, is the template's
-        let (said, made) = if i == 0 { ("", piece) } else { piece.split_once(CLOSE).unwrap_or((piece, "")) };
-        if !said.is_empty() {
-            tokens.extend(vocabulary.tokenize(said, false, false).map_err(Error::Text)?);
+
+    /// A text that is to be continued. Special tokens in it are read as such. `begins`: models that want a token before
+    /// every text get it; none is put behind this one, though some models want that too.
+    pub(crate) fn text(&self, text: &str, begins: bool) -> Result<Vec<i32>, Error> {
+        let mut tokens = self.model.tokenize(text, begins, true).map_err(Error::Text)?;
+        if begins && self.model.adds_eos() && tokens.last().copied() == self.model.eos() {
+            tokens.pop();
         }
-        tokens.extend(text(vocabulary, made, begins && i == 0)?);
+        Ok(tokens)
     }
-    Ok(tokens)
+
+    /// A conversation, ending where the assistant is to speak.
+    pub(crate) fn chat(&self, template: &ChatTemplate, turns: &[Turn]) -> Result<Vec<i32>, Error> {
+        let names = self.control_names.get_or_init(|| control_names(&self.model));
+        let mut turns = turns.to_vec();
+        for turn in &mut turns {
+            turn.content.retain(|c| c != OPEN && c != CLOSE);
+            turn.content = guarded(&turn.content, names);
+        }
+        let rendered = template.render(&turns)?;
+        // a template may begin with the token that the tokenizer would add again
+        let begins = !template.adds_bos(&rendered);
+        let mut tokens = Vec::new();
+        for (i, piece) in rendered.split(OPEN).enumerate() {
+            // before the first mark, and behind every closing one, is the template's
+            let (said, made) =
+                if i == 0 { ("", piece) } else { piece.split_once(CLOSE).unwrap_or((piece, "")) };
+            if !said.is_empty() {
+                tokens.extend(self.model.tokenize(said, false, false).map_err(Error::Text)?);
+            }
+            tokens.extend(self.text(made, begins && i == 0)?);
+        }
+        Ok(tokens)
+    }
 }
 
-/// The names of the tokens that have no text of their own: a pass over the vocabulary.
-pub(crate) fn control_names(vocabulary: &Model) -> Vec<String> {
-    let n_vocab = i32::try_from(vocabulary.n_vocab()).unwrap_or(i32::MAX);
-    let is_control = |&id: &i32| vocabulary.token_bytes(id).is_ok_and(|bytes| bytes.is_empty());
-    let name = |id| String::from_utf8(vocabulary.token_name(id).unwrap_or_default()).ok();
+fn control_names(model: &Model) -> Vec<String> {
+    let n_vocab = i32::try_from(model.n_vocab()).unwrap_or(i32::MAX);
+    let is_control = |&id: &i32| model.token_bytes(id).is_ok_and(|bytes| bytes.is_empty());
+    let name = |id| String::from_utf8(model.token_name(id).unwrap_or_default()).ok();
     (0..n_vocab).filter(is_control).filter_map(name).filter(|name| !name.is_empty()).collect()
 }
 

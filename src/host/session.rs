@@ -1,15 +1,14 @@
 //! A conversation: tokens in, tokens out. The core loop: tokens -> logits -> token -> text, and again.
 
+use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant};
 
 use dim_core::pipeline::Snapshot;
-use llama_sys_patch::Model;
 
 use crate::error::{BadOption, Error};
 use crate::host::engine::{Engine, to_u32};
-use crate::host::prompt;
+use crate::host::prompt::Vocabulary;
 use crate::host::report::{Report, StageReport, Stop, WireReport, ms, per_second};
 use crate::host::sampler::{Sampler, Sampling};
 use crate::host::template::{ChatTemplate, Turn};
@@ -25,11 +24,9 @@ use crate::host::text::{StopTexts, TextStream};
 /// made by; dropping it gives its caches back.
 pub struct Session {
     engine: Box<dyn Engine>,
-    vocabulary: Model,
+    vocabulary: Arc<Vocabulary>,
     n_ctx: u32,
     model_name: Arc<str>,
-    /// the vocabulary's, once somebody talks
-    control_names: OnceLock<Vec<String>>,
     /// all of them, prompt and replies
     tokens: Vec<i32>,
     /// how many of them, from the start, the stages' caches hold
@@ -42,16 +39,15 @@ impl Session {
     /// A session that is empty.
     pub(crate) fn new(
         engine: impl Engine + 'static,
-        vocabulary: &Model,
+        vocabulary: &Arc<Vocabulary>,
         n_ctx: u32,
         model_name: &Arc<str>,
     ) -> Session {
         Session {
             engine: Box::new(engine),
-            vocabulary: vocabulary.clone(),
+            vocabulary: Arc::clone(vocabulary),
             n_ctx,
             model_name: Arc::clone(model_name),
-            control_names: OnceLock::new(),
             tokens: Vec::new(),
             evaluated: 0,
             torn: false,
@@ -75,7 +71,7 @@ impl Session {
     /// # Errors
     /// [`Error::Text`]: the model has no vocabulary, or the text is too long.
     pub fn tokenize(&self, text: &str, begins: bool) -> Result<Vec<i32>, Error> {
-        prompt::text(&self.vocabulary, text, begins)
+        self.vocabulary.text(text, begins)
     }
 
     /// A conversation as tokens, ending where the assistant is to speak. Only the template makes control tokens: one that
@@ -84,8 +80,7 @@ impl Session {
     /// # Errors
     /// The template fails, or as [`tokenize`](Self::tokenize).
     pub fn tokenize_chat(&self, template: &ChatTemplate, turns: &[Turn]) -> Result<Vec<i32>, Error> {
-        let names = self.control_names.get_or_init(|| prompt::control_names(&self.vocabulary));
-        prompt::chat(&self.vocabulary, names, template, turns)
+        self.vocabulary.chat(template, turns)
     }
 
     /// Adds a text.
@@ -238,7 +233,7 @@ struct SoFar {
 
 impl<'s> Generation<'s> {
     fn new(session: &'s mut Session, sampling: &Sampling) -> Generation<'s> {
-        let mut sampler = Sampler::new(sampling, session.vocabulary.n_vocab());
+        let mut sampler = Sampler::new(sampling, session.vocabulary.model.n_vocab());
         if let Ok(sampler) = &mut sampler {
             session.tokens.iter().for_each(|&token| sampler.accept(token));
         }
@@ -372,10 +367,10 @@ impl<'s> Generation<'s> {
         self.session.tokens.push(id);
 
         // token -> text
-        let is_end = self.session.vocabulary.is_eog(id);
+        let is_end = self.session.vocabulary.model.is_eog(id);
         let mut text = String::new();
         if !is_end || self.ignore_eos {
-            text = self.stream.push(&self.session.vocabulary.token_bytes(id).unwrap_or_default());
+            text = self.stream.push(&self.session.vocabulary.model.token_bytes(id).unwrap_or_default());
         }
         let (mut text, at_stop_text) = self.stop_texts.push(&text);
 

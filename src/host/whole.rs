@@ -8,6 +8,7 @@ use llama_sys_patch::{ContextParams, FlashAttn, Model, Stock};
 use crate::error::Error;
 use crate::event::{Event, Events};
 use crate::host::engine::{StockEngine, StockModel};
+use crate::host::prompt::Vocabulary;
 use crate::host::session::Session;
 use crate::resources::Resources;
 use crate::stage::load::{load_model, model_name};
@@ -15,7 +16,7 @@ use crate::stage::load::{load_model, model_name};
 /// A whole model in one `llama_context`.
 pub struct WholeModel {
     engine: StockModel,
-    model: Model,
+    vocabulary: Arc<Vocabulary>,
     n_ctx: u32,
     model_name: Arc<str>,
 }
@@ -69,7 +70,8 @@ impl WholeModel {
         let context = Stock::new(&model, &params, None)?;
         let n_batch = context.info().n_batch;
         let engine = StockEngine::new(context, model.n_vocab(), model.n_blocks(), n_batch);
-        Ok(WholeModel { engine: StockModel::new(engine), model, n_ctx, model_name: model_name.into() })
+        let vocabulary = Arc::new(Vocabulary::new(model));
+        Ok(WholeModel { engine: StockModel::new(engine), vocabulary, n_ctx, model_name: model_name.into() })
     }
 
     /// A conversation that begins now; there is one at a time, until it is dropped.
@@ -77,11 +79,11 @@ impl WholeModel {
     /// # Errors
     /// [`Error::NoSession`]: there is one. Or llama.cpp cannot forget the one before.
     pub fn session(&self) -> Result<Session, Error> {
-        Ok(Session::new(self.engine.session()?, &self.model, self.n_ctx, &self.model_name))
+        Ok(Session::new(self.engine.session()?, &self.vocabulary, self.n_ctx, &self.model_name))
     }
 
     /// The model itself.
     pub fn model(&self) -> &Model {
-        &self.model
+        &self.vocabulary.model
     }
 }
