@@ -1,4 +1,4 @@
-//! What was found out about a file at some expense, and holds until the file changes: kept in the user's cache.
+//! What was found out about files at some expense, and holds until one of them changes: kept in the user's cache.
 
 use std::fs;
 use std::io::Write as _;
@@ -6,16 +6,35 @@ use std::path::{Path, PathBuf};
 
 use sha2::{Digest as _, Sha256};
 
-/// A file whose name and content say what was found. Losing it costs finding it again, nothing else, so whatever goes wrong
-/// with it is passed over.
-pub(crate) struct Memory {
+/// A finding about a model's files. Losing it costs finding it again, nothing else, so whatever goes wrong with it is passed
+/// over.
+pub(crate) struct Memory(Option<Vec<Note>>);
+
+impl Memory {
+    /// Of the finding `what` about these files, as they are now; `detail` is what else has to be the same.
+    pub(crate) fn of<'f>(what: &str, files: impl IntoIterator<Item = &'f Path>, detail: &str) -> Memory {
+        Memory(files.into_iter().map(|file| Note::of(what, file, detail)).collect())
+    }
+
+    /// Whether it was found before, and the files are as they were then.
+    pub(crate) fn holds(&self) -> bool {
+        self.0.as_ref().is_some_and(|notes| notes.iter().all(Note::holds))
+    }
+
+    /// It was found.
+    pub(crate) fn keep(&self) {
+        self.0.iter().flatten().for_each(Note::keep);
+    }
+}
+
+/// What is remembered of one of the files: a file whose name and content say what was found.
+struct Note {
     file: PathBuf,
     content: String,
 }
 
-impl Memory {
-    /// Of the finding `what` about the file at `path`, as it is now; `detail` is what else has to be the same.
-    pub(crate) fn of(what: &str, path: &Path, detail: &str) -> Option<Memory> {
+impl Note {
+    fn of(what: &str, path: &Path, detail: &str) -> Option<Note> {
         let path = path.canonicalize().ok()?;
         let metadata = fs::metadata(&path).ok()?;
         let changed = |time: std::io::Result<std::time::SystemTime>| {
@@ -39,16 +58,14 @@ impl Memory {
             .take(16)
             .map(|b| format!("{b:02x}"))
             .collect();
-        Some(Memory { file: folder()?.join(what).join(name), content })
+        Some(Note { file: folder()?.join(what).join(name), content })
     }
 
-    /// Whether it was found before, and the file is as it was then.
-    pub(crate) fn holds(&self) -> bool {
+    fn holds(&self) -> bool {
         fs::read_to_string(&self.file).is_ok_and(|found| found == self.content)
     }
 
-    /// It was found.
-    pub(crate) fn keep(&self) {
+    fn keep(&self) {
         let Some(folder) = self.file.parent() else { return };
         if fs::create_dir_all(folder).is_err() {
             return;

@@ -30,13 +30,12 @@ pub(crate) fn survive(files: &[PathBuf]) -> Result<(), Error> {
     let (Some(program), Some(first)) = (program(), files.first()) else { return Ok(()) };
     // another llama.cpp may take a file otherwise
     let version = format!("llama-cpp-sys-2 {}", llama_sys_patch::LLAMA_CPP_SYS_VERSION);
-    let of = |file: &PathBuf| Memory::of("survived", file, &version);
-    let memories: Option<Vec<Memory>> = files.iter().map(of).collect();
-    if memories.as_ref().is_some_and(|all| all.iter().all(Memory::holds)) {
+    let memory = Memory::of("survived", files.iter().map(PathBuf::as_path), &version);
+    if memory.holds() {
         return Ok(());
     }
     apart::try_file(program, files.to_vec())
         .map_err(|why| Error::Unsurvived { path: Path::to_owned(first), why: Box::new(why) })?;
-    memories.iter().flatten().for_each(Memory::keep);
+    memory.keep();
     Ok(())
 }

@@ -26,6 +26,17 @@ pub enum Verify {
     Never,
 }
 
+impl Verify {
+    /// Whether they need not be compared now: `memory` is of a comparison.
+    fn is_content_with(self, memory: &Memory) -> bool {
+        match self {
+            Verify::Never => true,
+            Verify::Once => memory.holds(),
+            Verify::Always => false,
+        }
+    }
+}
+
 /// Reads a slice's header, checks it, and its weights as `when` says; `progress` hears bytes read and bytes in all.
 ///
 /// # Errors
@@ -37,16 +48,12 @@ pub fn open_slice(
 ) -> Result<SliceInfo, SliceError> {
     let gguf = Gguf::open(path)?;
     let info = SliceInfo::of(&gguf)?;
-    let memory = Memory::of("verified", path, &info.slice_sha256.to_string());
-    match when {
-        Verify::Never => return Ok(info),
-        Verify::Once if memory.as_ref().is_some_and(Memory::holds) => return Ok(info),
-        Verify::Once | Verify::Always => {}
+    let memory = Memory::of("verified", [path], &info.slice_sha256.to_string());
+    if when.is_content_with(&memory) {
+        return Ok(info);
     }
     let info = verify_opened(&gguf, progress)?;
-    if let Some(memory) = memory {
-        memory.keep();
-    }
+    memory.keep();
     Ok(info)
 }
 
@@ -68,9 +75,8 @@ impl From<&SliceInfo> for CutFrom {
 impl CutFrom {
     /// Of a manifest; `None`: it holds something else than digests.
     pub fn of(model: &ModelEntry) -> Option<CutFrom> {
-        let params_sha256 = model.params_sha256.as_deref().map(Sha::parse);
-        let params_sha256 = match params_sha256 {
-            Some(parsed) => Some(parsed?),
+        let params_sha256 = match &model.params_sha256 {
+            Some(hex) => Some(Sha::parse(hex)?),
             None => None,
         };
         Some(CutFrom { model_sha256: Sha::parse(&model.sha256)?, params_sha256 })
@@ -90,27 +96,23 @@ pub fn is_cut_from(
 ) -> Result<(), Error> {
     let another = |differ| Err(Error::CutFromAnother { path: path.to_owned(), differ });
     let gguf = Gguf::open(path)?;
-    let arch =
-        gguf.get("general.architecture").as_ref().and_then(Value::as_str).unwrap_or_default().to_owned();
-    if cut.params_sha256.is_some_and(|params| params != digest::of_params(&gguf, &arch)) {
+    let arch = gguf.get("general.architecture");
+    let arch = arch.as_ref().and_then(Value::as_str).unwrap_or_default();
+    if cut.params_sha256.is_some_and(|params| params != digest::of_params(&gguf, arch)) {
         return another("parameters");
     }
-    let of = |file: &Path| Memory::of("identity", file, &cut.model_sha256.to_string());
-    let memories: Option<Vec<Memory>> = gguf.files().map(of).collect();
-    match when {
-        Verify::Never => return Ok(()),
-        Verify::Once if memories.as_ref().is_some_and(|all| all.iter().all(Memory::holds)) => return Ok(()),
-        Verify::Once | Verify::Always => {}
+    let memory = Memory::of("identity", gguf.files(), &cut.model_sha256.to_string());
+    if when.is_content_with(&memory) {
+        return Ok(());
     }
-    let all = gguf.tensors().map(|tensor| tensor.n_bytes()).sum();
     let mut done = 0;
-    let mut each = |n| {
+    let each = |n| {
         done += n;
-        progress(done, all);
+        progress(done, gguf.tensor_bytes());
     };
-    if digest::of_model(&gguf, &mut each)? != cut.model_sha256 {
+    if digest::of_model(&gguf, each)? != cut.model_sha256 {
         return another("weights");
     }
-    memories.iter().flatten().for_each(Memory::keep);
+    memory.keep();
     Ok(())
 }

@@ -12,7 +12,6 @@ use dim::{
 use dim_wire::keys::KeyStore;
 use dim_wire::transport::discover::MDNS_PORT;
 use gguf_tools::failure::Failure;
-use gguf_tools::gguf::Gguf;
 use gguf_tools::manifest::Manifest;
 use gguf_tools::slice::SliceInfo;
 use llama_sys_patch::LogLevel;
@@ -81,7 +80,7 @@ impl SplitArgs {
         let files = match (&self.split, &self.head, &self.tail) {
             (Some(split), ..) => Host::open(split),
             (None, Some(head), Some(tail)) => Host::of_slices(head, &self.middle, tail),
-            _ => return Err(Failure::misuse("give --split STEM.split.json, or --head FILE and --tail FILE")),
+            _ => return Err(no_slices()),
         };
         let mut host = files
             .map_err(explain)?
@@ -111,15 +110,9 @@ impl SplitArgs {
     /// The manifest, or the head, cannot be read.
     pub fn cut_from(&self) -> Result<CutFrom, Failure> {
         match (&self.split, &self.head) {
-            (Some(split), _) => CutFrom::of(&Manifest::read(split)?.model)
-                .ok_or_else(|| Failure::misuse(format!("{}: its digests are none", split.display()))),
-            (None, Some(head)) => {
-                let gguf = Gguf::open(head)?;
-                Ok((&SliceInfo::of(&gguf).map_err(Error::from).map_err(explain)?).into())
-            }
-            (None, None) => {
-                Err(Failure::misuse("give --split STEM.split.json, or --head FILE and --tail FILE"))
-            }
+            (Some(split), _) => cut_from(split, &Manifest::read(split)?),
+            (None, Some(head)) => Ok((&SliceInfo::read(head).map_err(explain)?).into()),
+            (None, None) => Err(no_slices()),
         }
     }
 
@@ -166,6 +159,19 @@ impl PatienceArgs {
             ..Patience::default()
         }
     }
+}
+
+/// What the manifest at `split` says of the model that was cut.
+///
+/// # Errors
+/// It holds something else than digests.
+pub fn cut_from(split: &Path, manifest: &Manifest) -> Result<CutFrom, Failure> {
+    CutFrom::of(&manifest.model)
+        .ok_or_else(|| Failure::misuse(format!("{}: its digests are none", split.display())))
+}
+
+fn no_slices() -> Failure {
+    Failure::misuse("give --split STEM.split.json, or --head FILE and --tail FILE")
 }
 
 /// The keys one of which is a worker's, the likeliest first: from a file, or from pairing.

@@ -8,6 +8,7 @@ use gguf_tools::gguf::Gguf;
 use gguf_tools::manifest::{Manifest, SliceEntry};
 use gguf_tools::plan::Role;
 
+use crate::commands::same_model;
 use crate::launch::{CAN_PIN, Program, beside};
 use crate::link::LinkOptions;
 use crate::record::{Arm, Scenario};
@@ -15,8 +16,8 @@ use crate::report::{Page, read_all};
 use crate::run::{Experiment, RpcServer, Workers, run as run_plan};
 use dim::Verify;
 use dim::stage::load::model_name;
-use dim::stage::verified::{CutFrom, is_cut_from, open_slice};
-use dim_cli::args::WireType;
+use dim::stage::verified::open_slice;
+use dim_cli::args::{WireType, cut_from};
 use dim_cli::explain;
 use dim_cli::progress::ProgressLine;
 use gguf_tools::failure::Failure;
@@ -100,11 +101,7 @@ pub fn run(args: &AbArgs) -> Result<(), Failure> {
     let model_parts: Vec<PathBuf> = gguf.files().map(Path::to_owned).collect();
     drop(gguf);
     let manifest = Manifest::read(&args.split)?;
-    let cut = CutFrom::of(&manifest.model)
-        .ok_or_else(|| Failure::misuse(format!("{}: its digests are none", args.split.display())))?;
-    let mut checking = ProgressLine::new(format!("checking {}", model_name(&args.model)));
-    is_cut_from(&args.model, &cut, Verify::Once, |done, all| checking.update(done, all)).map_err(explain)?;
-    drop(checking);
+    same_model(&args.model, &cut_from(&args.split, &manifest)?, Verify::Once)?;
     let middles: Vec<&SliceEntry> = manifest.slices.iter().filter(|s| s.role == Role::Middle).collect();
     if !args.worker.is_empty() && args.worker.len() != middles.len() {
         return Err(Failure::misuse(format!(

@@ -5,13 +5,11 @@ use std::io::{BufReader, BufWriter, IsTerminal, Read, Seek, SeekFrom, Write};
 use std::path::PathBuf;
 use std::time::{Duration, Instant, SystemTime};
 
+use crate::commands::same_model;
 use crate::machine::{Machine, rfc3339};
 use crate::quality::{Difference, EngineResult, Evaluation, Perplexity, Window, windows};
-use dim::stage::load::model_name;
-use dim::stage::verified::is_cut_from;
 use dim::{Session, WholeModel};
 use dim_cli::args::{MachineArgs, SplitArgs, WireType};
-use dim_cli::progress::ProgressLine;
 use dim_cli::{explain, shown};
 use gguf_tools::failure::Failure;
 use gguf_tools::{tell, terminal};
@@ -132,11 +130,8 @@ impl EvalArgs {
 
     /// The whole model is the one that the slices were cut from.
     fn check_model(&self) -> Result<(), Failure> {
-        let Some(path) = &self.against else { return Ok(()) };
-        let mut checking = ProgressLine::new(format!("checking {}", model_name(path)));
-        let of = self.split.cut_from()?;
-        let progress = |done, all| checking.update(done, all);
-        is_cut_from(path, &of, self.split.verify(), progress).map_err(explain)
+        let Some(model) = &self.against else { return Ok(()) };
+        same_model(model, &self.split.cut_from()?, self.split.verify())
     }
 }
 
