@@ -259,17 +259,6 @@ fn only_a_template_makes_control_tokens() {
     assert_eq!(said("hello"), session.tokenize(rendered, true).unwrap());
 }
 
-/// What a chat says on stdout and on stderr when it is given `input`.
-fn chat(cut: &Cut, args: &[&str], input: &[u8]) -> (String, String, Option<i32>) {
-    let mut command = Command::new(host_program());
-    command.arg("chat").arg("--split").arg(&cut.split).args(["--threads", "1", "--temp", "0"]).args(args);
-    let mut child =
-        command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
-    child.stdin.take().unwrap().write_all(input).unwrap();
-    let output = child.wait_with_output().unwrap();
-    (text(&output.stdout), text(&output.stderr), output.status.code())
-}
-
 #[test]
 fn a_conversation_longer_than_the_context_forgets_its_oldest_turns() {
     let cut = Cut::tiny("qwen2");
@@ -277,7 +266,7 @@ fn a_conversation_longer_than_the_context_forgets_its_oldest_turns() {
     let file = cut.folder.path().join("talk.json");
     let keep = ["--save", file.to_str().unwrap()];
     let args = [["--ctx", "256"], ["-n", "20"], ["--system", "Brief."], keep].concat();
-    let (out, err, code) = chat(&cut, &args, said.as_bytes());
+    let (out, err, code) = cut.chat(&args, said.as_bytes());
     assert_eq!(code, Some(0), "{err}");
     assert!(err.contains("oldest messages are forgotten]") && !err.contains("error"), "{err}");
     assert!(out.lines().count() >= 12, "{out}");
@@ -289,7 +278,7 @@ fn a_conversation_longer_than_the_context_forgets_its_oldest_turns() {
     // one message that has no room by itself is said so, costs no other, and the next one is answered
     let long = format!("hi\n{}\nshort\n", "x y ".repeat(400));
     let args = ["--ctx", "256", "-n", "4", "--save", file.to_str().unwrap()];
-    let (out, err, code) = chat(&cut, &args, long.as_bytes());
+    let (out, err, code) = cut.chat(&args, long.as_bytes());
     assert_eq!(code, Some(0), "{err}");
     assert!(err.contains("error: this message needs") && out.lines().count() == 2, "{err}{out}");
     let kept: Vec<serde_json::Value> =
@@ -303,7 +292,7 @@ fn a_conversation_survives_typos_other_encodings_and_the_end_of_the_program() {
     let cut = Cut::tiny("qwen2");
     let file = cut.folder.path().join("talk.json");
     let save = ["--ctx", "512", "-n", "3", "--save", file.to_str().unwrap()];
-    let (_, err, code) = chat(&cut, &save, b"caf\xe9\n/halp\n/save\n/help\n/etc/passwd is what?\n");
+    let (_, err, code) = cut.chat(&save, b"caf\xe9\n/halp\n/save\n/help\n/etc/passwd is what?\n");
     assert_eq!(code, Some(0), "{err}");
     assert!(
         err.contains("not UTF-8") && err.contains("there is no /halp") && err.contains("name the file"),
@@ -317,14 +306,14 @@ fn a_conversation_survives_typos_other_encodings_and_the_end_of_the_program() {
     // it goes on where it was: the whole conversation is evaluated
     let resume = ["--ctx", "512", "-n", "3", "--timings", "--resume", file.to_str().unwrap()];
     let n_prompt = |args: &[&str]| {
-        let (_, err, _) = chat(&cut, args, b"and now?\n");
+        let (_, err, _) = cut.chat(args, b"and now?\n");
         let line =
             err.lines().find(|l| l.starts_with("prompt ")).unwrap_or_else(|| panic!("{err}")).to_owned();
         line.split_whitespace().nth(1).unwrap().parse::<usize>().unwrap()
     };
     assert!(n_prompt(&resume) > n_prompt(&resume[..5]) + 20);
     std::fs::write(&file, "[]]").unwrap();
-    let (_, err, code) = chat(&cut, &resume, b"");
+    let (_, err, code) = cut.chat(&resume, b"");
     assert_eq!(code, Some(2));
     assert!(err.contains("is not a conversation"), "{err}");
 }
@@ -332,15 +321,15 @@ fn a_conversation_survives_typos_other_encodings_and_the_end_of_the_program() {
 #[test]
 fn a_model_without_a_template_talks_in_chatml_or_in_what_it_is_given() {
     let cut = Cut::tiny("llama").without_key("tokenizer.chat_template", &["1..2"]);
-    let (out, err, code) = chat(&cut, &["--ctx", "256", "-n", "3"], b"hi\n");
+    let (out, err, code) = cut.chat(&["--ctx", "256", "-n", "3"], b"hi\n");
     assert_eq!(code, Some(0), "{err}");
     assert!(err.contains("no chat template; ChatML is used") && !out.is_empty(), "{err}");
     let jinja = "{% for m in messages %}{{ m.content }}{% endfor %}";
     let args = ["--ctx", "256", "-n", "3", "--timings", "--chat-template", jinja];
-    let (_, err, code) = chat(&cut, &args, b"hi\n");
+    let (_, err, code) = cut.chat(&args, b"hi\n");
     assert_eq!(code, Some(0), "{err}");
     assert!(!err.contains("ChatML"), "{err}");
-    let (_, err, code) = chat(&cut, &["--chat-template", "no-such-name"], b"hi\n");
+    let (_, err, code) = cut.chat(&["--chat-template", "no-such-name"], b"hi\n");
     assert_eq!(code, Some(2));
     assert!(err.contains("--chat-template no-such-name"), "{err}");
 }

@@ -11,7 +11,7 @@ use std::process::Command;
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
-use common::{Worker, failure, host_program, worker_program, write_with};
+use common::{Worker, failure, host_program, key_file, worker_program, write_with};
 use dim::{Host, Key, Resources, RowType, Sampling, Session, WholeModel};
 use gguf_tools::failure::Explained as _;
 use gguf_tools::gguf::{Gguf, Value};
@@ -88,8 +88,7 @@ impl Cut {
         let middles = vec![middle.parse().unwrap()];
         let request = Request { middles, stem: "m".into(), ..Request::default() };
         split(&Plan::new(&gguf, &request).unwrap(), folder.path(), "m", |_| {}).unwrap();
-        let key = folder.path().join("key");
-        std::fs::write(&key, "5a".repeat(32)).unwrap();
+        let key = key_file(folder.path());
         let middle = folder.path().join(format!("m.middle-{middle}.gguf"));
         Cut { folder, middle, key }
     }

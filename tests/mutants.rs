@@ -8,13 +8,14 @@
 mod common;
 
 use std::fmt::Write as _;
-use std::io::{BufRead, BufReader, Read as _};
+use std::io::{BufRead, BufReader};
 use std::os::unix::process::ExitStatusExt as _;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Output, Stdio};
-use std::time::{Duration, Instant};
+use std::sync::mpsc::channel;
+use std::time::Duration;
 
-use common::{Numbers, host_program, text, worker_program};
+use common::{Numbers, host_program, key_file, seed, signal, text, worker_program};
 use gguf_tools::gguf::write::{GgufWriter, TensorSpec};
 use gguf_tools::gguf::{Array, Gguf, TensorType, Value};
 use gguf_tools::synth::{FAMILIES, Spec};
@@ -185,9 +186,7 @@ struct Scene {
 impl Scene {
     fn new() -> Scene {
         let dir = tempfile::tempdir().unwrap();
-        let key = dir.path().join("key");
-        std::fs::write(&key, format!("{}\n", "5a".repeat(32))).unwrap();
-        std::fs::set_permissions(&key, std::os::unix::fs::PermissionsExt::from_mode(0o600)).unwrap();
+        let key = key_file(dir.path());
         for folder in ["tmp", "home", "out"] {
             std::fs::create_dir(dir.path().join(folder)).unwrap();
         }
@@ -263,32 +262,17 @@ impl Scene {
     }
 }
 
-fn within(mut child: Child) -> Option<Output> {
-    let (out, err) = (child.stdout.take(), child.stderr.take());
-    let read = |pipe: Option<Box<dyn std::io::Read + Send>>| {
-        std::thread::spawn(move || {
-            let mut bytes = Vec::new();
-            if let Some(mut pipe) = pipe {
-                let _ = pipe.read_to_end(&mut bytes);
-            }
-            bytes
-        })
-    };
-    let out = read(out.map(|p| Box::new(p) as _));
-    let err = read(err.map(|p| Box::new(p) as _));
-    let begun = Instant::now();
-    let status = loop {
-        match child.try_wait().unwrap() {
-            Some(status) => break status,
-            None if begun.elapsed() > HANGS => {
-                let _ = child.kill();
-                let _ = child.wait();
-                return None;
-            }
-            None => std::thread::sleep(Duration::from_millis(2)),
-        }
-    };
-    Some(Output { status, stdout: out.join().unwrap(), stderr: err.join().unwrap() })
+/// What it said and how it ended; `None`: it had to be ended.
+fn within(child: Child) -> Option<Output> {
+    let pid = child.id();
+    let (to, ended) = channel();
+    std::thread::spawn(move || to.send(child.wait_with_output()));
+    let in_time = ended.recv_timeout(HANGS);
+    if in_time.is_err() {
+        signal(pid, "KILL");
+        let _ = ended.recv_timeout(HANGS);
+    }
+    in_time.ok().map(Result::unwrap)
 }
 
 fn judge_end(name: &str, output: &Output) -> Result<bool, String> {
@@ -352,9 +336,8 @@ fn try_mutants(n: usize, seed: u64) -> ([[u32; 2]; KINDS.len()], Vec<String>) {
 
 #[test]
 fn wrong_files_end_no_program_and_leave_nothing_behind() {
-    let seed = std::env::var("DIM_TEST_SEED").ok().and_then(|s| s.parse().ok()).unwrap_or(20_261_128);
     let n = std::env::var("DIM_MUTANTS").ok().and_then(|s| s.parse().ok()).unwrap_or(9 * 24);
-    let (counts, wrong) = try_mutants(n, seed);
+    let (counts, wrong) = try_mutants(n, seed());
     println!("cut and refused, of each kind: {counts:?}");
     assert!(wrong.is_empty(), "{} of {n}:\n{}", wrong.len(), wrong.join("\n"));
     let of = |i: usize| counts.iter().map(|kind| kind[i]).sum::<u32>();

@@ -11,7 +11,7 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::LazyLock;
 
-use common::{Worker, host_program, real_model, report, run, text, top, worker_program};
+use common::{Worker, host_program, key_file, real_model, report, run, text, top, worker_program};
 use dim::host::template::{ChatTemplate, Role, Turn};
 use dim::host::text::TextStream;
 use dim_ab::quality::Evaluation;
@@ -56,8 +56,7 @@ impl Real {
         let request = Request { middles, stem: "smollm2".into(), ..Request::default() };
         let manifest = split(&Plan::new(&gguf, &request).unwrap(), &folder, "smollm2", |_| {}).unwrap();
         let split = folder.join("smollm2.split.json");
-        let key = folder.join("key");
-        std::fs::write(&key, format!("{}\n", "5a".repeat(32))).unwrap();
+        let key = key_file(&folder);
         let middle = Manifest::slice_path(&split, &manifest.slices[1]);
         Real { model, split, middle, key, folder }
     }

@@ -2,10 +2,7 @@
 
 mod common;
 
-use std::io::Write as _;
-use std::process::{Command, Stdio};
-
-use common::{Cut, Numbers, host_program, text};
+use common::{Cut, Numbers, host_program, seed, text};
 use dim::host::template::{CHATML, ChatTemplate, Role, TemplateError, Turn};
 
 /// Templates are read by the real program, as its own are.
@@ -259,8 +256,7 @@ fn random_templates_end_in_a_text_or_a_sentence() {
         "float",
         "\n",
     ];
-    let seed = std::env::var("DIM_TEST_SEED").ok().and_then(|s| s.parse().ok()).unwrap_or(20_261_128);
-    let mut numbers = Numbers(seed);
+    let mut numbers = Numbers(seed());
     let mut rendered = 0;
     for _ in 0..400 {
         let mut source = String::new();
@@ -288,18 +284,12 @@ fn random_templates_end_in_a_text_or_a_sentence() {
     assert!(rendered > 10, "{rendered}");
 }
 
-/// What a chat says on stdout and on stderr when it is given `input`, and its exit code.
+/// What a chat with this template says, as [`Cut::chat`].
 fn chat(cut: &Cut, template: &str, input: &str) -> (String, String, Option<i32>) {
     let file = cut.folder.path().join("template.jinja");
     std::fs::write(&file, template).unwrap();
-    let mut command = Command::new(host_program());
-    command.arg("chat").arg("--split").arg(&cut.split).arg("--chat-template").arg(&file);
-    command.args(["--threads", "1", "--temp", "0", "--ctx", "256", "-n", "3"]);
-    let mut child =
-        command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
-    child.stdin.take().unwrap().write_all(input.as_bytes()).unwrap();
-    let output = child.wait_with_output().unwrap();
-    (text(&output.stdout), text(&output.stderr), output.status.code())
+    let args = ["--ctx", "256", "-n", "3", "--chat-template", file.to_str().unwrap()];
+    cut.chat(&args, input.as_bytes())
 }
 
 #[test]

@@ -11,6 +11,7 @@ use std::thread::JoinHandle;
 use std::time::Duration;
 
 use dim::host::report::Report;
+use dim_core::random::{GOLDEN, mix};
 use gguf_tools::gguf::write::{GgufWriter, TensorSpec};
 use gguf_tools::gguf::{Gguf, Tensor, TensorType, Value};
 use gguf_tools::manifest::Manifest;
@@ -94,8 +95,7 @@ impl Cut {
         };
         let plan = Plan::new(&gguf, &request).unwrap();
         let manifest = split(&plan, folder.path(), "model", |_| {}).unwrap();
-        let key = folder.path().join("key");
-        std::fs::write(&key, format!("{}\n", "5a".repeat(32))).unwrap();
+        let key = key_file(folder.path());
         let split = folder.path().join("model.split.json");
         assert!(split.is_file());
         Cut { model, split, manifest, key, folder }
@@ -138,6 +138,29 @@ impl Cut {
         command.arg("stock").arg("--model").arg(&self.model).args(COMMON).args(more);
         command
     }
+
+    /// What `dim-host chat` with all blocks here says on stdout and on stderr when it is given `input`, and its exit code.
+    pub(crate) fn chat(&self, args: &[&str], input: &[u8]) -> (String, String, Option<i32>) {
+        let mut command = Command::new(host_program());
+        command
+            .arg("chat")
+            .arg("--split")
+            .arg(&self.split)
+            .args(["--threads", "1", "--temp", "0"])
+            .args(args);
+        let mut child =
+            command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
+        child.stdin.take().unwrap().write_all(input).unwrap();
+        let output = child.wait_with_output().unwrap();
+        (text(&output.stdout), text(&output.stderr), output.status.code())
+    }
+}
+
+/// A key in a file of this folder.
+pub(crate) fn key_file(folder: &Path) -> PathBuf {
+    let key = folder.join("key");
+    std::fs::write(&key, format!("{}\n", "5a".repeat(32))).unwrap();
+    key
 }
 
 pub(crate) const COMMON: [&str; 7] = ["--threads", "1", "--ctx", "512", "--json", "-p", PROMPT];
@@ -533,15 +556,17 @@ fn copy(mut from: TcpStream, mut to: TcpStream, let_through: impl Fn(usize) -> u
     let _ = to.shutdown(Shutdown::Both);
 }
 
+/// What tests draw from that try what is random: another `DIM_TEST_SEED`, other trials.
+pub(crate) fn seed() -> u64 {
+    std::env::var("DIM_TEST_SEED").ok().and_then(|s| s.parse().ok()).unwrap_or(20_261_128)
+}
+
 /// A small generator of numbers that are the same in every run: splitmix64.
 pub(crate) struct Numbers(pub u64);
 
 impl Numbers {
     pub(crate) fn below(&mut self, n: u64) -> u64 {
-        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
-        let mut z = self.0;
-        z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-        z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
-        (z ^ (z >> 31)) % n
+        self.0 = self.0.wrapping_add(GOLDEN);
+        mix(self.0) % n
     }
 }
