@@ -23,7 +23,7 @@ enum Command {
     /// Talk with a split model
     Chat(chat::ChatArgs),
     /// Serve a split model to every program that speaks OpenAI's HTTP API
-    Serve(serve::Args),
+    Serve(serve::ServeArgs),
     /// The same as `generate` with stock llama.cpp and the whole model: the other arm of a comparison
     Stock(stock::StockArgs),
     /// Pair with a worker, once: it shows a code, this command takes it

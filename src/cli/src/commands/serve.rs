@@ -14,7 +14,7 @@ use crate::{ended_by, explain, shown};
 
 /// Arguments of `dim-host serve`.
 #[derive(Debug, clap::Args)]
-pub struct Args {
+pub struct ServeArgs {
     #[command(flatten)]
     split: SplitArgs,
     #[command(flatten)]
@@ -64,7 +64,7 @@ struct DoorArgs {
     reader_timeout: u64,
 }
 
-impl Args {
+impl ServeArgs {
     fn options(&self) -> Result<Options, Failure> {
         let door = self.door.clone();
         let keys = door.api_key_file.map(ApiKeys::from_file).transpose().map_err(cannot)?;
@@ -84,7 +84,7 @@ impl Args {
 }
 
 /// Runs it until Ctrl-C.
-pub fn run(args: &Args) -> Result<(), Failure> {
+pub fn run(args: &ServeArgs) -> Result<(), Failure> {
     let options = args.options()?;
     let interrupt = Interrupt::watch();
     let host = args.split.host(&args.machine)?.sessions(args.parallel);
