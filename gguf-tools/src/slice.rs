@@ -285,11 +285,7 @@ pub fn verify_opened(gguf: &Gguf, mut progress: impl FnMut(u64, u64)) -> Result<
     if found != info.slice_sha256 {
         return Err(SliceError::Header { file: file() });
     }
-    let recorded = gguf.get(keys::TENSOR_SHA256);
-    let recorded = recorded.as_ref().and_then(Value::as_array);
-    let recorded: Vec<Option<Sha>> = recorded
-        .map(|a| a.strings().map(|s| std::str::from_utf8(s).ok().and_then(Sha::parse)).collect())
-        .unwrap_or_default();
+    let recorded = tensor_digests(gguf);
     if recorded.len() != gguf.n_tensors() {
         return Err(SliceError::Header { file: file() });
     }
@@ -305,6 +301,15 @@ pub fn verify_opened(gguf: &Gguf, mut progress: impl FnMut(u64, u64)) -> Result<
     }
     padding(gguf, &mut buf)?;
     Ok(info)
+}
+
+/// The digests that a slice says its tensors have, in their order: `None` for a text that is no digest. Empty where it says
+/// none.
+pub(crate) fn tensor_digests(gguf: &Gguf) -> Vec<Option<Sha>> {
+    let digests = gguf.get(keys::TENSOR_SHA256);
+    let digests = digests.as_ref().and_then(Value::as_array);
+    let parse = |text| std::str::from_utf8(text).ok().and_then(Sha::parse);
+    digests.map(|array| array.strings().map(parse).collect()).unwrap_or_default()
 }
 
 /// What stands between the tensors and behind the last one: zeros up to the alignment, as they were written.

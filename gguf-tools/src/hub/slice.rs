@@ -20,11 +20,11 @@ use super::{
 };
 use crate::{
     digest::{self, Sha},
-    gguf::{Gguf, Value},
+    gguf::Gguf,
     manifest::{self, Manifest, SliceEntry},
     os,
     recipe::{ModelSource, Piece, Recipe},
-    slice::{self, Role, SliceInfo, keys},
+    slice::{self, Role, SliceInfo},
 };
 
 /// What came of it.
@@ -261,14 +261,12 @@ fn check_pieces(gguf: &Gguf, recipe: &Recipe, source: &ModelSource) -> Result<Ve
 
 /// Which tensors are not what the header says.
 fn missing(gguf: &Gguf) -> Result<Vec<usize>, HubError> {
-    let digests = gguf.get(keys::TENSOR_SHA256);
-    let digests = digests.as_ref().and_then(Value::as_array);
-    let digests: Vec<&[u8]> = digests.map(|array| array.strings().collect()).unwrap_or_default();
+    let digests = slice::tensor_digests(gguf);
     let mut buf = vec![0; 256 << 10];
     let mut missing = Vec::new();
     for (index, tensor) in gguf.tensors().enumerate() {
-        let found = digest::of_tensor(&tensor, &mut buf, |_| {})?.to_string();
-        if digests.get(index) != Some(&found.as_bytes()) {
+        let found = digest::of_tensor(&tensor, &mut buf, |_| {})?;
+        if digests.get(index) != Some(&Some(found)) {
             missing.push(index);
         }
     }

@@ -82,17 +82,13 @@ fn compare(
             return differs(found.key);
         }
     }
-    let digests = gguf.get(keys::TENSOR_SHA256);
-    let digests = digests.as_ref().and_then(Value::as_array);
-    let digests: Vec<&[u8]> = digests.map(|a| a.strings().collect()).unwrap_or_default();
+    let digests = slice::tensor_digests(gguf);
     for (i, (found, (spec, source))) in gguf.tensors().zip(&slice.tensors).enumerate() {
         let described =
             found.name() == spec.name && found.tensor_type() == spec.tensor_type && found.dims() == spec.dims;
         let carried = match source {
             // equal digests of what was just read from both
-            Source::Whole(tensor) => {
-                digests.get(i) == Some(&of_model[plan.gguf.index_of(tensor)].to_string().as_bytes())
-            }
+            Source::Whole(tensor) => digests.get(i) == Some(&Some(of_model[plan.gguf.index_of(tensor)])),
             Source::Start(tensor) => {
                 let (mut a, mut b) = (vec![0; found.n_bytes() as usize], vec![0; found.n_bytes() as usize]);
                 found.read_at(0, &mut a)?;
