@@ -16,10 +16,10 @@
 use std::{borrow::Cow, fmt, ops::Range, path::PathBuf};
 
 use dim_core::blocks::BlockRange;
-use serde::{Deserialize, Serialize};
+use serde::{Deserialize, Serialize, de::DeserializeOwned};
 
 use crate::{
-    apart::{self, Died},
+    apart::{self, Died, Task},
     failure::Explained,
     gguf::{
         Gguf,
@@ -161,17 +161,13 @@ impl Ask {
         hparams: &Hparams,
         ranges: &[BlockRange],
     ) -> Result<Survey, NeedsError> {
-        let files = Self::files(gguf);
-        let asked = || ranges.iter().map(|blocks| blocks.as_range()).collect::<Vec<_>>();
-        let survey = match self {
-            Ask::Here if apart::IS_BUILT_IN && !files.is_empty() => apart::survey(&files, &asked())?,
-            Ask::Apart(program) if apart::IS_BUILT_IN && !files.is_empty() => {
-                let answer: Result<Survey, Refusal> =
-                    apart::Task::Survey { files, ranges: asked() }.ask(program)?;
-                answer?
-            }
-            _ => by_name(gguf, hparams, ranges),
-        };
+        let asked: Vec<_> = ranges.iter().map(|blocks| blocks.as_range()).collect();
+        let survey = self.llama_cpp(
+            gguf,
+            |files| apart::survey(files, &asked),
+            |files| Task::Survey { files, ranges: asked.clone() },
+        )?;
+        let survey = survey.unwrap_or_else(|| by_name(gguf, hparams, ranges));
         match survey.ranges.len() == ranges.len() {
             true => Ok(survey),
             false => Err(NeedsError::Apart(Died::Nonsense)),
@@ -183,20 +179,27 @@ impl Ask {
     /// # Errors
     /// llama.cpp does not take the model, or is not there to be asked.
     pub fn cuts(&self, gguf: &Gguf) -> Result<Cuts, NeedsError> {
-        let files = Self::files(gguf);
-        match self {
-            Ask::Here if apart::IS_BUILT_IN && !files.is_empty() => Ok(apart::cuts(&files)?),
-            Ask::Apart(program) if apart::IS_BUILT_IN && !files.is_empty() => {
-                let answer: Result<Cuts, Refusal> = apart::Task::Cuts { files }.ask(program)?;
-                Ok(answer?)
-            }
-            _ => Err(NeedsError::NotBuilt),
-        }
+        self.llama_cpp(gguf, apart::cuts, |files| Task::Cuts { files })?.ok_or(NeedsError::NotBuilt)
     }
 
-    /// The model's files; none for one in memory.
-    fn files(gguf: &Gguf) -> Vec<PathBuf> {
-        gguf.files().filter(|path| path.is_file()).map(PathBuf::from).collect()
+    /// What llama.cpp says of a model's files, `here` or by a `task` elsewhere; `None` where it is not to be asked, or is not
+    /// there, or the model is in memory.
+    fn llama_cpp<T: DeserializeOwned>(
+        &self,
+        gguf: &Gguf,
+        here: impl FnOnce(&[PathBuf]) -> Result<T, Refusal>,
+        task: impl FnOnce(Vec<PathBuf>) -> Task,
+    ) -> Result<Option<T>, NeedsError> {
+        let files: Vec<_> = gguf.files().filter(|path| path.is_file()).map(PathBuf::from).collect();
+        if files.is_empty() || !apart::IS_BUILT_IN {
+            return Ok(None);
+        }
+        let answer = match self {
+            Ask::Here => here(&files),
+            Ask::Apart(program) => task(files).ask(program)?,
+            Ask::ByName => return Ok(None),
+        };
+        Ok(Some(answer?))
     }
 }
 
