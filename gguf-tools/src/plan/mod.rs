@@ -144,8 +144,10 @@ impl<'a> Plan<'a> {
             return Err(PlanError::Slice(file()));
         }
         check::is_model(gguf)?;
-        let arch = if request.renumber { Some(can_be_renumbered(gguf)?) } else { None };
-        let hparams = check::hparams(gguf)?;
+        let (hparams, arch) = match request.renumber {
+            true => can_be_renumbered(gguf).map(|(hparams, arch)| (hparams, Some(arch)))?,
+            false => (check::hparams(gguf)?, None),
+        };
         let ranges = ranges(&request.middles, hparams.n_chain())?;
         let model_name = hparams.name.clone().unwrap_or_else(|| request.stem.clone());
         let params_sha256 = digest::of_params(gguf, &hparams.arch);
@@ -194,8 +196,8 @@ impl<'a> Plan<'a> {
     }
 }
 
-/// The model's architecture, if it is one of those whose slices can be models of their own.
-fn can_be_renumbered(gguf: &Gguf) -> Result<&'static arch::Arch, PlanError> {
+/// The model's numbers and its architecture, if that is one of those whose slices can be models of their own.
+fn can_be_renumbered(gguf: &Gguf) -> Result<(Hparams, &'static arch::Arch), PlanError> {
     let file = || gguf.path().display().to_string();
     let unsupported = |why| PlanError::Unsupported { file: file(), why };
     // the name first: it says more than whatever else an unknown architecture does differently
@@ -208,7 +210,7 @@ fn can_be_renumbered(gguf: &Gguf) -> Result<&'static arch::Arch, PlanError> {
     let number = |key: &str| gguf.get(&format!("{}.{key}", arch.name))?.as_u64();
     arch::refuse_by_keys(arch, hparams.n_blocks, number, |key| gguf.entry(key).is_some())
         .map_err(unsupported)?;
-    Ok(arch)
+    Ok((hparams, arch))
 }
 
 /// Why the model cannot be cut as asked, with what would work.
