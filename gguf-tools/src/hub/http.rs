@@ -7,8 +7,9 @@ use std::{
 };
 
 use ureq::{
-    Agent, Body,
+    Agent, Body, RequestBuilder,
     http::{HeaderMap, Response, Uri},
+    typestate::WithoutBody,
 };
 
 use super::{HubError, Settings};
@@ -113,11 +114,7 @@ impl<'a> Client<'a> {
             let mut url = url.to_owned();
             for _ in 0..MAX_REDIRECTS {
                 let (uri, origin) = parse(&url)?;
-                let mut request = self.agent.head(uri).header("accept-encoding", "identity");
-                if let Some(token) = self.settings.token.as_ref().filter(|_| origin == self.hub) {
-                    request = request.header("authorization", token.header());
-                }
-                let response = request.call().map_err(again)?;
+                let response = self.send(self.agent.head(uri), &origin)?;
                 let status = response.status().as_u16();
                 if is_redirect(status) {
                     let next = self.next(&url, &origin, response.headers(), what)?;
@@ -248,14 +245,11 @@ impl<'a> Client<'a> {
         let (mut url, mut version) = (url.to_owned(), None);
         for _ in 0..MAX_REDIRECTS {
             let (uri, origin) = parse(&url)?;
-            let mut request = self.agent.get(uri).header("accept-encoding", "identity");
+            let mut request = self.agent.get(uri);
             if let Some((at, to)) = range {
                 request = request.header("range", format!("bytes={at}-{}", to - 1));
             }
-            if let Some(token) = self.settings.token.as_ref().filter(|_| origin == self.hub) {
-                request = request.header("authorization", token.header());
-            }
-            let response = request.call().map_err(again)?;
+            let response = self.send(request, &origin)?;
             let status = response.status().as_u16();
             if origin == self.hub
                 && (!is_redirect(status) || response.headers().contains_key("x-linked-etag"))
@@ -269,6 +263,15 @@ impl<'a> Client<'a> {
             }
         }
         Err(answer(what, "leads in a circle").into())
+    }
+
+    /// Sends a request to `origin`. The token goes to the hub and to nobody else.
+    fn send(&self, request: RequestBuilder<WithoutBody>, origin: &Origin) -> Result<Response<Body>, Fault> {
+        let mut request = request.header("accept-encoding", "identity");
+        if let Some(token) = self.settings.token.as_ref().filter(|_| *origin == self.hub) {
+            request = request.header("authorization", token.header());
+        }
+        request.call().map_err(again)
     }
 
     /// Where a redirect leads.
