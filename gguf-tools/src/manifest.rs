@@ -3,7 +3,7 @@
 
 use std::{
     borrow::Cow,
-    fs,
+    fs::File,
     io::{self, Read as _, Write},
     path::{Path, PathBuf},
 };
@@ -246,21 +246,21 @@ impl Manifest {
     pub fn read(path: impl AsRef<Path>) -> Result<Manifest, ManifestError> {
         let path = path.as_ref();
         let io = |source| ManifestError::Io { path: path.to_owned(), source };
-        let mut magic = [0; 4];
-        let is_gguf = fs::File::open(path).and_then(|mut file| file.read_exact(&mut magic)).is_ok()
-            && &magic == b"GGUF";
-        if is_gguf {
+        let mut file = File::open(path).map_err(io)?;
+        let mut text = Vec::new();
+        (&file).take(4).read_to_end(&mut text).map_err(io)?;
+        if text == b"GGUF" {
             return Err(ManifestError::Gguf { path: path.to_owned() });
         }
         // a few lines per slice, a canary of some KB and a header per middle: a larger file is something else
-        let len = fs::metadata(path).map_err(io)?.len();
+        let len = file.metadata().map_err(io)?.len();
         if len > MAX_BYTES {
             return Err(io(io::Error::new(
                 io::ErrorKind::InvalidData,
                 format!("{len} bytes is no manifest"),
             )));
         }
-        let text = fs::read(path).map_err(io)?;
+        file.read_to_end(&mut text).map_err(io)?;
         Manifest::from_bytes(&text, path)
     }
 
