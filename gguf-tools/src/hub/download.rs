@@ -67,7 +67,7 @@ pub fn fetch(settings: &Settings, place: &HubName, progress: OnBytes<'_>) -> Res
         files.push(file);
     }
     folder.remember_main()?;
-    let source = ModelSource { repo: place.repo.clone(), revision: commit.clone(), files };
+    let source = ModelSource { repo: place.repo.clone(), revision: commit, files };
     // there is a file: a choice is never empty
     Ok(Fetched { path: path.unwrap_or_default(), source })
 }
