@@ -4,9 +4,12 @@
 //! the `gguf` package's, type by type.
 #![cfg(feature = "engine")]
 
+mod common;
+
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
 
+use common::write_with;
 use gguf_tools::dequantise::{DequantiseError, Dequantised};
 use gguf_tools::gguf::write::{GgufWriter, TensorSpec};
 use gguf_tools::gguf::{Gguf, Tensor, TensorType, Value, check};
@@ -81,16 +84,12 @@ fn values_are_the_nearest_and_the_rest_is_as_it_was() {
 fn an_alignment_that_llama_cpp_does_not_map_is_not_carried_on() {
     let folder = tempfile::tempdir().unwrap();
     let source = Gguf::open(synth(folder.path(), "q8_0")).unwrap();
-    let spec = |t: Tensor<'_>| TensorSpec::new(t.name(), t.tensor_type(), t.dims());
-    let specs: Vec<_> = source.tensors().map(spec).collect();
     for alignment in [8, 64] {
         let other = folder.path().join("other.gguf");
         let mut metadata: Vec<_> = source.metadata().map(|e| (e.key, e.value)).collect();
         metadata.push(("general.alignment", Value::U32(alignment)));
         metadata.push(("split.count", Value::U16(1)));
-        let mut writer = GgufWriter::create(&other, &metadata, &specs).unwrap();
-        source.tensors().for_each(|tensor| writer.write(tensor.data().unwrap()).unwrap());
-        writer.finish().unwrap();
+        write_with(&source, &other, &metadata);
         let out = folder.path().join("out.gguf");
         let output = program(&[&other, &out]);
         assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));

@@ -10,7 +10,7 @@ mod common;
 
 use std::path::Path;
 
-use common::{Rng, child, child::Child};
+use common::{Rng, child, child::Child, write_with};
 use gguf_tools::{
     gguf::{
         Array, Gguf, Value, ValueType, check,
@@ -279,8 +279,6 @@ fn what_we_refuse_does_end_the_process() {
     let changed = dir.path().join("changed.gguf");
     Spec::tiny("qwen2").unwrap().blocks(2).write(&path).unwrap();
     let gguf = Gguf::open(&path).unwrap();
-    let specs: Vec<_> =
-        gguf.tensors().map(|t| TensorSpec::new(t.name(), t.tensor_type(), t.dims())).collect();
     let mut child = Child::start("loads_what_it_is_told");
     let mut ended = 0;
     for (key, value) in [
@@ -295,9 +293,7 @@ fn what_we_refuse_does_end_the_process() {
             gguf.metadata().map(|e| (e.key.to_owned(), e.value)).collect();
         metadata.retain(|(k, _)| k != key);
         metadata.push((key.to_owned(), value));
-        let mut writer = GgufWriter::create(&changed, &metadata, &specs).unwrap();
-        gguf.tensors().for_each(|t| writer.write(t.data().unwrap()).unwrap());
-        writer.finish().unwrap();
+        write_with(&gguf, &changed, &metadata);
         let error = Gguf::open(&changed).and_then(|g| check::model(&g)).unwrap_err();
         assert!(error.to_string().contains(key), "{error}");
         let verdict = child.load(&changed);

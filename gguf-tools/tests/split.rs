@@ -11,7 +11,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use common::Rng;
+use common::{Rng, write_with};
 use gguf_tools::{
     arch,
     digest::{self, Sha},
@@ -297,7 +297,7 @@ fn blocks_with_their_own_numbers_keep_them() {
 fn rewrite(from: &Path, to: &Path, change: impl Fn(&str, Value<'static>) -> Option<Value<'static>>) {
     let gguf = Gguf::open(from).unwrap();
     let changed = |e: Entry<'_>| change(e.key, e.value.into_owned()).map(|v| (e.key.to_owned(), v));
-    write(&gguf, to, gguf.metadata().filter_map(changed).collect());
+    write_with(&gguf, to, &gguf.metadata().filter_map(changed).collect::<Vec<_>>());
 }
 
 /// A copy of a file with a key more.
@@ -306,15 +306,7 @@ fn add_key(from: &Path, to: &Path, key: &str, value: Value<'static>) {
     let mut metadata: Vec<_> =
         gguf.metadata().map(|e| (e.key.to_owned(), e.value)).filter(|(k, _)| k != key).collect();
     metadata.push((key.to_owned(), value));
-    write(&gguf, to, metadata);
-}
-
-fn write(gguf: &Gguf, to: &Path, metadata: Vec<(String, Value<'_>)>) {
-    let specs: Vec<_> =
-        gguf.tensors().map(|t| TensorSpec::new(t.name(), t.tensor_type(), t.dims())).collect();
-    let mut writer = GgufWriter::create(to, &metadata, &specs).unwrap();
-    gguf.tensors().for_each(|t| writer.write(t.data().unwrap()).unwrap());
-    writer.finish().unwrap();
+    write_with(&gguf, to, &metadata);
 }
 
 #[test]
@@ -640,11 +632,7 @@ fn parameters_have_a_digest_of_their_own() {
         let mut keys: Vec<_> = gguf.metadata().map(|e| (e.key.to_owned(), e.value.into_owned())).collect();
         change(&mut keys);
         let path = out.join("changed.gguf");
-        let specs: Vec<_> =
-            gguf.tensors().map(|t| TensorSpec::new(t.name(), t.tensor_type(), t.dims())).collect();
-        let mut writer = GgufWriter::create(&path, &keys, &specs).unwrap();
-        gguf.tensors().for_each(|t| writer.write(t.data().unwrap()).unwrap());
-        writer.finish().unwrap();
+        write_with(&gguf, &path, &keys);
         digest::of_params(&Gguf::open(&path).unwrap(), "llama").to_string()
     };
     let set = |key: &'static str, value: Value<'static>| {
@@ -665,11 +653,7 @@ fn parameters_have_a_digest_of_their_own() {
         .filter(|e| e.key != "dim.params.sha256")
         .map(|e| (e.key.to_owned(), e.value.into_owned()))
         .collect();
-    let specs: Vec<_> =
-        slice.tensors().map(|t| TensorSpec::new(t.name(), t.tensor_type(), t.dims())).collect();
-    let mut writer = GgufWriter::create(out.join("older.gguf"), &keys, &specs).unwrap();
-    slice.tensors().for_each(|t| writer.write(t.data().unwrap()).unwrap());
-    writer.finish().unwrap();
+    write_with(&slice, &out.join("older.gguf"), &keys);
     assert_eq!(SliceInfo::read(out.join("older.gguf")).unwrap().params_sha256, None);
 }
 

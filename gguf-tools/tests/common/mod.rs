@@ -7,7 +7,22 @@ pub(crate) mod memory;
 
 use std::path::Path;
 
-use gguf_tools::synth::Spec;
+use gguf_tools::{
+    gguf::{
+        Gguf, Value,
+        write::{GgufWriter, TensorSpec},
+    },
+    synth::Spec,
+};
+
+/// A file with the tensors of another and this metadata, laid out by it.
+pub(crate) fn write_with<K: AsRef<str>>(tensors_of: &Gguf, to: &Path, metadata: &[(K, Value<'_>)]) {
+    let tensors = tensors_of.tensors();
+    let specs: Vec<_> = tensors.map(|t| TensorSpec::new(t.name(), t.tensor_type(), t.dims())).collect();
+    let mut writer = GgufWriter::create(to, metadata, &specs).unwrap();
+    tensors_of.tensors().for_each(|t| writer.write(t.data().unwrap()).unwrap());
+    writer.finish().unwrap();
+}
 
 /// Bytes of a GGUF, put together by hand: nothing is checked, every field can be a lie.
 #[derive(Clone)]
