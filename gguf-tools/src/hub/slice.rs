@@ -105,7 +105,7 @@ pub fn fetch_slice(
     let mut growing = Growing::open(target, entry, recipe, source)?;
     let runs = runs(&growing.missing, &recipe.pieces);
     let total: u64 = runs.iter().map(|run| run.end - run.start).sum();
-    check_space(growing.folder(), total)?;
+    check_space(os::folder_of(&growing.part), total)?;
     let mut before = 0;
     for run in &runs {
         growing
@@ -182,10 +182,6 @@ impl Growing {
         let places = check_pieces(&gguf, recipe, source).map_err(wrong)?;
         let missing = if goes_on { missing(&gguf)? } else { (0..places.len()).collect() };
         Ok(Growing { part, file, places, missing })
-    }
-
-    fn folder(&self) -> &Path {
-        os::folder_of(&self.part)
     }
 
     /// Brings the tensors of a run to their places.
