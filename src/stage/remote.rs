@@ -1,7 +1,7 @@
 //! A stage behind a connection: a worker, dialled again when it is lost.
 //!
 //! Dialling takes as long as it takes (5 s for a machine that is away, up to a minute for one that loads): it has a
-//! thread of its own, which rings when it is over.
+//! thread of its own, which rings when it is over. A stage that goes calls it off.
 
 use std::collections::VecDeque;
 use std::sync::Arc;
@@ -16,7 +16,7 @@ use dim_core::stage::{Answer, RemoteStage, Span, StageError, TakeBack, Traffic};
 use dim_wire::keys::Key;
 use dim_wire::message::{ErrorCode, Farewell, Fault};
 use dim_wire::terms::{Reason, Terms};
-use dim_wire::transport::{Counters, Event, Link, LinkError, LinkErrorKind, Timing, dial};
+use dim_wire::transport::{CallOff, Counters, Event, Link, LinkError, LinkErrorKind, Timing, dial_unless};
 
 /// A worker that serves one stage.
 pub struct WorkerStage {
@@ -24,7 +24,7 @@ pub struct WorkerStage {
     step_limit: Duration,
     link: Option<Link>,
     /// an attempt to connect that is under way
-    dialling: Option<Receiver<Result<Link, LinkError>>>,
+    dialling: Option<Dialling>,
     bell: Option<Bell>,
     /// each step without an answer, oldest first
     unanswered: VecDeque<Unanswered>,
@@ -32,6 +32,18 @@ pub struct WorkerStage {
     send_failed: Option<(LinkError, Instant)>,
     /// of the connections before this one
     earlier: Counters,
+}
+
+/// An attempt to connect, in a thread of its own that does not outlive the interest in it.
+struct Dialling {
+    result: Receiver<Result<Link, LinkError>>,
+    off: CallOff,
+}
+
+impl Drop for Dialling {
+    fn drop(&mut self) {
+        self.off.call_off();
+    }
 }
 
 /// A step without an answer.
@@ -59,8 +71,8 @@ struct Target {
 }
 
 impl Target {
-    fn dial(&self) -> Result<Link, LinkError> {
-        let dial = |terms: &Terms| dial(&self.address, &self.key, terms, &self.timing);
+    fn dial(&self, off: &CallOff) -> Result<Link, LinkError> {
+        let dial = |terms: &Terms| dial_unless(off, &self.address, &self.key, terms, &self.timing);
         let too_few =
             |error: &LinkError| matches!(error.kind, LinkErrorKind::Refused { reason: Reason::Sessions, .. });
         match dial(&self.terms) {
@@ -123,7 +135,7 @@ impl WorkerStage {
             least_rows: 0,
             timing,
         };
-        let link = target.dial()?;
+        let link = target.dial(&CallOff::new())?;
         // what this host builds upon every worker that comes after this one has to be able to do
         let agreed = link.agreed();
         target.terms.take_back = agreed.take_back;
@@ -188,7 +200,8 @@ impl WorkerStage {
 
     /// When the oldest step has taken too long.
     fn step_deadline(&self) -> Option<Instant> {
-        self.unanswered.front().map(|step| step.since + self.step_limit)
+        // a limit beyond all times is none
+        self.unanswered.front().and_then(|step| step.since.checked_add(self.step_limit))
     }
 
     /// When a link that cannot be written to is given up, whatever may still be read from it.
@@ -382,12 +395,12 @@ impl RemoteStage for WorkerStage {
 
     fn begin_reconnect(&mut self, bell: &Bell) {
         self.hang_up();
-        let (sender, receiver) = channel();
-        self.dialling = Some(receiver);
-        let (target, bell) = (self.target.clone(), bell.clone());
+        let ((sender, result), off) = (channel(), CallOff::new());
+        let (target, bell, called) = (self.target.clone(), bell.clone(), off.clone());
+        self.dialling = Some(Dialling { result, off });
         let dialler = std::thread::Builder::new().name("dim-dial".into()).spawn(move || {
             // a stage that is gone meanwhile drops the link, which closes it
-            let _ = sender.send(target.dial());
+            let _ = sender.send(target.dial(&called));
             bell.ring();
         });
         // without a thread the channel is closed, and `poll_connected` says so
@@ -398,7 +411,7 @@ impl RemoteStage for WorkerStage {
         let Some(dialling) = &self.dialling else {
             return if self.link.is_some() { Ok(true) } else { Err(self.not_connected()) };
         };
-        let result = match dialling.try_recv() {
+        let result = match dialling.result.try_recv() {
             Ok(result) => result,
             Err(TryRecvError::Empty) => return Ok(false),
             Err(TryRecvError::Disconnected) => {
@@ -438,3 +451,62 @@ impl Drop for WorkerStage {
 
 /// How long a link that cannot be written to any more is read, for what its worker said before it closed.
 const LAST_WORDS: Duration = Duration::from_millis(300);
+
+#[cfg(test)]
+mod tests {
+    use std::io::sink;
+    use std::net::TcpListener;
+
+    use dim_core::digest::Sha;
+    use dim_wire::RowTypes;
+    use dim_wire::rows::Shape;
+    use dim_wire::terms::SliceRole;
+    use dim_wire::transport::{Listener, ListenerConfig, Readiness};
+
+    use super::*;
+
+    /// A worker was lost, and somebody who says nothing has its address: the host that dials it is gone before he speaks.
+    #[test]
+    fn a_stage_that_goes_while_it_dials_leaves_neither_a_thread_nor_a_connection() {
+        let terms = Terms {
+            row_types: RowTypes::F32,
+            role: SliceRole::Middle,
+            shape: Shape::hidden(64),
+            n_blocks: 4,
+            blocks: BlockRange { first: 1, last: 2 },
+            n_ctx: 64,
+            max_rows: 64,
+            max_sessions: 1,
+            max_in_flight: 4,
+            model: Some(Sha([1; 32])),
+            slice: Some(Sha([2; 32])),
+            params: Some(Sha([3; 32])),
+            arch: "qwen2".into(),
+            ..Terms::blank(0, "test 0", "test")
+        };
+        let key = Key::from_bytes([7; 32]);
+        let readiness = Readiness::Ready(terms.clone());
+        let config = ListenerConfig {
+            keys: Arc::new(key.clone()),
+            readiness,
+            timing: Timing::default(),
+            notice: Box::new(|_| {}),
+        };
+        let listener = Listener::bind("127.0.0.1:0", config).unwrap();
+        let address = listener.address().to_string();
+        // nothing else ends it
+        let timing = Timing { opening: Duration::from_secs(3600), ..Timing::default() };
+        let mut stage =
+            WorkerStage::connect(&address, &key, terms, 1, timing, Duration::from_secs(60)).unwrap();
+        drop(listener);
+        let silent = TcpListener::bind(&address).unwrap();
+
+        let bell = Bell::new();
+        stage.begin_reconnect(&bell);
+        let mut peer = silent.accept().unwrap().0;
+        assert!(!stage.poll_connected().unwrap());
+        drop(stage);
+        std::io::copy(&mut peer, &mut sink()).expect("the connection is closed");
+        assert!(bell.wait(Some(Instant::now() + Duration::from_secs(60))), "the thread goes on");
+    }
+}

@@ -3,6 +3,7 @@
 use std::net::TcpStream;
 use std::time::Instant;
 
+use super::call_off::CallOff;
 use super::link::{self, Link};
 use super::opening::Opening;
 use super::{LinkError, Timing, tcp};
@@ -18,9 +19,26 @@ use crate::terms::Terms;
 /// # Errors
 /// [`LinkError`]; [`LinkError::may_pass`] tells which are worth trying again.
 pub fn dial(address: &str, key: &Key, need: &Terms, timing: &Timing) -> Result<Link, LinkError> {
-    let mut opening = begin(address, key, Ask::Serve(Box::new(need.clone())), timing)?;
-    while !matches!(opening.next()?, Message::Accept(_)) {}
-    link::start(opening, None)
+    dial_unless(&CallOff::new(), address, key, need, timing)
+}
+
+/// [`dial`], unless another thread calls it off.
+///
+/// # Errors
+/// As of [`dial`]; [`LinkErrorKind::Stopped`] where it was called off.
+pub fn dial_unless(
+    off: &CallOff,
+    address: &str,
+    key: &Key,
+    need: &Terms,
+    timing: &Timing,
+) -> Result<Link, LinkError> {
+    let dialled = || {
+        let mut opening = begin(off, address, key, Ask::Serve(Box::new(need.clone())), timing)?;
+        while !matches!(opening.next()?, Message::Accept(_)) {}
+        link::start(opening, None)
+    };
+    off.ended(address, dialled())
 }
 
 /// Offers files to the worker at `address`: the connection, and how many bytes of each it has already.
@@ -33,7 +51,7 @@ pub(super) fn offer(
     offer: &PushOffer,
     timing: &Timing,
 ) -> Result<(Opening, Vec<u64>), LinkError> {
-    let mut opening = begin(address, key, Ask::Push(offer.clone()), timing)?;
+    let mut opening = begin(&CallOff::new(), address, key, Ask::Push(offer.clone()), timing)?;
     loop {
         if let Message::PushNeed(have) = opening.next()? {
             return Ok((opening, have));
@@ -46,7 +64,7 @@ pub(super) fn offer(
 /// # Errors
 /// As of [`dial`].
 pub fn inquire(address: &str, key: &Key, timing: &Timing) -> Result<Terms, LinkError> {
-    let mut opening = begin(address, key, Ask::Inquire, timing)?;
+    let mut opening = begin(&CallOff::new(), address, key, Ask::Inquire, timing)?;
     loop {
         if let Message::Offer(terms) = opening.next()? {
             opening.endpoint.goodbye(Farewell::Finished);
@@ -70,7 +88,7 @@ pub fn pair(
     store: impl FnOnce(&Key, &str) -> Result<(), LinkError>,
 ) -> Result<(Key, String), LinkError> {
     let ask = Ask::Pair { name: name.to_owned(), software: software.to_owned() };
-    let mut opening = begin(address, &code.key(), ask, timing)?;
+    let mut opening = begin(&CallOff::new(), address, &code.key(), ask, timing)?;
     loop {
         if let Message::PairGrant { key, name, .. } = opening.next()? {
             store(&key, &name)?;
@@ -83,11 +101,11 @@ pub fn pair(
 }
 
 /// Connects and lets the endpoint begin. Everything until an answer has one deadline.
-fn begin(address: &str, key: &Key, ask: Ask, timing: &Timing) -> Result<Opening, LinkError> {
+fn begin(off: &CallOff, address: &str, key: &Key, ask: Ask, timing: &Timing) -> Result<Opening, LinkError> {
     let now = Instant::now();
     let unreachable = |e: std::io::Error| LinkErrorKind::unreachable(&e).with(address);
     let connect = || -> std::io::Result<TcpStream> {
-        let stream = tcp::connect(address, now + timing.opening)?;
+        let stream = tcp::connect(address, now + timing.opening, off)?;
         tcp::configure(&stream, timing.stalled_write)?;
         Ok(stream)
     };
