@@ -183,6 +183,10 @@ pub enum PipelineError {
     /// A worker answered something it was not asked.
     #[error(transparent)]
     OutOfTurn(#[from] OutOfTurn),
+    /// Whoever drives a [shared](crate::shared) pipeline was told of an event, and asked for something of it that it would
+    /// have to wait for: for itself.
+    #[error("whoever is told of an event cannot wait for a session there: the session waits for him")]
+    FromWithin,
     /// Nobody knows where the pipeline stands: it was [shared](crate::shared), and a thread that drove it has panicked.
     #[error("the thread that drove the pipeline has panicked")]
     Abandoned,
@@ -197,6 +201,7 @@ impl PipelineError {
             ),
             PipelineError::Stage { source, .. } => source.hint(),
             PipelineError::OutOfTurn(_) => Some(OTHER_VERSION),
+            PipelineError::FromWithin => Some("do it in another thread, or once the event is over"),
             PipelineError::Abandoned => Some("this is a bug: what the panic said stands above"),
         }
     }

@@ -18,6 +18,7 @@
 use std::collections::VecDeque;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::thread::{ThreadId, current};
 use std::time::{Duration, Instant};
 
 use crate::bell::Interrupt;
@@ -46,6 +47,7 @@ impl SharedPipeline {
             requests: Vec::new(),
             mailboxes: (0..sessions).map(|_| Mailbox::default()).collect(),
             n_clients: 0,
+            driver: None,
             is_abandoned: false,
         };
         let ready = (0..sessions).map(|_| Condvar::new()).collect();
@@ -146,11 +148,16 @@ impl Client {
     /// pipeline to be reached: a local stage's step, or, for the second client there is, one answer.
     ///
     /// # Errors
-    /// The pipeline was abandoned.
+    /// The pipeline was abandoned, or asked from within.
     pub fn snapshot(&self) -> Result<Snapshot, PipelineError> {
         let mut state = self.shared.lock();
         state.requests.push(Request::Look(self.session));
-        let snapshot = self.shared.wait(state, self.session, None, |mailbox| mailbox.snapshot.take()).1;
+        let (mut state, snapshot) =
+            self.shared.wait(state, self.session, None, |mailbox| mailbox.snapshot.take());
+        if snapshot.is_err() {
+            // it would be answered when nobody waits for it any more
+            state.requests.retain(|request| !matches!(request, Request::Look(by) if *by == self.session));
+        }
         // nothing stops it
         snapshot.map(Option::unwrap_or_default)
     }
@@ -203,6 +210,8 @@ struct State {
     /// by the sessions' numbers
     mailboxes: Vec<Mailbox>,
     n_clients: usize,
+    /// who drives it now
+    driver: Option<ThreadId>,
     /// the thread that drove it has panicked
     is_abandoned: bool,
 }
@@ -281,7 +290,13 @@ impl Shared {
                 return (state, Err(PipelineError::Abandoned));
             }
             state = match state.driven.take() {
-                Some(driven) => self.drive(state, driven, session, stop),
+                Some(driven) => {
+                    state.driver = Some(current().id());
+                    self.drive(state, driven, session, stop)
+                }
+                None if state.driver == Some(current().id()) => {
+                    return (state, Err(PipelineError::FromWithin));
+                }
                 None => {
                     if !std::mem::replace(&mut has_asked, true) {
                         self.interrupt.ask();
@@ -322,6 +337,7 @@ impl Shared {
             std::mem::swap(&mut driven.requests, &mut state.requests);
             if driven.requests.is_empty() && (!state.mailbox(session).is_empty() || is_set(stop)) {
                 state.driven = driver.driven.take();
+                state.driver = None;
                 return state;
             }
             for request in &driven.requests {

@@ -259,3 +259,27 @@ fn steps_that_were_called_off_are_not_waited_for_and_the_session_goes_on() {
         }
     });
 }
+
+/// What hears of an event is called by whoever drives, and would wait for itself.
+#[test]
+fn who_is_told_something_by_the_driver_cannot_wait_for_it_and_nobody_is_the_worse_for_it() {
+    let here = || StageSlot::Local(Box::new(SleepingStage::new(US)));
+    let mut pipeline = Pipeline::new(vec![here(), here()], RowType::F32, Patience::default());
+    let (told, asked) = (Arc::new(Mutex::new(None::<Client>)), Arc::new(Mutex::new(Vec::new())));
+    let (within, answers) = (Arc::clone(&told), Arc::clone(&asked));
+    pipeline.trace(move |_| {
+        if let Some(mut client) = within.lock().unwrap().take() {
+            let mut answers = answers.lock().unwrap();
+            answers.push(client.snapshot().map(drop));
+            answers.push(run(&mut client, vec![step(0, &[9])]).map(drop));
+        }
+    });
+    let shared = SharedPipeline::new(pipeline, 2);
+    let mut client = shared.client().unwrap();
+    *told.lock().unwrap() = Some(shared.client().unwrap());
+    assert_eq!(run(&mut client, vec![step(0, &[1]), step(1, &[2])]).unwrap(), [1.0, 4.0]);
+    let asked = asked.lock().unwrap();
+    assert!(asked.len() == 2 && asked.iter().all(|answer| matches!(answer, Err(PipelineError::FromWithin))));
+    // and the other session is free again, and empty
+    assert_eq!(run(&mut shared.client().unwrap(), vec![step(0, &[5])]).unwrap(), [5.0]);
+}
