@@ -257,6 +257,14 @@ pub enum Error {
         /// Positions of the context.
         n_ctx: u32,
     },
+    /// A token that the vocabulary does not have.
+    #[error("token {token} is not in the vocabulary of {n_vocab}")]
+    NoSuchToken {
+        /// The token.
+        token: i32,
+        /// How many there are.
+        n_vocab: usize,
+    },
     /// A conversation cannot be rendered with the model's template.
     #[error(transparent)]
     Template(#[from] TemplateError),
@@ -283,9 +291,7 @@ impl Error {
             Error::OtherRows(_) => {
                 "take the slices of one dim-split run, and one version of DIM on all machines"
             }
-            Error::TwoHave { .. } => {
-                "head, middles and tail must follow each other: take the slices of one dim-split run"
-            }
+            Error::TwoHave { .. } => "take the slices of one dim-split run, and name each worker once",
             Error::Address(e) => e.hint(),
             Error::NoKey { address, .. } => {
                 return Some(format!("dim-host pair {address}, with the code that the worker shows"));
@@ -308,6 +314,7 @@ impl Error {
                 "the lines above say what is wrong with each that was seen; or name the worker with --worker ADDR:PORT"
             }
             Error::Link(error) => return error.hint().map(str::to_owned),
+            Error::Check { source, .. } if source.may_pass() => "start it again, then run the same command",
             Error::Check { source, .. } => return source.hint().map(str::to_owned),
             Error::Listen(_) => "--listen takes an address of this machine and a port, as 0.0.0.0:7878",
             Error::TooFewSessions { needed, .. } => {
@@ -323,6 +330,7 @@ impl Error {
                 let enough = n_tokens.next_power_of_two();
                 return Some(format!("start with --ctx {enough} or more, on the workers too"));
             }
+            Error::NoSuchToken { .. } => "take tokens of this model: `tokenize` makes them of a text",
             Error::Manifest(error) => return error.hint().map(Cow::into_owned),
             Error::Slice(error) => return error.hint().map(Cow::into_owned),
             Error::Model(error) => return error.hint().map(Cow::into_owned),
@@ -337,6 +345,7 @@ impl Error {
     /// exit code 2 and 1.
     pub fn is_misuse(&self) -> bool {
         match self {
+            Error::Pipeline(PipelineError::FromWithin) => true,
             Error::Discover(_)
             | Error::NoneFound { .. }
             | Error::Check { .. }

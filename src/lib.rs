@@ -69,7 +69,7 @@ pub use event::Event;
 pub use host::discovery::Discovery;
 pub use host::sampler::Sampling;
 pub use host::{Generation, Host, HostBuilder, Session, Token, WholeModel};
-pub use resources::Resources;
+pub use resources::{MAX_CTX, Resources};
 pub use stage::verified::Verify;
 pub use worker::{StopHandle, Worker, WorkerBuilder};
 

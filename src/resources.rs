@@ -6,15 +6,18 @@ use crate::event::{Event, Events};
 /// How much of this machine to use; the same for a split and for a whole model.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Resources {
-    /// Positions of a conversation; 0: all the model was trained for.
+    /// Positions of a conversation, [`MAX_CTX`] at most; 0: all the model was trained for.
     pub n_ctx: u32,
-    /// Compute threads; `None`: one per core.
+    /// Compute threads, 1 to 512; `None`: one per core. More than there are cores only wait for each other.
     pub n_threads: Option<u32>,
-    /// Most prompt tokens evaluated at once.
+    /// Most prompt tokens evaluated at once, 1 to 65,536.
     pub n_ubatch: u32,
     /// Blocks to put on the GPU; `None`: all, where this build has a GPU backend.
     pub gpu_layers: Option<u32>,
 }
+
+/// The most positions that a conversation can have.
+pub const MAX_CTX: u32 = 1 << 22;
 
 impl Default for Resources {
     fn default() -> Resources {
@@ -30,6 +33,16 @@ impl Resources {
     pub fn check(&self) -> Result<(), BadOption> {
         if self.n_ubatch == 0 || self.n_ubatch > 65_536 {
             return Err(BadOption::new("ubatch", self.n_ubatch, "1 to 65536"));
+        }
+        if self.n_ctx > MAX_CTX {
+            return Err(BadOption::new(
+                "ctx",
+                self.n_ctx,
+                "0, which is what the model was trained for, to 4194304",
+            ));
+        }
+        if let Some(n) = self.gpu_layers.filter(|&n| i32::try_from(n).is_err()) {
+            return Err(BadOption::new("gpu-layers", n, "a number of blocks"));
         }
         match self.n_threads {
             Some(n) if n == 0 || n > 512 => Err(BadOption::new("threads", n, "1 to 512")),

@@ -53,10 +53,7 @@ impl Cut {
     /// A worker for the middle in a thread of its own.
     fn worker(&self, listen: &str) -> Serving {
         let worker = Worker::open(self.file("m.middle-1..2.gguf")).key(self.key()).resources(SMALL);
-        let mut worker = worker.listen(listen).bind(|_| {}).unwrap();
-        let (address, stop) = (worker.address().to_string(), worker.stop_handle());
-        let thread = std::thread::spawn(move || worker.serve().unwrap());
-        Serving { address, stop, thread: Some(thread) }
+        Serving::start(worker.listen(listen).bind(|_| {}).unwrap())
     }
 
     /// What stock llama.cpp makes of the prompt.
@@ -70,6 +67,14 @@ struct Serving {
     address: String,
     stop: StopHandle,
     thread: Option<JoinHandle<()>>,
+}
+
+impl Serving {
+    fn start(mut worker: Worker) -> Serving {
+        let (address, stop) = (worker.address().to_string(), worker.stop_handle());
+        let thread = std::thread::spawn(move || worker.serve().unwrap());
+        Serving { address, stop, thread: Some(thread) }
+    }
 }
 
 impl Drop for Serving {
@@ -167,6 +172,13 @@ fn errors_say_whose_they_are_and_leave_the_session_as_it_was() {
     let long = session.push_tokens(&[1; 300]).unwrap_err();
     assert!(matches!(long, Error::PromptTooLong { n_tokens: 300, n_ctx: 256 }), "{long}");
     assert!(long.hint().is_some_and(|hint| hint.contains("--ctx 512")), "{long}");
+    let n_vocab = i32::try_from(host.vocabulary().n_vocab()).unwrap();
+    for token in [-1, i32::MIN, i32::MAX, n_vocab] {
+        let pushed = session.push_tokens(&[1, token]).unwrap_err();
+        assert!(matches!(pushed, Error::NoSuchToken { token: t, .. } if t == token), "{pushed}");
+        assert!(pushed.is_misuse() && pushed.hint().is_some());
+        assert!(session.set_tokens(&[token]).is_err() && session.logits_of(&[token], &mut |_| {}).is_err());
+    }
     assert!(session.tokens().is_empty());
     session.push_text(PROMPT).unwrap();
     let bad = Sampling { top_p: 2.0, ..Sampling::default() };
@@ -180,10 +192,96 @@ fn errors_say_whose_they_are_and_leave_the_session_as_it_was() {
     let patience = dim::Patience { give_up_after: std::time::Duration::ZERO, ..Default::default() };
     let Err(error) = nowhere.patience(patience).connect(|_| {}) else { panic!("nobody is there") };
     assert!(matches!(error, Error::Link(_)) && !error.is_misuse() && error.hint().is_some(), "{error}");
+    // a worker that was there when it was dialled and is not when it is asked what is known
+    let source = dim_core::stage::StageError::lost("gone");
+    let error = Error::Check { stage: "middle".to_owned(), source };
+    assert!(
+        !error.is_misuse() && error.hint().is_some_and(|hint| hint.contains("start it again")),
+        "{error}"
+    );
     let Err(error) = Worker::open(cut.file("m.head.gguf")).key(cut.key()).bind(|_| {}) else {
         panic!("a head is no middle")
     };
     assert!(matches!(error, Error::NotAMiddle { .. }) && error.is_misuse(), "{error}");
+}
+
+#[test]
+fn options_out_of_range_are_refused_by_name_before_anything_is_opened() {
+    let cut = Cut::new();
+    let option = |error: Error| match error {
+        Error::Option(bad) => bad.option,
+        other => panic!("{other}"),
+    };
+    let resources: [(Resources, &str); 5] = [
+        (Resources { n_ctx: (1 << 22) + 1, ..SMALL }, "ctx"),
+        (Resources { n_ubatch: 0, ..SMALL }, "ubatch"),
+        (Resources { n_threads: Some(0), ..SMALL }, "threads"),
+        (Resources { n_threads: Some(513), ..SMALL }, "threads"),
+        (Resources { gpu_layers: Some(u32::MAX), ..SMALL }, "gpu-layers"),
+    ];
+    let worker = || Worker::open(cut.file("m.middle-1..2.gguf")).key(cut.key()).listen("127.0.0.1:0");
+    for (resources, name) in resources {
+        assert_eq!(option(cut.host().resources(resources).connect(|_| {}).err().unwrap()), name);
+        assert_eq!(option(worker().resources(resources).bind(|_| {}).err().unwrap()), name);
+        let whole = WholeModel::open(&cut.file("m.gguf"), &resources, true, |_| {});
+        assert_eq!(option(whole.err().unwrap()), name);
+    }
+    for n in [0, 65, u32::MAX] {
+        assert_eq!(option(cut.host().sessions(n).connect(|_| {}).err().unwrap()), "sessions");
+        assert_eq!(option(worker().max_sessions(n).bind(|_| {}).err().unwrap()), "parallel");
+    }
+    let without = cut.host().worker_with_one_of("127.0.0.1:1", Vec::new()).connect(|_| {});
+    assert!(matches!(without.err().unwrap(), Error::NoKey { address, .. } if address == "127.0.0.1:1"));
+}
+
+#[test]
+fn times_without_an_end_are_waited_for_and_end_when_somebody_has_had_enough() {
+    let cut = Cut::new();
+    let ever = std::time::Duration::MAX;
+    let patience =
+        dim::Patience { give_up_after: ever, paused_for: ever, longest_pause: ever, ..Default::default() };
+    let worker = cut.worker("127.0.0.1:0");
+    let is_lost = Arc::new(AtomicBool::new(false));
+    let told = Arc::clone(&is_lost);
+    let host = cut.host().worker(&worker.address, cut.key()).patience(patience).step_timeout(ever);
+    let host = host.connect(move |event| told.store(matches!(event, Event::Lost { .. }), Ordering::SeqCst));
+    let mut session = host.unwrap().session().unwrap();
+    let got = continued(&mut session, 4);
+    assert_eq!(got, cut.expected(4));
+    drop(worker);
+    let mut reply = session.generate(Sampling::greedy()).stop_when(&is_lost);
+    assert!(reply.next().is_none());
+    assert_eq!(reply.report(std::time::Instant::now()).stop, Stop::Interrupted);
+}
+
+/// What hears of a host's events runs where its sessions are driven.
+#[test]
+fn a_session_that_is_waited_for_in_an_event_of_its_host_is_an_error_and_not_for_ever() {
+    let cut = Cut::new();
+    let worker = Worker::open(cut.file("m.middle-1..2.gguf")).key(cut.key()).resources(SMALL);
+    let worker = worker.max_sessions(3).listen("127.0.0.1:0").bind(|_| {}).unwrap();
+    let worker = Serving::start(worker);
+    let other = Arc::new(Mutex::new(None::<Session>));
+    let heard = Arc::new(Mutex::new(None));
+    let enough = Arc::new(AtomicBool::new(false));
+    let (within, told, stop) = (Arc::clone(&other), Arc::clone(&heard), Arc::clone(&enough));
+    let host = cut.host().worker(&worker.address, cut.key()).sessions(2).connect(move |event| {
+        if let (Event::Lost { .. }, Some(mut session)) = (event, within.lock().unwrap().take()) {
+            *told.lock().unwrap() = session.generate(Sampling::greedy()).next();
+            stop.store(true, Ordering::SeqCst);
+        }
+    });
+    let host = host.unwrap();
+    let mut session = host.session().unwrap();
+    let mut second = host.session().unwrap();
+    second.push_text(PROMPT).unwrap();
+    *other.lock().unwrap() = Some(second);
+    continued(&mut session, 4);
+    drop(worker);
+    assert!(session.generate(Sampling::greedy()).stop_when(&enough).next().is_none());
+    let error = heard.lock().unwrap().take().unwrap().unwrap_err();
+    assert!(error.is_misuse() && error.hint().is_some(), "{error}");
+    assert!(error.to_string().contains("cannot wait for a session"), "{error}");
 }
 
 #[test]

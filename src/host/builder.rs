@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use dim_core::pipeline::Patience;
 use dim_core::rows::RowType;
-use dim_wire::keys::Key;
+use dim_wire::keys::{Key, KeyError};
 
 use crate::device;
 use crate::error::{BadOption, Error};
@@ -17,6 +17,7 @@ use crate::host::split::{Split, SplitFiles};
 use crate::resources::Resources;
 use crate::stage::verified::Verify;
 use crate::terms::Needs;
+use crate::worker::MAX_SESSIONS;
 
 /// The options of a host: made by [`Host::open`], used up by [`connect`](HostBuilder::connect).
 #[derive(Clone, Debug)]
@@ -184,7 +185,8 @@ impl HostBuilder {
     }
 
     /// Opens the files, dials the workers and loads what runs here. `on_event` hears of it, and of workers that are lost
-    /// and found as long as the host lives.
+    /// and found as long as the host lives: in whatever thread it happens, which later is one that a session is driven by.
+    /// So it must not wait for a session of this host; where it tries, that is an error.
     ///
     /// # Errors
     /// Whatever is in the way: a file, an option, a worker, memory.
@@ -198,8 +200,11 @@ impl HostBuilder {
         if self.options.batch_rows == 0 {
             return Err(BadOption::new("batch_rows", 0, "1, which is no batches, or more").into());
         }
-        for (address, _) in &self.options.workers {
-            address::complete(address)?;
+        for (given, keys) in &self.options.workers {
+            let address = address::complete(given)?;
+            if keys.is_empty() {
+                return Err(Error::NoKey { address, source: KeyError::NotPaired { address: given.clone() } });
+            }
         }
         let split = Split::open(self.files, self.options.verify, &events)?;
         if self.options.wire_is_free && split.head.is_half {
@@ -210,6 +215,3 @@ impl HostBuilder {
         split.assign(&self.options, &events)?.connect(&split, &self.options, &events)
     }
 }
-
-/// As many as a worker can have: `--parallel` ends there.
-const MAX_SESSIONS: u32 = 64;

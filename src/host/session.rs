@@ -95,9 +95,10 @@ impl Session {
     /// Adds tokens.
     ///
     /// # Errors
-    /// [`Error::PromptTooLong`]; nothing was added then.
+    /// [`Error::PromptTooLong`] and [`Error::NoSuchToken`]; nothing was added then.
     pub fn push_tokens(&mut self, tokens: &[i32]) -> Result<(), Error> {
         self.has_room(self.tokens.len() + tokens.len())?;
+        self.are_tokens(tokens)?;
         self.tokens.extend_from_slice(tokens);
         Ok(())
     }
@@ -106,9 +107,10 @@ impl Session {
     /// caches: a conversation whose every turn is rendered anew is not evaluated anew.
     ///
     /// # Errors
-    /// [`Error::PromptTooLong`], or a stage that fails.
+    /// [`Error::PromptTooLong`] and [`Error::NoSuchToken`], before anything has changed; or a stage that fails.
     pub fn set_tokens(&mut self, tokens: &[i32]) -> Result<(), Error> {
         self.has_room(tokens.len())?;
+        self.are_tokens(tokens)?;
         let held = &self.tokens[..self.evaluated];
         let common = held.iter().zip(tokens).take_while(|(a, b)| a == b).count();
         // at least one is evaluated, for its logits
@@ -131,9 +133,10 @@ impl Session {
     /// them to `on_logits`: (n_rows, n_vocab) of a chunk at a time, in order. Nothing is pending afterwards.
     ///
     /// # Errors
-    /// As a generation's first token.
+    /// As of [`set_tokens`](Self::set_tokens), and as a generation's first token.
     pub fn logits_of(&mut self, tokens: &[i32], on_logits: &mut dyn FnMut(&[f32])) -> Result<(), Error> {
         self.has_room(tokens.len())?;
+        self.are_tokens(tokens)?;
         self.tokens.clear();
         self.forget_from(0)?;
         self.torn = true;
@@ -152,6 +155,16 @@ impl Session {
         match n_tokens > self.n_ctx as usize {
             true => Err(Error::PromptTooLong { n_tokens, n_ctx: self.n_ctx }),
             false => Ok(()),
+        }
+    }
+
+    /// Whether they are numbers of the vocabulary: a step with another one fails, and so does whatever is built on it.
+    fn are_tokens(&self, tokens: &[i32]) -> Result<(), Error> {
+        let n_vocab = self.vocabulary.n_vocab();
+        let is_token = |token: i32| usize::try_from(token).is_ok_and(|token| token < n_vocab);
+        match tokens.iter().find(|token| !is_token(**token)) {
+            Some(&token) => Err(Error::NoSuchToken { token, n_vocab }),
+            None => Ok(()),
         }
     }
 

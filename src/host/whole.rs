@@ -41,7 +41,7 @@ impl WholeModel {
     /// The same of a model that was loaded otherwise.
     ///
     /// # Errors
-    /// There is no room for its cache.
+    /// A number is out of range, or there is no room for its cache.
     pub fn of_model(
         model: Model,
         model_name: String,
@@ -57,6 +57,7 @@ impl WholeModel {
         resources: &Resources,
         events: &Events,
     ) -> Result<WholeModel, Error> {
+        resources.check()?;
         let n_ctx = resources.n_ctx_for(model.n_ctx_train(), events);
         let params = ContextParams {
             n_ctx,

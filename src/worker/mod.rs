@@ -20,7 +20,7 @@ use gguf_tools::plan::Role;
 use gguf_tools::slice::SliceInfo;
 
 use crate::device;
-use crate::error::Error;
+use crate::error::{BadOption, Error};
 use crate::event::{Event, Events};
 use crate::resources::Resources;
 use crate::stage::load::{self, LoadOptions};
@@ -32,6 +32,8 @@ pub use serve::serve;
 
 /// Where a worker listens that is not told otherwise.
 pub const DEFAULT_PORT: u16 = 7878;
+/// The most conversations at once that a worker has caches for.
+pub const MAX_SESSIONS: u32 = 64;
 /// What the buffers for computing may take unless it is said how many rows they are for: a worker is to hold its slice,
 /// its cache, and 150 MiB at most.
 const COMPUTE_BYTES: u64 = 90 << 20;
@@ -68,7 +70,7 @@ impl WorkerBuilder {
         self
     }
 
-    /// Conversations at once, each with a context of its own; one, unless this says otherwise.
+    /// Conversations at once, each with a context of its own: 1 to [`MAX_SESSIONS`]; one, unless this says otherwise.
     pub fn max_sessions(mut self, n: u32) -> WorkerBuilder {
         self.max_sessions = n;
         self
@@ -109,10 +111,13 @@ impl WorkerBuilder {
     /// `on_event` hears of everything that happens as long as the worker lives, from several threads, one at a time.
     ///
     /// # Errors
-    /// The slice is no middle, or the address cannot be had.
+    /// An option is out of range, the slice is no middle, or the address cannot be had.
     pub fn bind(self, on_event: impl FnMut(Event) + Send + 'static) -> Result<Worker, Error> {
         let events = Events::new(on_event);
         self.resources.check()?;
+        if !(1..=MAX_SESSIONS).contains(&self.max_sessions) {
+            return Err(BadOption::new("parallel", self.max_sessions, "1 to 64").into());
+        }
         let keys = match &self.keys {
             Some(keys) => Arc::clone(keys),
             None => Arc::new(KeyStore::of_user()?),

@@ -63,14 +63,16 @@ impl Losses {
         if away >= self.give_up_after {
             return None;
         }
-        let pause = self.pause.max(LEAST_PAUSE).min(self.give_up_after - away);
-        self.pause = (self.pause * 2).min(patience.longest_pause);
+        let pause = self.pause.clamp(LEAST_PAUSE, MOST_PAUSE).min(self.give_up_after - away);
+        self.pause = self.pause.saturating_mul(2).min(patience.longest_pause);
         Some(now + pause)
     }
 }
 
 /// Whatever patience says, a worker that refuses at once is not dialled as fast as this machine can.
 const LEAST_PAUSE: Duration = Duration::from_millis(5);
+/// And whatever it says, some time it is tried again: times that no clock shows are for who wants to wait for ever.
+const MOST_PAUSE: Duration = Duration::from_secs(24 * 3600);
 
 #[cfg(test)]
 mod tests {
@@ -88,6 +90,16 @@ mod tests {
             now = next;
         }
         assert_eq!(at, [1200, 1600, 2100, 2600, 3000]);
+    }
+
+    #[test]
+    fn patience_without_an_end_is_no_time_that_a_clock_cannot_show() {
+        let (day, ever) = (Duration::from_secs(24 * 3600), Duration::MAX);
+        let patience =
+            Patience { give_up_after: ever, paused_for: ever, first_pause: ever, longest_pause: ever };
+        let mut losses = Losses::first(day, patience.give_up_after, &patience);
+        assert_eq!(losses.again(day, &patience), Some(2 * day));
+        assert_eq!(losses.again(2 * day, &patience), Some(3 * day));
     }
 
     #[test]
