@@ -160,7 +160,7 @@ impl Session {
 
     /// Whether they are numbers of the vocabulary: a step with another one fails, and so does whatever is built on it.
     fn are_tokens(&self, tokens: &[i32]) -> Result<(), Error> {
-        let n_vocab = self.vocabulary.n_vocab();
+        let n_vocab = self.vocabulary.model.n_vocab();
         let is_token = |token: i32| usize::try_from(token).is_ok_and(|token| token < n_vocab);
         match tokens.iter().find(|token| !is_token(**token)) {
             Some(&token) => Err(Error::NoSuchToken { token, n_vocab }),
