@@ -178,6 +178,7 @@ fn carry(
 /// The life of a process that was started for a template.
 pub fn serve() -> ExitCode {
     apart::no_core_file();
+    close_what_was_inherited();
     limit_memory();
     // it is told by its end: see `Process::how_it_died`
     let room = thread::Builder::new().name("template".into()).stack_size(STACK).spawn(|| {
@@ -220,6 +221,23 @@ fn answer(answer: &impl Serialize) -> io::Result<()> {
     stdout.write_all(&line)?;
     stdout.flush()
 }
+
+/// Closes all but the three pipes. What the program opened itself it does not inherit; what the program was started with,
+/// by a shell or by make, it would.
+#[cfg(unix)]
+fn close_what_was_inherited() {
+    let open = std::fs::read_dir("/dev/fd").map(|files| {
+        let names = files.filter_map(|file| file.ok()?.file_name().to_str()?.parse::<i32>().ok());
+        names.filter(|&file| file > 2).collect::<Vec<_>>()
+    });
+    for file in open.unwrap_or_default() {
+        // the directory's own is closed already
+        let _ = nix::unistd::close(file);
+    }
+}
+
+#[cfg(not(unix))]
+fn close_what_was_inherited() {}
 
 /// Memory, and what else a template has no need of.
 #[cfg(target_os = "linux")]
