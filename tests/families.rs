@@ -170,7 +170,8 @@ fn a_cut_that_is_not_possible_is_refused_with_the_nearest_one() {
     let crossing = cuts.cuts[0].as_ref().unwrap();
     assert_eq!(crossing.bytes_f32(), 4 * (256 + 7 * 64), "{crossing}");
     let why = cuts.cuts[5].as_ref().unwrap_err();
-    assert!(why.contains("blocks 6..7") && why.contains("of block"), "{why}");
+    assert!(why.sentence.contains("blocks 6..7") && why.sentence.contains("of block"), "{why:?}");
+    assert!(why.short.starts_with("the blocks from there to 7 read the "), "{why:?}");
     for (middle, nearest) in [("3..5", "3..3"), ("5..6", "3..3"), ("1..6", "1..3")] {
         let request =
             Request { middles: vec![middle.parse().unwrap()], stem: "m".into(), ..Request::default() };

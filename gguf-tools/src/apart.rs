@@ -284,7 +284,7 @@ pub(crate) fn survey(files: &[PathBuf], ranges: &[Range<u32>]) -> Result<Survey,
 pub(crate) fn cuts(files: &[PathBuf]) -> Result<Cuts, Refusal> {
     let mut plan = open(files)?;
     let n_blocks = plan.n_blocks();
-    let cut = |block| plan.cut(block).map(engine::crossing).map_err(|e| e.to_string());
+    let cut = |block| plan.cut(block).map(engine::crossing).map_err(|e| engine::no_cut(&e, n_blocks));
     let cuts = (1..n_blocks).map(cut).collect();
     Ok(Cuts { n_blocks, memory: plan.memory().to_owned(), cuts })
 }
@@ -334,9 +334,23 @@ fn try_out(_files: &[PathBuf]) -> Result<(), Refusal> {
 
 #[cfg(feature = "engine")]
 mod engine {
-    use llama_sys_patch::{Layout, RangePlan, ValueType};
+    use llama_sys_patch::{Error, Layout, RangePlan, ValueType};
 
-    use crate::needs::{Crossing, Needs, Part, ValueKind};
+    use crate::needs::{Crossing, Needs, NoCut, Part, ValueKind};
+
+    pub(super) fn no_cut(error: &Error, n_blocks: u32) -> NoCut {
+        let sentence = error.to_string();
+        let short = match error {
+            Error::NotApart(refusal) if refusal.blocks.start == 0 => {
+                refusal.reason.of("the blocks before it")
+            }
+            Error::NotApart(refusal) => {
+                refusal.reason.of(&format!("the blocks from there to {}", n_blocks.saturating_sub(1)))
+            }
+            _ => sentence.clone(),
+        };
+        NoCut { sentence, short }
+    }
 
     pub(super) fn needs(range: RangePlan) -> Needs {
         Needs {

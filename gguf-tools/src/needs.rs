@@ -120,7 +120,16 @@ pub struct Cuts {
     /// What is kept of past positions, for people.
     pub memory: String,
     /// For each cut, that before block 1 first: what crosses there, or why it is not possible.
-    pub cuts: Vec<Result<Crossing, String>>,
+    pub cuts: Vec<Result<Crossing, NoCut>>,
+}
+
+/// Why a cut is not possible.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct NoCut {
+    /// The whole sentence, with the model and the blocks.
+    pub sentence: String,
+    /// The same for who has said where the cut is: "the blocks from there to 41 read ..."; alike for cuts that are.
+    pub short: String,
 }
 
 impl Cuts {

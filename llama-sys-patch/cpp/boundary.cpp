@@ -17,6 +17,7 @@ namespace dim {
 
 static thread_local char message[1024] = "";
 static thread_local char log_error[1024] = "";
+static thread_local dim_refusal refusal = {};
 
 static std::atomic<int> log_shown{ DIM_LOG_SILENT };
 
@@ -45,6 +46,12 @@ void fail_with(dim_status status, const dim_fault & fault, const char * format, 
     format_message(format, args);
     va_end(args);
     throw failure{ status, fault };
+}
+
+void refuse(const dim_refusal & why) {
+    refusal = why;
+    fail(DIM_NOT_APART, "blocks %u..%u of a %s model cannot be evaluated apart (reason %d%s%s)", why.first,
+         why.last - 1, why.arch, (int) why.reason, *why.name ? ": " : "", why.name);
 }
 
 const char * log_error_line() noexcept { return log_error; }
@@ -88,5 +95,7 @@ void give_memory_back() noexcept {
 }   // namespace dim
 
 extern "C" const char * dim_last_error(void) { return dim::message; }
+
+extern "C" void dim_last_refusal(dim_refusal * out) { *out = dim::refusal; }
 
 extern "C" void dim_log_set(dim_log_level level) { dim::log_shown.store(level, std::memory_order_relaxed); }

@@ -28,6 +28,9 @@ struct failure {
 [[noreturn]] void fail(dim_status status, const char * format, ...) DIM_FORMAT(2, 3);
 [[noreturn]] void fail_with(dim_status status, const dim_fault & fault, const char * format, ...) DIM_FORMAT(3, 4);
 
+// Throws DIM_NOT_APART, with what dim_last_refusal() then gives.
+[[noreturn]] void refuse(const dim_refusal & why);
+
 // Sets the thread's sentence. Cut at 1023 bytes; never allocates.
 void set_message(const char * format, ...) noexcept DIM_FORMAT(1, 2);
 

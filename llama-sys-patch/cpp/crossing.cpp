@@ -23,10 +23,9 @@ static std::string name_for_people(const ggml_tensor * tensor) {
     return std::strncmp(tensor->name, "node_", 5) ? tensor->name : "unnamed";
 }
 
-crossing layout_of(const std::vector<crossing_tensor> & tensors, int64_t n_tokens, const tensor_shapes & shapes,
-                   int64_t n_others) {
-    if (tensors.size() != shapes.size())
-        fail(DIM_UNSUPPORTED, "what goes from block to block depends on the number of tokens");
+crossing layout_of(const llama_model & model, const block_range & range, const std::vector<crossing_tensor> & tensors,
+                   int64_t n_tokens, const tensor_shapes & shapes, int64_t n_others) {
+    if (tensors.size() != shapes.size()) refuse(refusal_of(model, range, DIM_CROSSES_OTHERS));
     crossing layout;
     for (size_t t = 0; t < tensors.size(); t++) {
         const auto & [tensor, first, last] = tensors[t];
@@ -34,12 +33,11 @@ crossing layout_of(const std::vector<crossing_tensor> & tensors, int64_t n_token
         for (int d = 0; d < 4; d++) {
             if (tensor->ne[d] == shapes[t][(size_t) d]) continue;
             if (token_dim >= 0 || tensor->ne[d] != n_tokens || shapes[t][(size_t) d] != n_others) {
-                fail(DIM_UNSUPPORTED, "%s, which goes from block to block, is not so much per token", tensor->name);
+                refuse(refusal_of(model, range, DIM_CROSSES_UNEVEN, tensor->name));
             }
             token_dim = d;
         }
-        if (token_dim < 0)
-            fail(DIM_UNSUPPORTED, "%s, which goes from block to block, does not depend on the tokens", tensor->name);
+        if (token_dim < 0) refuse(refusal_of(model, range, DIM_CROSSES_FIXED, tensor->name));
         crossing_part part{ tensor->type,
                             token_dim,
                             { tensor->ne[0], tensor->ne[1], tensor->ne[2], tensor->ne[3] },
@@ -55,7 +53,8 @@ crossing layout_of(const std::vector<crossing_tensor> & tensors, int64_t n_token
 // place.
 static bool may_be_shorter(const crossing_part & part, int dim) { return part.token_dim == 1 && dim == 0; }
 
-void check_layout(const crossing & layout, const std::vector<crossing_tensor> & tensors, int64_t n_tokens) {
+void check_layout(const llama_model & model, const block_range & range, const crossing & layout,
+                  const std::vector<crossing_tensor> & tensors, int64_t n_tokens) {
     bool same = tensors.size() == layout.parts.size();
     for (size_t t = 0; same && t < tensors.size(); t++) {
         const auto & part = layout.parts[t];
@@ -68,7 +67,7 @@ void check_layout(const crossing & layout, const std::vector<crossing_tensor> & 
             same &= n == expected || (may_be_shorter(part, d) && n < expected);
         }
     }
-    if (!same) fail(DIM_UNSUPPORTED, "what goes from block to block is not the same in every graph");
+    if (!same) refuse(refusal_of(model, range, DIM_CROSSES_OTHERS));
 }
 
 // The bytes of a part in runs: the values before the token's dimension are one run of memory, and there is one for each

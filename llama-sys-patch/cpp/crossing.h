@@ -5,8 +5,7 @@
 // ones stay as they are.
 #pragma once
 
-#include "graph.h"
-#include "layer_eval.h"
+#include "cut.h"
 
 #include <array>
 #include <string>
@@ -33,16 +32,17 @@ struct crossing {
     size_t bytes_per_token(dim_dtype as) const;
 };
 
-// Reads the layout off the same tensors in two graphs, of n_tokens and n_others tokens. Fails (DIM_UNSUPPORTED) where a
-// tensor is not so much per token. `shapes`: of the graph with n_others, which need not exist any more.
+// Reads the layout off the same tensors in two graphs, of n_tokens and n_others tokens. Refuses (DIM_NOT_APART) the
+// range where a tensor is not so much per token. `shapes`: of the graph with n_others, which need not exist any more.
 using tensor_shapes = std::vector<std::array<int64_t, 4>>;
 tensor_shapes shapes_of(const std::vector<crossing_tensor> & tensors);
-crossing layout_of(const std::vector<crossing_tensor> & tensors, int64_t n_tokens, const tensor_shapes & shapes,
-                   int64_t n_others);
+crossing layout_of(const llama_model & model, const block_range & range, const std::vector<crossing_tensor> & tensors,
+                   int64_t n_tokens, const tensor_shapes & shapes, int64_t n_others);
 
-// Checks that tensors of a graph of n_tokens tokens are laid out so, or are shorter than their places in a row. Fails
-// (DIM_UNSUPPORTED).
-void check_layout(const crossing & layout, const std::vector<crossing_tensor> & tensors, int64_t n_tokens);
+// Checks that tensors of a graph of n_tokens tokens are laid out so, or are shorter than their places in a row.
+// Refuses (DIM_NOT_APART) the range.
+void check_layout(const llama_model & model, const block_range & range, const crossing & layout,
+                  const std::vector<crossing_tensor> & tensors, int64_t n_tokens);
 
 // Moves a chunk's rows of one part between `tensor` (of the part's own type, or F16) and the rows of a call.
 //   rows:      (rows of the call, row_bytes); this part stands at `offset` of each

@@ -17,26 +17,33 @@
 
 namespace dim {
 
-[[noreturn]] static void cannot(const llama_model & model, const block_range & range, const char * why) {
-    fail(DIM_UNSUPPORTED, "blocks %u..%u of a %s model cannot be evaluated apart: %s", range.first, range.last - 1,
-         model.arch_name().c_str(), why);
+dim_refusal refusal_of(const llama_model & model, const block_range & range, dim_reason reason, const char * name) {
+    dim_refusal why{};
+    why.reason = reason;
+    why.first = range.first, why.last = range.last;
+    why.block = -1;
+    std::snprintf(why.name, sizeof why.name, "%s", name);
+    std::snprintf(why.arch, sizeof why.arch, "%s", model.arch_name().c_str());
+    return why;
 }
 
-std::string state_for_people(const ggml_tensor * state) {
+void name_state(dim_refusal & why, const ggml_tensor * state) {
     static const struct {
-        const char *prefix, *what;
+        const char * prefix;
+        dim_state_kind kind;
     } kinds[] = {
-        { "cache_k_l", "the keys" },
-        { "cache_v_l", "the values" },
-        { "cache_r_l", "the recurrent state" },
-        { "cache_s_l", "the recurrent state" },
+        { "cache_k_l", DIM_STATE_KEYS },
+        { "cache_v_l", DIM_STATE_VALUES },
+        { "cache_r_l", DIM_STATE_RECURRENT },
+        { "cache_s_l", DIM_STATE_RECURRENT },
     };
-    for (const auto & kind : kinds) {
-        const size_t n = std::strlen(kind.prefix);
-        if (std::strncmp(state->name, kind.prefix, n)) continue;
-        return std::string(kind.what) + " of block " + (state->name + n);
+    for (const auto & [prefix, kind] : kinds) {
+        int block = -1;
+        if (std::strncmp(state->name, prefix, std::strlen(prefix)) ||
+            std::sscanf(state->name + std::strlen(prefix), "%d", &block) != 1)
+            continue;
+        why.state = kind, why.block = block;
     }
-    return std::string("the state ") + state->name;
 }
 
 namespace {
@@ -86,11 +93,10 @@ bool ignores_tokens(const llm_graph_input_i & input) {
 void check_crossing(const llama_model & model, const block_range & range,
                     const std::vector<crossing_tensor> & crossing) {
     for (const auto & [tensor, first, last] : crossing) {
-        const char * why = tensor->view_src || !ggml_is_contiguous(tensor)                  ? "is a view of another"
-                           : tensor->type != GGML_TYPE_F32 && tensor->type != GGML_TYPE_I32 ? "is neither F32 nor I32"
-                                                                                            : nullptr;
-        if (!why) continue;
-        cannot(model, range, (std::string(tensor->name) + ", which goes from block to block, " + why).c_str());
+        if (tensor->view_src || !ggml_is_contiguous(tensor))
+            refuse(refusal_of(model, range, DIM_CROSSES_VIEW, tensor->name));
+        if (tensor->type != GGML_TYPE_F32 && tensor->type != GGML_TYPE_I32)
+            refuse(refusal_of(model, range, DIM_CROSSES_TYPE, tensor->name));
     }
 }
 
@@ -132,18 +138,21 @@ void collect(const llm_graph_result & whole, const dependencies & nodes, range_c
 
 void check(const llama_model & model, const block_range & range, const dependencies & nodes, const range_cut & cut,
            const std::unordered_set<const ggml_tensor *> & absent) {
-    const auto refuse = [&](const std::string & what, const std::string & why) {
-        cannot(model, range, ("they read " + what + ", " + why).c_str());
-    };
     for (const auto * weight : cut.weights) {
         const int block = nodes.weights.block(weight);
-        if (block >= 0 && !range.own(block)) refuse(weight->name, "a weight of block " + std::to_string(block));
-        if (absent.count(weight)) refuse(weight->name, "which this slice lacks");
+        if (block >= 0 && !range.own(block)) {
+            auto why = refusal_of(model, range, DIM_READS_WEIGHT, weight->name);
+            why.block = block;
+            refuse(why);
+        }
+        if (absent.count(weight)) refuse(refusal_of(model, range, DIM_LACKS_WEIGHT, weight->name));
     }
     for (const auto * state : cut.states_read) {
         if (std::find(cut.states_written.begin(), cut.states_written.end(), state) != cut.states_written.end())
             continue;
-        refuse(state_for_people(state), "which they do not write");
+        auto why = refusal_of(model, range, DIM_READS_STATE, state->name);
+        name_state(why, state);
+        refuse(why);
     }
 }
 
@@ -157,10 +166,8 @@ range_cut cut_range(const llama_model & model, const llm_graph_result & whole, c
         cut.outputs = nodes.boundary((int) range.last);
     else if (whole.t_logits)
         cut.outputs = { crossing_tensor(whole.t_logits) };
-    if (cut.outputs.empty()) {
-        cannot(model, range, range.has_lm_head ? "there are no logits" : "nothing goes on from them");
-    }
-    if (cut.inputs.empty() && !range.takes_tokens) cannot(model, range, "nothing goes into them");
+    if (cut.outputs.empty()) refuse(refusal_of(model, range, range.has_lm_head ? DIM_NO_LOGITS : DIM_NOTHING_GOES));
+    if (cut.inputs.empty() && !range.takes_tokens) refuse(refusal_of(model, range, DIM_NOTHING_COMES));
     check_crossing(model, range, cut.inputs);
     check_crossing(model, range, cut.outputs);
 

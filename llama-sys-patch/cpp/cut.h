@@ -2,8 +2,8 @@
 #pragma once
 
 #include "graph.h"
+#include "layer_eval.h"
 
-#include <string>
 #include <unordered_set>
 #include <vector>
 
@@ -29,12 +29,15 @@ struct range_cut {
     bool reads_tokens = false;   // ids of tokens, beside the rows or instead of them
 };
 
-// Finds the range in the graph, which stays as it is. Fails (DIM_UNSUPPORTED) with the sentence why the range cannot be
-// evaluated apart: it reads a weight that another block's is, or that is `absent`, or a state that others write.
+// Finds the range in the graph, which stays as it is. Refuses (DIM_NOT_APART) one that reads a weight that another
+// block's is, or that is `absent`, or a state that others write.
 range_cut cut_range(const llama_model & model, const llm_graph_result & whole, const dependencies & nodes,
                     const block_range & range, const std::unordered_set<const ggml_tensor *> & absent);
 
-// "the keys of block 21" for cache_k_l21.
-std::string state_for_people(const ggml_tensor * state);
+// Of a range, with no block and no state.
+dim_refusal refusal_of(const llama_model & model, const block_range & range, dim_reason reason, const char * name = "");
+
+// Puts in what `state` is: the keys of block 21, for cache_k_l21.
+void name_state(dim_refusal & why, const ggml_tensor * state);
 
 }   // namespace dim

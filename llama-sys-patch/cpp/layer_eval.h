@@ -32,7 +32,7 @@ typedef enum dim_status {
     DIM_INVALID_ARGUMENT = 1,     // a parameter that no model would accept
     DIM_LOAD_FAILED = 2,          // llama.cpp refused the file
     DIM_CANCELLED = 3,            // the progress callback said stop
-    DIM_UNSUPPORTED = 4,          // a model whose blocks cannot be evaluated apart (the message says why)
+    DIM_UNSUPPORTED = 4,          // a kind of model that no range of can be evaluated (the message says why)
     DIM_OUT_OF_MEMORY = 5,        // the KV cache or the compute buffers could not be allocated
     DIM_TOO_MANY_ROWS = 6,        // got rows, expected at most
     DIM_UNKNOWN_SESSION = 7,      // row, session; expected: number of sessions
@@ -52,6 +52,7 @@ typedef enum dim_status {
     DIM_SESSION_LOST = 20,
     DIM_CANNOT_REWIND = 21,   // session; got position; expected: the lowest position, beside 0, it can go back to
     DIM_BAD_SLICE = 22,       // a slice's description of what it lacks; row: which entry, -1: all of them
+    DIM_NOT_APART = 23,       // a range that cannot be evaluated apart: dim_last_refusal() says why
 } dim_status;
 
 typedef struct dim_fault {
@@ -66,6 +67,41 @@ typedef struct dim_fault {
 // The sentence for the last failure of this thread; never NULL. Valid until this thread's next call into this header.
 // Thread: any.
 const char * dim_last_error(void);
+
+// What keeps a range from being evaluated apart, and which of dim_refusal's fields say more.
+typedef enum dim_reason {
+    DIM_READS_WEIGHT = 1,    // it reads `name`, a weight of `block`
+    DIM_LACKS_WEIGHT = 2,    // it reads the weight `name`, which the slice lacks
+    DIM_READS_STATE = 3,     // it reads `state` of `block`, `name`, which other blocks write
+    DIM_BOTH_WRITE = 4,      // no cut before `first`: the blocks before and behind it write `state` of `block`, `name`
+    DIM_NO_LOGITS = 5,       // the model gives none
+    DIM_NOTHING_COMES = 6,   // no tensor goes from the blocks before to these
+    DIM_NOTHING_GOES = 7,    // no tensor goes from these to the blocks after
+    DIM_CROSSES_VIEW = 8,    // `name`, which crosses an end, is a view of another tensor
+    DIM_CROSSES_TYPE = 9,    // `name`, which crosses an end, is neither F32 nor I32
+    DIM_CROSSES_UNEVEN = 10,   // `name`, which crosses an end, is not so much for each token
+    DIM_CROSSES_FIXED = 11,    // `name`, which crosses an end, does not depend on the tokens
+    DIM_CROSSES_OTHERS = 12,   // what crosses an end is not the same in every graph
+} dim_reason;
+
+typedef enum dim_state_kind {
+    DIM_STATE_OTHER = 0,   // `name` is all there is to say
+    DIM_STATE_KEYS = 1,
+    DIM_STATE_VALUES = 2,
+    DIM_STATE_RECURRENT = 3,
+} dim_state_kind;
+
+typedef struct dim_refusal {
+    dim_reason reason;
+    uint32_t first, last;   // the blocks [first, last)
+    int64_t block;          // -1: of no block
+    dim_state_kind state;
+    char name[64];   // llama.cpp's, as "blk.3.attn_q.weight" or "cache_k_l3"; NUL-terminated; "" where there is none
+    char arch[64];   // llama.cpp's name of the architecture; NUL-terminated
+} dim_refusal;
+
+// The reason of this thread's last DIM_NOT_APART; all zeros if there was none. Thread: any.
+void dim_last_refusal(dim_refusal * out);
 
 typedef enum dim_log_level { DIM_LOG_SILENT = 0, DIM_LOG_WARNINGS = 1, DIM_LOG_EVERYTHING = 2 } dim_log_level;
 
@@ -217,8 +253,8 @@ typedef struct dim_stage_params {
 
 typedef struct dim_stage dim_stage;
 
-// Makes a stage. Refuses (DIM_UNSUPPORTED) ranges that cannot be evaluated apart, with the sentence why, and finds out
-// by building the graph, at its largest; so the buffers are allocated when it returns: caches and states of its own
+// Makes a stage. Refuses (DIM_NOT_APART) ranges that cannot be evaluated apart, and finds out by building the graph, at
+// its largest; so the buffers are allocated when it returns: caches and states of its own
 // blocks, and room for the largest graph. On DIM_OK *out belongs to the caller, who frees it with dim_stage_free()
 // before the model. Thread: any.
 dim_status dim_stage_create(dim_model * model, const dim_stage_params * params, dim_stage ** out);
@@ -347,8 +383,8 @@ typedef struct dim_range_plan {
     uint64_t state_bytes_per_session;    // that does not grow with positions
 } dim_range_plan;
 
-// Looks at the range [first, last), which dim_plan_tensor() and dim_plan_crossing() then speak of. DIM_UNSUPPORTED: it
-// cannot be evaluated apart, and why. Thread: one.
+// Looks at the range [first, last), which dim_plan_tensor() and dim_plan_crossing() then speak of. DIM_NOT_APART: it
+// cannot be evaluated apart. Thread: one.
 dim_status dim_plan_range(dim_plan * plan, uint32_t first, uint32_t last, dim_range_plan * out);
 
 // The name of tensor `index` that the range needs: its own blocks', what of others its graph reads, and the factors of
@@ -360,7 +396,7 @@ dim_status dim_plan_crossing(const dim_plan * plan, dim_end end, dim_crossing * 
 
 // DIM_OK if the model can be cut before block `block`: the blocks before it and those from it on can be evaluated
 // apart, and no state is written by both; dim_plan_crossing() of DIM_END_IN then speaks of what crosses there. Else
-// DIM_UNSUPPORTED, with the sentence why. Thread: one.
+// DIM_NOT_APART. Thread: one.
 dim_status dim_plan_cut(dim_plan * plan, uint32_t block);
 
 // ---- stock: llama_decode() and nothing else -------------------------------------------------------------------------

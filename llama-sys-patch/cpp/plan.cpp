@@ -89,9 +89,9 @@ struct dim_plan {
         const auto few = one->cut(llama, one->few, range);
         const auto in_shapes = shapes_of(few.inputs), out_shapes = shapes_of(few.outputs);
         seen.cut = one->cut(llama, one->many, range);
-        seen.in = layout_of(seen.cut.inputs, one->many.n_tokens, in_shapes, one->few.n_tokens);
+        seen.in = layout_of(llama, range, seen.cut.inputs, one->many.n_tokens, in_shapes, one->few.n_tokens);
         if (!range.has_lm_head)
-            seen.out = layout_of(seen.cut.outputs, one->many.n_tokens, out_shapes, one->few.n_tokens);
+            seen.out = layout_of(llama, range, seen.cut.outputs, one->many.n_tokens, out_shapes, one->few.n_tokens);
         return seen;
     }
 
@@ -162,8 +162,9 @@ void dim_plan::check_cut(uint32_t block) {
     auto tail = look_at(range(block, n_blocks));
     for (const auto * state : tail.cut.states_written) {
         if (tail.cut.common.count(state) || !written.count(state->name)) continue;
-        fail(DIM_UNSUPPORTED, "a %s model cannot be cut before block %u: the blocks before and behind both write %s",
-             model->llama->arch_name().c_str(), block, state_for_people(state).c_str());
+        auto why = refusal_of(*model->llama, range(block, n_blocks), DIM_BOTH_WRITE, state->name);
+        name_state(why, state);
+        refuse(why);
     }
     in = std::move(tail.in), out = {};
 }

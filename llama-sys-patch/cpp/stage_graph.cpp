@@ -18,8 +18,8 @@ void dim_stage::build(const llm_graph_params & params, graph_kind wanted) {
     ggml_backend_sched_set_eval_callback(context().get_sched(), watching ? on_node : nullptr, this);
     auto cut = analyse(params);
     if (made.memory->allocate(cut)) cut = analyse(params);   // views of the new states now know where these are
-    check_layout(in, cut.inputs, params.ubatch.n_tokens);
-    if (!range.has_lm_head) check_layout(out, cut.outputs, params.ubatch.n_tokens);
+    check_layout(model, range, in, cut.inputs, params.ubatch.n_tokens);
+    if (!range.has_lm_head) check_layout(model, range, out, cut.outputs, params.ubatch.n_tokens);
     assemble(cut);
     n_built++;
 }
@@ -185,8 +185,9 @@ void dim_stage::prepare() {
         const auto before = analyse(whole.params(others, cells.get(), others.n_tokens));
         const auto in_shapes = shapes_of(before.inputs), out_shapes = shapes_of(before.outputs);
         const auto cut = analyse(whole.params(largest, cells.get(), largest.n_tokens));
-        in = layout_of(cut.inputs, largest.n_tokens, in_shapes, others.n_tokens);
-        if (!range.has_lm_head) out = layout_of(cut.outputs, largest.n_tokens, out_shapes, others.n_tokens);
+        in = layout_of(model, range, cut.inputs, largest.n_tokens, in_shapes, others.n_tokens);
+        if (!range.has_lm_head)
+            out = layout_of(model, range, cut.outputs, largest.n_tokens, out_shapes, others.n_tokens);
         reads_tokens = cut.reads_tokens;
     }
     const uint32_t n_outputs = range.has_lm_head ? n_sessions : largest.n_tokens;

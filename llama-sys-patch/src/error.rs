@@ -3,6 +3,7 @@
 use std::ffi::CStr;
 
 use crate::ffi;
+use crate::refusal::{self, Refusal};
 
 /// Why llama.cpp, or a check before it, refused.
 #[derive(Debug, Clone, PartialEq, thiserror::Error)]
@@ -29,10 +30,13 @@ pub enum Error {
         text: String,
     },
 
-    /// A model, or a range of its blocks, that cannot be evaluated apart. The text says why, as "they read the keys of block
-    /// 21, which they do not write".
+    /// A kind of model, or a way of computing, that there is none of here. The text says why.
     #[error("{0}")]
     Unsupported(String),
+
+    /// A range of blocks that cannot be evaluated apart, and what keeps it from that.
+    #[error("{0}")]
+    NotApart(Refusal),
 
     /// The KV cache or the graph's buffers could not be allocated.
     #[error("{0}")]
@@ -195,6 +199,7 @@ pub(crate) fn check(status: ffi::dim_status, fault: &ffi::dim_fault) -> Result<(
         ffi::DIM_LOAD_FAILED => Error::LoadFailed(text),
         ffi::DIM_CANCELLED => Error::Cancelled(text),
         ffi::DIM_UNSUPPORTED => Error::Unsupported(text),
+        ffi::DIM_NOT_APART => Error::NotApart(refusal::last()),
         ffi::DIM_OUT_OF_MEMORY => Error::OutOfMemory(text),
         ffi::DIM_TOO_MANY_ROWS => Error::TooManyRows { rows: got as usize, limit: expected as usize },
         ffi::DIM_UNKNOWN_SESSION => Error::UnknownSession { session: got, sessions: expected },

@@ -17,7 +17,7 @@
 //! model.rs plan.rs layout.rs           the safe API: typed errors, lengths by slices
 //! stage.rs stock.rs rows.rs
 //! quantise.rs rpc.rs                   for comparisons: quantised models, llama.cpp's RPC backend
-//! error.rs                             a dim_status and its dim_fault become an Error
+//! error.rs refusal.rs                  a dim_status and its dim_fault become an Error
 //! ffi.rs                               bindgen's view of cpp/layer_eval.h, and nothing else
 //! cpp/layer_eval.h                     the contract: ownership, threads, what holds on failure
 //! cpp/*.cpp                            llama.cpp's internals behind one exception boundary
@@ -30,6 +30,7 @@ mod layout;
 mod model;
 mod plan;
 mod quantise;
+mod refusal;
 mod rows;
 #[cfg(feature = "rpc")]
 pub mod rpc;
@@ -47,6 +48,7 @@ pub use layout::{Layout, Part, ValueType};
 pub use model::{Device, LogLevel, Model, ModelParams, ModelPart, Offload, devices, end_process, set_log};
 pub use plan::{GraphPlan, RangePlan};
 pub use quantise::{Quantised, quantise_model};
+pub use refusal::{CrossingFault, Reason, Refusal, State, StateKind};
 pub use rows::{RowType, dequantize_rows, quantize_rows};
 pub use stage::{
     BlockStats, ContextInfo, ContextParams, FlashAttn, Input, KvType, Output, Row, Stage, StageParams,

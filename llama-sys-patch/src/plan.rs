@@ -105,7 +105,7 @@ impl GraphPlan {
     /// What crosses where the model is cut before block `block`.
     ///
     /// # Errors
-    /// [`Error::Unsupported`] with the sentence why not; [`Error::InvalidArgument`] for a block before which nothing can be.
+    /// [`Error::NotApart`]; [`Error::InvalidArgument`] for a block before which nothing can be.
     pub fn cut(&mut self, block: u32) -> Result<Layout, Error> {
         // SAFETY: the plan is alive and ours alone.
         check_status(unsafe { ffi::dim_plan_cut(self.plan.as_ptr(), block) })?;
@@ -115,7 +115,7 @@ impl GraphPlan {
     /// What the blocks need.
     ///
     /// # Errors
-    /// [`Error::Unsupported`] with the sentence why they cannot be evaluated apart; [`Error::InvalidArgument`] for blocks that
+    /// [`Error::NotApart`]; [`Error::InvalidArgument`] for blocks that
     /// the model does not have.
     pub fn range(&mut self, blocks: Range<u32>) -> Result<RangePlan, Error> {
         let mut c = ffi::dim_range_plan::default();

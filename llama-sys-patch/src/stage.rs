@@ -228,7 +228,7 @@ impl Stage {
     /// Makes a stage. Its buffers are allocated, at their largest, when it returns.
     ///
     /// # Errors
-    /// [`Error::Unsupported`] for architectures whose blocks cannot be evaluated apart, [`Error::InvalidArgument`] for
+    /// [`Error::NotApart`] for blocks that cannot be evaluated apart, [`Error::InvalidArgument`] for
     /// ranges the file does not have and sizes that make no sense, [`Error::OutOfMemory`].
     pub fn new(model: &Model, params: StageParams) -> Result<Stage, Error> {
         let c_params = ffi::dim_stage_params {

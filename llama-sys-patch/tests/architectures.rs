@@ -135,7 +135,7 @@ fn compare(arch: &str) -> Result<Outcome, Error> {
     let path = test_support::write(arch, &[], folder.path())?;
     let ranges = match pipeline::plan(&path, &CUTS) {
         Ok(ranges) => ranges,
-        Err(Error::Unsupported(why)) => return Ok(Outcome::Refused(why)),
+        Err(Error::NotApart(refusal)) => return Ok(Outcome::Refused(refusal.to_string())),
         Err(other) => return Err(other),
     };
     let files = pipeline::cut(&path, &ranges);
@@ -279,10 +279,9 @@ fn shared_caches() -> String {
         let path = folder.path().join("model.gguf");
         test_support::write_model(arch, n_blocks, options, &path).expect("a tiny model");
         let mut plan = GraphPlan::open(&[&path]).expect("a plan");
-        let why = plan.cut(n_blocks - 1).expect_err("the last block shares").to_string();
-        let why = why.split_once("apart: they ").map_or(why.as_str(), |(_, why)| why);
-        writeln!(text, "| {arch} | {model} | {} | the last blocks {why} |", cuts(&mut plan))
-            .expect("a String takes it");
+        let Err(Error::NotApart(refusal)) = plan.cut(n_blocks - 1) else { panic!("the last block shares") };
+        let why = refusal.reason.of("the last blocks");
+        writeln!(text, "| {arch} | {model} | {} | {why} |", cuts(&mut plan)).expect("a String takes it");
     }
     text
 }

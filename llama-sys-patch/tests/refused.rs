@@ -7,7 +7,9 @@ use common::{Chain, Wire, assert_exact, context, decode, pipeline, stock, tokens
 use gguf_tools::gguf::write::{GgufWriter, TensorSpec};
 use gguf_tools::gguf::{TensorType, Value};
 use llama_sys_patch::test_support as tiny;
-use llama_sys_patch::{Error, GraphPlan, Model, ModelParams, Row, Stage, StageParams};
+use llama_sys_patch::{
+    Error, GraphPlan, Model, ModelParams, Reason, Refusal, Row, Stage, StageParams, State, StateKind,
+};
 
 const N_EMBD: u64 = 64;
 const N_BLOCKS: u64 = 4;
@@ -89,9 +91,9 @@ fn gpt2() -> Model {
     )
 }
 
-fn refusal(model: &Model, params: StageParams) -> String {
+fn refusal(model: &Model, params: StageParams) -> Refusal {
     match Stage::new(model, params) {
-        Err(Error::Unsupported(text)) => text,
+        Err(Error::NotApart(refusal)) => refusal,
         other => panic!("{other:?}"),
     }
 }
@@ -112,18 +114,16 @@ fn a_cut_between_blocks_that_share_keys_is_refused_and_says_whose() {
     let folder = tempfile::tempdir().unwrap();
     let path = tiny::write("gemma3n", &[], folder.path()).unwrap();
     let mut plan = GraphPlan::open(&[&path]).unwrap();
-    let why = |error: Error| match error {
-        Error::Unsupported(text) => text,
-        other => panic!("{other:?}"),
-    };
     for block in 1..24 {
         let cut = plan.cut(block);
         if block <= 18 {
             cut.unwrap_or_else(|e| panic!("before {block}: {e}"));
         } else {
-            let text = why(cut.unwrap_err());
-            let reads = ["the keys of block 18", "the keys of block 19", "the values of block 18"];
-            assert!(text.contains("gemma3n") && reads.iter().any(|r| text.contains(r)), "{block}: {text}");
+            let Err(Error::NotApart(refusal)) = cut else { panic!("before {block}: {cut:?}") };
+            assert_eq!((refusal.arch.as_str(), &refusal.blocks), ("gemma3n", &(block..24)));
+            let Reason::ReadsState(state) = &refusal.reason else { panic!("{block}: {refusal}") };
+            assert!(matches!(state.kind, StateKind::Keys | StateKind::Values), "{state:?}");
+            assert!(matches!(state.block, Some(18 | 19)), "{state:?}");
         }
     }
     assert!(plan.range(18..24).is_ok());
@@ -134,8 +134,15 @@ fn a_cut_between_blocks_that_share_keys_is_refused_and_says_whose() {
 
     // a stage of the whole file says the same
     let model = pipeline::load(&path).unwrap();
-    let text = refusal(&model, StageParams::of_whole_model(&model, 20..24, context()));
-    assert!(text.contains("the keys of block 18"), "{text}");
+    let refusal = refusal(&model, StageParams::of_whole_model(&model, 20..24, context()));
+    let keys = State { kind: StateKind::Keys, block: Some(18), name: "cache_k_l18".into() };
+    assert_eq!(refusal.reason, Reason::ReadsState(keys));
+    let short = "the last four read the keys of block 18, which they do not write";
+    assert_eq!(refusal.reason.of("the last four"), short);
+    assert_eq!(
+        refusal.to_string(),
+        "blocks 20..23 of a gemma3n model cannot be evaluated apart: they read the keys of block 18, which they do not write"
+    );
 }
 
 #[test]
@@ -143,8 +150,10 @@ fn blocks_that_run_in_loops_are_refused() {
     let folder = tempfile::tempdir().unwrap();
     let path = tiny::write("hrm_text", &[], folder.path()).unwrap();
     let model = pipeline::load(&path).unwrap();
-    let text = refusal(&model, StageParams::of_whole_model(&model, 3..8, context()));
-    assert!(text.contains("hrm_text") && text.contains("a weight of block"), "{text}");
+    let refusal = refusal(&model, StageParams::of_whole_model(&model, 3..8, context()));
+    assert_eq!((refusal.arch.as_str(), &refusal.blocks), ("hrm_text", &(3..8)));
+    let weight = Reason::ReadsWeight { name: "blk.0.attn_q.weight".into(), block: 0 };
+    assert_eq!(refusal.reason, weight);
 }
 
 #[test]
@@ -176,7 +185,9 @@ fn an_encoder_is_refused() {
             ("blk.#.layer_output_norm.bias", &[e]),
         ],
     );
-    let text = refusal(&model, StageParams::of_whole_model(&model, 0..2, context()));
+    let error = Stage::new(&model, StageParams::of_whole_model(&model, 0..2, context())).unwrap_err();
+    let text = error.to_string();
+    assert!(matches!(error, Error::Unsupported(_)), "{text}");
     assert!(text.contains("bert") && text.contains("causal"), "{text}");
 }
 

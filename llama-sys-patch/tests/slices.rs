@@ -10,8 +10,8 @@ use common::{assert_exact, decode, max_difference, stock};
 use gguf_tools::gguf::{Array, Gguf, Value};
 use llama_sys_patch::test_support as tiny;
 use llama_sys_patch::{
-    ContextParams, Error, GraphPlan, Input, Model, ModelParams, Output, Row, Stage, StageParams, Stock,
-    ValueType,
+    ContextParams, Error, GraphPlan, Input, Model, ModelParams, Output, Reason, Row, Stage, StageParams,
+    Stock, ValueType,
 };
 
 fn context() -> ContextParams {
@@ -306,7 +306,10 @@ fn a_slice_without_a_tensor_that_its_range_needs_is_refused_by_name() {
     slices::write(&cut.model, &keep, &file);
     let model = pipeline::load(&file).unwrap();
     let error = Stage::new(&model, StageParams::of_whole_model(&model, 3..6, context())).unwrap_err();
-    assert!(matches!(&error, Error::Unsupported(why) if why.contains("blk.4.ffn_up.weight")), "{error}");
+    let lacks = Reason::LacksWeight { name: "blk.4.ffn_up.weight".into() };
+    assert!(matches!(&error, Error::NotApart(refusal) if refusal.reason == lacks), "{error}");
+    let text = error.to_string();
+    assert!(text.ends_with("apart: they read blk.4.ffn_up.weight, which this slice lacks"), "{text}");
 }
 
 /// Loads a slice with a description that `change` has made wrong.

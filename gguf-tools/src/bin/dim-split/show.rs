@@ -7,7 +7,7 @@ use gguf_tools::{
     failure::Failure,
     gguf::check::Hparams,
     manifest::Manifest,
-    needs::{Crossing, Cuts},
+    needs::{Crossing, Cuts, NoCut},
     plan::{LeftOut, Plan, Role},
     terminal,
     text::{Safe, Shown, gib},
@@ -156,7 +156,7 @@ impl fmt::Display for CutsView<'_> {
             h.n_embd,
             cuts.memory
         )?;
-        let told: Vec<(bool, String)> = cuts.cuts.iter().map(|cut| tell(cut, cuts.n_blocks)).collect();
+        let told: Vec<(bool, String)> = cuts.cuts.iter().map(tell).collect();
         let mut first = 0;
         while first < told.len() {
             let alike = told[first..].iter().take_while(|line| **line == told[first]).count();
@@ -175,7 +175,7 @@ impl fmt::Display for CutsView<'_> {
 }
 
 /// A cut in a line that is the same for cuts that are alike: the numbers of blocks stand elsewhere.
-fn tell(cut: &Result<Crossing, String>, n_blocks: u32) -> (bool, String) {
+fn tell(cut: &Result<Crossing, NoCut>) -> (bool, String) {
     match cut {
         Ok(crossing) => {
             let mut alike = crossing.clone();
@@ -185,25 +185,20 @@ fn tell(cut: &Result<Crossing, String>, n_blocks: u32) -> (bool, String) {
             }
             (true, Row(&alike).to_string())
         }
-        // "blocks 22..41 of a gemma4 model cannot be evaluated apart: they read the keys of block 21, ..."
-        Err(why) => {
-            let short = why.split_once("apart: they ").map(|(_, rest)| rest);
-            let short = short.map(|rest| format!("the blocks from there to {} {rest}", n_blocks - 1));
-            (false, Safe(&short.unwrap_or_else(|| why.clone())).to_string())
-        }
+        Err(why) => (false, Safe(&why.short).to_string()),
     }
 }
 
 /// The same as one object.
 pub(crate) fn print_cuts(hparams: &Hparams, cuts: &Cuts) -> Result<(), Failure> {
-    let cut = |(i, cut): (usize, &Result<Crossing, String>)| match cut {
+    let cut = |(i, cut): (usize, &Result<Crossing, NoCut>)| match cut {
         Ok(crossing) => serde_json::json!({
             "before": i + 1,
             "bytes_f16": crossing.bytes_f16(),
             "bytes_f32": crossing.bytes_f32(),
             "parts": crossing,
         }),
-        Err(why) => serde_json::json!({ "before": i + 1, "why_not": why }),
+        Err(why) => serde_json::json!({ "before": i + 1, "why_not": why.sentence }),
     };
     let object = serde_json::json!({
         "model": {
