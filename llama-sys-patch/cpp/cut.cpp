@@ -49,16 +49,14 @@ void name_state(dim_refusal & why, const ggml_tensor * state) {
 namespace {
 
 // Marks what the marked nodes need. Backwards once, because nodes stand in the order they are computed in.
-void close_over(const dependencies & nodes, const std::unordered_set<const ggml_tensor *> & inputs,
-                std::vector<char> & kept) {
-    const auto mark = [&](const ggml_tensor * tensor) {
-        const int at = tensor && !inputs.count(tensor) ? nodes.place(tensor) : -1;
-        if (at >= 0) kept[(size_t) at] = 1;
+void close_over(const dependencies & nodes, const std::vector<char> & is_input, std::vector<char> & kept) {
+    const auto mark = [&](int at) {
+        if (at >= 0 && !is_input[(size_t) at]) kept[(size_t) at] = 1;
     };
     for (int i = nodes.n_nodes() - 1; i >= 0; i--) {
         if (!kept[(size_t) i]) continue;
-        for (const auto * src : nodes.node(i)->src) mark(src);
-        mark(nodes.node(i)->view_src);
+        for (const auto * s = nodes.begin(i); s != nodes.end(i); s++) mark(s->place);
+        mark(nodes.viewed(i));
     }
 }
 
@@ -100,31 +98,31 @@ void check_crossing(const llama_model & model, const block_range & range,
     }
 }
 
-std::unordered_set<const ggml_tensor *> set_of(const std::vector<crossing_tensor> & crossing) {
-    std::unordered_set<const ggml_tensor *> tensors;
-    for (const auto & each : crossing) tensors.insert(each.tensor);
-    return tensors;
+// By place: what comes from the blocks before.
+std::vector<char> marked(const dependencies & nodes, const std::vector<crossing_tensor> & crossing) {
+    std::vector<char> places((size_t) nodes.n_nodes(), 0);
+    for (const auto & each : crossing) places[(size_t) nodes.place(each.tensor)] = 1;
+    return places;
 }
 
 // Fills in what the kept nodes read and write.
 void collect(const llm_graph_result & whole, const dependencies & nodes, range_cut & cut) {
-    const auto inputs = set_of(cut.inputs);
     std::unordered_set<const ggml_tensor *> weights, read, written;
     const auto look = [&](const ggml_tensor * tensor, bool is_written) {
         const auto * base = base_of(tensor);
+        if (base->op != GGML_OP_NONE) return;   // computed
         if (nodes.weights.has(base)) {
             if (weights.insert(base).second) cut.weights.push_back(base);
-        } else if (base->buffer && base->op == GGML_OP_NONE && !(base->flags & GGML_TENSOR_FLAG_INPUT) &&
-                   !inputs.count(base)) {
-            auto & seen = is_written ? written : read;
-            if (seen.insert(base).second) (is_written ? cut.states_written : cut.states_read).push_back(base);
         } else if (base == whole.t_inp_tokens) {
             cut.reads_tokens = true;
+        } else if (base->buffer && !(base->flags & GGML_TENSOR_FLAG_INPUT)) {
+            auto & seen = is_written ? written : read;
+            if (seen.insert(base).second) (is_written ? cut.states_written : cut.states_read).push_back(base);
         }
     };
     for (const int i : cut.nodes) {
         const auto * node = nodes.node(i);
-        if (writes(node)) look(node->view_src, true);
+        if (nodes.is_write(i)) look(node->view_src, true);
         for (int s = 0; s < GGML_MAX_SRC; s++) {
             if (!node->src[s]) continue;
             // the destination of a copy is not read
@@ -134,6 +132,30 @@ void collect(const llm_graph_result & whole, const dependencies & nodes, range_c
         }
     }
     for (const auto & input : whole.inputs) cut.reads_tokens |= !ignores_tokens(*input);
+}
+
+// A state of no block, made of inputs alone, is kept by every range that reads it.
+void keep_common_states(const dependencies & nodes, const std::vector<char> & is_input, std::vector<char> & kept,
+                        range_cut & cut) {
+    std::vector<int> writes;
+    for (int i = 0; i < nodes.n_nodes(); i++) {
+        if (nodes.is_write(i) && is_computed(nodes.node(i)) && !nodes.weighted(i) &&
+            nodes.owner(base_of(nodes.node(i))) < 0)
+            writes.push_back(i);
+    }
+    if (writes.empty()) return;
+    std::unordered_set<const ggml_tensor *> read;
+    for (int i = 0; i < nodes.n_nodes(); i++) {
+        if (!kept[(size_t) i]) continue;
+        for (const auto * s = nodes.begin(i); s != nodes.end(i); s++) read.insert(base_of(s->tensor));
+    }
+    for (const int i : writes) {
+        const auto * state = base_of(nodes.node(i));
+        if (!read.count(state)) continue;
+        kept[(size_t) i] = 1;
+        cut.common.insert(state);
+    }
+    close_over(nodes, is_input, kept);
 }
 
 void check(const llama_model & model, const block_range & range, const dependencies & nodes, const range_cut & cut,
@@ -171,34 +193,19 @@ range_cut cut_range(const llama_model & model, const llm_graph_result & whole, c
     check_crossing(model, range, cut.inputs);
     check_crossing(model, range, cut.outputs);
 
-    const auto inputs = set_of(cut.inputs);
+    const auto is_input = marked(nodes, cut.inputs);
     std::vector<char> kept((size_t) nodes.n_nodes(), 0);
     for (const auto & output : cut.outputs) {
-        if (!inputs.count(output.tensor)) kept[(size_t) nodes.place(output.tensor)] = 1;
+        const auto at = (size_t) nodes.place(output.tensor);
+        kept[at] = !is_input[at];
     }
     for (int i = 0; i < nodes.n_nodes(); i++) {
-        const auto * node = nodes.node(i);
-        if (!writes(node) || !is_computed(node)) continue;
-        if (range.own(nodes.latest(i) >= 0 ? nodes.latest(i) : nodes.owner(base_of(node)))) kept[(size_t) i] = 1;
+        if (!nodes.is_write(i) || !is_computed(nodes.node(i))) continue;
+        if (range.own(nodes.latest(i) >= 0 ? nodes.latest(i) : nodes.owner(base_of(nodes.node(i)))))
+            kept[(size_t) i] = 1;
     }
-    close_over(nodes, inputs, kept);
-
-    // a state of no block, made of inputs alone, is kept by every range that reads it
-    std::unordered_set<const ggml_tensor *> read;
-    for (int i = 0; i < nodes.n_nodes(); i++) {
-        if (!kept[(size_t) i]) continue;
-        for (const auto * src : nodes.node(i)->src)
-            if (src) read.insert(base_of(src));
-    }
-    for (int i = 0; i < nodes.n_nodes(); i++) {
-        const auto * node = nodes.node(i);
-        if (!writes(node) || !is_computed(node) || nodes.weighted(node)) continue;
-        const auto * state = base_of(node);
-        if (nodes.owner(state) >= 0 || !read.count(state)) continue;
-        kept[(size_t) i] = 1;
-        cut.common.insert(state);
-    }
-    close_over(nodes, inputs, kept);
+    close_over(nodes, is_input, kept);
+    keep_common_states(nodes, is_input, kept, cut);
 
     for (int i = 0; i < nodes.n_nodes(); i++)
         if (kept[(size_t) i]) cut.nodes.push_back(i);

@@ -32,6 +32,10 @@ public:
 
     // The block a weight belongs to; -1: none.
     int block(const ggml_tensor * weight) const { return block_by_tensor.at(weight); }
+    int block_or(const ggml_tensor * tensor, int other) const {
+        const auto found = block_by_tensor.find(tensor);
+        return found == block_by_tensor.end() ? other : found->second;
+    }
 
     // A weight of no block that blocks before the last one read is not the output's. Learned from the first graph.
     std::unordered_set<const ggml_tensor *> read_midway;
@@ -59,14 +63,30 @@ public:
     int n_nodes() const { return graph.n_nodes; }
     ggml_tensor * node(int i) const { return graph.nodes[i]; }
 
+    // What a node reads. One for each src that is not NULL, in their order.
+    struct source {
+        ggml_tensor * tensor;
+        int place;   // of a node; -1: a leaf
+        int block;   // of a weight; -1: a weight of no block; no_weight
+    };
+    static constexpr int no_weight = -2;
+    const source * begin(int i) const { return sources.data() + first_source[(size_t) i]; }
+    const source * end(int i) const { return sources.data() + first_source[(size_t) i + 1]; }
+
+    // The node that node i is a view of; -1: none, or a leaf.
+    int viewed(int i) const { return viewed_place[(size_t) i]; }
+
+    // Node i writes to a state.
+    bool is_write(int i) const { return writes_state[(size_t) i] != 0; }
+
     // The highest block whose weights node i depends on; -1: none; n_blocks: the output after the last block, too.
     int latest(int i) const { return latest_block[(size_t) i]; }
 
     // A node's place; -1: a leaf.
     int place(const ggml_tensor * tensor) const;
 
-    // Depends on a weight.
-    bool weighted(const ggml_tensor * tensor) const;
+    // Node i depends on a weight.
+    bool weighted(int i) const { return is_weighted[(size_t) i] != 0; }
 
     // The highest block that a write to a state comes from; -1: none.
     int owner(const ggml_tensor * state) const;
@@ -78,17 +98,23 @@ public:
     const weight_map & weights;
 
 private:
+    void link();
     void trace(bool with_output);
-    ggml_tensor * parent(const ggml_tensor * node) const;
-    std::vector<ggml_tensor *> chain(ggml_tensor * node) const;
-    void merge(std::vector<ggml_tensor *> & found) const;
-    void narrow(crossing_tensor & crossing, const std::vector<ggml_tensor *> & read) const;
+    void learn(weight_map & weights);
+    int parent(int node) const;
+    std::vector<int> chain(int node) const;
+    void merge(std::vector<int> & found) const;
+    void narrow(crossing_tensor & crossing, int at, const std::vector<int> & read) const;
 
     const ggml_cgraph & graph;
     const int n_blocks;
-    std::unordered_map<const ggml_tensor *, int> place_of;
-    std::vector<int> latest_block;
-    std::vector<char> is_weighted;
+    // By a tensor's place in the graph's own hash set, which has all of them: every node, else -1. A graph has tens of
+    // thousands of edges, and this is built for every chunk: each edge is looked up once.
+    std::vector<int> place_by_slot;
+    std::vector<source> sources;
+    std::vector<size_t> first_source;   // n_nodes + 1
+    std::vector<int> viewed_place, latest_block;
+    std::vector<char> is_weighted, writes_state;
     std::unordered_map<const ggml_tensor *, int> owner_of;
 };
 
