@@ -5,6 +5,10 @@
 //! them once more, in the steps in which it went before; only the last of those is shorter, if the rewind cut it. So the
 //! states come out as they were, bit for bit, but for the rows of a step that was cut, which had another shape.
 //!
+//! Where all stages have snapshots of their states ([`TakeBack`]), a few rows of the last step are taken back by them. A
+//! step that was cut by as few rows is then given again whole, and cut in the same way: the states come out as they were,
+//! bit for bit, by whichever way they were come to.
+//!
 //! It is kept as tokens, 4 bytes a row: from them each stage's own input follows again.
 
 use std::collections::BTreeMap;
@@ -18,6 +22,20 @@ pub(crate) struct Chunk {
     /// the position of the first
     pub(crate) position: u32,
     pub(crate) tokens: Vec<i32>,
+    /// rows of it that count: fewer than it has where snapshots took the others back
+    pub(crate) live: usize,
+}
+
+impl Chunk {
+    /// The position behind what counts of it.
+    pub(crate) fn end(&self) -> u32 {
+        self.position.saturating_add(u32::try_from(self.live).unwrap_or(u32::MAX))
+    }
+
+    /// Whether all rows count.
+    pub(crate) fn is_whole(&self) -> bool {
+        self.live == self.tokens.len()
+    }
 }
 
 /// Where every stage can take everything back nothing is kept.
@@ -35,24 +53,34 @@ struct Given {
 }
 
 impl Given {
-    fn cut(&mut self, position: u32) {
+    fn cut(&mut self, position: u32, take_back: TakeBack) {
         while let Some(last) = self.chunks.last_mut() {
             let keep = position.saturating_sub(last.position) as usize;
-            if keep >= last.tokens.len() {
+            if keep >= last.live {
                 break;
             }
-            last.tokens.truncate(keep);
             if keep == 0 {
                 self.chunks.pop();
+                continue;
             }
+            if !take_back.reaches(last.tokens.len(), keep) {
+                last.tokens.truncate(keep);
+            }
+            last.live = keep;
         }
     }
 
     /// The position behind them.
     fn length(&self) -> u32 {
-        let end =
-            |last: &Chunk| last.position.saturating_add(u32::try_from(last.tokens.len()).unwrap_or(u32::MAX));
-        self.chunks.last().map_or(0, end)
+        self.chunks.last().map_or(0, Chunk::end)
+    }
+
+    /// Whether the stages hold snapshots that a rewind to here needs: of the last step, once.
+    fn has_snapshot(&self, position: u32, take_back: TakeBack) -> bool {
+        self.chunks.last().is_some_and(|last| {
+            let keep = position.saturating_sub(last.position) as usize;
+            !self.is_broken && last.is_whole() && take_back.reaches(last.tokens.len(), keep)
+        })
     }
 }
 
@@ -69,11 +97,11 @@ impl History {
         }
         let given = self.sessions.entry(session).or_default();
         // what was cancelled is cut by the rewind that has to follow; a caller that leaves that out is cut here
-        given.cut(position);
-        given.chunks.push(Chunk { position, tokens: tokens.to_vec() });
+        given.cut(position, self.take_back);
+        given.chunks.push(Chunk { position, tokens: tokens.to_vec(), live: tokens.len() });
     }
 
-    /// A step of a session has failed.
+    /// A step of a session has failed, or was called off: not every stage has it.
     pub(crate) fn broke(&mut self, session: SessionId) {
         if let Some(given) = self.sessions.get_mut(&session) {
             given.is_broken = true;
@@ -81,9 +109,6 @@ impl History {
     }
 
     /// A session is rewound: `None` where its stages can do that, else what it has to be given again from its beginning.
-    ///
-    /// Rows of which there are snapshots could be taken back without that ([`TakeBack`]), but only until any session's
-    /// next step, and sessions take turns: that is left to who knows that it is alone.
     pub(crate) fn rewind(&mut self, session: SessionId, position: u32) -> Option<Vec<Chunk>> {
         if self.take_back == TakeBack::ALL {
             return None;
@@ -96,7 +121,11 @@ impl History {
         if position >= given.length() && !given.is_broken {
             return None;
         }
-        given.cut(position);
+        let has_snapshot = given.has_snapshot(position, self.take_back);
+        given.cut(position, self.take_back);
+        if has_snapshot {
+            return None;
+        }
         given.is_broken = false;
         Some(given.chunks.clone())
     }
@@ -109,7 +138,7 @@ mod tests {
     const ALICE: SessionId = SessionId(0);
 
     fn chunk(position: u32, tokens: &[i32]) -> Chunk {
-        Chunk { position, tokens: tokens.to_vec() }
+        Chunk { position, tokens: tokens.to_vec(), live: tokens.len() }
     }
 
     #[test]
@@ -129,6 +158,26 @@ mod tests {
         assert_eq!(history.rewind(ALICE, 4), None);
         assert_eq!(history.rewind(ALICE, 0), None, "to its beginning every stage can");
         assert_eq!(history.rewind(ALICE, 1), None);
+    }
+
+    #[test]
+    fn a_few_rows_of_the_last_step_are_taken_back_by_snapshots_and_once() {
+        let mut history = History::new(TakeBack(2));
+        history.gave(ALICE, 0, &[1, 2, 3, 4]);
+        assert_eq!(history.rewind(ALICE, 2), None, "two of four");
+        // the snapshots are spent: the step is given again whole, and cut as before
+        let cut = |live| Chunk { live, ..chunk(0, &[1, 2, 3, 4]) };
+        assert_eq!(history.rewind(ALICE, 1), Some(vec![chunk(0, &[1])]), "three are too many");
+        history.gave(ALICE, 1, &[7, 8]);
+        assert_eq!(history.rewind(ALICE, 2), None);
+        history.gave(ALICE, 2, &[9]);
+        let again = Chunk { live: 1, ..chunk(1, &[7, 8]) };
+        assert_eq!(history.rewind(ALICE, 2), Some(vec![chunk(0, &[1]), again]), "a step of one row has none");
+        history.rewind(ALICE, 0);
+        history.gave(ALICE, 0, &[1, 2, 3, 4]);
+        history.broke(ALICE);
+        assert_eq!(history.rewind(ALICE, 3), Some(vec![cut(3)]), "not every stage has the step");
+        assert_eq!(history.rewind(ALICE, 2), Some(vec![cut(2)]));
     }
 
     #[test]

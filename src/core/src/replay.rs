@@ -21,6 +21,7 @@
 //! What is not: the context of those that don't.
 //!
 //! A worker that [cannot take rows back](TakeBack) is sent only what counts: what stays of a batch has another shape then.
+//! One that can take back a few is sent a step of which so few do not count whole.
 
 use std::collections::{BTreeMap, VecDeque};
 
@@ -65,20 +66,27 @@ impl LoggedStep {
         }
     }
 
-    /// Lets go of the rows that do not count.
-    fn shed(&mut self) {
+    /// Lets go of the rows that do not count, of spans where they are more than can be taken back.
+    fn shed(&mut self, take_back: TakeBack) {
         if self.live.is_empty() {
             return;
         }
-        let counts = |span: &Span, live: u32| (0..span.count).map(move |row| row < live);
-        let keep: Vec<bool> =
-            self.spans.iter().zip(self.live()).flat_map(|(s, live)| counts(s, live)).collect();
+        let stay = |span: &Span, live: u32| match take_back.reaches(span.count as usize, live as usize) {
+            true => span.count,
+            false => live,
+        };
+        let counts: Vec<u32> = self.spans.iter().zip(self.live()).map(|(s, live)| stay(s, live)).collect();
+        let of = |(span, n): (&Span, &u32)| {
+            let n = *n;
+            (0..span.count).map(move |row| row < n)
+        };
+        let keep: Vec<bool> = self.spans.iter().zip(&counts).flat_map(of).collect();
         self.rows.retain_rows(&keep);
         retain(&mut self.tokens, &keep);
-        for (span, live) in self.spans.iter_mut().zip(self.live.drain(..)) {
-            span.count = live;
-        }
-        self.spans.retain(|span| span.count > 0);
+        self.spans.iter_mut().zip(&counts).for_each(|(span, n)| span.count = *n);
+        let there: Vec<bool> = counts.iter().map(|n| *n > 0).collect();
+        retain(&mut self.spans, &there);
+        retain(&mut self.live, &there);
     }
 }
 
@@ -125,13 +133,13 @@ pub struct ReplayLog {
     done: VecDeque<LoggedStep>,
     sent: VecDeque<LoggedOp>,
     /// a worker that cannot take rows back is not sent what would have to be
-    sheds: bool,
+    sheds: Option<TakeBack>,
 }
 
 impl ReplayLog {
     /// Of a worker that can take this much back.
     pub fn of(take_back: TakeBack) -> ReplayLog {
-        ReplayLog { sheds: take_back != TakeBack::ALL, ..ReplayLog::default() }
+        ReplayLog { sheds: (take_back != TakeBack::ALL).then_some(take_back), ..ReplayLog::default() }
     }
 
     /// Remembers a step that is about to be sent; its rows move into the log, and [`last`](Self::last) lends them.
@@ -184,8 +192,8 @@ impl ReplayLog {
             self.sent.pop_front();
             self.done.iter_mut().for_each(|step| step.cut(session, position));
             self.done.retain(|step| step.live().any(|live| live > 0));
-            if self.sheds {
-                self.done.iter_mut().for_each(LoggedStep::shed);
+            if let Some(take_back) = self.sheds {
+                self.done.iter_mut().for_each(|step| step.shed(take_back));
             }
         }
     }

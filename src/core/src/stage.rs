@@ -70,7 +70,9 @@ pub enum StageOutput<'a> {
     },
 }
 
-/// How many of its last rows a session can be taken back by, other than to its beginning, which it always can.
+/// How many rows of its last step a session can be taken back by, other than to its beginning, which it always can: once,
+/// and by fewer rows than that step had. A stage that can take back some and not all has one session, for another one's
+/// step would end that.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct TakeBack(pub u32);
 
@@ -79,6 +81,11 @@ impl TakeBack {
     pub const ALL: TakeBack = TakeBack(u32::MAX);
     /// None: a recurrent state without snapshots.
     pub const NOTHING: TakeBack = TakeBack(0);
+
+    /// Whether of a step of `n` rows the first `keep` can be kept.
+    pub(crate) fn reaches(self, n: usize, keep: usize) -> bool {
+        0 < keep && keep < n && n - keep <= self.0 as usize
+    }
 }
 
 /// A stage of this process.

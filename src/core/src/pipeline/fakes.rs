@@ -1,6 +1,6 @@
 //! Stages for tests: exact arithmetic, on a clock that the test moves.
 
-use std::collections::{BTreeSet, VecDeque};
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
@@ -56,17 +56,44 @@ pub(crate) const FREE: Cost = Cost { step: Duration::ZERO, row: Duration::ZERO }
 pub(crate) const BAD_TOKEN: i32 = -1;
 
 pub(crate) struct Local {
-    pub(crate) sums: Sums,
+    pub(crate) memory: Memory,
     pub(crate) cost: Cost,
     pub(crate) world: World,
-    /// cannot take rows back
-    pub(crate) is_recurrent: bool,
 }
 
-/// What a recurrent state can do: begin anew.
-pub(crate) fn check_rewind(is_recurrent: bool, sums: &Sums, session: u32, position: u32) {
-    let can = !is_recurrent || position == 0 || position >= sums.length(session);
-    assert!(can, "session {session} cannot be taken back to {position}");
+/// What a stage keeps of its sessions, and what it can take back of them.
+pub(crate) struct Memory {
+    sums: Sums,
+    take_back: TakeBack,
+    /// rows of each session in the last step
+    last: BTreeMap<u32, u32>,
+}
+
+impl Memory {
+    pub(crate) fn new(take_back: TakeBack) -> Memory {
+        Memory { sums: Sums::default(), take_back, last: BTreeMap::new() }
+    }
+    fn forget(&mut self) {
+        *self = Memory::new(self.take_back);
+    }
+    fn step(&mut self, spans: &[Span], values: &[f32]) -> Vec<f32> {
+        self.last = spans.iter().map(|span| (span.session, span.count)).collect();
+        self.sums.step(spans, values)
+    }
+    /// # Panics
+    /// It cannot.
+    fn rewind(&mut self, session: u32, position: u32) {
+        let length = self.sums.length(session);
+        if position >= length {
+            return;
+        }
+        let of_last = self.last.remove(&session).unwrap_or(0) as usize;
+        let begin = (length as usize).saturating_sub(of_last);
+        let has_snapshot = self.take_back.reaches(of_last, (position as usize).saturating_sub(begin));
+        let can = self.take_back == TakeBack::ALL || position == 0 || has_snapshot;
+        assert!(can, "session {session} cannot be taken back to {position}");
+        self.sums.rewind(session, position);
+    }
 }
 
 impl LocalStage for Local {
@@ -88,16 +115,15 @@ impl LocalStage for Local {
         }
         let compute = self.cost.of(values.len() as u32);
         self.world.pass(compute);
-        put_out(self.sums.step(spans, &values), output);
+        put_out(self.memory.step(spans, &values), output);
         Ok(compute)
     }
     fn rewind(&mut self, session: SessionId, position: u32) -> Result<(), StageError> {
-        check_rewind(self.is_recurrent, &self.sums, session.0, position);
-        self.sums.rewind(session.0, position);
+        self.memory.rewind(session.0, position);
         Ok(())
     }
     fn take_back(&self) -> TakeBack {
-        if self.is_recurrent { TakeBack::NOTHING } else { TakeBack::ALL }
+        self.memory.take_back
     }
 }
 
@@ -215,8 +241,8 @@ pub(crate) fn timed(models: &[StageModel], patience: Patience) -> (Pipeline, Wor
     let world = World::new(models.len());
     let stages = models.iter().enumerate().map(|(at, model)| match model.clone() {
         StageModel::Local(cost) => {
-            let (sums, world) = (Sums::default(), world.clone());
-            StageSlot::Local(Box::new(Local { sums, cost, world, is_recurrent: false }))
+            let (memory, world) = (Memory::new(TakeBack::ALL), world.clone());
+            StageSlot::Local(Box::new(Local { memory, cost, world }))
         }
         StageModel::Remote { cost, one_way, agreed, losses } => StageSlot::Remote(Box::new(Timed {
             at,
@@ -257,7 +283,7 @@ pub(crate) fn models(stages_ms: &[u64], one_way_ms: u64, agreed: usize) -> Vec<S
 
 /// A worker behind a connection that breaks when its script says so: each call takes one entry.
 pub(crate) struct Scripted {
-    pub(crate) sums: Sums,
+    pub(crate) memory: Memory,
     pub(crate) answers: VecDeque<(JobId, Vec<f32>)>,
     pub(crate) breaks: Arc<Mutex<VecDeque<bool>>>,
     pub(crate) is_connected: bool,
@@ -268,8 +294,6 @@ pub(crate) struct Scripted {
     pub(crate) fails_at: Option<f32>,
     /// and goes on all the same
     pub(crate) goes_on: bool,
-    /// cannot take rows back
-    pub(crate) is_recurrent: bool,
     /// what it was sent
     pub(crate) log: Arc<Mutex<Vec<String>>>,
     /// adds one to each row, so that none stays as it was: what a canary is about
@@ -288,7 +312,7 @@ pub(crate) struct Scripted {
 impl Scripted {
     pub(crate) fn new(breaks: &[bool]) -> Scripted {
         Scripted {
-            sums: Sums::default(),
+            memory: Memory::new(TakeBack::ALL),
             answers: VecDeque::new(),
             breaks: Arc::new(Mutex::new(breaks.iter().copied().collect())),
             is_connected: true,
@@ -296,7 +320,6 @@ impl Scripted {
             breaks_at: None,
             fails_at: None,
             goes_on: false,
-            is_recurrent: false,
             log: Arc::default(),
             adds_one: false,
             wrong_from: None,
@@ -350,7 +373,7 @@ impl RemoteStage for Scripted {
         self.n_sessions
     }
     fn take_back(&self) -> TakeBack {
-        if self.is_recurrent { TakeBack::NOTHING } else { TakeBack::ALL }
+        self.memory.take_back
     }
     fn cancel(&mut self, job: JobId) {
         self.note(format!("x{}", job.0));
@@ -359,7 +382,7 @@ impl RemoteStage for Scripted {
         self.call()?;
         let says = spans.iter().map(|s| format!("{}:{}+{}", s.session, s.position, s.count));
         self.note(says.collect::<Vec<_>>().join(" "));
-        let mut results = self.sums.step(spans, &floats(rows.as_ref()));
+        let mut results = self.memory.step(spans, &floats(rows.as_ref()));
         results.iter_mut().for_each(|x| *x += f32::from(u8::from(self.adds_one)));
         if self.wrong_from.is_some_and(|from| self.n_steps >= from) {
             results.iter_mut().enumerate().for_each(|(i, x)| *x = -*x * (i as f32 + 2.0));
@@ -393,8 +416,7 @@ impl RemoteStage for Scripted {
     fn rewind(&mut self, session: SessionId, position: u32) -> Result<(), StageError> {
         self.call()?;
         self.note(format!("{}<{position}", session.0));
-        check_rewind(self.is_recurrent, &self.sums, session.0, position);
-        self.sums.rewind(session.0, position);
+        self.memory.rewind(session.0, position);
         Ok(())
     }
     fn begin_reconnect(&mut self, bell: &Bell) {
@@ -403,7 +425,7 @@ impl RemoteStage for Scripted {
         self.is_connected = self.breaks.lock().unwrap().pop_front() != Some(true);
         self.answers.clear();
         if !self.remembers {
-            self.sums = Sums::default();
+            self.memory.forget();
         }
         bell.ring();
     }
@@ -435,16 +457,16 @@ impl Clock for Quick {
 }
 
 pub(crate) fn scripted(remotes: Vec<impl RemoteStage + 'static>, patience: Patience) -> Pipeline {
-    scripted_with(remotes, patience, false)
+    scripted_with(remotes, patience, TakeBack::ALL)
 }
 
 pub(crate) fn scripted_with(
     remotes: Vec<impl RemoteStage + 'static>,
     patience: Patience,
-    is_recurrent: bool,
+    of_locals: TakeBack,
 ) -> Pipeline {
     let world = World::new(0);
-    let local = || Local { sums: Sums::default(), cost: FREE, world: world.clone(), is_recurrent };
+    let local = || Local { memory: Memory::new(of_locals), cost: FREE, world: world.clone() };
     let mut stages = vec![StageSlot::Local(Box::new(local()))];
     stages.extend(remotes.into_iter().map(|remote| StageSlot::Remote(Box::new(remote))));
     stages.push(StageSlot::Local(Box::new(local())));

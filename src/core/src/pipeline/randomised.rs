@@ -109,10 +109,10 @@ impl Case {
         // a worker that answers wrongly, is lost and comes back right is not found out
         let heals = random.chance(50) && weight == 0 && !fails;
         let wrong_from = may_be_wrong.then(|| random.below(40) as usize);
-        let is_recurrent = random.chance(30);
+        let take_back = if random.chance(30) { TakeBack::NOTHING } else { TakeBack::ALL };
         let goes_on = random.chance(50);
         let mut worker = |wrong_from| Scripted {
-            is_recurrent,
+            memory: Memory::new(take_back),
             goes_on,
             breaks: Arc::clone(&breaks),
             fails_at: fails.then_some(FAULT),
@@ -127,9 +127,9 @@ impl Case {
         let mut pipeline = match is_guarded {
             true => {
                 let workers = workers.into_iter().map(|worker| guarded(worker, spare)).collect();
-                scripted_with(workers, PATIENT, is_recurrent)
+                scripted_with(workers, PATIENT, take_back)
             }
-            false => scripted_with(workers, PATIENT, is_recurrent),
+            false => scripted_with(workers, PATIENT, take_back),
         };
         if has_batches {
             pipeline.set_batch_rows(4);

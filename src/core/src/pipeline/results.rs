@@ -47,8 +47,13 @@ impl Pipeline {
         self.work.insert(job, Work::Rewind(session, position));
         for chunk in again.into_iter().flatten() {
             let want_logits = vec![false; chunk.tokens.len()];
-            let Chunk { position, tokens } = chunk;
+            let (end, is_whole) = (chunk.end(), chunk.is_whole());
+            let Chunk { position, tokens, .. } = chunk;
             self.give(Step { session, position, tokens, want_logits, kind: StepKind::Prefill }, true);
+            if !is_whole {
+                let cut = self.schedule.push_rewind(session);
+                self.work.insert(cut, Work::Rewind(session, end));
+            }
         }
         job
     }
@@ -66,6 +71,7 @@ impl Pipeline {
     /// that have not come out will not. The session has to be rewound to the step's position, or before it, before it
     /// goes on.
     pub fn cancel(&mut self, session: SessionId, job: JobId) {
+        self.history.broke(session);
         let end = self.schedule.next_rewind(session, job);
         let dropped = self.schedule.cancel(session, job);
         self.let_go(dropped);

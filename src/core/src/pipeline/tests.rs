@@ -83,8 +83,28 @@ proptest! {
         breaks in proptest::collection::vec(proptest::bool::weighted(0.1), 0..100),
     ) {
         let expected = run(&mut scripted(vec![Scripted::new(&[])], PATIENT), &ops).unwrap();
-        let worker = Scripted { is_recurrent: !head_and_tail, ..Scripted::new(&breaks) };
-        let got = run(&mut scripted_with(vec![worker], PATIENT, head_and_tail), &ops).unwrap();
+        let of = |is_recurrent| if is_recurrent { TakeBack::NOTHING } else { TakeBack::ALL };
+        let worker = Scripted { memory: Memory::new(of(!head_and_tail)), ..Scripted::new(&breaks) };
+        let got = run(&mut scripted_with(vec![worker], PATIENT, of(head_and_tail)), &ops).unwrap();
+        prop_assert_eq!(got, expected);
+    }
+
+    /// Stages with snapshots of so many rows of their last step, which would panic if they were told to take back more.
+    #[test]
+    fn what_has_snapshots_is_taken_back_by_them_and_evaluated_anew_else(
+        ops in ops(),
+        head in 0u32..4,
+        worker in 1u32..4,
+        breaks in proptest::collection::vec(proptest::bool::weighted(0.1), 0..100),
+    ) {
+        // such stages have one session
+        let ops: Vec<Op> = ops.into_iter().map(|op| match op {
+            Op::Feed(_, counts) => Op::Feed(0, counts),
+            Op::Rewind(_, to) => Op::Rewind(0, to),
+        }).collect();
+        let expected = run(&mut scripted(vec![Scripted::new(&[])], PATIENT), &ops).unwrap();
+        let worker = Scripted { memory: Memory::new(TakeBack(worker)), ..Scripted::new(&breaks) };
+        let got = run(&mut scripted_with(vec![worker], PATIENT, TakeBack(head)), &ops).unwrap();
         prop_assert_eq!(got, expected);
     }
 }
@@ -92,7 +112,7 @@ proptest! {
 /// With two sessions in one batch: what is left of it after one of them began anew goes to a new worker alone.
 #[test]
 fn a_batch_of_a_worker_that_cannot_take_back_is_replayed_without_what_was_taken() {
-    let worker = Scripted { is_recurrent: true, ..Scripted::new(&[]) };
+    let worker = Scripted { memory: Memory::new(TakeBack::NOTHING), ..Scripted::new(&[]) };
     let (log, breaks) = (Arc::clone(&worker.log), Arc::clone(&worker.breaks));
     let mut p = scripted(vec![worker], PATIENT);
     p.set_batch_rows(8);
@@ -112,6 +132,35 @@ fn a_batch_of_a_worker_that_cannot_take_back_is_replayed_without_what_was_taken(
     assert_eq!(drain(&mut p).len(), 1);
     let log = log.lock().unwrap();
     assert_eq!(log.join(" | "), "dial | 1:0+1 | 1:1+1 | 0:0+1 | 0:1+1 | 1:2+1");
+}
+
+/// Rows that snapshots reach are taken back without a step; a worker that is lost then is sent the step as it was, and the
+/// rewind behind it; and so is one whose session has to go back farther.
+#[test]
+fn a_step_that_snapshots_have_cut_is_given_again_as_it_was() {
+    let worker = Scripted { memory: Memory::new(TakeBack(2)), ..Scripted::new(&[]) };
+    let (log, breaks) = (Arc::clone(&worker.log), Arc::clone(&worker.breaks));
+    let mut p = scripted_with(vec![worker], PATIENT, TakeBack(2));
+    let said = || std::mem::take(&mut *log.lock().unwrap()).join(" | ");
+    let feed = |p: &mut Pipeline, position, tokens: &[i32]| {
+        let want_logits = vec![false; tokens.len()];
+        let tokens = tokens.to_vec();
+        p.submit(Step { session: ALICE, position, tokens, want_logits, kind: StepKind::Prefill });
+    };
+    feed(&mut p, 0, &[1, 2, 3, 4]);
+    drain(&mut p);
+    p.rewind(ALICE, 3);
+    p.submit(Step::decode(ALICE, 3, 5));
+    drain(&mut p);
+    assert_eq!(said(), "0:0+4 | 0<3 | 0:3+1");
+    breaks.lock().unwrap().push_back(true);
+    p.submit(Step::decode(ALICE, 4, 6));
+    drain(&mut p);
+    assert_eq!(said(), "dial | 0:0+4 | 0<3 | 0:3+1 | 0:4+1");
+    p.rewind(ALICE, 3);
+    p.submit(Step::decode(ALICE, 3, 7));
+    drain(&mut p);
+    assert_eq!(said(), "0<0 | 0:0+4 | 0<3 | 0:3+1");
 }
 
 #[test]
