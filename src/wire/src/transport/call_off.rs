@@ -1,8 +1,9 @@
-//! A dial that another thread ends.
+//! Dials, and pauses between them, that another thread ends.
 
 use std::io;
 use std::net::Shutdown;
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
 
 use socket2::Socket;
 
@@ -10,52 +11,108 @@ use super::LinkError;
 use super::line::lock;
 use crate::link_error::LinkErrorKind;
 
-/// Ends a dial from another thread, whether it is under way or yet to begin; clones end the same one. Whoever dials gets
-/// [`LinkErrorKind::Stopped`] at once, but where the system is looking up a name (nothing ends that) and, on some systems,
-/// where it waits for a machine that does not answer: that has the dial's own limit.
+/// Ends dials from another thread, those that are under way and those yet to begin; clones end the same ones. Whoever dials
+/// gets [`LinkErrorKind::Stopped`] at once, but where the system is looking up a name (nothing ends that) and, on some
+/// systems, where it waits for a machine that does not answer: that has the dial's own limit.
 #[derive(Clone, Debug, Default)]
-pub struct CallOff(Arc<Mutex<Dialled>>);
+pub struct CallOff(Arc<Shared>);
 
 #[derive(Debug, Default)]
-struct Dialled {
+struct Shared {
+    state: Mutex<State>,
+    /// it is off
+    called: Condvar,
+}
+
+#[derive(Debug, Default)]
+struct State {
     is_off: bool,
-    socket: Option<Socket>,
+    n_dials: u64,
+    /// of each dial that is under way and has one, by the dial's number
+    sockets: Vec<(u64, Socket)>,
 }
 
 impl CallOff {
-    /// Of a dial that goes on until [`call_off`](CallOff::call_off).
+    /// Of dials that go on until [`call_off`](CallOff::call_off).
     pub fn new() -> CallOff {
         CallOff::default()
     }
 
-    /// Ends it. Where it has come to its end already, nothing happens.
+    /// Ends them. Those that have come to their end already stay as they are.
     pub fn call_off(&self) {
-        let mut dialled = lock(&self.0);
-        dialled.is_off = true;
-        if let Some(socket) = dialled.socket.take() {
+        let mut state = self.lock();
+        state.is_off = true;
+        for (_, socket) in state.sockets.drain(..) {
             // it wakes whoever waits for this socket: to be connected, to be read, to be written
             let _ = socket.shutdown(Shutdown::Both);
         }
+        self.0.called.notify_all();
     }
 
+    /// Whether they are ended.
+    pub fn is_called_off(&self) -> bool {
+        self.lock().is_off
+    }
+
+    /// Waits for `pause`, or until they are ended: whether they are.
+    pub fn sleep(&self, pause: Duration) -> bool {
+        let mut state = self.lock();
+        // a pause beyond all times has no end
+        let until = Instant::now().checked_add(pause);
+        while !state.is_off {
+            let left = until.map(|until| until.saturating_duration_since(Instant::now()));
+            state = match left {
+                Some(Duration::ZERO) => return false,
+                Some(left) => self.0.called.wait_timeout(state, left).unwrap_or_else(PoisonError::into_inner).0,
+                None => self.0.called.wait(state).unwrap_or_else(PoisonError::into_inner),
+            };
+        }
+        true
+    }
+
+    /// One more dial.
+    pub(super) fn dial(&self) -> Dial<'_> {
+        let mut state = self.lock();
+        state.n_dials += 1;
+        Dial { off: self, number: state.n_dials }
+    }
+
+    fn lock(&self) -> MutexGuard<'_, State> {
+        lock(&self.0.state)
+    }
+}
+
+/// A dial that may be called off. Once it is over, its socket is somebody else's or nobody's.
+pub(super) struct Dial<'a> {
+    off: &'a CallOff,
+    number: u64,
+}
+
+impl Dial<'_> {
     /// The socket that is dialled with from now on.
     pub(super) fn watch(&self, socket: &Socket) -> io::Result<()> {
-        let mut dialled = lock(&self.0);
-        if dialled.is_off {
+        let socket = socket.try_clone()?;
+        let mut state = self.off.lock();
+        if state.is_off {
             return Err(io::ErrorKind::Interrupted.into());
         }
-        dialled.socket = Some(socket.try_clone()?);
+        state.sockets.retain(|(dial, _)| *dial != self.number);
+        state.sockets.push((self.number, socket));
         Ok(())
     }
 
-    /// What a dial came to: it is over, and its socket is somebody else's or nobody's.
-    pub(super) fn ended<T>(&self, address: &str, result: Result<T, LinkError>) -> Result<T, LinkError> {
-        let mut dialled = lock(&self.0);
-        dialled.socket = None;
-        match dialled.is_off {
+    /// What it came to.
+    pub(super) fn ended<T>(self, address: &str, result: Result<T, LinkError>) -> Result<T, LinkError> {
+        match self.off.is_called_off() {
             true => Err(LinkErrorKind::Stopped.with(address)),
             false => result,
         }
+    }
+}
+
+impl Drop for Dial<'_> {
+    fn drop(&mut self) {
+        self.off.lock().sockets.retain(|(dial, _)| *dial != self.number);
     }
 }
 
@@ -88,14 +145,14 @@ mod tests {
         let off = CallOff::new();
         std::thread::scope(|scope| {
             let dialling = scope.spawn(|| dial(address, &off));
-            while lock(&off.0).socket.is_none() && !dialling.is_finished() {
+            while off.lock().sockets.is_empty() && !dialling.is_finished() {
                 std::thread::yield_now();
             }
             until();
             off.call_off();
             assert!(matches!(dialling.join().unwrap(), Err(LinkErrorKind::Stopped)));
         });
-        assert!(lock(&off.0).socket.is_none());
+        assert!(off.lock().sockets.is_empty());
     }
 
     #[test]
@@ -123,6 +180,26 @@ mod tests {
             }
         }
         called_off_under_way(address.as_socket().unwrap(), || {});
+    }
+
+    #[test]
+    fn all_that_are_under_way_end_and_so_does_who_waits_to_dial_again() {
+        let silent = std::net::TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).unwrap();
+        let (address, off) = (silent.local_addr().unwrap(), CallOff::new());
+        std::thread::scope(|scope| {
+            let dials: Vec<_> = (0..3).map(|_| scope.spawn(|| dial(address, &off))).collect();
+            let pause = scope.spawn(|| off.sleep(Duration::MAX));
+            let _peers: Vec<_> = (0..3).map(|_| silent.accept().unwrap()).collect();
+            while off.lock().sockets.len() < 3 {
+                std::thread::yield_now();
+            }
+            off.call_off();
+            for dial in dials {
+                assert!(matches!(dial.join().unwrap(), Err(LinkErrorKind::Stopped)));
+            }
+            assert!(pause.join().unwrap() && off.sleep(Duration::MAX) && off.is_called_off());
+        });
+        assert!(!CallOff::new().sleep(Duration::from_millis(1)));
     }
 
     #[test]

@@ -3,7 +3,7 @@
 use std::net::TcpStream;
 use std::time::Instant;
 
-use super::call_off::CallOff;
+use super::call_off::{CallOff, Dial};
 use super::link::{self, Link};
 use super::opening::Opening;
 use super::{LinkError, Timing, tcp};
@@ -33,12 +33,14 @@ pub fn dial_unless(
     need: &Terms,
     timing: &Timing,
 ) -> Result<Link, LinkError> {
+    let dial = off.dial();
     let dialled = || {
-        let mut opening = begin(off, address, key, Ask::Serve(Box::new(need.clone())), timing)?;
+        let mut opening = begin(&dial, address, key, Ask::Serve(Box::new(need.clone())), timing)?;
         while !matches!(opening.next()?, Message::Accept(_)) {}
         link::start(opening, None)
     };
-    off.ended(address, dialled())
+    let dialled = dialled();
+    dial.ended(address, dialled)
 }
 
 /// Offers files to the worker at `address`: the connection, and how many bytes of each it has already.
@@ -51,7 +53,7 @@ pub(super) fn offer(
     offer: &PushOffer,
     timing: &Timing,
 ) -> Result<(Opening, Vec<u64>), LinkError> {
-    let mut opening = begin(&CallOff::new(), address, key, Ask::Push(offer.clone()), timing)?;
+    let mut opening = begin(&CallOff::new().dial(), address, key, Ask::Push(offer.clone()), timing)?;
     loop {
         if let Message::PushNeed(have) = opening.next()? {
             return Ok((opening, have));
@@ -64,14 +66,27 @@ pub(super) fn offer(
 /// # Errors
 /// As of [`dial`].
 pub fn inquire(address: &str, key: &Key, timing: &Timing) -> Result<Terms, LinkError> {
-    let mut opening = begin(&CallOff::new(), address, key, Ask::Inquire, timing)?;
-    loop {
-        if let Message::Offer(terms) = opening.next()? {
-            opening.endpoint.goodbye(Farewell::Finished);
-            let _ = opening.flush();
-            return Ok(terms);
+    inquire_unless(&CallOff::new(), address, key, timing)
+}
+
+/// [`inquire`], unless another thread calls it off.
+///
+/// # Errors
+/// As of [`dial_unless`].
+pub fn inquire_unless(off: &CallOff, address: &str, key: &Key, timing: &Timing) -> Result<Terms, LinkError> {
+    let dial = off.dial();
+    let inquired = || {
+        let mut opening = begin(&dial, address, key, Ask::Inquire, timing)?;
+        loop {
+            if let Message::Offer(terms) = opening.next()? {
+                opening.endpoint.goodbye(Farewell::Finished);
+                let _ = opening.flush();
+                return Ok(terms);
+            }
         }
-    }
+    };
+    let inquired = inquired();
+    dial.ended(address, inquired)
 }
 
 /// Pairs with the worker at `address`, which shows `code`. `store` is given the new key and the worker's
@@ -88,7 +103,7 @@ pub fn pair(
     store: impl FnOnce(&Key, &str) -> Result<(), LinkError>,
 ) -> Result<(Key, String), LinkError> {
     let ask = Ask::Pair { name: name.to_owned(), software: software.to_owned() };
-    let mut opening = begin(&CallOff::new(), address, &code.key(), ask, timing)?;
+    let mut opening = begin(&CallOff::new().dial(), address, &code.key(), ask, timing)?;
     loop {
         if let Message::PairGrant { key, name, .. } = opening.next()? {
             store(&key, &name)?;
@@ -101,11 +116,11 @@ pub fn pair(
 }
 
 /// Connects and lets the endpoint begin. Everything until an answer has one deadline.
-fn begin(off: &CallOff, address: &str, key: &Key, ask: Ask, timing: &Timing) -> Result<Opening, LinkError> {
+fn begin(dial: &Dial<'_>, address: &str, key: &Key, ask: Ask, timing: &Timing) -> Result<Opening, LinkError> {
     let now = Instant::now();
     let unreachable = |e: std::io::Error| LinkErrorKind::unreachable(&e).with(address);
     let connect = || -> std::io::Result<TcpStream> {
-        let stream = tcp::connect(address, now + timing.opening, off)?;
+        let stream = tcp::connect(address, now + timing.opening, dial)?;
         tcp::configure(&stream, timing.stalled_write)?;
         Ok(stream)
     };

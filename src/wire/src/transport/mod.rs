@@ -30,7 +30,7 @@ pub mod tcp;
 pub use crate::endpoint::{ClockOffset, ComputeTime, Counters, Timing};
 pub use crate::link_error::{Awaited, LinkError, LinkErrorKind};
 pub use call_off::CallOff;
-pub use dial::{dial, dial_unless, inquire, pair};
+pub use dial::{dial, dial_unless, inquire, inquire_unless, pair};
 pub use link::{Event, Link, Receiver, Sender};
 pub use listen::{KeyRing, Listener, ListenerConfig, Readiness};
 pub use notices::Notice;

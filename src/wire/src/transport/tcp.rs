@@ -6,13 +6,13 @@ use std::time::{Duration, Instant};
 
 use socket2::{Domain, Protocol, SockRef, Socket, TcpKeepalive, Type};
 
-use super::call_off::CallOff;
+use super::call_off::Dial;
 
 /// How often a blocked read or write comes back to look at the time. It costs nothing while bytes flow.
 pub(super) const TICK: Duration = Duration::from_millis(100);
 
 /// Connects to the first of the address's numbers that answers, before `deadline`, unless it is called off.
-pub(super) fn connect(address: &str, deadline: Instant, off: &CallOff) -> io::Result<TcpStream> {
+pub(super) fn connect(address: &str, deadline: Instant, dial: &Dial<'_>) -> io::Result<TcpStream> {
     let mut last = io::Error::new(ErrorKind::NotFound, "the name has no address");
     for to in address.to_socket_addrs()? {
         let left = deadline.saturating_duration_since(Instant::now());
@@ -20,7 +20,7 @@ pub(super) fn connect(address: &str, deadline: Instant, off: &CallOff) -> io::Re
             return Err(ErrorKind::TimedOut.into());
         }
         let socket = Socket::new(Domain::for_address(to), Type::STREAM, Some(Protocol::TCP))?;
-        off.watch(&socket)?;
+        dial.watch(&socket)?;
         match socket.connect_timeout(&to.into(), left) {
             Ok(()) => return Ok(socket.into()),
             Err(e) => last = e,
