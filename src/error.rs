@@ -225,6 +225,10 @@ pub enum Error {
         needed: u32,
     },
 
+    /// Connecting was [called off](crate::HostBuilder::unless).
+    #[error("connecting was called off")]
+    CalledOff,
+
     // ---- running
     /// Every conversation that there can be is being held.
     #[error(transparent)]
@@ -336,7 +340,7 @@ impl Error {
             Error::Model(error) => return error.hint().map(Cow::into_owned),
             Error::Template(error) => error.hint(),
             Error::Key(error) => return error.hint().map(str::to_owned),
-            Error::Option(_) | Error::Llama(_) | Error::Text(_) => return None,
+            Error::Option(_) | Error::Llama(_) | Error::Text(_) | Error::CalledOff => return None,
         };
         Some(text.to_owned())
     }
@@ -352,6 +356,7 @@ impl Error {
             | Error::Pipeline(_)
             | Error::Llama(_)
             | Error::Template(TemplateError::NotStarted(_))
+            | Error::CalledOff
             | Error::Load { .. } => false,
             Error::Manifest(error) => error.is_misuse(),
             Error::Slice(error) => error.is_misuse(),

@@ -1,11 +1,13 @@
 //! What happens while a host or a worker is set up and runs, for whoever wants to show it: this library prints nothing.
 
+use std::any::Any;
 use std::fmt;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use dim_core::blocks::BlockRange;
-use dim_wire::transport::{LinkError, Notice};
+use dim_wire::transport::{CallOff, LinkError, Notice};
 use gguf_tools::plan::Role;
 
 /// Something that happened.
@@ -209,14 +211,30 @@ pub enum NoCanary {
     OtherRows,
 }
 
-/// Who is told; clones tell the same.
+/// Who is told, and whether he still wants what he is told of; clones tell the same.
+///
+/// Where the closure panics it is not called again, and nothing of ours is unwound through: who called the library gets the
+/// panic from [`came_to`](Events::came_to), once everything that belongs to the library is whole again.
 #[derive(Clone)]
-pub(crate) struct Events(Arc<Mutex<dyn FnMut(Event) + Send>>);
+pub(crate) struct Events {
+    hearer: Arc<Mutex<Option<Hearer>>>,
+    panic: Arc<Mutex<Option<Panic>>>,
+    off: CallOff,
+}
+
+type Hearer = Box<dyn FnMut(Event) + Send>;
+type Panic = Box<dyn Any + Send>;
 
 impl Events {
     /// Tells at once what holds for all that follows.
     pub(crate) fn new(on_event: impl FnMut(Event) + Send + 'static) -> Events {
-        let events = Events(Arc::new(Mutex::new(on_event)));
+        Events::unless(CallOff::new(), on_event)
+    }
+
+    /// The same for something that may be called off.
+    pub(crate) fn unless(off: CallOff, on_event: impl FnMut(Event) + Send + 'static) -> Events {
+        let hearer: Hearer = Box::new(on_event);
+        let events = Events { hearer: Arc::new(Mutex::new(Some(hearer))), panic: Arc::default(), off };
         let unused = llama_sys_patch::unused_cpu_features();
         if !unused.is_empty() {
             events.tell(Event::SlowBuild { unused });
@@ -225,6 +243,40 @@ impl Events {
     }
 
     pub(crate) fn tell(&self, event: Event) {
-        (self.0.lock().unwrap_or_else(PoisonError::into_inner))(event);
+        let mut hearer = lock(&self.hearer);
+        let Some(on_event) = hearer.as_mut() else { return };
+        if let Err(panic) = catch_unwind(AssertUnwindSafe(|| on_event(event))) {
+            *hearer = None;
+            // not under the other lock: who is told may ask for something that looks here
+            *lock(&self.panic) = Some(panic);
+        }
     }
+
+    /// What ends it from outside.
+    pub(crate) fn off(&self) -> &CallOff {
+        &self.off
+    }
+
+    /// Whether it is worth going on with something long: it was not called off, and who hears of it has not panicked.
+    pub(crate) fn goes_on(&self) -> bool {
+        !self.off.is_called_off() && lock(&self.panic).is_none()
+    }
+
+    /// What a call of the library came to, where it returns: if what it told of panicked, this is where that goes on.
+    pub(crate) fn came_to<T>(&self, result: T) -> T {
+        let panic = lock(&self.panic).take();
+        match panic {
+            // what was made goes first
+            Some(panic) => {
+                drop(result);
+                resume_unwind(panic)
+            }
+            None => result,
+        }
+    }
+}
+
+/// A lock whose data every critical section leaves whole.
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }

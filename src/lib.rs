@@ -64,6 +64,7 @@ pub use dim_core::blocks::BlockRange;
 pub use dim_core::pipeline::Patience;
 pub use dim_core::rows::RowType;
 pub use dim_wire::keys::Key;
+pub use dim_wire::transport::CallOff;
 pub use error::{BadOption, Error};
 pub use event::Event;
 pub use host::discovery::Discovery;

@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 
 use dim_core::patience::{Losses, Patience};
 use dim_core::stage::StageError;
-use dim_wire::transport::LinkError;
+use dim_wire::transport::{CallOff, LinkError};
 use dim_wire::transport::push::PushError;
 
 /// How somebody is away.
@@ -125,12 +125,13 @@ impl Absent for PushError {
 }
 
 /// Makes attempts until one succeeds, or one fails in a way that does not pass, or `patience` is at its end. `tell`
-/// hears why it has to wait and for how long it will be tried, once, and again when that becomes longer.
+/// hears why it has to wait and for how long it will be tried, once, and again when that becomes longer. `off` ends it.
 ///
 /// # Errors
 /// What the last attempt failed with.
 pub fn retry<T, E: Absent>(
     patience: Patience,
+    off: &CallOff,
     mut tell: impl FnMut(&E, Duration),
     mut attempt: impl FnMut() -> Result<T, E>,
 ) -> Result<T, E> {
@@ -138,19 +139,25 @@ pub fn retry<T, E: Absent>(
     loop {
         match attempt() {
             Ok(done) => return Ok(done),
-            Err(error) => wait(&mut state, error, &mut tell)?,
+            Err(error) => wait(&mut state, error, off, &mut tell)?,
         }
     }
 }
 
-/// One turn of [`retry`], for who has to do something between the attempts: sleeps until the next one is due.
+/// One turn of [`retry`], for who has to do something between the attempts: sleeps until the next one is due or `off`
+/// ends that.
 ///
 /// # Errors
 /// There is none: `error` again.
-pub fn wait<E: Absent>(state: &mut Retry, error: E, tell: &mut impl FnMut(&E, Duration)) -> Result<(), E> {
+pub fn wait<E: Absent>(
+    state: &mut Retry,
+    error: E,
+    off: &CallOff,
+    tell: &mut impl FnMut(&E, Duration),
+) -> Result<(), E> {
     match error.absence() {
         None => Err(error),
-        Some(absence) => wait_as(state, error, absence, tell),
+        Some(absence) => wait_as(state, error, absence, off, tell),
     }
 }
 
@@ -162,6 +169,7 @@ pub fn wait_as<E>(
     state: &mut Retry,
     error: E,
     absence: Absence,
+    off: &CallOff,
     tell: &mut impl FnMut(&E, Duration),
 ) -> Result<(), E> {
     match state.failed(absence, Instant::now()) {
@@ -170,8 +178,10 @@ pub fn wait_as<E>(
             if let Some(limit) = limit {
                 tell(&error, limit);
             }
-            std::thread::sleep(pause);
-            Ok(())
+            match off.sleep(pause) {
+                true => Err(error),
+                false => Ok(()),
+            }
         }
     }
 }

@@ -276,6 +276,18 @@ pub fn verify(path: impl AsRef<Path>, progress: impl FnMut(u64, u64)) -> Result<
 /// # Errors
 /// As [`verify`].
 pub fn verify_opened(gguf: &Gguf, mut progress: impl FnMut(u64, u64)) -> Result<SliceInfo, SliceError> {
+    verify_while(gguf, || true, &mut progress)
+}
+
+/// The same for as long as `goes_on`, which is asked before each tensor.
+///
+/// # Errors
+/// As [`verify`], and [`SliceError::Stopped`].
+pub fn verify_while(
+    gguf: &Gguf,
+    goes_on: impl Fn() -> bool,
+    mut progress: impl FnMut(u64, u64),
+) -> Result<SliceInfo, SliceError> {
     let info = SliceInfo::of(gguf)?;
     let file = || gguf.path().display().to_string();
     let mut buf = vec![0; BUFFER_BYTES];
@@ -291,6 +303,9 @@ pub fn verify_opened(gguf: &Gguf, mut progress: impl FnMut(u64, u64)) -> Result<
     }
     let (mut done, total) = (0, gguf.tensor_bytes());
     for (tensor, recorded) in gguf.tensors().zip(recorded) {
+        if !goes_on() {
+            return Err(SliceError::Stopped { file: file() });
+        }
         let found = digest::of_tensor(&tensor, &mut buf, |n| {
             done += n;
             progress(done, total);
@@ -402,6 +417,12 @@ pub enum SliceError {
         /// The tensor.
         tensor: String,
     },
+    /// Whoever asked for it wants it no more.
+    #[error("{file}: its digests were not all compared: that was stopped")]
+    Stopped {
+        /// The file.
+        file: String,
+    },
 }
 
 impl SliceError {
@@ -420,6 +441,7 @@ impl Explained for SliceError {
             SliceError::File(e) => return e.hint(),
             SliceError::NotASlice(_) => "cut the model with dim-split".into(),
             SliceError::Version { .. } => "cut the model again".into(),
+            SliceError::Stopped { .. } => return None,
             SliceError::Header { .. } | SliceError::Padding { .. } | SliceError::Tensor { .. } => {
                 "copy it again".into()
             }

@@ -6,7 +6,7 @@ use dim_core::blocks::BlockRange;
 use dim_wire::HandshakeError;
 use dim_wire::keys::Key;
 use dim_wire::terms::SliceRole;
-use dim_wire::transport::{LinkError, LinkErrorKind, Timing, inquire};
+use dim_wire::transport::{LinkError, LinkErrorKind, Timing, inquire_unless};
 use gguf_tools::slice::SliceInfo;
 
 use crate::error::Error;
@@ -96,7 +96,8 @@ impl Split {
         events: &Events,
     ) -> Result<Assigned, Error> {
         let address = address::complete(given)?;
-        let inquire = || with_one_of(keys, |key| inquire(&address, key, &Timing::default()));
+        let inquire =
+            || with_one_of(keys, |key| inquire_unless(events.off(), &address, key, &Timing::default()));
         let first = inquire();
         if let Err(LinkError { kind: LinkErrorKind::Unreachable { is_refused: true, .. }, .. }) = first
             && !address::names_its_port(given)
@@ -106,6 +107,7 @@ impl Split {
         let mut first = Some(first);
         let (offer, key) = retry(
             options.patience,
+            events.off(),
             |error, give_up_after| events.tell(retrying(error, give_up_after)),
             || first.take().unwrap_or_else(inquire),
         )?;
@@ -147,7 +149,7 @@ impl Split {
             let wanted = options.wanted_sessions(self.files.canary_of(blocks).is_ok());
             let terms = terms::of_host(&needs, &self.head, &self.files.expected(blocks), wanted);
             let (timing, limit) = (Timing::default(), options.step_timeout);
-            WorkerStage::connect(address, key, terms, options.sessions, timing, limit)
+            WorkerStage::connect(address, key, terms, options.sessions, timing, limit, events.off())
         })?;
         let assigned = |discovery::Found { address, blocks, stage }| Assigned {
             blocks,

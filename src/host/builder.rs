@@ -6,6 +6,7 @@ use std::time::Duration;
 use dim_core::pipeline::Patience;
 use dim_core::rows::RowType;
 use dim_wire::keys::{Key, KeyError};
+use dim_wire::transport::CallOff;
 
 use crate::device;
 use crate::error::{BadOption, Error};
@@ -44,6 +45,7 @@ pub(crate) struct HostOptions {
     pub patience: Patience,
     pub step_timeout: Duration,
     pub software: String,
+    pub off: CallOff,
 }
 
 impl HostOptions {
@@ -90,6 +92,7 @@ impl HostBuilder {
             patience: Patience::default(),
             step_timeout: Duration::from_secs(120),
             software: device::software("dim"),
+            off: CallOff::new(),
         };
         HostBuilder { files, options }
     }
@@ -184,14 +187,52 @@ impl HostBuilder {
         self
     }
 
+    /// What ends [`connect`](HostBuilder::connect) from another thread: workers that are looked for, dialled or waited for,
+    /// digests that are compared, slices that are loaded. It is over within a tenth of a second, but where llama.cpp tries a
+    /// file for the first time or lays out a stage's buffers, and where the system looks up a name. Of a host that is
+    /// connected it ends nothing.
+    ///
+    /// ```
+    /// # fn main() -> Result<(), dim::Error> {
+    /// # let split = std::path::Path::new("no.split.json");
+    /// let off = dim::CallOff::new();
+    /// let calls_off = off.clone();
+    /// let on_cancel = move || calls_off.call_off();
+    /// # std::thread::spawn(on_cancel);
+    /// # if split.exists() {
+    /// match dim::Host::open(split)?.unless(off).connect(|_| {}) {
+    ///     Err(dim::Error::CalledOff) => println!("not now, then"),
+    ///     host => drop(host?.session()?),
+    /// }
+    /// # }
+    /// # Ok(())
+    /// # }
+    /// ```
+    pub fn unless(mut self, off: CallOff) -> HostBuilder {
+        self.options.off = off;
+        self
+    }
+
     /// Opens the files, dials the workers and loads what runs here. `on_event` hears of it, and of workers that are lost
     /// and found as long as the host lives: in whatever thread it happens, which later is one that a session is driven by.
     /// So it must not wait for a session of this host; where it tries, that is an error.
     ///
+    /// If it panics, it is not called again, and the call during which that happened panics with the same where it would
+    /// have returned: this one, or one for the session that drove the others then. Host and sessions are whole: they go on
+    /// from the tokens they have, and this session too.
+    ///
     /// # Errors
-    /// Whatever is in the way: a file, an option, a worker, memory.
-    pub fn connect(mut self, on_event: impl FnMut(Event) + Send + 'static) -> Result<Host, Error> {
-        let events = Events::new(on_event);
+    /// Whatever is in the way: a file, an option, a worker, memory; [`Error::CalledOff`].
+    pub fn connect(self, on_event: impl FnMut(Event) + Send + 'static) -> Result<Host, Error> {
+        let events = Events::unless(self.options.off.clone(), on_event);
+        let connected = events.came_to(self.connect_and_tell(&events));
+        match events.off().is_called_off() {
+            true => Err(Error::CalledOff),
+            false => connected,
+        }
+    }
+
+    fn connect_and_tell(mut self, events: &Events) -> Result<Host, Error> {
         self.options.resources.check()?;
         let (sessions, most) = (self.options.sessions, MAX_SESSIONS.min(self.options.resources.n_ubatch));
         if !(1..=most).contains(&sessions) {
@@ -206,12 +247,12 @@ impl HostBuilder {
                 return Err(Error::NoKey { address, source: KeyError::NotPaired { address: given.clone() } });
             }
         }
-        let split = Split::open(self.files, self.options.verify, &events)?;
+        let split = Split::open(self.files, self.options.verify, events)?;
         if self.options.wire_is_free && split.head.is_half {
             self.options.wire = RowType::F16;
         }
         let resources = &mut self.options.resources;
-        resources.n_ctx = resources.n_ctx_for(split.head.hparams.n_ctx_train, &events);
-        split.assign(&self.options, &events)?.connect(&split, &self.options, &events)
+        resources.n_ctx = resources.n_ctx_for(split.head.hparams.n_ctx_train, events);
+        split.assign(&self.options, events)?.connect(&split, &self.options, events)
     }
 }

@@ -124,11 +124,12 @@ fn dial(
             let terms = terms::of_host(&options.needs(), &split.head, &expected, wanted);
             let stage = retry(
                 options.patience,
+                events.off(),
                 |error, give_up_after| events.tell(retrying(error, give_up_after)),
                 || {
                     let terms = terms.clone();
                     let (timing, limit) = (Timing::default(), options.step_timeout);
-                    WorkerStage::connect(&address, &key, terms, needed, timing, limit)
+                    WorkerStage::connect(&address, &key, terms, needed, timing, limit, events.off())
                 },
             )?;
             (stage, address)
@@ -164,7 +165,8 @@ fn checked(
     events: &Events,
 ) -> Result<Guarded<WorkerStage>, Error> {
     let mut state = Retry::new(options.patience, std::time::Instant::now());
-    let mut result = stage.check();
+    let goes_on = || events.goes_on();
+    let mut result = stage.check(&goes_on);
     loop {
         let error = match result {
             Ok(cosine) => {
@@ -178,8 +180,8 @@ fn checked(
         let mut tell = |error: &dim_core::stage::StageError, give_up_after| {
             events.tell(Event::Retrying { reason: error.to_string(), give_up_after });
         };
-        wait(&mut state, error, &mut tell).map_err(|source| Error::Check { stage: stage.name(), source })?;
+        wait(&mut state, error, events.off(), &mut tell).map_err(|source| Error::Check { stage: stage.name(), source })?;
         // a check is part of every new connection
-        result = stage.reconnect();
+        result = stage.reconnect(&goes_on);
     }
 }

@@ -18,7 +18,7 @@ use dim_wire::HandshakeError;
 use dim_wire::keys::{Key, KeyError, KeyStore, Peer};
 use dim_wire::terms::{SliceRole, Terms};
 use dim_wire::transport::discover::{MDNS_PORT, Search, Sighting};
-use dim_wire::transport::{LinkError, LinkErrorKind, Timing, inquire};
+use dim_wire::transport::{CallOff, LinkError, LinkErrorKind, Timing, inquire_unless};
 
 use crate::error::Error;
 use crate::event::{Event, Events, Sighted};
@@ -126,6 +126,8 @@ pub(crate) fn find(
     let mut retry = Retry::new(need.patience, begun);
     let (tell, probed) = channel();
     let mut asking = Asking::default();
+    // who is still being asked when this is over is asked no more
+    let probes = Probes(CallOff::new());
     let mut candidates =
         Candidates { need, events, list: Vec::new(), told: HashMap::new(), lost: Vec::new() };
     loop {
@@ -139,7 +141,7 @@ pub(crate) fn find(
             }
         }
         while let Some(sighting) = asking.next(Instant::now()) {
-            probe_apart(sighting, how.keys.clone(), tell.clone());
+            probes.start(sighting, how.keys.clone(), tell.clone());
         }
         while let Ok((sighting, probe)) = probed.try_recv() {
             let holds = candidates.take_in(&sighting, probe, how.is_likely(&sighting));
@@ -152,7 +154,7 @@ pub(crate) fn find(
         if candidates.close_the_gaps(with_local, connect, &mut retry) {
             return Ok(candidates.into_found(with_local));
         }
-        if retry.is_over(Instant::now()) {
+        if retry.is_over(Instant::now()) || !events.goes_on() {
             break;
         }
     }
@@ -170,26 +172,37 @@ enum Probe {
     No(Sighted),
 }
 
-fn probe_apart(sighting: Sighting, keys: Vec<(Key, Peer)>, tell: Sender<(Sighting, Probe)>) {
-    let (not_asked, failed) = (sighting.clone(), tell.clone());
-    let run = move || {
-        let probe = probe(&sighting, &keys);
-        // a search that is over listens no more
-        let _ = tell.send((sighting, probe));
-    };
-    if let Err(e) = std::thread::Builder::new().name("dim-probe".into()).spawn(run) {
-        let _ = failed.send((not_asked, Probe::No(Sighted::NotAsked { why: e.to_string() })));
+/// Probes, each in a thread of its own. They end with this.
+struct Probes(CallOff);
+
+impl Probes {
+    fn start(&self, sighting: Sighting, keys: Vec<(Key, Peer)>, tell: Sender<(Sighting, Probe)>) {
+        let (not_asked, failed, off) = (sighting.clone(), tell.clone(), self.0.clone());
+        let run = move || {
+            let probe = probe(&sighting, &keys, &off);
+            // a search that is over listens no more
+            let _ = tell.send((sighting, probe));
+        };
+        if let Err(e) = std::thread::Builder::new().name("dim-probe".into()).spawn(run) {
+            let _ = failed.send((not_asked, Probe::No(Sighted::NotAsked { why: e.to_string() })));
+        }
+    }
+}
+
+impl Drop for Probes {
+    fn drop(&mut self) {
+        self.0.call_off();
     }
 }
 
 /// Asks a worker what it holds, with every key that may be the right one, the likeliest first.
-fn probe(sighting: &Sighting, keys: &[(Key, Peer)]) -> Probe {
+fn probe(sighting: &Sighting, keys: &[(Key, Peer)], off: &CallOff) -> Probe {
     let mut unreachable = None;
     for address in &sighting.addresses {
         let mut sorted: Vec<&(Key, Peer)> = keys.iter().collect();
         sorted.sort_by_key(|(_, peer)| (peer.address != *address, peer.name != sighting.name));
         let likely = sorted.into_iter().take(MOST_KEYS).map(|(key, _)| key);
-        match with_one_of(likely, |key| inquire(address, key, &Timing::default())) {
+        match with_one_of(likely, |key| inquire_unless(off, address, key, &Timing::default())) {
             Ok((offer, key)) => {
                 let (address, offer) = (address.clone(), Box::new(offer));
                 return Probe::Holds { address, key: key.clone(), offer };
@@ -451,6 +464,24 @@ mod tests {
         assert!(is_same_reason(&busy("a", 1000), &busy("a", 9000)));
         assert!(!is_same_reason(&busy("a", 1000), &busy("b", 1000)));
         assert!(!is_same_reason(&Sighted::NoSlice, &busy("a", 1000)));
+    }
+
+    /// Somebody who says nothing holds a probe for five seconds; a search that is over does not leave it behind.
+    #[test]
+    fn a_search_that_is_over_asks_nobody_any_more() {
+        let silent = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+        let addresses = vec![silent.local_addr().unwrap().to_string(); 2];
+        let (tell, probed) = channel();
+        let probes = Probes(CallOff::new());
+        let keys = vec![(Key::from_bytes([7; 32]), Peer::default())];
+        probes.start(Sighting { name: "silent".into(), addresses }, keys, tell);
+        let _peer = silent.accept().unwrap();
+        drop(probes);
+        let (_, probe) = probed.recv().unwrap();
+        let Probe::No(Sighted::Failed(error)) = probe else { panic!("nobody has answered") };
+        assert_eq!(error.kind, LinkErrorKind::Stopped);
+        silent.set_nonblocking(true).unwrap();
+        assert!(silent.accept().is_err(), "its other address was asked too");
     }
 
     proptest! {

@@ -68,15 +68,17 @@ pub(crate) struct SplitEngine {
     pipeline: SharedPipeline,
     n_ubatch: usize,
     wire_dtype: &'static str,
+    events: Events,
 }
 
 impl SplitEngine {
     /// `n_ubatch`: rows per chunk; stock llama.cpp's micro-batch, so that both compute the same products.
     pub(crate) fn new(mut pipeline: Pipeline, n_ubatch: u32, sessions: u32, events: Events) -> SplitEngine {
-        pipeline.observe(move |event| events.tell(event_of(event)));
+        let told = events.clone();
+        pipeline.observe(move |event| told.tell(event_of(event)));
         let wire_dtype = if pipeline.has_remote_stages() { pipeline.dtype().name() } else { "none" };
         let n_ubatch = n_ubatch.max(1) as usize;
-        SplitEngine { pipeline: SharedPipeline::new(pipeline, sessions), n_ubatch, wire_dtype }
+        SplitEngine { pipeline: SharedPipeline::new(pipeline, sessions), n_ubatch, wire_dtype, events }
     }
 
     /// How many sessions there can be at once.
@@ -87,7 +89,8 @@ impl SplitEngine {
     /// A session that nobody has, empty.
     pub(crate) fn session(&self) -> Result<SplitSession, NoSession> {
         let client = self.pipeline.client()?;
-        Ok(SplitSession { client, n_ubatch: self.n_ubatch, wire_dtype: self.wire_dtype })
+        let events = self.events.clone();
+        Ok(SplitSession { client, n_ubatch: self.n_ubatch, wire_dtype: self.wire_dtype, events })
     }
 }
 
@@ -96,6 +99,7 @@ pub(crate) struct SplitSession {
     client: Client,
     n_ubatch: usize,
     wire_dtype: &'static str,
+    events: Events,
 }
 
 impl Engine for SplitSession {
@@ -123,7 +127,7 @@ impl Engine for SplitSession {
                 kind: if tokens.len() == 1 { StepKind::Decode } else { StepKind::Prefill },
             })
         });
-        let n_out = self.client.run(chunks, stop, on_logits)?;
+        let n_out = self.events.came_to(self.client.run(chunks, stop, on_logits))?;
         Ok(tokens.len().min(n_out * self.n_ubatch))
     }
 

@@ -34,8 +34,8 @@ impl WholeModel {
     ) -> Result<WholeModel, Error> {
         let events = Events::new(on_event);
         resources.check()?;
-        let model = load_model(path, resources, mmap, &events)?;
-        WholeModel::of(model, model_name(path), resources, &events)
+        let model = events.came_to(load_model(path, resources, mmap, &events))?;
+        events.came_to(WholeModel::of(model, model_name(path), resources, &events))
     }
 
     /// The same of a model that was loaded otherwise.
@@ -48,7 +48,8 @@ impl WholeModel {
         resources: &Resources,
         on_event: impl FnMut(Event) + Send + 'static,
     ) -> Result<WholeModel, Error> {
-        WholeModel::of(model, model_name, resources, &Events::new(on_event))
+        let events = Events::new(on_event);
+        events.came_to(WholeModel::of(model, model_name, resources, &events))
     }
 
     fn of(

@@ -12,7 +12,7 @@ use crate::event::{Event, Events};
 use crate::resources::Resources;
 use crate::stage::local::LlamaStage;
 use crate::stage::trial;
-use crate::stage::verified::{Verify, open_slice};
+use crate::stage::verified::{Verify, open_slice_while};
 
 /// How a slice is loaded.
 #[derive(Clone, Copy, Debug)]
@@ -41,7 +41,7 @@ pub(crate) fn open(path: &Path, role: Role, verify: Verify, events: &Events) -> 
 pub(crate) fn open_any(path: &Path, verify: Verify, events: &Events) -> Result<SliceInfo, Error> {
     let file = file_name(path);
     let checking = |done, total| events.tell(Event::Checking { file: file.clone(), done, total });
-    Ok(open_slice(path, verify, checking)?)
+    Ok(open_slice_while(path, verify, || events.goes_on(), checking)?)
 }
 
 /// Loads a slice as a stage; `on_event` hears how far it is.
@@ -54,7 +54,8 @@ pub fn load_stage(
     options: &LoadOptions,
     on_event: impl FnMut(Event) + Send + 'static,
 ) -> Result<LlamaStage, Error> {
-    stage(path, info, options, &Events::new(on_event))
+    let events = Events::new(on_event);
+    events.came_to(stage(path, info, options, &events))
 }
 
 /// The same for who listens already.
@@ -146,7 +147,7 @@ fn load(
     let mut on_progress = |fraction: f32| {
         let done = (f64::from(fraction) * total as f64) as u64;
         events.tell(Event::Loading { file: file.clone(), done, total });
-        true
+        events.goes_on()
     };
     let params = ModelParams {
         gpu_layers: resources.gpu_layers,

@@ -115,7 +115,7 @@ struct NoAnswer {
 impl WorkerStage {
     /// Dials a worker. `terms` say what it has to hold and what this host wants; where it has fewer sessions, now or when
     /// it is dialled again, `least_sessions` of them will do. `step_limit` is the longest a single step may take (a
-    /// worker that sends heartbeats but never an answer is given up then).
+    /// worker that sends heartbeats but never an answer is given up then). `off` ends this dial, and no later one.
     ///
     /// # Errors
     /// There is no link; [`LinkError::may_pass`] tells whether trying again makes sense.
@@ -126,6 +126,7 @@ impl WorkerStage {
         least_sessions: u32,
         timing: Timing,
         step_limit: Duration,
+        off: &CallOff,
     ) -> Result<WorkerStage, LinkError> {
         let mut target = Target {
             address: address.to_owned(),
@@ -135,7 +136,7 @@ impl WorkerStage {
             least_rows: 0,
             timing,
         };
-        let link = target.dial(&CallOff::new())?;
+        let link = target.dial(off)?;
         // what this host builds upon every worker that comes after this one has to be able to do
         let agreed = link.agreed();
         target.terms.take_back = agreed.take_back;
@@ -497,7 +498,8 @@ mod tests {
         // nothing else ends it
         let timing = Timing { opening: Duration::from_secs(3600), ..Timing::default() };
         let mut stage =
-            WorkerStage::connect(&address, &key, terms, 1, timing, Duration::from_secs(60)).unwrap();
+            WorkerStage::connect(&address, &key, terms, 1, timing, Duration::from_secs(60), &CallOff::new())
+                .unwrap();
         drop(listener);
         let silent = TcpListener::bind(&address).unwrap();
 

@@ -9,7 +9,7 @@ use std::path::Path;
 use gguf_tools::digest::{self, Sha};
 use gguf_tools::gguf::{Gguf, Value};
 use gguf_tools::manifest::ModelEntry;
-use gguf_tools::slice::{SliceError, SliceInfo, verify_opened};
+use gguf_tools::slice::{SliceError, SliceInfo, verify_while};
 
 use crate::error::Error;
 use crate::stage::memory::Memory;
@@ -46,13 +46,23 @@ pub fn open_slice(
     when: Verify,
     progress: impl FnMut(u64, u64),
 ) -> Result<SliceInfo, SliceError> {
+    open_slice_while(path, when, || true, progress)
+}
+
+/// The same for as long as `goes_on`.
+pub(crate) fn open_slice_while(
+    path: &Path,
+    when: Verify,
+    goes_on: impl Fn() -> bool,
+    progress: impl FnMut(u64, u64),
+) -> Result<SliceInfo, SliceError> {
     let gguf = Gguf::open(path)?;
     let info = SliceInfo::of(&gguf)?;
     let memory = Memory::of("verified", [path], &info.slice_sha256.to_string());
     if when.is_content_with(&memory) {
         return Ok(info);
     }
-    let info = verify_opened(&gguf, progress)?;
+    let info = verify_while(&gguf, goes_on, progress)?;
     memory.keep();
     Ok(info)
 }

@@ -112,8 +112,16 @@ impl WorkerBuilder {
     ///
     /// # Errors
     /// An option is out of range, the slice is no middle, or the address cannot be had.
+    ///
+    /// If `on_event` panics, it is not called again, and [`bind`](Self::bind), [`load`](Worker::load) or
+    /// [`serve`](Worker::serve), whichever is under way or comes next, panics with the same once it has finished what it
+    /// was at: a host is served to its end.
     pub fn bind(self, on_event: impl FnMut(Event) + Send + 'static) -> Result<Worker, Error> {
         let events = Events::new(on_event);
+        events.came_to(self.bind_and_tell(&events))
+    }
+
+    fn bind_and_tell(self, events: &Events) -> Result<Worker, Error> {
         self.resources.check()?;
         if !(1..=MAX_SESSIONS).contains(&self.max_sessions) {
             return Err(BadOption::new("parallel", self.max_sessions, "1 to 64").into());
@@ -122,11 +130,11 @@ impl WorkerBuilder {
             Some(keys) => Arc::clone(keys),
             None => Arc::new(KeyStore::of_user()?),
         };
-        let info = load::open_any(&self.slice, self.verify, &events)?;
+        let info = load::open_any(&self.slice, self.verify, events)?;
         if info.role != Role::Middle {
             return Err(Error::NotAMiddle { path: self.slice, found: info.role });
         }
-        let n_ctx = self.resources.n_ctx_for(info.hparams.n_ctx_train, &events);
+        let n_ctx = self.resources.n_ctx_for(info.hparams.n_ctx_train, events);
         let instance = random_instance();
         let offer = Offer {
             slice: &info,
@@ -144,7 +152,7 @@ impl WorkerBuilder {
         let listener = Arc::new(Listener::bind(&self.listen, config).map_err(Error::Listen)?);
         let resources = Resources { n_ctx, ..self.resources };
         let options = WorkerBuilder { resources, ..self };
-        Ok(Worker { listener, info, instance, options, events, stage: None, announcement: None })
+        Ok(Worker { listener, info, instance, options, events: events.clone(), stage: None, announcement: None })
     }
 }
 
@@ -209,7 +217,8 @@ impl Worker {
         let WorkerBuilder { resources, mmap, max_sessions, chooses_rows, .. } = self.options;
         let compute_bytes = chooses_rows.then_some(COMPUTE_BYTES);
         let options = LoadOptions { resources, mmap, max_sessions, compute_bytes };
-        let stage = load::stage(&self.options.slice, &self.info, &options, &self.events)?;
+        let stage = load::stage(&self.options.slice, &self.info, &options, &self.events);
+        let stage = self.events.came_to(stage)?;
         let offer = Offer {
             slice: &self.info,
             software: &self.options.software,
@@ -273,6 +282,7 @@ impl Worker {
                 LinkErrorKind::Stopped => {}
                 _ => self.events.tell(Event::Gone(ended)),
             }
+            self.events.came_to(());
         }
         self.announcement = None;
         Ok(())

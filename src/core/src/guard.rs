@@ -27,6 +27,7 @@ use half::f16;
 
 use crate::ids::{JobId, SessionId};
 use crate::rows::{RowType, Rows};
+use crate::shared::LOOKS;
 use crate::stage::{Answer, RemoteStage, Span, StageError, TakeBack, Traffic, WrongAnswer};
 
 /// Rows between two checks.
@@ -223,13 +224,13 @@ impl<S: RemoteStage> Guarded<S> {
 
     /// The worker's answer to the canary, held against the right one: the mean cosine of its rows, or `None` where the
     /// rows' number format cannot hold it. For a stage outside a pipeline: its session is empty, and is left so; nothing
-    /// is in flight. Blocks until the worker has answered.
+    /// is in flight. Blocks until the worker has answered, or nobody waits for that: `goes_on` is asked every [`LOOKS`].
     ///
     /// # Errors
-    /// [`StageError::Wrong`], or whatever the stage itself fails with.
-    pub fn check(&mut self) -> Result<Option<f64>, StageError> {
+    /// [`StageError::Wrong`], or whatever the stage itself fails with; [`StageError::Void`] where it does not go on.
+    pub fn check(&mut self, goes_on: &dyn Fn() -> bool) -> Result<Option<f64>, StageError> {
         let before = self.inner.traffic();
-        let result = self.ask();
+        let result = self.ask(goes_on);
         let now = self.inner.traffic();
         self.guard.count_check_traffic(Traffic {
             bytes_sent: now.bytes_sent - before.bytes_sent,
@@ -239,18 +240,21 @@ impl<S: RemoteStage> Guarded<S> {
         result
     }
 
-    fn ask(&mut self) -> Result<Option<f64>, StageError> {
+    fn ask(&mut self, goes_on: &dyn Fn() -> bool) -> Result<Option<f64>, StageError> {
         let Some(mut check) = self.guard.begin() else { return Ok(None) };
         let mut answer = Rows::empty(self.guard.room.dtype);
         for i in 0..check.len() {
             if let Some((span, rows)) = check.piece(i) {
                 self.inner.submit(JobId(i as u64), &[span], &[], rows).map_err(|e| self.guard.in_check(e))?;
             }
-            // without a deadline there is an answer or an error
             let answered = loop {
-                let collected = self.inner.collect_until(&mut answer, None);
+                let look_at = Instant::now() + LOOKS;
+                let collected = self.inner.collect_until(&mut answer, Some(look_at));
                 if let Some(answered) = collected.map_err(|e| self.guard.in_check(e))? {
                     break answered;
+                }
+                if !goes_on() {
+                    return Err(StageError::Void);
                 }
             };
             if let Some(failed) = answered.failed {
@@ -265,15 +269,18 @@ impl<S: RemoteStage> Guarded<S> {
     /// Connects anew and [checks](Self::check), for a stage outside a pipeline. Blocks for as long as that takes.
     ///
     /// # Errors
-    /// There is no connection, or the worker computes something else.
-    pub fn reconnect(&mut self) -> Result<Option<f64>, StageError> {
+    /// There is no connection, or the worker computes something else; or as of [`check`](Self::check).
+    pub fn reconnect(&mut self, goes_on: &dyn Fn() -> bool) -> Result<Option<f64>, StageError> {
         let bell = Bell::new();
         self.inner.begin_reconnect(&bell);
         while !self.inner.poll_connected()? {
-            bell.wait(None);
+            if !goes_on() {
+                return Err(StageError::Void);
+            }
+            bell.wait(Some(Instant::now() + LOOKS));
         }
         self.guard.connected(self.inner.n_sessions());
-        self.check()
+        self.check(goes_on)
     }
 }
 

@@ -11,7 +11,7 @@ use dim::retry::{Absence, Retry, wait, wait_as};
 use dim_wire::HandshakeError;
 use dim_wire::terms::Reason;
 use dim_wire::transport::push::{PushError, push};
-use dim_wire::transport::{LinkError, LinkErrorKind, Timing};
+use dim_wire::transport::{CallOff, LinkError, LinkErrorKind, Timing};
 use gguf_tools::failure::Failure;
 use gguf_tools::tell;
 
@@ -112,9 +112,9 @@ impl Transfer {
         match &error {
             // who was there before and is now said to be another has proven nothing: it counts as away
             PushError::Link(LinkError { kind: LinkErrorKind::Handshake(_), .. }) if self.was_there => {
-                wait_as(&mut self.retry, error, Absence::Lost, &mut tell)
+                wait_as(&mut self.retry, error, Absence::Lost, &CallOff::new(), &mut tell)
             }
-            _ => wait(&mut self.retry, error, &mut tell),
+            _ => wait(&mut self.retry, error, &CallOff::new(), &mut tell),
         }
     }
 }
