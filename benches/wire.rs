@@ -73,8 +73,8 @@ fn main() {
         }
     }
     check(&mut link, &row, &mut position);
-    let counters = link.sender().counters();
-    let per_trip = (counters.bytes_sent + counters.bytes_received) as f64 / counters.round_trips as f64;
+    let traffic = link.sender().traffic();
+    let per_trip = (traffic.bytes_sent + traffic.bytes_received) as f64 / traffic.round_trips as f64;
     link.close(Farewell::Finished);
 
     let [wire, plain] = times.map(|mut t| {

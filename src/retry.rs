@@ -7,8 +7,8 @@ use std::time::{Duration, Instant};
 
 use dim_core::patience::{Losses, Patience};
 use dim_core::stage::StageError;
-use dim_wire::transport::{CallOff, LinkError};
 use dim_wire::transport::push::PushError;
+use dim_wire::transport::{CallOff, LinkError};
 
 /// How somebody is away.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -31,16 +31,16 @@ fn a_token_takes_two_latencies_and_the_worker_s_time() {
         assert_eq!(world.trace, [(begun + 17, Seen::Answer(step, step as f32 + 1.0))]);
         world.trace.clear();
     }
-    assert_eq!(world.host.endpoint.counters().round_trips, 100);
+    assert_eq!(world.host.endpoint.traffic().round_trips, 100);
 }
 
 #[test]
 fn an_idle_link_lives_by_a_heartbeat_of_42_bytes_every_half_second() {
     let mut world = World::serving().with_latency(ms(20));
-    let before = world.host.endpoint.counters();
+    let before = world.host.endpoint.traffic();
     world.run_for(ms(60_000));
     assert_eq!(world.trace, []);
-    let after = world.host.endpoint.counters();
+    let after = world.host.endpoint.traffic();
     assert_eq!(after.bytes_sent - before.bytes_sent, 120 * 42);
     // the last one is still under way
     assert_eq!(after.bytes_received - before.bytes_received, 119 * 42);
@@ -53,8 +53,8 @@ fn no_heartbeat_is_sent_beside_other_bytes() {
         world.host.send_rows(1, step as f32);
         world.run_for(ms(400));
     }
-    let counters = world.host.endpoint.counters();
-    let handshake_and_hello = counters.bytes_sent - 100 * (2 * u64::from(N_EMBD) + 50);
+    let traffic = world.host.endpoint.traffic();
+    let handshake_and_hello = traffic.bytes_sent - 100 * (2 * u64::from(N_EMBD) + 50);
     assert!(handshake_and_hello < 400, "{handshake_and_hello} bytes that are no steps");
 }
 

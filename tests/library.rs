@@ -1,17 +1,20 @@
 //! The library as another program uses it: hosts, sessions and workers in this process, and the two examples as their
 //! reader runs them. What comes out is held against `WholeModel`, stock llama.cpp.
 
+use std::any::Any;
 use std::io::{BufRead as _, BufReader, Write as _};
+use std::net::TcpListener;
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::PathBuf;
 use std::process::{Command, Stdio};
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
 use std::thread::JoinHandle;
 
 use dim::host::report::Stop;
 use dim::{
-    Error, Event, Host, HostBuilder, Key, Resources, RowType, Sampling, Session, StopHandle, WholeModel,
-    Worker,
+    CallOff, Error, Event, Host, HostBuilder, Key, Resources, RowType, Sampling, Session, StopHandle,
+    WholeModel, Worker,
 };
 use gguf_tools::gguf::Gguf;
 use gguf_tools::plan::{Plan, Request};
@@ -282,6 +285,100 @@ fn a_session_that_is_waited_for_in_an_event_of_its_host_is_an_error_and_not_for_
     let error = heard.lock().unwrap().take().unwrap().unwrap_err();
     assert!(error.is_misuse() && error.hint().is_some(), "{error}");
     assert!(error.to_string().contains("cannot wait for a session"), "{error}");
+}
+
+/// Whatever `connect` is at: the one who waits for it is not kept waiting.
+#[test]
+fn connecting_is_called_off_while_it_waits_dials_compares_and_loads() {
+    let cut = Cut::new();
+    let ever = std::time::Duration::MAX;
+    let patience =
+        dim::Patience { give_up_after: ever, paused_for: ever, longest_pause: ever, ..Default::default() };
+    let called_off = |host: HostBuilder, off: CallOff, at: fn(&Event) -> bool| {
+        let (called, seen) = (off.clone(), Arc::new(AtomicBool::new(false)));
+        let told = Arc::clone(&seen);
+        let host = host.patience(patience).unless(off).connect(move |event| {
+            if at(&event) {
+                told.store(true, Ordering::SeqCst);
+                called.call_off();
+            }
+        });
+        let Err(error) = host else { panic!("it was called off") };
+        assert!(matches!(error, Error::CalledOff) && !error.is_misuse(), "{error}");
+        seen.load(Ordering::SeqCst)
+    };
+    // nobody is there, and it would be waited for without an end
+    let nobody = cut.host().worker("127.0.0.1:1", cut.key());
+    assert!(called_off(nobody, CallOff::new(), |event| matches!(event, Event::Retrying { .. })));
+    // weights that are compared with their digests, and loaded
+    let compared = cut.host().verify(dim::Verify::Always);
+    assert!(called_off(compared, CallOff::new(), |event| matches!(event, Event::Checking { .. })));
+    assert!(called_off(cut.host(), CallOff::new(), |event| matches!(event, Event::Loading { .. })));
+    // somebody who says nothing; only another thread can call that off
+    let silent = TcpListener::bind("127.0.0.1:0").unwrap();
+    let off = CallOff::new();
+    let calls = off.clone();
+    let address = silent.local_addr().unwrap().to_string();
+    let thread = std::thread::spawn(move || {
+        let peer = silent.accept().unwrap();
+        calls.call_off();
+        peer
+    });
+    assert!(!called_off(cut.host().worker(address, cut.key()), off, |_| false));
+    thread.join().unwrap();
+    // one that was called off before it began; of a host that is connected it ends nothing
+    let off = CallOff::new();
+    let host = cut.host().unless(off.clone()).connect(|_| {}).unwrap();
+    off.call_off();
+    assert_eq!(continued(&mut host.session().unwrap(), 4), cut.expected(4));
+    assert!(!called_off(cut.host(), off, |_| false));
+}
+
+/// It is the caller's own closure: the panic is his, and nothing of the library's is harmed by it.
+#[test]
+fn a_panic_of_whoever_hears_of_events_goes_to_the_caller_and_host_and_sessions_stay_whole() {
+    let cut = Cut::new();
+    let panic_of = |panic: Box<dyn Any + Send>| *panic.downcast::<&str>().unwrap();
+    // while it connects
+    let host = cut.host();
+    let connected = catch_unwind(AssertUnwindSafe(|| {
+        host.connect(|event| {
+            if matches!(event, Event::Loading { .. }) {
+                panic!("while it loads")
+            }
+        })
+    }));
+    assert_eq!(panic_of(connected.err().unwrap()), "while it loads");
+
+    // in a reply whose worker is lost, while another session lives beside it
+    let worker = Worker::open(cut.file("m.middle-1..2.gguf")).key(cut.key()).resources(SMALL);
+    let worker = Serving::start(worker.max_sessions(3).listen("127.0.0.1:0").bind(|_| {}).unwrap());
+    let address = worker.address.clone();
+    let n_told = Arc::new(AtomicUsize::new(0));
+    let told = Arc::clone(&n_told);
+    let host = cut.host().worker(&address, cut.key()).sessions(2).connect(move |event| {
+        if matches!(event, Event::Lost { .. } | Event::Back { .. }) {
+            told.fetch_add(1, Ordering::SeqCst);
+            panic!("in a reply");
+        }
+    });
+    let host = host.unwrap();
+    let expected = cut.expected(24);
+    let (mut session, mut other) = (host.session().unwrap(), host.session().unwrap());
+    let mut got = continued(&mut session, 4);
+    let mut others = continued(&mut other, 4);
+    drop(worker);
+    let worker = Worker::open(cut.file("m.middle-1..2.gguf")).key(cut.key()).resources(SMALL);
+    let _again = Serving::start(worker.max_sessions(3).listen(address).bind(|_| {}).unwrap());
+    let mut reply = session.generate(Sampling::greedy());
+    let panic = catch_unwind(AssertUnwindSafe(|| reply.next()));
+    assert_eq!(panic_of(panic.err().unwrap()), "in a reply");
+    drop(reply);
+    // both go on from the tokens they have, and nobody is told any more
+    got.extend(session.generate(Sampling::greedy()).take(20).map(|token| token.unwrap().id));
+    others.extend(other.generate(Sampling::greedy()).take(20).map(|token| token.unwrap().id));
+    assert_eq!((got, others), (expected.clone(), expected));
+    assert_eq!(n_told.load(Ordering::SeqCst), 1);
 }
 
 #[test]

@@ -104,7 +104,7 @@ impl Phone {
     fn after(&self, answers: u64) -> Sender {
         loop {
             if let Some(sender) = self.serving.lock().unwrap().clone()
-                && sender.counters().round_trips >= answers
+                && sender.traffic().round_trips >= answers
             {
                 return sender;
             }

@@ -94,9 +94,9 @@ impl Worker {
 
     /// Returns once it has read all that this host has said so far.
     fn has_read(&self, host: &Link) {
-        let said = host.sender().counters().bytes_sent;
+        let said = host.sender().traffic().bytes_sent;
         let read =
-            || self.sender.lock().unwrap().as_ref().map_or(0, |sender| sender.counters().bytes_received);
+            || self.sender.lock().unwrap().as_ref().map_or(0, |sender| sender.traffic().bytes_received);
         let deadline = soon();
         while read() < said {
             assert!(Some(Instant::now()) < deadline, "it does not read while it computes");

@@ -240,12 +240,12 @@ fn steps_and_rewinds(worker: &mut Swift, key: &Key) {
     assert_eq!(rewinds, 3);
 
     // GOODBYE is one frame of 8 bytes; heartbeats of a slow run are in both counts
-    let counters = link.sender().counters();
+    let traffic = link.sender().traffic();
     link.close(Farewell::Finished);
     let line = worker.wait_for("bytes in");
     let [bytes_in, bytes_out] = bytes_of(&line);
-    assert_eq!(bytes_in, counters.bytes_sent + 8 + 18, "bytes from host to worker: {line}");
-    assert_eq!(bytes_out, counters.bytes_received, "bytes from worker to host: {line}");
+    assert_eq!(bytes_in, traffic.bytes_sent + 8 + 18, "bytes from host to worker: {line}");
+    assert_eq!(bytes_out, traffic.bytes_received, "bytes from worker to host: {line}");
 }
 
 fn one_host_at_a_time(address: &str, key: &Key) {
@@ -381,14 +381,14 @@ fn pushed(words: &[String], folder: &Path, arguments: &[&str], store: &Path, key
 
     worker = Swift::start(words, folder, &address, arguments);
     let mut began = None;
-    let counters = push(&address, key, &offer, &open, &timing, &mut |done| {
+    let traffic = push(&address, key, &offer, &open, &timing, &mut |done| {
         began.get_or_insert(done);
     })
     .unwrap();
     let second_resumed = began.unwrap();
     assert!(first_resumed < second_resumed && second_resumed <= got, "{second_resumed} of {got}");
     let line = worker.wait_for("bytes in");
-    assert_eq!(bytes_of(&line), [counters.bytes_sent, counters.bytes_received], "bytes in and out: {line}");
+    assert_eq!(bytes_of(&line), [traffic.bytes_sent, traffic.bytes_received], "bytes in and out: {line}");
 
     let names = complete();
     assert_eq!(names.len(), 1, "{names:?}");
@@ -410,7 +410,7 @@ fn pushed(words: &[String], folder: &Path, arguments: &[&str], store: &Path, key
     println!(
         "pushed {total} bytes over 3 connections, cut and killed: went on at {first_resumed} of {reached} and at \
          {second_resumed} of {got} sent; every file the same; bytes of the last connection equal on both sides: {} and {}",
-        counters.bytes_sent, counters.bytes_received
+        traffic.bytes_sent, traffic.bytes_received
     );
 }
 

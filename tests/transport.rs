@@ -189,7 +189,7 @@ fn a_conversation_of_a_thousand_tokens() {
     token(&mut link, 10).unwrap();
     link.sender().end_session(0).unwrap();
     token(&mut link, 0).unwrap();
-    assert_eq!(link.sender().counters().round_trips, 1002);
+    assert_eq!(link.sender().traffic().round_trips, 1002);
     link.close(Farewell::Finished);
 }
 
@@ -198,11 +198,11 @@ fn bytes_per_token_are_within_the_budget() {
     let worker = Adder::plain();
     let mut link = worker.dial("host").unwrap();
     token(&mut link, 0).unwrap();
-    let before = link.sender().counters();
+    let before = link.sender().traffic();
     for position in 1..=100 {
         token(&mut link, position).unwrap();
     }
-    let after = link.sender().counters();
+    let after = link.sender().traffic();
     let per_token =
         (after.bytes_sent + after.bytes_received - before.bytes_sent - before.bytes_received) as f64 / 100.0;
     assert!(per_token <= (2 * (2 * N_EMBD + 64)) as f64, "{per_token} bytes a token");
@@ -312,7 +312,7 @@ fn a_host_is_not_held_up_by_a_worker_that_takes_no_bytes() {
     }
     host.sender().rewind(3, 256).unwrap();
     until_blocked(host.sender());
-    assert!(host.sender().counters().bytes_sent < 32 << 20, "the relay took everything");
+    assert!(host.sender().traffic().bytes_sent < 32 << 20, "the relay took everything");
     // what waited arrives whole and in order, and so does what is sent behind it
     pace.store(u32::MAX, Ordering::Relaxed);
     let served = std::thread::spawn(move || {
@@ -371,7 +371,7 @@ fn until_blocked(sender: &Sender) {
     let (mut before, mut still) = (0, 0);
     while still < 10 {
         std::thread::sleep(Duration::from_millis(5));
-        let now = sender.counters().bytes_sent;
+        let now = sender.traffic().bytes_sent;
         still = if now == before && now > 1 << 16 { still + 1 } else { 0 };
         before = now;
     }

@@ -5,6 +5,7 @@ use std::collections::VecDeque;
 
 use dim_core::blocks::BlockRange;
 use dim_core::digest::Sha;
+use dim_core::random::{GOLDEN, mix};
 use dim_wire::connection::{Connection, Role};
 use dim_wire::error::{FrameError, ReceiveError};
 use dim_wire::frame::{Inbox, MAX_BODY, Opener, Outgoing, Sealer, Store, wire_bytes};
@@ -652,11 +653,8 @@ struct Dice(u64);
 
 impl Dice {
     fn next(&mut self) -> u64 {
-        self.0 = self.0.wrapping_add(0x9E37_79B9_7F4A_7C15);
-        let mut z = self.0;
-        z = (z ^ (z >> 30)).wrapping_mul(0xBF58_476D_1CE4_E5B9);
-        z = (z ^ (z >> 27)).wrapping_mul(0x94D0_49BB_1331_11EB);
-        z ^ (z >> 31)
+        self.0 = self.0.wrapping_add(GOLDEN);
+        mix(self.0)
     }
 
     fn below(&mut self, n: usize) -> usize {

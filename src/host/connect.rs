@@ -180,7 +180,8 @@ fn checked(
         let mut tell = |error: &dim_core::stage::StageError, give_up_after| {
             events.tell(Event::Retrying { reason: error.to_string(), give_up_after });
         };
-        wait(&mut state, error, events.off(), &mut tell).map_err(|source| Error::Check { stage: stage.name(), source })?;
+        wait(&mut state, error, events.off(), &mut tell)
+            .map_err(|source| Error::Check { stage: stage.name(), source })?;
         // a check is part of every new connection
         result = stage.reconnect(&goes_on);
     }

@@ -59,7 +59,8 @@ impl Session {
         self.n_ctx
     }
 
-    /// All tokens so far, of prompt and replies.
+    /// All tokens so far, of prompt and replies: at most as many as there are [positions](Session::n_ctx). The last one of a
+    /// reply that ended because the context is full has none, and is not among them.
     pub fn tokens(&self) -> &[i32] {
         &self.tokens
     }
@@ -377,7 +378,10 @@ impl<'s> Generation<'s> {
         so_far.sampling += sampled_at.elapsed();
         so_far.first_token_at.get_or_insert_with(Instant::now);
         so_far.tokens.push(id);
-        self.session.tokens.push(id);
+        let has_position = self.session.tokens.len() < self.session.n_ctx as usize;
+        if has_position {
+            self.session.tokens.push(id);
+        }
 
         // token -> text
         let is_end = self.session.vocabulary.model.is_eog(id);
@@ -394,7 +398,7 @@ impl<'s> Generation<'s> {
             Some(Stop::StopText)
         } else if self.limit.is_some_and(|n| so_far.tokens.len() >= n) {
             Some(Stop::Length)
-        } else if self.session.tokens.len() > self.session.n_ctx as usize {
+        } else if !has_position {
             Some(Stop::ContextFull)
         } else if self.stop_flag.is_some_and(|flag| flag.load(Ordering::Relaxed)) {
             Some(Stop::Interrupted)

@@ -16,7 +16,7 @@ use dim_core::stage::{Answer, RemoteStage, Span, StageError, TakeBack, Traffic};
 use dim_wire::keys::Key;
 use dim_wire::message::{ErrorCode, Farewell, Fault};
 use dim_wire::terms::{Reason, Terms};
-use dim_wire::transport::{CallOff, Counters, Event, Link, LinkError, LinkErrorKind, Timing, dial_unless};
+use dim_wire::transport::{CallOff, Event, Link, LinkError, LinkErrorKind, Timing, dial_unless};
 
 /// A worker that serves one stage.
 pub struct WorkerStage {
@@ -31,7 +31,7 @@ pub struct WorkerStage {
     /// a send failed, then: what the worker said before it closed may still be there to be read
     send_failed: Option<(LinkError, Instant)>,
     /// of the connections before this one
-    earlier: Counters,
+    earlier: Traffic,
 }
 
 /// An attempt to connect, in a thread of its own that does not outlive the interest in it.
@@ -152,7 +152,7 @@ impl WorkerStage {
             bell: None,
             unanswered: VecDeque::new(),
             send_failed: None,
-            earlier: Counters::default(),
+            earlier: Traffic::default(),
         })
     }
 
@@ -163,10 +163,7 @@ impl WorkerStage {
 
     fn hang_up(&mut self) {
         if let Some(link) = self.link.take() {
-            let counters = link.sender().counters();
-            self.earlier.bytes_sent += counters.bytes_sent;
-            self.earlier.bytes_received += counters.bytes_received;
-            self.earlier.round_trips += counters.round_trips;
+            self.earlier += link.sender().traffic();
             link.sender().stop();
         }
         self.unanswered.clear();
@@ -433,12 +430,8 @@ impl RemoteStage for WorkerStage {
     }
 
     fn traffic(&self) -> Traffic {
-        let now = self.link.as_ref().map(|link| link.sender().counters()).unwrap_or_default();
-        Traffic {
-            bytes_sent: self.earlier.bytes_sent + now.bytes_sent,
-            bytes_received: self.earlier.bytes_received + now.bytes_received,
-            round_trips: self.earlier.round_trips + now.round_trips,
-        }
+        let now = self.link.as_ref().map(|link| link.sender().traffic()).unwrap_or_default();
+        self.earlier + now
     }
 }
 

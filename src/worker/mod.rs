@@ -152,7 +152,15 @@ impl WorkerBuilder {
         let listener = Arc::new(Listener::bind(&self.listen, config).map_err(Error::Listen)?);
         let resources = Resources { n_ctx, ..self.resources };
         let options = WorkerBuilder { resources, ..self };
-        Ok(Worker { listener, info, instance, options, events: events.clone(), stage: None, announcement: None })
+        Ok(Worker {
+            listener,
+            info,
+            instance,
+            options,
+            events: events.clone(),
+            stage: None,
+            announcement: None,
+        })
     }
 }
 

@@ -1,5 +1,6 @@
 //! What is said about a handful of measurements: the middle, the ends, and how sure a ratio is.
 
+use dim_core::random::{GOLDEN, mix};
 use serde::{Deserialize, Serialize};
 
 /// The middle and the ends of some measurements.
@@ -104,11 +105,8 @@ impl Seeded {
 
     /// The next 64 bits.
     pub fn bits(&mut self) -> u64 {
-        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
-        let mut z = self.0;
-        z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-        z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
-        z ^ (z >> 31)
+        self.0 = self.0.wrapping_add(GOLDEN);
+        mix(self.0)
     }
 
     /// From 0 to below 1.

@@ -5,6 +5,7 @@ use std::io::{BufWriter, Read as _};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
+use clap::builder::{PossibleValue, PossibleValuesParser, TypedValueParser};
 use dim::stage::verified::CutFrom;
 use dim::{
     Discovery, Error, Host, HostBuilder, Key, Patience, Resources, RowType, Sampling, Session, device,
@@ -18,7 +19,7 @@ use llama_sys_patch::LogLevel;
 
 use crate::{explain, habits};
 
-/// What `--worker` says instead of an address.
+/// What `--worker` says instead of an address, and `--wire` instead of a type.
 const AUTO: &str = "auto";
 
 /// The parts of a split model and where they are.
@@ -42,7 +43,7 @@ pub struct SplitArgs {
     worker: Vec<String>,
     /// Number format of the rows that cross the network: f32 is bit-exact, f16 half as much; auto: f16 for models in F16
     /// or BF16, f32 for quantised ones
-    #[arg(long, value_enum, value_name = "TYPE", default_value = "auto")]
+    #[arg(long, value_name = "TYPE", default_value = AUTO, value_parser = wire_or_auto())]
     wire: Wire,
     /// The key shared with the workers: one line, 64 hex digits (default: the one from pairing)
     #[arg(long, value_name = "FILE")]
@@ -92,7 +93,7 @@ impl SplitArgs {
             .step_timeout(Duration::from_secs(self.step_timeout))
             .software(device::software("dim-host"));
         if let Some(wire) = self.wire() {
-            host = host.wire(wire.row_type());
+            host = host.wire(wire);
         }
         for address in self.worker.iter().filter(|address| *address != AUTO) {
             let keys = keys_for(&self::address(address)?, self.key_file.as_deref())?;
@@ -130,12 +131,8 @@ impl SplitArgs {
     }
 
     /// The number format that was asked for, if one was.
-    pub fn wire(&self) -> Option<WireType> {
-        match self.wire {
-            Wire::Auto => None,
-            Wire::F16 => Some(WireType::F16),
-            Wire::F32 => Some(WireType::F32),
-        }
+    pub fn wire(&self) -> Option<RowType> {
+        self.wire.0
     }
 }
 
@@ -196,40 +193,29 @@ pub fn address(given: &str) -> Result<String, Failure> {
     dim::host::address::complete(given).map_err(explain)
 }
 
-/// `--wire`.
-#[derive(Clone, Copy, Debug, clap::ValueEnum)]
-enum Wire {
-    /// As the model's own weights are
-    Auto,
-    /// 2 bytes a value
-    F16,
-    /// 4 bytes a value: bit-exact
-    F32,
+/// `--wire`: `None` is `auto`. A type of its own, because clap reads an option as an argument that may be missing.
+#[derive(Clone, Copy, Debug)]
+struct Wire(Option<RowType>);
+
+const ROW_TYPES: [(RowType, &str); 2] =
+    [(RowType::F16, "2 bytes a value"), (RowType::F32, "4 bytes a value: bit-exact")];
+
+/// Reads a number format of the rows that cross the network.
+pub fn row_type() -> impl TypedValueParser<Value = RowType> {
+    PossibleValuesParser::new(ROW_TYPES.map(possible))
+        .map(|name| if name == RowType::F32.name() { RowType::F32 } else { RowType::F16 })
 }
 
-/// Number format of the rows that cross the network.
-#[derive(Clone, Copy, Debug, Default, clap::ValueEnum)]
-pub enum WireType {
-    /// 2 bytes a value
-    #[default]
-    F16,
-    /// 4 bytes a value: bit-exact
-    F32,
+/// The same, or `auto`.
+fn wire_or_auto() -> impl TypedValueParser<Value = Wire> {
+    let auto = PossibleValue::new(AUTO).help("As the model's own weights are");
+    let values = [auto].into_iter().chain(ROW_TYPES.map(possible));
+    PossibleValuesParser::new(values)
+        .map(|name| Wire(ROW_TYPES.map(|(of, _)| of).into_iter().find(|of| of.name() == name)))
 }
 
-impl WireType {
-    /// The same for the library.
-    pub fn row_type(self) -> RowType {
-        match self {
-            WireType::F16 => RowType::F16,
-            WireType::F32 => RowType::F32,
-        }
-    }
-
-    /// As it is written on the command line.
-    pub fn name(self) -> &'static str {
-        self.row_type().name()
-    }
+fn possible((row_type, help): (RowType, &'static str)) -> PossibleValue {
+    PossibleValue::new(row_type.name()).help(help)
 }
 
 /// When the weights are compared with their digests.

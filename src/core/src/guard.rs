@@ -199,9 +199,7 @@ impl Guard {
 
     /// What a check cost: it is nobody's traffic.
     pub fn count_check_traffic(&mut self, cost: Traffic) {
-        self.check_traffic.bytes_sent += cost.bytes_sent;
-        self.check_traffic.bytes_received += cost.bytes_received;
-        self.check_traffic.round_trips += cost.round_trips;
+        self.check_traffic += cost;
     }
 
     fn wrong(&self, answer: WrongAnswer) -> StageError {
@@ -231,12 +229,7 @@ impl<S: RemoteStage> Guarded<S> {
     pub fn check(&mut self, goes_on: &dyn Fn() -> bool) -> Result<Option<f64>, StageError> {
         let before = self.inner.traffic();
         let result = self.ask(goes_on);
-        let now = self.inner.traffic();
-        self.guard.count_check_traffic(Traffic {
-            bytes_sent: now.bytes_sent - before.bytes_sent,
-            bytes_received: now.bytes_received - before.bytes_received,
-            round_trips: now.round_trips - before.round_trips,
-        });
+        self.guard.count_check_traffic(self.inner.traffic().since(before));
         result
     }
 
@@ -354,12 +347,7 @@ impl<S: RemoteStage> RemoteStage for Guarded<S> {
     }
 
     fn traffic(&self) -> Traffic {
-        let (all, checks) = (self.inner.traffic(), self.guard.check_traffic);
-        Traffic {
-            bytes_sent: all.bytes_sent.saturating_sub(checks.bytes_sent),
-            bytes_received: all.bytes_received.saturating_sub(checks.bytes_received),
-            round_trips: all.round_trips.saturating_sub(checks.round_trips),
-        }
+        self.inner.traffic().since(self.guard.check_traffic)
     }
 
     fn guard(&mut self) -> Option<&mut Guard> {

@@ -217,16 +217,11 @@ impl Pipeline {
 
     /// What crossed all sockets so far.
     pub fn traffic(&self) -> Traffic {
-        let mut sum = Traffic::default();
-        for slot in &self.slots {
-            if let Kind::Remote(remote) = &slot.kind {
-                let t = remote.stage.traffic();
-                sum.bytes_sent += t.bytes_sent;
-                sum.bytes_received += t.bytes_received;
-                sum.round_trips += t.round_trips;
-            }
-        }
-        sum
+        let remote = self.slots.iter().filter_map(|slot| match &slot.kind {
+            Kind::Local(_) => None,
+            Kind::Remote(remote) => Some(remote.stage.traffic()),
+        });
+        remote.sum()
     }
 
     /// What the stages have done so far, and what has crossed sockets.

@@ -4,6 +4,8 @@
 //! on where that session stands. The rows are tokens (only into the head), rows of some [layout](crate::rows::Layout), or
 //! logits (only out of the tail).
 
+use std::iter::Sum;
+use std::ops::{Add, AddAssign};
 use std::time::{Duration, Instant};
 
 use crate::bell::Bell;
@@ -215,7 +217,7 @@ pub trait RemoteStage: Send {
     }
 }
 
-/// What crossed a socket.
+/// What crossed a socket, the handshake included.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Traffic {
     /// Bytes this side sent.
@@ -224,4 +226,45 @@ pub struct Traffic {
     pub bytes_received: u64,
     /// Steps sent and answered.
     pub round_trips: u64,
+}
+
+impl Traffic {
+    /// What has crossed since there was as much as `then`.
+    pub fn since(self, then: Traffic) -> Traffic {
+        Traffic {
+            bytes_sent: self.bytes_sent.saturating_sub(then.bytes_sent),
+            bytes_received: self.bytes_received.saturating_sub(then.bytes_received),
+            round_trips: self.round_trips.saturating_sub(then.round_trips),
+        }
+    }
+
+    /// Of one step that is as large as its answer.
+    pub fn of_step(bytes: usize) -> Traffic {
+        let bytes = bytes as u64;
+        Traffic { bytes_sent: bytes, bytes_received: bytes, round_trips: 1 }
+    }
+}
+
+impl Add for Traffic {
+    type Output = Traffic;
+
+    fn add(self, more: Traffic) -> Traffic {
+        Traffic {
+            bytes_sent: self.bytes_sent + more.bytes_sent,
+            bytes_received: self.bytes_received + more.bytes_received,
+            round_trips: self.round_trips + more.round_trips,
+        }
+    }
+}
+
+impl AddAssign for Traffic {
+    fn add_assign(&mut self, more: Traffic) {
+        *self = *self + more;
+    }
+}
+
+impl Sum for Traffic {
+    fn sum<I: Iterator<Item = Traffic>>(all: I) -> Traffic {
+        all.fold(Traffic::default(), Traffic::add)
+    }
 }

@@ -14,10 +14,10 @@ use crate::link::LinkOptions;
 use crate::record::{Arm, Scenario};
 use crate::report::{Page, read_all};
 use crate::run::{Experiment, RpcServer, Workers, run as run_plan};
-use dim::Verify;
 use dim::stage::load::model_name;
 use dim::stage::verified::open_slice;
-use dim_cli::args::{WireType, cut_from};
+use dim::{RowType, Verify};
+use dim_cli::args::{cut_from, row_type};
 use dim_cli::explain;
 use dim_cli::progress::ProgressLine;
 use gguf_tools::failure::Failure;
@@ -58,8 +58,8 @@ pub struct AbArgs {
     #[arg(long, value_name = "N", default_value_t = 5, value_parser = clap::value_parser!(u32).range(0..=1_000))]
     rounds: u32,
     /// Number format of the rows that cross the network
-    #[arg(long, value_enum, value_name = "TYPE", default_value = "f16")]
-    wire: WireType,
+    #[arg(long, value_name = "TYPE", default_value = "f16", value_parser = row_type())]
+    wire: RowType,
 
     /// Compute threads of each process (default: one per core)
     #[arg(short = 't', long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=512))]

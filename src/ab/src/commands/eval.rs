@@ -8,8 +8,8 @@ use std::time::{Duration, Instant, SystemTime};
 use crate::commands::same_model;
 use crate::machine::{Machine, rfc3339};
 use crate::quality::{Difference, EngineResult, Evaluation, Perplexity, Window, windows};
-use dim::{Session, WholeModel};
-use dim_cli::args::{MachineArgs, SplitArgs, WireType};
+use dim::{RowType, Session, WholeModel};
+use dim_cli::args::{MachineArgs, SplitArgs};
 use dim_cli::{explain, shown};
 use gguf_tools::failure::Failure;
 use gguf_tools::{tell, terminal};
@@ -62,11 +62,11 @@ pub fn run(args: &EvalArgs) -> Result<(), Failure> {
         kept = Some(rows);
         tokens_of_stock = Some(tokens);
     }
-    let wires = args.split.wire().map_or(vec![WireType::F16, WireType::F32], |wire| vec![wire]);
+    let wires = args.split.wire().map_or(vec![RowType::F16, RowType::F32], |wire| vec![wire]);
     let mut name = String::new();
     let mut n_tokens = 0;
     for wire in wires {
-        let host = args.split.host(&args.machine)?.wire(wire.row_type());
+        let host = args.split.host(&args.machine)?.wire(wire);
         let host = host.connect(shown::events(args.machine.verbose)).map_err(explain)?;
         let tokens = Text::new(host.vocabulary(), &text, args)?;
         if tokens_of_stock.as_ref().is_some_and(|stock| stock.tokens != tokens.tokens) {

@@ -271,12 +271,7 @@ impl Pipeline {
         let Some(guard) = stage.guard() else { return moved };
         let result = match moved {
             Ok(true) if *is_sent => {
-                let bytes = rows.bytes() as u64;
-                guard.count_check_traffic(Traffic {
-                    bytes_sent: bytes,
-                    bytes_received: bytes,
-                    round_trips: 1,
-                });
+                guard.count_check_traffic(Traffic::of_step(rows.bytes()));
                 check.answered(&rows);
                 (*next, *is_sent) = (*next + 1, false);
                 Ok(true)

@@ -415,11 +415,7 @@ impl Pipeline {
         };
         let after = remote.stage.traffic();
         let guard = remote.stage.guard()?;
-        guard.count_check_traffic(Traffic {
-            bytes_sent: after.bytes_sent - before.bytes_sent,
-            bytes_received: after.bytes_received - before.bytes_received,
-            round_trips: after.round_trips - before.round_trips,
-        });
+        guard.count_check_traffic(after.since(before));
         let verdict = guard.compare_again(&again.before, &first, &rows);
         // the step was under way for as long as its first answer took
         if let Some(sent) = remote.sent_at.front_mut() {
@@ -445,11 +441,11 @@ impl Pipeline {
             return self.useless(at.0, error.into());
         }
         let remote = self.remote(at.0);
-        let bytes = rows.bytes() as u64;
+        let cost = Traffic::of_step(rows.bytes());
         let is_last = remote.check.as_mut().is_some_and(|check| check.answered(&rows));
         let check = remote.check.take_if(|_| is_last);
         let verdict = remote.stage.guard().map(|guard| {
-            guard.count_check_traffic(Traffic { bytes_sent: bytes, bytes_received: bytes, round_trips: 1 });
+            guard.count_check_traffic(cost);
             check.map_or(Ok(()), |check| guard.verdict(&check).map(drop))
         });
         self.spare.push(rows);

@@ -36,6 +36,8 @@ mod timers;
 use std::collections::VecDeque;
 use std::time::{Duration, Instant};
 
+use dim_core::stage::Traffic;
+
 use crate::books::Books;
 use crate::connection::{Connection, Role};
 use crate::error::{FrameError, HandshakeError, Misbehaved, ReceiveError};
@@ -56,17 +58,6 @@ pub use timers::{HEARTBEAT_EVERY, Timing};
 
 /// How a worker finds the key that a host names.
 pub type LookUp = Box<dyn FnMut(&Named) -> Lookup + Send>;
-
-/// Bytes and messages since the connection began, the handshake's included.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct Counters {
-    /// Taken by the socket.
-    pub bytes_sent: u64,
-    /// Read from the socket.
-    pub bytes_received: u64,
-    /// Steps that have their answer.
-    pub round_trips: u64,
-}
 
 /// A message for whoever uses the connection, with the time of its last byte.
 #[derive(Debug)]
@@ -123,7 +114,7 @@ pub struct Endpoint {
     end: Option<LinkErrorKind>,
     /// ERROR, GOODBYE, REFUSE or BUSY has been said
     said_last: bool,
-    counters: Counters,
+    traffic: Traffic,
     last_sent: Instant,
     own_status: Status,
     peer_status: Option<Status>,
@@ -185,7 +176,7 @@ impl Endpoint {
             peer_terms: None,
             end: None,
             said_last: false,
-            counters: Counters::default(),
+            traffic: Traffic::default(),
             last_sent: now,
             own_status: Status::default(),
             peer_status: None,
@@ -342,7 +333,7 @@ impl Endpoint {
     /// The peer's system has taken `n` of the bytes that were to be sent; 0: it has just been tried in vain.
     pub fn sent(&mut self, n: usize, now: Instant) {
         if n > 0 {
-            self.counters.bytes_sent += n as u64;
+            self.traffic.bytes_sent += n as u64;
             self.untaken = self.untaken.saturating_sub(n);
             self.timers.set(Timer::StalledWrite, now + self.timing.stalled_write);
             self.spoke(now);
@@ -531,8 +522,8 @@ impl Endpoint {
     }
 
     /// Bytes and messages so far.
-    pub fn counters(&self) -> Counters {
-        self.counters
+    pub fn traffic(&self) -> Traffic {
+        self.traffic
     }
 
     /// What heartbeats say about this side from now on.

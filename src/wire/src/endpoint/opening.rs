@@ -204,11 +204,11 @@ impl Endpoint {
                 Ok(Message::PushOffer(offer))
             }
             Message::StepDone(done) => {
-                self.counters.round_trips += 1;
+                self.traffic.round_trips += 1;
                 Ok(Message::StepDone(done))
             }
             Message::StepFailed(failed) => {
-                self.counters.round_trips += 1;
+                self.traffic.round_trips += 1;
                 Ok(Message::StepFailed(failed))
             }
             other => Ok(other),

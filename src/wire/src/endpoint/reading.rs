@@ -29,7 +29,7 @@ impl Endpoint {
 
     /// `n` bytes came.
     pub fn heard(&mut self, n: usize, now: Instant) {
-        self.counters.bytes_received += n as u64;
+        self.traffic.bytes_received += n as u64;
         if n > 0 && self.timers.at(Timer::Silence).is_some() {
             self.quiet = Duration::ZERO;
             self.timers.set(Timer::Silence, now + self.timing.silence);

@@ -96,7 +96,7 @@ impl Endpoint {
 
     fn answered(&mut self, step: u32) {
         self.called_off.retain(|&off| off != step);
-        self.counters.round_trips += 1;
+        self.traffic.round_trips += 1;
     }
 
     /// Worker: the host does not want this step any more.

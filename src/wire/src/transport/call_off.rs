@@ -63,7 +63,9 @@ impl CallOff {
             let left = until.map(|until| until.saturating_duration_since(Instant::now()));
             state = match left {
                 Some(Duration::ZERO) => return false,
-                Some(left) => self.0.called.wait_timeout(state, left).unwrap_or_else(PoisonError::into_inner).0,
+                Some(left) => {
+                    self.0.called.wait_timeout(state, left).unwrap_or_else(PoisonError::into_inner).0
+                }
                 None => self.0.called.wait(state).unwrap_or_else(PoisonError::into_inner),
             };
         }

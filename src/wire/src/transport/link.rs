@@ -8,12 +8,12 @@ use std::time::{Duration, Instant};
 
 use dim_core::bell::Bell;
 use dim_core::rows::{RowType, RowsRef};
-use dim_core::stage::Span;
+use dim_core::stage::{Span, Traffic};
 
 use super::LinkError;
 use super::line::{Line, State};
 use super::opening::Opening;
-use crate::endpoint::{ClockOffset, ComputeTime, Counters};
+use crate::endpoint::{ClockOffset, ComputeTime};
 use crate::error::Misbehaved;
 use crate::fault::{Farewell, Fault};
 use crate::frame::{MAX_BODY, Store};
@@ -277,8 +277,8 @@ impl Sender {
     }
 
     /// Bytes and messages so far.
-    pub fn counters(&self) -> Counters {
-        self.line.state().endpoint.counters()
+    pub fn traffic(&self) -> Traffic {
+        self.line.state().endpoint.traffic()
     }
 }
 

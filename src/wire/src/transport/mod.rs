@@ -27,7 +27,7 @@ mod slot;
 mod strangers;
 pub mod tcp;
 
-pub use crate::endpoint::{ClockOffset, ComputeTime, Counters, Timing};
+pub use crate::endpoint::{ClockOffset, ComputeTime, Timing};
 pub use crate::link_error::{Awaited, LinkError, LinkErrorKind};
 pub use call_off::CallOff;
 pub use dial::{dial, dial_unless, inquire, inquire_unless, pair};

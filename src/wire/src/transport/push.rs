@@ -15,11 +15,12 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use dim_core::bell::Bell;
+use dim_core::stage::Traffic;
 
 use super::dial;
 use super::line::Line;
 use super::opening::Opening;
-use super::{Counters, LinkError, Timing, tcp};
+use super::{LinkError, Timing, tcp};
 use crate::endpoint::Received;
 use crate::fault::Farewell;
 use crate::frame::Store;
@@ -82,7 +83,7 @@ pub fn push(
     open: &dyn Fn(usize) -> io::Result<File>,
     timing: &Timing,
     moved: &mut dyn FnMut(u64),
-) -> Result<Counters, PushError> {
+) -> Result<Traffic, PushError> {
     let (opening, have) = dial::offer(address, key, offer, timing)?;
     let peer = opening.peer();
     let Opening { stream, endpoint, .. } = opening;
@@ -92,7 +93,7 @@ pub fn push(
     let mut push = Push { line, current: Store::default() };
     let result = push.send_all(offer, &have, open, moved);
     push.close(&result);
-    result.map(|()| push.line.state().endpoint.counters())
+    result.map(|()| push.line.state().endpoint.traffic())
 }
 
 /// A push under way.
