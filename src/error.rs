@@ -39,8 +39,7 @@ impl BadOption {
     }
 }
 
-/// Why something could not be done. [`hint`](Error::hint) says what to do about it, in the words of the programs'
-/// options; [`is_misuse`](Error::is_misuse) whose doing it was.
+/// Why something could not be done. [`hint`](Error::hint) says what to do about it; [`is_misuse`](Error::is_misuse) whose doing it was.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum Error {
@@ -137,7 +136,7 @@ pub enum Error {
 
     // ---- workers
     /// What is given as a worker is no address.
-    #[error("--worker {0}")]
+    #[error("worker {0}")]
     Address(#[from] BadAddress),
     /// There is no key for a worker.
     #[error("{source}")]
@@ -275,21 +274,18 @@ pub enum Error {
 }
 
 impl Error {
-    /// What to do about it, where there is more to say than the error itself does.
+    /// What to do about it, where there is more to say than the error itself does; in the words of this library. A program
+    /// whose options have names of their own says it by the variant, as `dim-host` does.
     pub fn hint(&self) -> Option<String> {
         let text = match self {
             Error::Unsurvived { why, .. } => return why.hint().map(Cow::into_owned),
-            Error::NotTheModel(_) => {
-                "give the file that dim-split cut; the slices run with --split STEM.split.json"
-            }
-            Error::CutFromAnother { .. } => {
-                "give the file that dim-split cut, or cut this one: dim-split MODEL.gguf --middle A..B"
-            }
-            Error::WrongRole { .. } => "--split STEM.split.json names all files at once",
-            Error::NotAMiddle { .. } => "the head and the tail stay with dim-host",
+            Error::NotTheModel(_) => "give the file that was cut; the slices run as a `Host`",
+            Error::CutFromAnother { .. } => "give the file that was cut, or cut this one with dim-split",
+            Error::WrongRole { .. } => "`Host::open` with STEM.split.json names all files at once",
+            Error::NotAMiddle { .. } => "the head and the tail stay with the host",
             Error::OtherSettings { .. } | Error::OtherModel(_) => "take the slices of one dim-split run",
             Error::NobodyHas { .. } => {
-                "name the worker that holds them with --worker ADDR:PORT, or the file with --middle FILE"
+                "name the worker that holds them with `HostBuilder::worker`, or their file with `Host::of_slices`"
             }
             Error::NotHere { .. } => NAME_THE_WORKER,
             Error::OtherRows(_) => {
@@ -298,41 +294,41 @@ impl Error {
             Error::TwoHave { .. } => "take the slices of one dim-split run, and name each worker once",
             Error::Address(e) => e.hint(),
             Error::NoKey { address, .. } => {
-                return Some(format!("dim-host pair {address}, with the code that the worker shows"));
+                return Some(format!("pair with {address}, with the code that the worker shows"));
             }
             Error::NothingAtAssumedPort { .. } => {
-                "start dim-worker there first, and name the port that it shows: --worker ADDR:PORT"
+                "start the worker there first, and name the port that it shows"
             }
-            Error::NoSliceThere { .. } => {
-                "packages reach a phone with `dim-host push STEM.middle-A..B.coreml --worker ADDR:PORT`"
-            }
+            Error::NoSliceThere { .. } => "packages reach a phone with `dim-host push`",
             Error::OtherModelThere { .. } | Error::NoSuchBlocks { .. } => {
                 "start it with the middle slice that dim-split wrote beside this head"
             }
             Error::Discover(_) => NAME_THE_WORKER,
             Error::NoneFound { any_seen: false, .. } => {
                 "none was seen: is it running on this network, the phone's app in the foreground? or name the worker \
-                 with --worker ADDR:PORT"
+                 with `HostBuilder::worker`"
             }
             Error::NoneFound { any_seen: true, .. } => {
-                "the lines above say what is wrong with each that was seen; or name the worker with --worker ADDR:PORT"
+                "the events say what is wrong with each that was seen; or name the worker with `HostBuilder::worker`"
             }
             Error::Link(error) => return error.hint().map(str::to_owned),
             Error::Check { source, .. } if source.may_pass() => "start it again, then run the same command",
             Error::Check { source, .. } => return source.hint().map(str::to_owned),
-            Error::Listen(_) => "--listen takes an address of this machine and a port, as 0.0.0.0:7878",
+            Error::Listen(_) => "listen at an address of this machine and a port, as 0.0.0.0:7878",
             Error::TooFewSessions { needed, .. } => {
-                return Some(format!("start it with --parallel {needed}, or the host with fewer sessions"));
+                return Some(format!("start it with {needed} sessions, or the host with fewer"));
             }
             Error::NoSession(_) => {
                 "drop one of the sessions first, or connect with `HostBuilder::sessions(n)` for more"
             }
             Error::Pipeline(error) => return error.hint().map(str::to_owned),
-            Error::Load { .. } => "a smaller --ctx needs less memory",
-            Error::EmptyPrompt => "give at least one character with -p or -f",
+            Error::Load { .. } => "a smaller context needs less memory",
+            Error::EmptyPrompt => "push at least one token",
             Error::PromptTooLong { n_tokens, .. } => {
                 let enough = n_tokens.next_power_of_two();
-                return Some(format!("start with --ctx {enough} or more, on the workers too"));
+                return Some(format!(
+                    "take a context of {enough} or more (`Resources::n_ctx`), on the workers too"
+                ));
             }
             Error::NoSuchToken { .. } => "take tokens of this model: `tokenize` makes them of a text",
             Error::Manifest(error) => return error.hint().map(Cow::into_owned),
@@ -408,7 +404,7 @@ pub struct DifferentModels {
     pub other_model: (String, Sha),
 }
 
-const NAME_THE_WORKER: &str = "name the worker with --worker ADDR:PORT";
+const NAME_THE_WORKER: &str = "name the worker with `HostBuilder::worker`";
 
 fn named((name, sha256): &(String, Sha)) -> String {
     format!("{name} {:.8}", sha256.to_string())

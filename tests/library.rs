@@ -174,7 +174,7 @@ fn errors_say_whose_they_are_and_leave_the_session_as_it_was() {
     assert!(matches!(empty, Error::EmptyPrompt) && empty.is_misuse() && empty.hint().is_some());
     let long = session.push_tokens(&[1; 300]).unwrap_err();
     assert!(matches!(long, Error::PromptTooLong { n_tokens: 300, n_ctx: 256 }), "{long}");
-    assert!(long.hint().is_some_and(|hint| hint.contains("--ctx 512")), "{long}");
+    assert!(long.hint().is_some_and(|hint| hint.contains("a context of 512")), "{long}");
     let n_vocab = i32::try_from(host.vocabulary().n_vocab()).unwrap();
     for token in [-1, i32::MIN, i32::MAX, n_vocab] {
         let pushed = session.push_tokens(&[1, token]).unwrap_err();

@@ -236,7 +236,7 @@ fn a_worker_lost_in_any_way_changes_no_token_or_is_one_clear_error() {
             let has_other = matches!(loss, Loss::Other(_));
             assert!(outcome.is_same || has_other, "{name}: it could have gone on: {:?}", outcome.error);
             let names_it =
-                |error: &String| error.contains("rows at once now") && error.contains("--ubatch 48");
+                |error: &String| error.contains("rows at once now") && error.contains("a micro-batch of 48");
             assert!(
                 outcome.is_same
                     || loss != Loss::Other(Restart::Rows)

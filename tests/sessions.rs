@@ -198,7 +198,7 @@ fn a_worker_with_too_few_sessions_and_a_host_without_a_free_one_are_clear_errors
         error.is_misuse() && says.contains(&worker.address) && says.contains("serves 1 session"),
         "{says}"
     );
-    assert!(hint.contains("--parallel 3"), "{hint}");
+    assert!(hint.contains("with 3 sessions"), "{hint}");
     for n in [0, 65] {
         let Err(error) = host(&cut, &worker.address, n).connect(|_| {}) else { panic!("{n} sessions") };
         assert!(

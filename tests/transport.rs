@@ -550,7 +550,7 @@ fn a_fault_reaches_the_host_with_its_block_and_a_way_out() {
     match link.receive(soon()) {
         Err(e @ LinkError { kind: LinkErrorKind::Fault(_), .. }) => {
             assert!(!e.may_pass());
-            assert!(e.to_string().contains("block 17: 3 values are not finite; try --wire f32"), "{e}");
+            assert!(e.to_string().contains("block 17: 3 values are not finite; try F32 rows"), "{e}");
         }
         other => panic!("{other:?}"),
     }

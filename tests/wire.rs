@@ -643,7 +643,10 @@ fn every_mismatch_says_both_values_and_which_side_to_fix() {
     let text: Vec<String> =
         terms::agree(&host_terms(), &worker).unwrap_err().into_iter().map(|m| m.text).collect();
     assert!(text[0].contains("3..5") && text[0].contains("3..6"), "{text:?}");
-    assert!(text[1].contains("64") && text[1].contains("32") && text[1].contains("--ctx"), "{text:?}");
+    assert!(
+        text[1].contains("64") && text[1].contains("32") && text[1].contains("smaller context"),
+        "{text:?}"
+    );
 }
 
 // --- lives -----------------------------------------------------------------------------------------------

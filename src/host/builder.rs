@@ -125,7 +125,7 @@ impl HostBuilder {
 
     /// How many conversations there can be at once: one, unless this says otherwise. Each costs a cache of as many
     /// positions as the [resources](Resources) say in every stage, here and on the workers, whether or not it is used;
-    /// workers have to be started with `--parallel` of at least as many (one more, if they are to be checked while they
+    /// workers have to have at least as many, by [`WorkerBuilder::max_sessions`](crate::WorkerBuilder::max_sessions) (one more, if they are to be checked while they
     /// compute).
     pub fn sessions(mut self, n: u32) -> HostBuilder {
         self.options.sessions = n;
@@ -236,7 +236,12 @@ impl HostBuilder {
         self.options.resources.check()?;
         let (sessions, most) = (self.options.sessions, MAX_SESSIONS.min(self.options.resources.n_ubatch));
         if !(1..=most).contains(&sessions) {
-            return Err(BadOption::new("sessions", sessions, "1 to 64, and no more than --ubatch").into());
+            return Err(BadOption::new(
+                "sessions",
+                sessions,
+                "1 to 64, and no more than rows of the micro-batch",
+            )
+            .into());
         }
         if self.options.batch_rows == 0 {
             return Err(BadOption::new("batch_rows", 0, "1, which is no batches, or more").into());

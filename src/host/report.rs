@@ -185,7 +185,7 @@ impl Report {
             Stop::EndOfGeneration => "ended by the model",
             Stop::StopText => "ended at -r",
             Stop::Length => "ended at -n",
-            Stop::ContextFull => "ended: the context is full (raise --ctx)",
+            Stop::ContextFull => "ended: the context is full (a larger one has room for more)",
             Stop::Interrupted => "stopped",
             Stop::Error => "ended by an error",
         }

@@ -95,7 +95,7 @@ struct NotConnected {
 /// went: others give other last bits.
 #[derive(Debug, thiserror::Error)]
 #[error(
-    "{address} takes {has} rows at once now, and this was begun with {needed}: start it with --ubatch {needed}, or \
+    "{address} takes {has} rows at once now, and this was begun with {needed}: start it with a micro-batch of {needed}, or \
      begin anew"
 )]
 struct SmallerChunks {

@@ -5,6 +5,7 @@ pub mod args;
 pub mod commands;
 pub mod fetch;
 pub mod habits;
+mod hints;
 pub mod interrupt;
 pub mod progress;
 pub mod shown;
@@ -35,9 +36,10 @@ pub fn explain(error: impl Into<Error>) -> Failure {
     let error = error.into();
     let message = match &error {
         Error::Option(e) => format!("--{e}"),
+        Error::Address(e) => format!("--worker {e}"),
         other => other.to_string(),
     };
-    ended_by(message, error.is_misuse(), error.hint())
+    ended_by(message, error.is_misuse(), hints::hint(&error))
 }
 
 /// An error of a library, by its parts, as a program ends with it.

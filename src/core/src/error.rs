@@ -135,7 +135,7 @@ impl StageError {
             StageError::Refused(_) => Some("the sentence above names the side to fix"),
             StageError::Wrong { .. } => Some(WRONG_WORKER),
             StageError::NotFinite { .. } | StageError::TooLargeForF16 { .. } => {
-                Some("repeat with --wire f32, or give these blocks to the host")
+                Some("repeat with F32 rows, or give these blocks to the host")
             }
             StageError::OtherRowType { .. } | StageError::NoAnswer | StageError::Unasked => {
                 Some(OTHER_VERSION)
@@ -208,8 +208,8 @@ impl PipelineError {
 }
 
 /// What to do about a worker that computes wrongly.
-pub const WRONG_WORKER: &str = "don't use that worker as it is: start it with --verify always, and if its slice is whole, with --gpu-layers 0; \
-     a phone: push its blocks again";
+pub const WRONG_WORKER: &str = "don't use that worker as it is: have its slice compared with its digests at every start, and if it is whole, \
+     evaluated without a GPU; a phone: push its blocks again";
 
 /// What to do about a worker that speaks otherwise.
 const OTHER_VERSION: &str = "the worker is not the same version as this host: update both";
@@ -256,7 +256,7 @@ mod tests {
     fn data_is_in_fields_and_the_hint_goes_by_the_variant() {
         let error = StageError::NotFinite { block: Some(7), count: 3, said: None };
         assert_eq!(error.to_string(), "block 7 gave 3 values that are not finite");
-        assert!(error.is_of_step() && error.hint().is_some_and(|hint| hint.contains("--wire f32")));
+        assert!(error.is_of_step() && error.hint().is_some_and(|hint| hint.contains("F32 rows")));
         let error = StageError::TooLargeForF16 { block: Some(2), count: 1, max_abs: Some(7e4), said: None };
         assert_eq!(
             error.to_string(),

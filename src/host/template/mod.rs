@@ -70,7 +70,7 @@ struct Source {
 #[non_exhaustive]
 pub enum TemplateError {
     /// The model has none.
-    #[error("this model has no chat template; use `dim-host generate -p` for plain text")]
+    #[error("this model has no chat template")]
     None,
     /// It is longer than any real one.
     #[error("this model's chat template is {bytes} bytes long, more than the {MAX_TEMPLATE_BYTES} allowed")]
@@ -109,7 +109,7 @@ impl TemplateError {
     pub fn hint(&self) -> &'static str {
         match self {
             TemplateError::NotStarted(_) => "is the program being replaced while it runs? start it again",
-            _ => "`--chat-template chatml`, or a template of yours, takes its place",
+            _ => "another template takes its place: ChatML, or one of yours",
         }
     }
 }

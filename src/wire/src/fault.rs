@@ -81,15 +81,15 @@ impl Fault {
     /// What a person can do about it.
     pub fn hint(&self) -> Option<&'static str> {
         match self.code {
-            ErrorCode::NonFinite | ErrorCode::Overflow => Some("try --wire f32"),
+            ErrorCode::NonFinite | ErrorCode::Overflow => Some("try F32 rows"),
             ErrorCode::NoMemory => {
-                Some("it is out of memory: close other apps there, or take a smaller --ctx or fewer blocks")
+                Some("it is out of memory: close other apps there, or take a smaller context or fewer blocks")
             }
             ErrorCode::TooHot => Some("take it out of its case and off the charger"),
             ErrorCode::SelfTest => {
                 Some("it computes wrong values with this slice: cut it anew with dim-split and push it again")
             }
-            ErrorCode::Revoked => Some("pair again: `dim-worker --pair`, then `dim-host pair ADDR:PORT`"),
+            ErrorCode::Revoked => Some("pair them again"),
             _ => None,
         }
     }

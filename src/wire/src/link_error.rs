@@ -192,12 +192,12 @@ impl LinkError {
     pub fn hint(&self) -> Option<&'static str> {
         match &self.kind {
             LinkErrorKind::Refused { reason: Reason::NoMemory, .. } => {
-                Some("close other apps on it, take a smaller --ctx, or give it fewer blocks")
+                Some("close other apps on it, take a smaller context, or give it fewer blocks")
             }
             LinkErrorKind::Refused { .. } => Some("the line above names the side to fix"),
-            LinkErrorKind::Handshake(HandshakeError::Key) => Some(
-                "pair again: `dim-worker --pair`, then `dim-host pair ADDR:PORT`; or give both the same --key-file",
-            ),
+            LinkErrorKind::Handshake(HandshakeError::Key) => {
+                Some("pair them again, or give both the same key")
+            }
             LinkErrorKind::Busy { .. } => Some("stop the other host, or use another worker"),
             LinkErrorKind::Unreachable { .. } => {
                 Some("is dim-worker running there, on the same network, and its port open?")

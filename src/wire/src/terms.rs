@@ -384,11 +384,13 @@ impl Mismatches {
     fn of_size(&mut self, h: &Terms, w: &Terms, row_type: Option<RowType>) {
         self.unless(row_type.is_some_and(|t| w.row_types.contains(t)), Reason::DType, || {
             let (h, w) = (h.row_types, w.row_types);
-            format!("the host wants rows as {h}, the worker can {w}: choose another --wire on the host")
+            format!(
+                "the host wants rows as {h}, the worker can {w}: choose another number format on the host"
+            )
         });
         self.unless(h.n_ctx > 0 && h.n_ctx <= w.n_ctx, Reason::Context, || {
             format!(
-                "the host needs a context of {} positions, the worker has {}: start the host with a smaller --ctx or \
+                "the host needs a context of {} positions, the worker has {}: start the host with a smaller context or \
                  the worker with a larger one",
                 h.n_ctx, w.n_ctx
             )

@@ -111,5 +111,9 @@ pub fn run(args: &ServeArgs) -> Result<(), Failure> {
 }
 
 fn cannot(error: ServeError) -> Failure {
+    let error = match error {
+        ServeError::Library(error) => return explain(error),
+        other => other,
+    };
     ended_by(error.to_string(), error.is_misuse(), error.hint())
 }

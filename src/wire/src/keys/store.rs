@@ -290,13 +290,13 @@ pub enum KeyError {
         path: PathBuf,
     },
     /// No key for a worker.
-    #[error("no key for the worker at {address}: pair with it first, or name a --key-file")]
+    #[error("no key for the worker at {address}: pair with it first, or give it its key")]
     NotPaired {
         /// The worker's address.
         address: String,
     },
     /// Neither HOME nor XDG_CONFIG_HOME.
-    #[error("neither HOME nor XDG_CONFIG_HOME is set, so there is no place for keys: name a --key-file")]
+    #[error("neither HOME nor XDG_CONFIG_HOME is set, so there is no place for keys")]
     NoHome,
     /// No random numbers.
     #[error("the system gives no random numbers: {0}")]

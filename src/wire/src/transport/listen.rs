@@ -61,7 +61,7 @@ impl KeyRing for Key {
     }
 
     fn add(&self, _: &Key, _: &str) -> Result<(), String> {
-        Err("this worker was started with --key-file and keeps no other keys".to_owned())
+        Err("this worker was started with one key and keeps no others".to_owned())
     }
 }
 
@@ -126,7 +126,7 @@ impl Listener {
         let unreachable = |e: std::io::Error| {
             let text = match e.kind() {
                 std::io::ErrorKind::AddrInUse => {
-                    "another program listens there: choose another --listen".to_owned()
+                    "another program listens there: choose another port".to_owned()
                 }
                 _ => e.to_string(),
             };
