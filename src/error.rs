@@ -19,6 +19,7 @@ use gguf_tools::slice::SliceError;
 
 use crate::event::Offered;
 use crate::host::address::BadAddress;
+use crate::host::constraint::ConstraintError;
 use crate::host::template::TemplateError;
 
 /// An option that is out of range.
@@ -271,6 +272,9 @@ pub enum Error {
     /// A conversation cannot be rendered with the model's template.
     #[error(transparent)]
     Template(#[from] TemplateError),
+    /// A reply cannot be held to what it has to be.
+    #[error(transparent)]
+    Constraint(#[from] ConstraintError),
 }
 
 impl Error {
@@ -335,6 +339,7 @@ impl Error {
             Error::Slice(error) => return error.hint().map(Cow::into_owned),
             Error::Model(error) => return error.hint().map(Cow::into_owned),
             Error::Template(error) => error.hint(),
+            Error::Constraint(error) => return error.hint().map(str::to_owned),
             Error::Key(error) => return error.hint().map(str::to_owned),
             Error::Option(_) | Error::Llama(_) | Error::Text(_) | Error::CalledOff => return None,
         };
@@ -358,6 +363,7 @@ impl Error {
             Error::Slice(error) => error.is_misuse(),
             Error::Model(error) => error.is_misuse(),
             Error::Link(error) => error.is_misuse(),
+            Error::Constraint(error) => error.is_misuse(),
             _ => true,
         }
     }

@@ -67,6 +67,7 @@ pub use dim_wire::keys::Key;
 pub use dim_wire::transport::CallOff;
 pub use error::{BadOption, Error};
 pub use event::Event;
+pub use host::constraint::Constraint;
 pub use host::discovery::Discovery;
 pub use host::sampler::Sampling;
 pub use host::{Generation, Host, HostBuilder, Session, Token, WholeModel};

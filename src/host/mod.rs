@@ -13,6 +13,7 @@ mod asking;
 mod assign;
 mod builder;
 mod connect;
+pub mod constraint;
 pub mod discovery;
 mod engine;
 pub mod packages;
@@ -36,6 +37,7 @@ pub use session::{Generation, Session, Token};
 pub use whole::WholeModel;
 
 use crate::error::Error;
+use constraint::Constraint;
 use engine::SplitEngine;
 use prompt::Vocabulary;
 use template::{ChatTemplate, TemplateError, Turn};
@@ -114,6 +116,15 @@ impl Host {
     /// The template fails, or as [`tokenize`](Self::tokenize).
     pub fn tokenize_chat(&self, template: &ChatTemplate, turns: &[Turn]) -> Result<Vec<i32>, Error> {
         self.vocabulary.chat(template, turns)
+    }
+
+    /// A JSON schema that a reply is to be valid by, as [`Session::json_schema`] makes it: for whoever has to know whether it
+    /// can be enforced before a session is free.
+    ///
+    /// # Errors
+    /// As of [`Session::json_schema`].
+    pub fn json_schema(&self, schema: &str) -> Result<Constraint, Error> {
+        self.vocabulary.json_schema(schema)
     }
 
     /// The model's own chat template.

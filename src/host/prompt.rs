@@ -6,6 +6,7 @@ use std::sync::OnceLock;
 use llama_sys_patch::Model;
 
 use crate::error::Error;
+use crate::host::constraint::{Compiler, Constraint};
 use crate::host::template::{ChatTemplate, Turn};
 
 /// Around a control token's name in what somebody said, on its way through the template. Neither is a character of any
@@ -18,12 +19,19 @@ pub(crate) struct Vocabulary {
     pub model: Model,
     /// of the tokens that have no text of their own, once somebody talks: a pass over the vocabulary
     control_names: OnceLock<Vec<String>>,
+    /// of constraints
+    compiler: Compiler,
 }
 
 impl Vocabulary {
     /// That of `model`.
     pub(crate) fn new(model: Model) -> Vocabulary {
-        Vocabulary { model, control_names: OnceLock::new() }
+        Vocabulary { model, control_names: OnceLock::new(), compiler: Compiler::default() }
+    }
+
+    /// A JSON schema that replies are to be valid by.
+    pub(crate) fn json_schema(&self, schema: &str) -> Result<Constraint, Error> {
+        Ok(self.compiler.json_schema(&self.model, schema)?)
     }
 
     /// A text that is to be continued. Special tokens in it are read as such. `begins`: models that want a token before

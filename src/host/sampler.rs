@@ -7,6 +7,7 @@ use llama_cpp_2::token::data_array::LlamaTokenDataArray;
 use llama_cpp_2::token::logit_bias::LlamaLogitBias;
 
 use crate::error::BadOption;
+use crate::host::constraint::{Constraint, ConstraintError, Follower};
 
 /// How a token is chosen, with llama.cpp's words and defaults.
 #[derive(Clone, Debug, PartialEq)]
@@ -31,6 +32,9 @@ pub struct Sampling {
     pub presence_penalty: f32,
     /// Added to tokens' logits before everything else; minus infinity: never that one.
     pub logit_bias: Vec<(i32, f32)>,
+    /// What the reply has to be: tokens that may not follow are not chosen from, whatever else is said here, and the reply
+    /// ends where it is complete.
+    pub constraint: Option<Constraint>,
 }
 
 impl Default for Sampling {
@@ -46,6 +50,7 @@ impl Default for Sampling {
             frequency_penalty: 0.0,
             presence_penalty: 0.0,
             logit_bias: Vec::new(),
+            constraint: None,
         }
     }
 }
@@ -95,6 +100,7 @@ impl Sampling {
 pub struct Sampler {
     chain: LlamaSampler,
     candidates: LlamaTokenDataArray,
+    constraint: Option<Follower>,
     seed: u32,
     random: bool,
 }
@@ -103,9 +109,11 @@ impl Sampler {
     /// The chain for a vocabulary of `n_vocab` tokens.
     ///
     /// # Errors
-    /// An option is out of range.
+    /// An option is out of range, or the constraint is of another vocabulary.
     pub fn new(options: &Sampling, n_vocab: usize) -> Result<Sampler, BadOption> {
         options.check()?;
+        let foreign = || BadOption::new("constraint", "of another model", "made by the host that follows it");
+        let constraint = options.constraint.as_ref().map(|c| c.follow(n_vocab).ok_or_else(foreign));
         let seed = options.seed.unwrap_or_else(random_seed);
         let n_vocab_c = i32::try_from(n_vocab).unwrap_or(i32::MAX);
         let penalties = LlamaSampler::penalties(
@@ -135,6 +143,7 @@ impl Sampler {
         Ok(Sampler {
             chain: LlamaSampler::chain_simple(chain),
             candidates: LlamaTokenDataArray::new(Vec::with_capacity(n_vocab), false),
+            constraint: constraint.transpose()?,
             seed,
             random: options.temperature > 0.0,
         })
@@ -155,9 +164,17 @@ impl Sampler {
         self.chain.accept(LlamaToken(token));
     }
 
+    /// Whether the constraint, if there is one, has all of the reply.
+    pub fn is_complete(&self) -> bool {
+        self.constraint.as_ref().is_some_and(Follower::is_complete)
+    }
+
     /// Chooses the next token from `logits` (n_vocab) and counts it as seen. `None` only when `logits` is
     /// empty.
-    pub fn sample(&mut self, logits: &[f32]) -> Option<i32> {
+    ///
+    /// # Errors
+    /// The constraint cannot be followed any further.
+    pub fn sample(&mut self, logits: &[f32]) -> Result<Option<i32>, ConstraintError> {
         let candidates = &mut self.candidates;
         candidates.data.clear();
         candidates.sorted = false;
@@ -165,10 +182,16 @@ impl Sampler {
         candidates
             .data
             .extend((0i32..).zip(logits).map(|(id, &l)| LlamaTokenData::new(LlamaToken(id), l, 0.0)));
+        if let Some(constraint) = &mut self.constraint {
+            constraint.retain_allowed(candidates)?;
+        }
         candidates.apply_sampler(&mut self.chain);
-        let token = candidates.selected_token()?;
+        let Some(token) = candidates.selected_token() else { return Ok(None) };
         self.chain.accept(token);
-        Some(token.0)
+        if let Some(constraint) = &mut self.constraint {
+            constraint.accept(token.0)?;
+        }
+        Ok(Some(token.0))
     }
 }
 
@@ -194,8 +217,8 @@ mod tests {
     #[test]
     fn temperature_zero_takes_the_largest_logit() {
         let mut s = Sampler::new(&Sampling::greedy(), 5).unwrap();
-        assert_eq!(s.sample(&[0.1, 3.0, -2.0, 2.9, 0.0]), Some(1));
-        assert_eq!(s.sample(&[]), None);
+        assert_eq!(s.sample(&[0.1, 3.0, -2.0, 2.9, 0.0]), Ok(Some(1)));
+        assert_eq!(s.sample(&[]), Ok(None));
     }
 
     #[test]
@@ -204,7 +227,7 @@ mod tests {
         let run = |seed| {
             let sampling = Sampling { seed: Some(seed), top_k: 0, ..Sampling::default() };
             let mut s = Sampler::new(&sampling, logits.len()).unwrap();
-            (0..50).map(|_| s.sample(&logits).unwrap()).collect::<Vec<_>>()
+            (0..50).map(|_| s.sample(&logits).unwrap().unwrap()).collect::<Vec<_>>()
         };
         assert_eq!(run(7), run(7));
         assert_ne!(run(7), run(8));
@@ -216,20 +239,20 @@ mod tests {
         let mut plain = Sampler::new(&Sampling::greedy(), 3).unwrap();
         let mut penalised = Sampler::new(&Sampling { repeat_penalty: 2.0, ..Sampling::greedy() }, 3).unwrap();
         let first_two = |s: &mut Sampler| (s.sample(&logits), s.sample(&logits));
-        assert_eq!(first_two(&mut plain), (Some(1), Some(1)));
-        assert_eq!(first_two(&mut penalised), (Some(1), Some(0)));
+        assert_eq!(first_two(&mut plain), (Ok(Some(1)), Ok(Some(1))));
+        assert_eq!(first_two(&mut penalised), (Ok(Some(1)), Ok(Some(0))));
     }
 
     #[test]
     fn a_bias_counts_before_everything_else_and_a_token_that_there_is_not_is_left_out() {
         let logits = [1.0, 3.0, 2.0];
         let greedy = |logit_bias| Sampling { logit_bias, ..Sampling::greedy() };
-        let first = |sampling: Sampling| Sampler::new(&sampling, 3).unwrap().sample(&logits);
+        let first = |sampling: Sampling| Sampler::new(&sampling, 3).unwrap().sample(&logits).unwrap();
         assert_eq!(first(greedy(vec![(0, 2.5)])), Some(0));
         assert_eq!(first(greedy(vec![(1, f32::NEG_INFINITY), (7, 100.0)])), Some(2));
         let random = Sampling { logit_bias: vec![(0, 100.0)], ..Sampling::default() };
         let mut s = Sampler::new(&random, 3).unwrap();
-        assert!((0..20).all(|_| s.sample(&logits) == Some(0)));
+        assert!((0..20).all(|_| s.sample(&logits) == Ok(Some(0))));
     }
 
     #[test]

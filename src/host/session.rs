@@ -7,6 +7,7 @@ use std::time::{Duration, Instant};
 use dim_core::pipeline::Snapshot;
 
 use crate::error::{BadOption, Error};
+use crate::host::constraint::Constraint;
 use crate::host::engine::{Engine, to_u32};
 use crate::host::prompt::Vocabulary;
 use crate::host::report::{Report, StageReport, Stop, WireReport, ms, per_second};
@@ -82,6 +83,15 @@ impl Session {
     /// The template fails, or as [`tokenize`](Self::tokenize).
     pub fn tokenize_chat(&self, template: &ChatTemplate, turns: &[Turn]) -> Result<Vec<i32>, Error> {
         self.vocabulary.chat(template, turns)
+    }
+
+    /// A JSON schema that a reply is to be valid by, for [`Sampling::constraint`]. Of the keywords of draft 2020-12 each is
+    /// enforced, or the schema is refused.
+    ///
+    /// # Errors
+    /// [`Error::Constraint`]: it is no schema, says what is not enforced, or is too large or too complex.
+    pub fn json_schema(&self, schema: &str) -> Result<Constraint, Error> {
+        self.vocabulary.json_schema(schema)
     }
 
     /// Adds a text.
@@ -371,7 +381,7 @@ impl<'s> Generation<'s> {
 
         // logits -> token
         let sampled_at = Instant::now();
-        let Some(id) = sampler.sample(&self.logits) else {
+        let Some(id) = sampler.sample(&self.logits)? else {
             self.stop = Some(Stop::EndOfGeneration);
             return Ok(None);
         };
@@ -385,17 +395,22 @@ impl<'s> Generation<'s> {
 
         // token -> text
         let is_end = self.session.vocabulary.model.is_eog(id);
+        // what a constraint has all of ends here, whether or not the model says so
+        let is_complete = sampler.is_complete();
+        let ignores_end = self.ignore_eos && !is_complete;
         let mut text = String::new();
-        if !is_end || self.ignore_eos {
+        if !is_end || ignores_end {
             text = self.stream.push(&self.session.vocabulary.model.token_bytes(id).unwrap_or_default());
         }
         let (mut text, at_stop_text) = self.stop_texts.push(&text);
 
         // and again?
-        self.stop = if is_end && !self.ignore_eos {
+        self.stop = if is_end && !ignores_end {
             Some(Stop::EndOfGeneration)
         } else if at_stop_text {
             Some(Stop::StopText)
+        } else if is_complete {
+            Some(Stop::EndOfGeneration)
         } else if self.limit.is_some_and(|n| so_far.tokens.len() >= n) {
             Some(Stop::Length)
         } else if !has_position {
