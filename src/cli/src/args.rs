@@ -17,7 +17,7 @@ use gguf_tools::manifest::Manifest;
 use gguf_tools::slice::SliceInfo;
 use llama_sys_patch::LogLevel;
 
-use crate::{explain, habits};
+use crate::{ended_by, explain, habits};
 
 /// What `--worker` says instead of an address, and `--wire` instead of a type.
 const AUTO: &str = "auto";
@@ -375,8 +375,56 @@ impl SamplingArgs {
             frequency_penalty: self.frequency_penalty,
             presence_penalty: self.presence_penalty,
             logit_bias: Vec::new(),
+            // needs the model
+            constraint: None,
         }
     }
+}
+
+/// What a reply has to be.
+#[derive(Clone, Debug, clap::Args)]
+#[command(next_help_heading = "Sampling")]
+pub struct ConstraintArgs {
+    /// Hold the reply to this JSON schema: every keyword in it is enforced, or it is refused; {} is any JSON
+    #[arg(short = 'j', long, value_name = "SCHEMA|@FILE", conflicts_with = "json_schema_file")]
+    json_schema: Option<String>,
+    /// The same, read from a file
+    #[arg(long, value_name = "FILE")]
+    json_schema_file: Option<PathBuf>,
+}
+
+impl ConstraintArgs {
+    /// The schema's text, from wherever it was given, if it was.
+    ///
+    /// # Errors
+    /// It cannot be read.
+    pub fn text(&self) -> Result<Option<String>, Failure> {
+        let (option, file) = match (&self.json_schema, &self.json_schema_file) {
+            (Some(given), _) => match given.strip_prefix('@') {
+                Some(file) => ("--json-schema @", Path::new(file)),
+                None => return Ok(Some(given.clone())),
+            },
+            (None, Some(file)) => ("--json-schema-file ", file.as_path()),
+            (None, None) => return Ok(None),
+        };
+        let cannot = |why: String| Failure::misuse(format!("{option}{}: {why}", file.display()));
+        let mut text = String::new();
+        let read = File::open(file).and_then(|f| f.take(MAX_SCHEMA_BYTES + 1).read_to_string(&mut text));
+        read.map_err(|e| cannot(e.to_string()))?;
+        match text.len() as u64 > MAX_SCHEMA_BYTES {
+            true => Err(cannot("longer than 1 MiB".to_owned())),
+            false => Ok(Some(text)),
+        }
+    }
+}
+
+/// `text` as the constraint of `session`'s replies.
+///
+/// # Errors
+/// It is no schema, or one that is not enforced.
+pub fn constraint(session: &Session, text: Option<&str>) -> Result<Option<dim::Constraint>, Failure> {
+    let compiled = text.map(|text| session.json_schema(text)).transpose();
+    compiled.map_err(|e| ended_by(format!("--json-schema: {e}"), e.is_misuse(), e.hint()))
 }
 
 /// What to continue, and how far.
@@ -412,6 +460,9 @@ pub struct PromptArgs {
     /// How to sample.
     #[command(flatten)]
     pub sampling: SamplingArgs,
+    /// What the reply has to be.
+    #[command(flatten)]
+    pub constraint: ConstraintArgs,
     /// Print one JSON object on stdout instead of the text
     #[arg(long)]
     pub json: bool,
@@ -494,6 +545,7 @@ pub fn limit(n_predict: i64) -> Result<Option<usize>, Failure> {
 }
 
 const MAX_PROMPT_BYTES: u64 = 64 << 20;
+const MAX_SCHEMA_BYTES: u64 = 1 << 20;
 
 #[cfg(test)]
 mod tests {

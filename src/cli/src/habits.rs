@@ -4,10 +4,11 @@ use std::ffi::OsString;
 
 /// llama.cpp's short options of several letters, and what they are called in full. To this program's parser `-ngl 99`
 /// would be `-n gl 99`.
-const LONG: [(&str, &str); 9] = [
+const LONG: [(&str, &str); 10] = [
     ("-ngl", "--gpu-layers"),
     ("-ub", "--ubatch-size"),
     ("-fa", "--flash-attn"),
+    ("-jf", "--json-schema-file"),
     ("-ctk", "--cache-type-k"),
     ("-ctv", "--cache-type-v"),
     ("-sys", "--system-prompt"),

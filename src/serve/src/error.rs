@@ -6,6 +6,7 @@ use axum::http::{HeaderValue, Response, StatusCode, header};
 use serde_json::{Value, json};
 
 use dim::Error;
+use dim::host::constraint::ConstraintError;
 
 /// An answer that is an error.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
@@ -106,6 +107,11 @@ impl From<&Error> for ApiError {
                     other => other.replace('-', "_"),
                 };
                 ApiError::field(field, format!("{} must be {}", bad.value, bad.rule))
+            }
+            Error::Constraint(ConstraintError::Busy) => ApiError::busy(message, 2),
+            // in the middle of a reply too: another schema, or another model, is what helps
+            Error::Constraint(_) => {
+                ApiError::new(StatusCode::BAD_REQUEST, message).code("schema_not_followed")
             }
             Error::Text(_) | Error::Template(_) | Error::EmptyPrompt => {
                 ApiError::new(StatusCode::BAD_REQUEST, message)

@@ -9,8 +9,8 @@ use axum::extract::{Extension, Request, State};
 use axum::http::{HeaderValue, Response, StatusCode, header};
 use axum::middleware::{self, Next};
 use axum::routing::{MethodRouter, get, post};
-use dim::Host;
 use dim::host::template::ChatTemplate;
+use dim::{Constraint, Host};
 use serde_json::json;
 use tokio::sync::{Semaphore, mpsc};
 
@@ -21,7 +21,7 @@ use crate::metrics::Metrics;
 use crate::page;
 use crate::queue::Client;
 use crate::reply::{FINGERPRINT, Kind, Teller};
-use crate::request::{self, Defaults, Prompt, Prompts, Wanted};
+use crate::request::{self, Defaults, Format, Prompt, Prompts, Wanted};
 use crate::slots::Slots;
 use crate::stream::Events;
 use crate::watch::Watch;
@@ -253,7 +253,7 @@ async fn take_in(
     };
     drop(body);
     let wanted = Arc::new(wanted);
-    let prompts = tokenised(app, &wanted).await?;
+    let (prompts, constraint) = tokenised(app, &wanted).await?;
 
     let n = wanted.n as usize;
     let echo = |i: usize| match &wanted.prompts {
@@ -272,6 +272,7 @@ async fn take_in(
         client,
         prompts,
         wanted: Arc::clone(&wanted),
+        constraint,
         updates: sender,
         is_cancelled: Arc::default(),
         came_at: Instant::now(),
@@ -320,8 +321,12 @@ async fn body_of(request: Request, host: &Host) -> Result<bytes::Bytes, ApiError
     }
 }
 
-/// The prompts as tokens. Templates and long texts take their time: not here, and not many at once.
-async fn tokenised(app: &Arc<App>, wanted: &Arc<Wanted>) -> Result<Vec<Vec<i32>>, ApiError> {
+/// The prompts as tokens, and the schema as what it allows. Templates, long texts and schemas take their time: not here, and
+/// not many at once.
+async fn tokenised(
+    app: &Arc<App>,
+    wanted: &Arc<Wanted>,
+) -> Result<(Vec<Vec<i32>>, Option<Constraint>), ApiError> {
     let _permit = app.readers.acquire().await;
     let (app, wanted) = (Arc::clone(app), Arc::clone(wanted));
     let task = tokio::task::spawn_blocking(move || {
@@ -345,9 +350,21 @@ async fn tokenised(app: &Arc<App>, wanted: &Arc<Wanted>) -> Result<Vec<Vec<i32>>
                 return Err(ApiError::from(&dim::Error::PromptTooLong { n_tokens, n_ctx }));
             }
         }
-        Ok(prompts)
+        let constraint = wanted.format.as_ref().map(|format| compiled(host, format)).transpose()?;
+        Ok((prompts, constraint))
     });
     task.await.unwrap_or_else(|e| Err(ApiError::new(StatusCode::INTERNAL_SERVER_ERROR, e.to_string())))
+}
+
+/// What is wrong with a schema is wrong with the field that it came in.
+fn compiled(host: &Host, format: &Format) -> Result<Constraint, ApiError> {
+    host.json_schema(&format.schema).map_err(|error| {
+        let error = ApiError::from(&error);
+        match error.status {
+            StatusCode::BAD_REQUEST => ApiError::field(format.field, error.message),
+            _ => error,
+        }
+    })
 }
 
 fn tokens_of(host: &Host, i: usize, prompt: &Prompt) -> Result<Vec<i32>, ApiError> {

@@ -268,6 +268,7 @@ impl Shared {
         let nth = u32::try_from(choice).unwrap_or(u32::MAX);
         // the last number means "any"
         sampling.seed = sampling.seed.map(|seed| seed.wrapping_add(nth).min(u32::MAX - 1));
+        sampling.constraint = job.constraint.clone();
         let began = Instant::now();
         let generation = session.generate(sampling).limit(wanted.limit).ignore_eos(wanted.ignore_eos);
         let generation = generation.stop_at(wanted.stop.iter().cloned());

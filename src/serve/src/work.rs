@@ -4,6 +4,7 @@ use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 use std::time::{Duration, Instant};
 
+use dim::Constraint;
 use dim::host::report::{Report, Stop};
 use tokio::sync::mpsc;
 
@@ -17,6 +18,8 @@ pub(crate) struct Job {
     /// each at least one token, and no more than the context has positions
     pub prompts: Vec<Vec<i32>>,
     pub wanted: Arc<Wanted>,
+    /// what every choice has to be, compiled
+    pub constraint: Option<Constraint>,
     /// who wanted it hears of it here; nobody waits longer than a bound for room in it
     pub updates: mpsc::Sender<Update>,
     /// nobody wants it any more

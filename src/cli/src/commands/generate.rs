@@ -3,11 +3,11 @@
 use std::io::Write as _;
 use std::time::Instant;
 
-use dim::Session;
+use dim::{Sampling, Session};
 use gguf_tools::failure::Failure;
 use gguf_tools::{tell, terminal};
 
-use crate::args::{MachineArgs, PromptArgs, SplitArgs};
+use crate::args::{MachineArgs, PromptArgs, SplitArgs, constraint};
 use crate::interrupt::Interrupt;
 use crate::{explain, shown};
 
@@ -24,7 +24,9 @@ pub struct GenerateArgs {
 
 /// Runs it.
 pub fn run(args: &GenerateArgs, process_start: Instant) -> Result<(), Failure> {
+    // what is wrong with a number or a file is known before a model is loaded
     args.prompt.sampling.sampling()?;
+    args.prompt.constraint.text()?;
     let interrupt = Interrupt::watch();
     let host = args.split.host(&args.machine)?;
     let host = host.connect(shown::events(args.machine.verbose)).map_err(explain)?;
@@ -39,11 +41,14 @@ pub(super) fn reply(
     process_start: Instant,
 ) -> Result<(), Failure> {
     args.push(&mut session)?;
+    let schema = args.constraint.text()?;
+    let constraint = constraint(&session, schema.as_deref())?;
     let mut logits_file = args.logits_file()?;
     if args.warm_up {
         session.warm_up().map_err(explain)?;
     }
-    let generation = session.generate(args.sampling.sampling()?);
+    let sampling = Sampling { constraint, ..args.sampling.sampling()? };
+    let generation = session.generate(sampling);
     let mut generation = generation.limit(args.limit()?).ignore_eos(args.ignore_eos);
     generation = generation.stop_at(args.stop.iter().cloned());
     generation = generation.stop_when(interrupt.stop_flag());

@@ -2,11 +2,12 @@
 //!
 //! Fields that nobody here knows are left out, as OpenAI's own server does with clients that are newer than it. A field
 //! that is known and wrong is an error that names it. Nothing is built in memory for what is left out, nothing that is read
-//! nests deeper than four levels, and what is left out is skipped without recursion.
+//! nests deeper than four levels, and what is left out is skipped without recursion; so is a schema, which stays text.
 
 mod chat;
 mod completion;
 mod fields;
+mod format;
 #[cfg(test)]
 mod tests;
 
@@ -17,12 +18,15 @@ use dim::Sampling;
 use dim::host::template::Turn;
 use serde::Deserialize;
 use serde::de::IgnoredAny;
+use serde_json::value::RawValue;
 
 use crate::error::ApiError;
 use fields::{Content, LogprobsField, OneOrMany, PromptField, ToolChoice};
+use format::ResponseFormat;
 
 pub use chat::chat;
 pub use completion::completion;
+pub use format::Format;
 
 /// What is to be generated, and how it is to be told.
 #[derive(Clone, Debug, PartialEq)]
@@ -35,6 +39,8 @@ pub struct Wanted {
     pub limit: Option<usize>,
     /// Texts at which a choice ends.
     pub stop: Vec<String>,
+    /// What every choice has to be, if anything.
+    pub format: Option<Format>,
     /// Choices for each prompt.
     pub n: u32,
     /// Whether log probabilities are told, and of how many of the likeliest tokens beside the chosen one.
@@ -138,7 +144,7 @@ struct Fields {
     cache_prompt: Option<bool>,
     ignore_eos: Option<bool>,
     grammar: Option<String>,
-    json_schema: Option<IgnoredAny>,
+    json_schema: Option<Box<RawValue>>,
     response_format: Option<ResponseFormat>,
 }
 
@@ -146,12 +152,6 @@ struct Fields {
 #[serde(default)]
 struct StreamOptions {
     include_usage: Option<bool>,
-}
-
-#[derive(Debug, Deserialize)]
-struct ResponseFormat {
-    #[serde(rename = "type")]
-    kind: String,
 }
 
 #[derive(Debug, Deserialize)]
@@ -165,7 +165,7 @@ struct Message {
 impl Fields {
     /// With the prompts; `top_logprobs` as the two dialects say it.
     fn wanted(
-        self,
+        mut self,
         prompts: Prompts,
         top_logprobs: Option<usize>,
         defaults: &Defaults,
@@ -179,6 +179,7 @@ impl Fields {
             return Err(bad_n(if n > 1 { "n" } else { "prompt" }));
         }
         Ok(Wanted {
+            format: format::format(&mut self)?,
             limit: self.limit(defaults.limit)?,
             stop: self.stop()?,
             sampling: self.sampling(&defaults.sampling)?,
@@ -197,20 +198,8 @@ impl Fields {
 
     /// What would change the answer and is not there is said, not left out.
     fn refuse_what_is_not_built(&self) -> Result<(), ApiError> {
-        if let Some(format) = self.response_format.as_ref().filter(|format| format.kind != "text") {
-            let message = match format.kind.as_str() {
-                kind @ ("json_object" | "json_schema") => {
-                    format!("{kind:?} is not supported yet; leave it out, or take \"text\"")
-                }
-                kind => format!("{kind:?} is none of \"text\", \"json_object\", \"json_schema\""),
-            };
-            return Err(ApiError::field("response_format.type", message));
-        }
         if self.grammar.as_ref().is_some_and(|grammar| !grammar.is_empty()) {
             return Err(ApiError::field("grammar", "grammars are not supported yet"));
-        }
-        if self.json_schema.is_some() {
-            return Err(ApiError::field("json_schema", "schemas are not supported yet"));
         }
         let lists = [("tools", &self.tools), ("functions", &self.functions)];
         if let Some((field, _)) =
@@ -270,6 +259,8 @@ impl Fields {
             frequency_penalty: float(self.frequency_penalty, default.frequency_penalty),
             presence_penalty: float(self.presence_penalty, default.presence_penalty),
             logit_bias: self.logit_bias.as_ref().map_or_else(|| Ok(default.logit_bias.clone()), biases)?,
+            // once it is compiled
+            constraint: None,
         };
         sampling.check().map_err(|bad| ApiError::from(&dim::Error::from(bad)))?;
         Ok(sampling)

@@ -45,6 +45,7 @@ fn every_field_that_is_known_is_read() {
         repeat_penalty: 1.5,
         repeat_last_n: -1,
         logit_bias: vec![(2, 1.5), (7, f32::NEG_INFINITY)],
+        constraint: None,
     };
     let turn = Turn { role: dim::host::template::Role::User, content: "Hi".to_owned() };
     let expected = Wanted {
@@ -52,6 +53,7 @@ fn every_field_that_is_known_is_read() {
         sampling,
         limit: Some(3),
         stop: vec!["a".to_owned(), "b".to_owned()],
+        format: None,
         n: 2,
         top_logprobs: Some(4),
         stream: true,
@@ -100,10 +102,15 @@ fn what_is_wrong_is_named() {
         (json!({"functions": [{}]}), "functions"),
         (json!({"tool_choice": "required"}), "tool_choice"),
         (json!({"tool_choice": {"type": "function"}}), "tool_choice"),
-        (json!({"response_format": {"type": "json_object"}}), "response_format.type"),
+        (json!({"response_format": {"type": "json_schema"}}), "response_format.json_schema"),
+        (
+            json!({"response_format": {"type": "json_schema", "json_schema": 5}}),
+            "response_format.json_schema",
+        ),
+        (json!({"response_format": {}}), "response_format"),
+        (json!({"response_format": {"type": "json_object"}, "json_schema": {}}), "json_schema"),
         (json!({"response_format": {"type": "yaml"}}), "response_format.type"),
         (json!({"grammar": "root ::= [a]"}), "grammar"),
-        (json!({"json_schema": {}}), "json_schema"),
         (json!({"messages": []}), "messages"),
         (json!({"messages": "Hi"}), "messages"),
         (json!({"messages": null}), "messages"),
@@ -160,6 +167,34 @@ fn prompts_come_in_four_shapes() {
         panic!("a chat")
     };
     assert_eq!(turns[0].content, "ab");
+}
+
+#[test]
+fn a_schema_comes_in_three_fields_and_stays_as_it_was_sent() {
+    let format = |more: Value| chat_of(more).unwrap().format.map(|f| (f.field, f.schema.to_string()));
+    let deep = format!("{}{}", "[".repeat(100_000), "]".repeat(100_000));
+    let schema = json!({"z": 1, "a": [1.50, {"x": null}]});
+    let text = schema.to_string();
+    let named = json!({"name": "n", "strict": true, "schema": schema});
+    let expected = |field| Some((field, text.clone()));
+    assert_eq!(
+        format(json!({"response_format": {"type": "json_schema", "json_schema": named}})),
+        expected("response_format.json_schema.schema")
+    );
+    assert_eq!(
+        format(json!({"response_format": {"type": "json_object", "schema": schema}})),
+        expected("response_format.schema")
+    );
+    assert_eq!(format(json!({"json_schema": schema})), expected("json_schema"));
+    let any_object = Some(("response_format.schema", "{\"type\": \"object\"}".to_owned()));
+    assert_eq!(format(json!({"response_format": {"type": "json_object"}})), any_object);
+    assert_eq!(format(json!({"response_format": {"type": "text"}})), None);
+    assert_eq!(format(json!({"response_format": null, "json_schema": null})), None);
+    let body = format!("{{\"prompt\": \"x\", \"json_schema\": {deep}}}");
+    assert_eq!(
+        completion(body.as_bytes(), &Defaults::default()).unwrap().format.unwrap().schema.len(),
+        deep.len()
+    );
 }
 
 #[test]

@@ -12,7 +12,7 @@ use dim::{Error, Host, Sampling, Session};
 use gguf_tools::failure::Failure;
 use gguf_tools::{tell, terminal};
 
-use crate::args::{MachineArgs, SamplingArgs, SplitArgs, limit};
+use crate::args::{ConstraintArgs, MachineArgs, SamplingArgs, SplitArgs, constraint, limit};
 use crate::interrupt::Interrupt;
 use crate::{explain, shown};
 use input::{Input, Line};
@@ -26,6 +26,8 @@ pub struct ChatArgs {
     machine: MachineArgs,
     #[command(flatten)]
     sampling: SamplingArgs,
+    #[command(flatten)]
+    constraint: ConstraintArgs,
     /// How the assistant is to behave
     #[arg(long = "system", visible_alias = "system-prompt", value_name = "TEXT")]
     system: Option<String>,
@@ -51,10 +53,11 @@ pub struct ChatArgs {
 
 /// Runs it.
 pub fn run(args: &ChatArgs, process_start: Instant) -> Result<(), Failure> {
-    let sampling = args.sampling.sampling()?;
+    let mut sampling = args.sampling.sampling()?;
     let n_predict = limit(args.n_predict)?;
     // what is wrong with a file is known before a model is loaded
     let turns = args.first_turns()?;
+    let schema = args.constraint.text()?;
     let template = args.chat_template.as_deref().map(template_text).transpose()?;
     let interrupt = Interrupt::watch();
     let host = args.split.host(&args.machine)?;
@@ -64,6 +67,7 @@ pub fn run(args: &ChatArgs, process_start: Instant) -> Result<(), Failure> {
         None => own_template(&host)?,
     };
     let session = host.session().map_err(explain)?;
+    sampling.constraint = constraint(&session, schema.as_deref())?;
     Chat {
         args,
         sampling,
