@@ -173,3 +173,47 @@ const STACK_BYTES: usize = 64 << 20;
 const MOST_TOKENS: usize = (1 << 24) - 1;
 const MOST_BYTES: usize = (1 << 22) - 1;
 const LONGEST_TOKEN: usize = 1_000;
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn no_more_are_compiled_at_once_than_may_be() {
+        let compiler = Compiler::default();
+        let mut running: Vec<_> =
+            (0..MOST_AT_ONCE).map(|_| Running::begin(&compiler.running).unwrap()).collect();
+        let bytes = ApproximateTokEnv::single_byte_env();
+        let factory = Arc::new(ParserFactory::new(&bytes, InferenceCapabilities::default(), &[]).unwrap());
+        let compile = |schema| compiler.in_time(Arc::clone(&factory), schema).err();
+        assert_eq!(compile(json!({})), Some(ConstraintError::Busy));
+        running.pop();
+        for _ in 0..3 * MOST_AT_ONCE {
+            assert_eq!(compile(json!({})), None);
+            // the thread that has answered may not have ended yet
+            while compiler.running.load(Ordering::Relaxed) >= MOST_AT_ONCE {
+                std::thread::yield_now();
+            }
+        }
+        assert!(matches!(compile(json!(false)), Some(ConstraintError::Unsatisfiable(_))));
+    }
+
+    /// What a schema's strings may be written like, in words of single bytes.
+    fn takes(schema: Value, text: &str) -> bool {
+        let bytes = ApproximateTokEnv::single_byte_env();
+        let factory = ParserFactory::new(&bytes, InferenceCapabilities::default(), &[]).unwrap();
+        let mut matcher = compiled(&factory, schema).unwrap();
+        let tokens: Vec<u32> = text.bytes().map(u32::from).collect();
+        matcher.try_consume_tokens(&tokens).unwrap() == tokens.len() && matcher.is_accepting().unwrap()
+    }
+
+    #[test]
+    fn a_name_is_written_in_one_way_and_blanks_come_to_an_end() {
+        let schema = || json!({"properties": {"a": {"type": "integer"}, "\n": {"type": "integer"}}, "x-guidance": {"lenient": true}});
+        assert!(takes(schema(), r#"{"a": 1, "b": "x"}"#));
+        assert!(!takes(schema(), r#"{"a": "x"}"#) && !takes(schema(), r#"{"\u0061": "x"}"#));
+        assert!(!takes(schema(), r#"{"\n": "x"}"#) && !takes(schema(), r#"{"\u000a": "x"}"#));
+        assert!(takes(schema(), "{\n\n  \"a\": 1}") && !takes(schema(), "{\n\n\n\"a\": 1}"));
+        assert!(!takes(schema(), &format!("{{\n{}\"a\": 1}}", " ".repeat(21))) && !takes(schema(), " {}"));
+    }
+}

@@ -125,3 +125,39 @@ fn short(text: &str) -> String {
 }
 
 const MOST_CHARS: usize = 240;
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::*;
+
+    #[test]
+    fn what_the_library_says_becomes_a_sentence_for_whoever_wrote_the_schema() {
+        let schema = json!({"items": {"contains": {}}});
+        let of = |text: &str| while_compiling(text, &schema);
+        let unsupported = of("Unimplemented keys: [\"contains\"]");
+        assert_eq!(unsupported.to_string(), "\"contains\" is not supported (in #/items)");
+        assert!(
+            of("oneOf constraints are not supported. Enable 'coerce_one_of'").to_string().contains("anyOf")
+        );
+        let nothing = of("x: Unsatisfiable schema: minItems (2) is greater than maxItems (1)");
+        assert!(
+            matches!(&nothing, ConstraintError::Unsatisfiable(why) if why.starts_with("minItems")),
+            "{nothing}"
+        );
+        let pattern = of("regex parse error:\n    (?=a)\n    ^^^\nerror: look-around is not supported");
+        assert_eq!(pattern.to_string(), "a pattern cannot be read: look-around is not supported");
+        assert!(matches!(of("schema too large"), ConstraintError::TooComplex(_)));
+        let bug = of("panic: index out of bounds\n<backtrace>\n0: secrets\n</backtrace>").to_string();
+        assert!(bug.contains("cannot read") && !bug.contains("backtrace"), "{bug}");
+        let long = of(&format!("Invalid type: {}\n<non-verbose/>", "é".repeat(5_000))).to_string();
+        assert!(long.chars().count() < 250 && long.ends_with("é..."), "{long}");
+        assert_eq!(while_running("NoExtensionBias\n<non-verbose/>"), ConstraintError::NothingFollows);
+        let deep = while_running("Parser Error: Current row has 9 items; max is 8\n<non-verbose/>");
+        assert_eq!(
+            deep.to_string(),
+            "the schema is too complex: Parser Error: Current row has 9 items; max is 8"
+        );
+    }
+}

@@ -43,6 +43,7 @@ impl Counts {
                 self.keywords(object)?;
                 object.values().try_for_each(|value| self.count(value, depth + 1))
             }
+            Value::String(text) if text.chars().any(is_unwritable) => Err(unwritable()),
             _ => Ok(()),
         }
     }
@@ -60,8 +61,13 @@ impl Counts {
         let of_text = object.get("pattern").and_then(Value::as_str);
         self.patterns += patterns.map_or(0, Map::len);
         within(self.patterns, MOST_PATTERNS, "patterns of properties' names")?;
-        self.pattern_bytes += named.chain(of_text).map(str::len).sum::<usize>();
-        within(self.pattern_bytes, MOST_PATTERN_BYTES, "bytes of patterns")?;
+        for pattern in named.chain(of_text) {
+            self.pattern_bytes += pattern.len();
+            within(self.pattern_bytes, MOST_PATTERN_BYTES, "bytes of patterns")?;
+            if pattern.chars().any(is_unwritable) || escapes_unwritable(pattern) {
+                return Err(unwritable());
+            }
+        }
         at_least(object)
     }
 }
@@ -82,6 +88,43 @@ fn at_least(object: &Map<String, Value>) -> Result<(), ConstraintError> {
         ))),
         false => Ok(()),
     }
+}
+
+/// A character that JSON writes as `\u00..` and no other way. Strings are not written with that here (compiler.rs says why),
+/// and the library leaves such a character out of a constant where it should find that it cannot be written.
+fn is_unwritable(c: char) -> bool {
+    c.is_ascii_control() && !matches!(c, '\u{8}' | '\t' | '\n' | '\u{c}' | '\r')
+}
+
+fn unwritable() -> ConstraintError {
+    let which = "control characters other than \\b, \\t, \\n, \\f and \\r";
+    ConstraintError::Unsupported(format!("{which} are not supported in values and patterns"))
+}
+
+/// Whether an escape in `pattern` stands for such a character.
+fn escapes_unwritable(pattern: &str) -> bool {
+    let mut rest = pattern;
+    while let Some((_, behind)) = rest.split_once('\\') {
+        let mut chars = behind.chars();
+        let Some(kind) = chars.next() else { return false };
+        rest = chars.as_str();
+        let n_digits = match kind {
+            'a' | 'v' | '0' | 'c' => return true,
+            'x' => 2,
+            'u' => 4,
+            'U' => 8,
+            _ => continue,
+        };
+        let digits = match rest.strip_prefix('{') {
+            Some(braced) => braced.split('}').next(),
+            None => rest.get(..n_digits),
+        };
+        let code = digits.and_then(|digits| u32::from_str_radix(digits, 16).ok());
+        if code.and_then(char::from_u32).is_some_and(is_unwritable) {
+            return true;
+        }
+    }
+    false
 }
 
 fn size(value: &Value) -> usize {
@@ -139,8 +182,8 @@ const MOST_LEVELS: usize = 64;
 const MOST_VALUES: usize = 20_000;
 const MOST_PROPERTIES: usize = 1_000;
 const MOST_CHOICES: usize = 5_000;
-/// Each is compared with every other one.
-const MOST_PATTERNS: usize = 40;
+/// Each is compared with every other one, wherever two objects meet.
+const MOST_PATTERNS: usize = 16;
 const MOST_PATTERN_BYTES: usize = 16 << 10;
 
 #[cfg(test)]
@@ -195,6 +238,29 @@ mod tests {
         for text in [r#"{"minProperties": 2}"#, r#"{"items": {"minProperties": 3, "required": ["a", "a"]}}"#]
         {
             assert!(matches!(read(text), Err(ConstraintError::Unsupported(_))), "{text}");
+        }
+    }
+
+    #[test]
+    fn what_json_cannot_write_plainly_is_refused() {
+        for text in [
+            r#"{"const": "a\u0000b"}"#,
+            r#"{"items": {"enum": [1, {"x": "\u007f"}]}}"#,
+            r#"{"pattern": "a\u0001"}"#,
+            r#"{"pattern": "^\\\\\\x01$"}"#,
+            r#"{"pattern": "[\\x{1f}]"}"#,
+            r#"{"pattern": "\\u0000"}"#,
+            r#"{"pattern": "\\a"}"#,
+            r#"{"patternProperties": {"\\x7F": {}}}"#,
+        ] {
+            assert!(matches!(read(text), Err(ConstraintError::Unsupported(_))), "{text}: {:?}", read(text));
+        }
+        for text in [
+            r#"{"const": "a\n\t\r\b\f\u00e9\u0080"}"#,
+            r#"{"pattern": "^\\\\x01\\u00e9\\x41\\n\\d\\"}"#,
+            r#"{"properties": {"a\u0001": {}}}"#,
+        ] {
+            assert!(read(text).is_ok(), "{text}: {:?}", read(text));
         }
     }
 
