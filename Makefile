@@ -12,7 +12,7 @@ export CMAKE_CXX_COMPILER_LAUNCHER := ccache
 endif
 
 .PHONY: help setup model build programs demo test lint cross floor deny test-rust test-oracles test-coreml test-swift test-vulkan bench \
-	fuzz faults clean
+	fuzz faults schemas clean
 
 help:
 	@echo "make demo         build, fetch a small model (89 MiB), cut it in three, talk with it over two processes, compare with stock"
@@ -20,6 +20,7 @@ help:
 	@echo "make test-vulkan  every block offloaded, through llama.cpp's Vulkan backend on a software driver (Linux)"
 	@echo "make bench        the benches; each checks its answer before it is timed"
 	@echo "make faults       strangers, losses and wrong files by the hundred, written into docs/TESTING.md; half an hour (Linux)"
+	@echo "make schemas      the whole JSON Schema Test Suite against the server, many answers for each schema"
 	@echo "make fuzz         coverage-guided runs over the GGUF reader and the frame parser (FUZZ_RUNS=$(FUZZ_RUNS))"
 
 setup:
@@ -73,6 +74,7 @@ test-oracles: programs model
 	.venv/bin/python tests/oracle/chat_templates.py
 	.venv/bin/python gguf-tools/tests/oracle/gguf_files.py target/release
 	.venv/bin/python tests/clients/openai_python.py target/release
+	.venv/bin/python tests/oracle/json_schema.py target/release
 
 test-coreml: programs model
 	@sh .ci/setup venv
@@ -97,6 +99,11 @@ bench: build
 fuzz: setup
 	$(ENV) sh gguf-tools/fuzz/run.sh $(FUZZ_RUNS)
 	$(ENV) sh tests/fuzz/run.sh $(FUZZ_RUNS)
+
+# the whole JSON Schema Test Suite against the server, and what a constraint costs: the table of docs/SERVER.md
+schemas: programs model
+	@sh .ci/setup python
+	.venv/bin/python tests/oracle/json_schema.py target/release --all
 
 # every way to lose a worker, every crowd at its door and wrong files, many times: the tables of docs/TESTING.md
 faults: setup

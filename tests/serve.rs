@@ -99,6 +99,132 @@ fn generated(cut: &Cut, worker: &str) -> Vec<Vec<i32>> {
     BEGINNINGS.into_iter().map(one).collect()
 }
 
+/// What a model of random weights comes to the end of.
+fn short_schema() -> Value {
+    json!({
+        "type": "object",
+        "properties": {
+            "kind": {"enum": ["small", "large"]},
+            "flags": {"type": "array", "items": {"type": "boolean"}, "minItems": 1, "maxItems": 3},
+            "n": {"type": "integer", "minimum": 10, "maximum": 99},
+        },
+        "required": ["kind", "flags", "n"],
+        "additionalProperties": false,
+    })
+}
+
+fn is_valid(text: &str) -> bool {
+    let Ok(Value::Object(object)) = serde_json::from_str::<Value>(text) else { return false };
+    let flags = object.get("flags").and_then(Value::as_array);
+    object.len() == 3
+        && matches!(object["kind"].as_str(), Some("small" | "large"))
+        && flags.is_some_and(|flags| (1..=3).contains(&flags.len()) && flags.iter().all(Value::is_boolean))
+        && object["n"].as_u64().is_some_and(|n| (10..=99).contains(&n))
+}
+
+#[test]
+fn an_answer_is_what_its_schema_wants_however_it_is_sampled() {
+    let cut = Cut::tiny("qwen2");
+    let worker = parallel(&cut, "127.0.0.1:0");
+    let schema = short_schema().to_string();
+    let options = ["--wire", "f32", "--temp", "0", "-n", "200", "-j", &schema];
+    let generated = report(&mut cut.generate(&[&worker.address], &options)).text;
+    let server = Server::start(&cut, &worker.address, &["--parallel", "3"]);
+    let format = |schema: Value| json!({"type": "json_schema", "json_schema": {"name": "x", "strict": true, "schema": schema}});
+    let body = |more: Value| {
+        let mut body =
+            json!({"prompt": PROMPT, "max_tokens": 200, "response_format": format(short_schema())});
+        body.as_object_mut().unwrap().extend(more.as_object().unwrap().clone());
+        body
+    };
+    let texts = |body: &Value| -> Vec<String> {
+        let answer = server.post("/v1/completions", body);
+        assert_eq!(answer.0, 200, "{}", answer.2);
+        let ended = |choice: &Value| {
+            assert_eq!(choice["finish_reason"], "stop", "{choice}");
+            choice["text"].as_str().unwrap().to_owned()
+        };
+        answer.json()["choices"].as_array().unwrap().iter().map(ended).collect()
+    };
+    let ways = [
+        json!({"temperature": 0}),
+        json!({"temperature": 2, "top_p": 1, "top_k": 0, "seed": 3, "n": 8}),
+        // what may not follow does not, however much it is wanted; and a reply that is complete has ended
+        json!({"temperature": 0, "logit_bias": {"65": 100, "300": 100}, "ignore_eos": true}),
+        json!({"temperature": 0, "logit_bias": {"0": -100, "1": -100}, "repeat_penalty": 2, "min_p": 0.9}),
+        json!({"temperature": 1, "seed": 1, "logprobs": 5}),
+    ];
+    for way in ways {
+        let texts = texts(&body(way.clone()));
+        assert!(texts.iter().all(|text| is_valid(text)), "{way}: {texts:?}");
+        assert_eq!(texts.len(), way["n"].as_u64().unwrap_or(1) as usize);
+    }
+    let several = texts(&body(json!({"temperature": 2, "top_p": 1, "top_k": 0, "seed": 3, "n": 8})));
+    assert!(several.iter().any(|text| *text != several[0]), "{several:?}");
+
+    let greedy = body(json!({"temperature": 0}));
+    let streamed: String = server
+        .events(&greedy)
+        .filter_map(|event| event["choices"][0]["text"].as_str().map(str::to_owned))
+        .collect();
+    assert_eq!(texts(&greedy).concat(), streamed);
+    assert_eq!(generated, streamed);
+    let mut stopped = greedy.clone();
+    stopped["stop"] = json!(["flags"]);
+    assert_eq!(texts(&stopped), [streamed.split("flags").next().unwrap().to_owned()]);
+    let any = json!({"prompt": PROMPT, "max_tokens": 4, "response_format": {"type": "json_object"}, "temperature": 0});
+    let any = server.post("/v1/completions", &any).json();
+    assert!(any["choices"][0]["text"].as_str().unwrap().starts_with('{'), "{any}");
+
+    // beside each other, each its own
+    std::thread::scope(|scope| {
+        for i in 0..6 {
+            let (server, body) =
+                (&server, body(json!({"temperature": 0, "response_format": format(json!({"const": i}))})));
+            scope.spawn(move || {
+                let answer = server.post("/v1/completions", &body).json();
+                assert_eq!(answer["choices"][0]["text"], i.to_string(), "{answer}");
+            });
+        }
+    });
+}
+
+#[test]
+fn a_schema_that_is_not_enforced_is_refused_by_its_field() {
+    let cut = Cut::tiny("qwen2");
+    let worker = parallel(&cut, "127.0.0.1:0");
+    let failed = failure(&mut cut.generate(&[&worker.address], &["-j", r#"{"not": {}}"#]), 2);
+    assert!(failed.contains("--json-schema: \"not\" is not supported"), "{failed}");
+    let server = Server::start(&cut, &worker.address, &[]);
+    let deep = format!("{}{}", "{\"items\":".repeat(100), "{}".to_owned() + &"}".repeat(100));
+    let table = [
+        (r#"{"properties": {"a": {"not": {}}}}"#, "\"not\" is not supported (in #/properties/a)"),
+        (r#"{"type": "array", "uniqueItems": true}"#, "\"uniqueItems\" is not supported (in #)"),
+        (r#"{"minItems": 2, "maxItems": 1, "type": "array"}"#, "nothing can be valid"),
+        (r##"{"$ref": "#"}"##, "nothing can be valid"),
+        ("false", "nothing can be valid"),
+        (r#"{"pattern": "(?=a)b"}"#, "a pattern cannot be read: look-around"),
+        (r#"{"minProperties": 3}"#, "minProperties"),
+        (r#"{"const": "a\u0000b"}"#, "control characters"),
+        ("5", "a schema is an object"),
+        (&deep, "more than 64 levels"),
+    ];
+    for (schema, expected) in table {
+        let body = format!(
+            r#"{{"prompt": "x", "max_tokens": 5, "response_format": {{"type": "json_schema", "json_schema": {{"name": "x", "schema": {schema}}}}}}}"#
+        );
+        let answer = server.ask("POST /v1/completions HTTP/1.1\r\nHost: localhost", &body);
+        assert_eq!(
+            (answer.0, answer.word().as_str()),
+            (400, "response_format.json_schema.schema"),
+            "{}",
+            answer.2
+        );
+        assert!(answer.json()["error"]["message"].as_str().unwrap().contains(expected), "{}", answer.2);
+    }
+    assert_eq!(server.tokens(&greedy("x", 2)).len(), 2);
+}
+
 #[test]
 fn greedy_answers_are_those_of_generate_with_and_without_what_the_caches_hold() {
     let cut = Cut::tiny("qwen2");

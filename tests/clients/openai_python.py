@@ -1,18 +1,25 @@
 """OpenAI's own client against `dim-host serve`: openai_python.py target/release
 
 Cuts SmolLM2 (.ci/model) in three, starts a worker and a server as processes, and asks by the `openai` package: chat, streaming,
-stop, logprobs, logit_bias, several choices, what is wrong. Without the model it says so.
+stop, logprobs, logit_bias, several choices, answers of a form, what is wrong. Without the model it says so.
 """
 
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from typing import Literal
 
 import openai
+from pydantic import BaseModel
 
 TOP = Path(__file__).parent.parent.parent
 ASK = [{"role": "user", "content": "What is the capital of France?"}]
+
+
+class City(BaseModel):
+    name: Literal["Paris", "London", "Rome"]
+    is_capital: bool
 
 
 def listening(process):
@@ -49,6 +56,14 @@ def check(client):
     assert two.choices[0].message.content != two.choices[1].message.content
     assert client.models.list().data[0].id == "smol"
 
+    held = {"model": "any", "messages": ASK, "response_format": City, "max_tokens": 200}
+    for more in ({"temperature": 0}, {"temperature": 1.5, "seed": 3, "n": 3, "logprobs": True}):
+        choices = client.chat.completions.parse(**held, **more).choices
+        assert all(isinstance(choice.message.parsed, City) and choice.finish_reason == "stop" for choice in choices), choices
+    with client.chat.completions.stream(**held, temperature=0) as stream:
+        city = stream.get_final_completion().choices[0].message.parsed
+    assert city == client.chat.completions.parse(**held, temperature=0).choices[0].message.parsed
+    print("as a class:", city)
     for wrong, field in [({"temperature": -1}, "temperature"), ({"tools": [{"type": "function"}]}, "tools"), ({"n": 0}, "n")]:
         try:
             client.chat.completions.create(**{"model": "any", "messages": ASK, **wrong})
@@ -90,7 +105,7 @@ def main():
             for process in filter(None, [server, worker]):
                 process.kill()
                 process.wait()
-    print(f"openai {openai.__version__}: chat, streaming, stop, logprobs, choices, errors")
+    print(f"openai {openai.__version__}: chat, streaming, stop, logprobs, choices, classes, errors")
 
 
 main()
