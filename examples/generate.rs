@@ -14,7 +14,8 @@ use std::process::ExitCode;
 use dim::{Event, Host, Key, Resources, Sampling};
 
 /// What a small model needs; without it, 4096 positions and a thread per core.
-const SMALL: Resources = Resources { n_ctx: 512, n_threads: Some(1), n_ubatch: 512, gpu_layers: None };
+const SMALL: Resources =
+    Resources { n_ctx: 512, n_threads: Some(1), n_ubatch: 512, gpu_layers: None, snapshots: 0 };
 
 fn main() -> ExitCode {
     let Err(error) = run() else { return ExitCode::SUCCESS };

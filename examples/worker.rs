@@ -16,7 +16,8 @@ use std::sync::atomic::{AtomicU32, Ordering};
 use dim::{Event, Key, Resources, Worker};
 
 /// What a small model needs; without it, 4096 positions and a thread per core.
-const SMALL: Resources = Resources { n_ctx: 512, n_threads: Some(1), n_ubatch: 512, gpu_layers: None };
+const SMALL: Resources =
+    Resources { n_ctx: 512, n_threads: Some(1), n_ubatch: 512, gpu_layers: None, snapshots: 0 };
 
 fn main() -> ExitCode {
     let Err(error) = run() else { return ExitCode::SUCCESS };

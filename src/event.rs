@@ -93,6 +93,15 @@ pub enum Event {
         /// How long it will be looked for.
         give_up_after: Duration,
     },
+    /// A slice has recurrent states, and snapshots of them were asked for.
+    Snapshots {
+        /// The file's name.
+        file: String,
+        /// Rows that a conversation can be taken back by: none where llama.cpp keeps no snapshots for the architecture.
+        snapshots: u32,
+        /// What the slice's caches and states take, snapshots included.
+        cache_bytes: u64,
+    },
     /// A worker has said that it pauses or is too hot; the reply waits for it.
     Paused {
         /// The stage's name.

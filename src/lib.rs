@@ -71,7 +71,7 @@ pub use host::constraint::Constraint;
 pub use host::discovery::Discovery;
 pub use host::sampler::Sampling;
 pub use host::{Generation, Host, HostBuilder, Session, Token, WholeModel};
-pub use resources::{MAX_CTX, Resources};
+pub use resources::{MAX_CTX, MAX_SNAPSHOTS, Resources};
 pub use stage::verified::Verify;
 pub use worker::{StopHandle, Worker, WorkerBuilder};
 

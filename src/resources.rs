@@ -14,14 +14,21 @@ pub struct Resources {
     pub n_ubatch: u32,
     /// Blocks to put on the GPU; `None`: all, where this build has a GPU backend.
     pub gpu_layers: Option<u32>,
+    /// Rows of its last step that a conversation can be taken back by without being evaluated anew, where the model has
+    /// recurrent states and llama.cpp keeps snapshots of them; each takes as much memory as the states. Fewer than
+    /// `n_ubatch`, [`MAX_SNAPSHOTS`] at most; none where there is more than one session.
+    pub snapshots: u32,
 }
+
+/// The most snapshots of a state.
+pub const MAX_SNAPSHOTS: u32 = 31;
 
 /// The most positions that a conversation can have.
 pub const MAX_CTX: u32 = 1 << 22;
 
 impl Default for Resources {
     fn default() -> Resources {
-        Resources { n_ctx: 4096, n_threads: None, n_ubatch: 512, gpu_layers: None }
+        Resources { n_ctx: 4096, n_threads: None, n_ubatch: 512, gpu_layers: None, snapshots: 0 }
     }
 }
 
@@ -33,6 +40,9 @@ impl Resources {
     pub fn check(&self) -> Result<(), BadOption> {
         if self.n_ubatch == 0 || self.n_ubatch > 65_536 {
             return Err(BadOption::new("ubatch", self.n_ubatch, "1 to 65536"));
+        }
+        if self.snapshots > MAX_SNAPSHOTS || self.snapshots >= self.n_ubatch {
+            return Err(BadOption::new("snapshots", self.snapshots, "0 to 31, and fewer than --ubatch"));
         }
         if self.n_ctx > MAX_CTX {
             return Err(BadOption::new(

@@ -8,11 +8,12 @@ mod common;
 
 use std::path::{Path, PathBuf};
 use std::process::Command;
-use std::sync::Mutex;
 use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex};
+use std::time::Instant;
 
 use common::{Worker, failure, host_program, key_file, worker_program, write_with};
-use dim::{Host, Key, Resources, RowType, Sampling, Session, WholeModel};
+use dim::{Event, Host, Key, Resources, RowType, Sampling, Session, WholeModel};
 use gguf_tools::failure::Explained as _;
 use gguf_tools::gguf::{Gguf, Value};
 use gguf_tools::manifest::Manifest;
@@ -28,7 +29,8 @@ const N_STEPS: usize = 32;
 const KILLED_AT: usize = 10;
 
 /// Chunks of 16 rows: the prompt has three.
-const SMALL: Resources = Resources { n_ctx: 128, n_threads: Some(1), n_ubatch: 16, gpu_layers: Some(0) };
+const SMALL: Resources =
+    Resources { n_ctx: 128, n_threads: Some(1), n_ubatch: 16, gpu_layers: Some(0), snapshots: 0 };
 
 /// A family: its name, llama.cpp's name of it, the blocks that leave, and what its tiny model wants beyond the usual keys of its kind.
 struct Family(&'static str, &'static str, &'static str, &'static [&'static str]);
@@ -98,7 +100,12 @@ impl Cut {
     }
 
     fn worker(&self, listen: &str) -> Worker {
-        let more = ["--ctx", "128", "--ubatch", "16", "--gpu-layers", "0"];
+        self.worker_with(listen, 0)
+    }
+
+    fn worker_with(&self, listen: &str, snapshots: u32) -> Worker {
+        let snapshots = snapshots.to_string();
+        let more = ["--ctx", "128", "--ubatch", "16", "--gpu-layers", "0", "--snapshots", &snapshots];
         Worker::start_at(listen, &self.middle, &self.key, &more)
     }
 }
@@ -276,6 +283,75 @@ fn a_recurrent_session_is_taken_back_by_evaluating_it_anew() {
         let (_, again) = (turn(&tokens), turn(&other));
         assert_eq!(again, fresh, "{arch}, stock");
     }
+}
+
+/// Tokens of the last chunk are taken back by snapshots: one step follows, not the whole prompt. The logits are, bit for
+/// bit, those of a session that came there by being evaluated anew, and they survive a worker that is lost behind it.
+#[test]
+fn tokens_that_snapshots_reach_are_taken_back_by_them() {
+    for (arch, snapshots) in [("qwen35", 3), ("lfm2", 3), ("nemotron_h_moe", 3), ("mamba", 0)] {
+        let cut = Cut::new(&family(arch));
+        let resources = Resources { snapshots: 3, ..SMALL };
+        let mut worker = Some(cut.worker_with("127.0.0.1:0", 3));
+        let address = worker.as_ref().unwrap().address.clone();
+        let told = Arc::new(Mutex::new(Vec::new()));
+        let host = Host::open(cut.file("m.split.json")).unwrap().resources(resources).wire(RowType::F32);
+        let host = host.worker(&address, Key::from_file(&cut.key).unwrap());
+        let hears = Arc::clone(&told);
+        let hear = move |event| {
+            if let Event::Snapshots { snapshots, cache_bytes, .. } = event {
+                hears.lock().unwrap().push((snapshots, cache_bytes > 0));
+            }
+        };
+        let host = host.connect(hear).unwrap();
+        assert_eq!(*told.lock().unwrap(), [(snapshots, true); 2], "{arch}: head and tail");
+
+        let mut session = host.session().unwrap();
+        let whole = WholeModel::open(&cut.file("m.gguf"), &SMALL, false, |_| {}).unwrap();
+        let tokens = prompt(whole.model().n_vocab());
+        // the third chunk has the tokens from 32 on
+        let other = [&tokens[..N_PROMPT - 2], &[1]].concat();
+        let mut replies = |first: usize, mut before: Box<dyn FnMut(usize) + '_>| {
+            session.set_tokens(&[]).unwrap();
+            turn(&mut session, &tokens, first, |_| {});
+            turn(&mut session, &other, 6, |step| before(step))
+        };
+        let (by_snapshot, trips) = replies(1, Box::new(|_| {}));
+        let expected = if snapshots > 0 { 6 } else { 6 + 3 };
+        assert_eq!(trips, expected, "{arch}: a step for each token, or the prompt again");
+        // with a reply behind the chunk, what snapshots reach is not that chunk any more
+        let (anew, trips) = replies(4, Box::new(|_| {}));
+        assert_eq!(trips, 6 + 3, "{arch}");
+        assert!(anew == by_snapshot, "{arch}: other bits by the other way");
+        let (lost, _) = replies(
+            1,
+            Box::new(|step| {
+                if step == 2 {
+                    worker.take().unwrap().kill();
+                    worker = Some(cut.worker_with(&address, 3));
+                }
+            }),
+        );
+        assert!(lost == by_snapshot, "{arch}: other bits after a lost worker");
+    }
+}
+
+/// Makes these a session's tokens and generates `n` more: the bits of the logits behind each, and the steps it took.
+fn turn(
+    session: &mut Session,
+    tokens: &[i32],
+    n: usize,
+    mut before: impl FnMut(usize),
+) -> (Vec<Vec<u32>>, u64) {
+    session.set_tokens(tokens).unwrap();
+    let mut generation = session.generate(Sampling::greedy()).ignore_eos(true).limit(Some(n));
+    let mut logits = Vec::new();
+    for step in 0..n {
+        before(step);
+        generation.next().expect("there is room").unwrap();
+        logits.push(generation.logits().iter().map(|x| x.to_bits()).collect());
+    }
+    (logits, generation.report(Instant::now()).wire.round_trips)
 }
 
 /// A key that llama.cpp answers by ending the process: in a model and in a slice of one. Every program that is given the

@@ -24,7 +24,8 @@ use gguf_tools::synth::Spec;
 const PROMPT: &str = "The capital of France is";
 
 /// One thread and a short context, as every test here has.
-const SMALL: Resources = Resources { n_ctx: 256, n_threads: Some(1), n_ubatch: 512, gpu_layers: None };
+const SMALL: Resources =
+    Resources { n_ctx: 256, n_threads: Some(1), n_ubatch: 512, gpu_layers: None, snapshots: 0 };
 
 /// A model with random weights, cut in three, and a key.
 struct Cut(tempfile::TempDir);

@@ -18,7 +18,8 @@ use gguf_tools::slice::SliceInfo;
 use llama_sys_patch::{ContextParams, Model, ModelParams, Row, Stock};
 
 /// Small chunks: the prompts are several steps each, and their steps take turns.
-const SMALL: Resources = Resources { n_ctx: 512, n_threads: Some(1), n_ubatch: 16, gpu_layers: None };
+const SMALL: Resources =
+    Resources { n_ctx: 512, n_threads: Some(1), n_ubatch: 16, gpu_layers: None, snapshots: 0 };
 /// What each of three conversations begins with.
 const BEGINNINGS: [usize; 3] = [0, 90, 200];
 const N: usize = 48;

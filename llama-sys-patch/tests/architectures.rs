@@ -299,7 +299,7 @@ a prompt of 40 tokens in chunks and 32 steps, the logits of every row. **Exact**
 changes them. It says nothing of real weights: [REAL.md](REAL.md) has some of those.
 
 - *memory*: what is kept of past positions. Recurrent states cannot be taken back row by row: where the column says `replay`, a
-  session that is taken back is evaluated anew; `snapshots`: by a few rows.
+  session that is taken back is evaluated anew; `snapshots`: but for rows of its last step, as many as `--snapshots` says.
 - *cuts*: of a model of 8 blocks (gemma3n: as it is). Blocks that predict further tokens (NextN, MTP) are left out of slices.
 - *a row*: what crosses the cuts before blocks 3 and 6, in hidden rows of n_embd values; 1 is the hidden row alone.
 

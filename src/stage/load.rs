@@ -69,7 +69,7 @@ pub(crate) fn stage(
     let model = load(&[path.to_owned()], &options.resources, options.mmap, lm_head, events)?;
     let mut n_ubatch = options.resources.n_ubatch;
     loop {
-        let stage = stage_of(&model, path, info, options, n_ubatch)?;
+        let stage = stage_of(&model, path, info, options, n_ubatch, events)?;
         let bytes = stage.inner().info().compute_bytes;
         let least = LEAST_ROWS.max(options.max_sessions);
         let Some(most) = options.compute_bytes.filter(|&most| bytes > most && n_ubatch > least) else {
@@ -91,6 +91,7 @@ fn stage_of(
     info: &SliceInfo,
     options: &LoadOptions,
     n_ubatch: u32,
+    events: &Events,
 ) -> Result<LlamaStage, Error> {
     let context = ContextParams {
         n_ctx: options.resources.n_ctx,
@@ -98,6 +99,8 @@ fn stage_of(
         n_ubatch,
         n_threads: options.resources.threads(),
         max_sessions: options.max_sessions,
+        // another session's step would end what they are good for
+        snapshots: if options.max_sessions == 1 { options.resources.snapshots.min(n_ubatch - 1) } else { 0 },
         flash_attn: FlashAttn::Auto,
         ..ContextParams::default()
     };
@@ -114,6 +117,9 @@ fn stage_of(
     };
     let stage = Stage::new(model, params);
     let stage = stage.map_err(|source| Error::Load { path: path.to_owned(), source })?;
+    if let Some(snapshots) = stage.snapshots().filter(|_| options.resources.snapshots > 0) {
+        events.tell(Event::Snapshots { file: file_name(path), snapshots, cache_bytes: stage.kv_bytes() });
+    }
     Ok(LlamaStage::new(stage, info.role.as_str(), first_block))
 }
 

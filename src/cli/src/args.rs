@@ -257,6 +257,10 @@ pub struct MachineArgs {
     /// Blocks to put on the GPU (default: all, where this build has a GPU backend); also -ngl
     #[arg(long = "gpu-layers", visible_alias = "n-gpu-layers", value_name = "N")]
     gpu_layers: Option<GpuLayers>,
+    /// Of models with recurrent states: tokens of the last chunk that can be taken back without evaluating the conversation
+    /// anew, where llama.cpp keeps snapshots; each takes as much memory as the states. The same at host and worker
+    #[arg(long, value_name = "N", default_value_t = 0, hide_short_help = true)]
+    snapshots: u32,
     #[command(flatten)]
     llama: LlamaArgs,
     /// Show llama.cpp's own log
@@ -270,9 +274,9 @@ impl MachineArgs {
     /// # Errors
     /// A number is out of range.
     pub fn resources(&self) -> Result<Resources, Failure> {
-        let MachineArgs { n_ctx, threads, n_ubatch, gpu_layers, .. } = *self;
+        let MachineArgs { n_ctx, threads, n_ubatch, gpu_layers, snapshots, .. } = *self;
         let gpu_layers = gpu_layers.and_then(|GpuLayers(n)| n);
-        let resources = Resources { n_ctx, n_threads: threads, n_ubatch, gpu_layers };
+        let resources = Resources { n_ctx, n_threads: threads, n_ubatch, gpu_layers, snapshots };
         resources.check().map_err(explain)?;
         Ok(resources)
     }

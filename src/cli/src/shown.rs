@@ -7,7 +7,7 @@ use dim::event::{NoCanary, Placement, Sighted};
 use dim_wire::transport::{LinkError, LinkErrorKind};
 use gguf_tools::tell;
 
-use crate::progress::ProgressLine;
+use crate::progress::{ProgressLine, size};
 
 /// Shows events on stderr; what only `--verbose` is to show, if it is `verbose`.
 pub fn events(verbose: bool) -> impl FnMut(Event) + Send + 'static {
@@ -56,6 +56,18 @@ fn line(event: &Event, verbose: bool) -> Option<String> {
             format!("note: whether {address} computes right is not checked: {}", no_canary(*why))
         }
         Event::Checked { stage, cosine } => format!("note: {stage} answers right: a cosine of {cosine:.7}"),
+        Event::Snapshots { file, snapshots: 0, .. } => {
+            format!(
+                "note: {file}: llama.cpp keeps no snapshots of this model's states: a conversation is taken back by \
+                     evaluating it anew"
+            )
+        }
+        Event::Snapshots { file, snapshots, cache_bytes } => {
+            format!(
+                "note: {file}: {snapshots} snapshots of its states; caches and states take {}",
+                size(*cache_bytes as f64)
+            )
+        }
         Event::Searching => "looking for workers on the local network".to_owned(),
         Event::Seen { name, address, found } if name.is_empty() => format!("{address}: {}", sighted(found)),
         Event::Seen { name, address, found } => format!("{name} ({address}): {}", sighted(found)),
