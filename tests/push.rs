@@ -392,6 +392,8 @@ fn a_directory_that_is_not_what_its_manifest_says_is_refused_before_anything_is_
     refuse(&["package 0", "2199023255552 bytes"]);
     json(&|m| m["packages"][0]["files"][0]["sha256"] = "\u{1b}[31mx".into());
     refuse(&["no SHA-256"]);
+    json(&|m| m["model"]["params_sha256"] = "beef".into());
+    refuse(&["no SHA-256", "beef"]);
     json(&|m| m["packages"] = serde_json::json!([]));
     refuse(&["0 packages"]);
     json(&|m| m["packages"] = serde_json::Value::Array(vec![m["packages"][0].clone(); 300]));

@@ -465,6 +465,7 @@ fn write_packages(directory: &Path, weight_bytes: usize) {
         model: ModelIdentity {
             name: "noise".into(),
             sha256: Sha::of(b"noise").to_string(),
+            params_sha256: Some(Sha::of(b"noise's settings").to_string()),
             arch: "qwen2".into(),
             n_blocks: 28,
         },

@@ -16,7 +16,8 @@ use common::{ARRAY, BOOL, F32, Raw, Rng, STRING, U32, array, string};
 use gguf_tools::coreml::manifest::Manifest;
 use gguf_tools::coreml::{self, Error, Identity, Options, PackagePlan};
 use gguf_tools::gguf::Gguf;
-use gguf_tools::plan::BlockRange;
+use gguf_tools::plan::{BlockRange, Plan, Request};
+use gguf_tools::split::split;
 use gguf_tools::synth::{FAMILIES, Spec};
 use sha2::{Digest, Sha256};
 
@@ -34,7 +35,7 @@ fn plan(gguf: &Gguf) -> Result<PackagePlan<'_>, Error> {
 fn write(gguf: &Gguf, name: &str, target: &Path) -> Result<coreml::Report, Error> {
     plan(gguf)?.write(
         target,
-        &Identity { model_name: name, model_sha256: SHA, slice_sha256: None },
+        &Identity { model_name: name, model_sha256: SHA, params_sha256: None, slice_sha256: None },
         &mut |_| (),
     )
 }
@@ -238,7 +239,8 @@ fn blocks_are_spread_over_as_few_packages_as_fit() {
         let options = Options { max_bytes: one * room, ..OPTIONS };
         let plan = PackagePlan::new(&gguf, blocks, options).unwrap();
         let target = dir.path().join("out.coreml");
-        let identity = Identity { model_name: "m", model_sha256: SHA, slice_sha256: None };
+        let identity =
+            Identity { model_name: "m", model_sha256: SHA, params_sha256: None, slice_sha256: None };
         plan.write(&target, &identity, &mut |_| ()).unwrap();
         let manifest = assert_whole(&target);
         let counts: Vec<u32> = manifest.packages.iter().map(|p| p.last_block + 1 - p.first_block).collect();
@@ -250,6 +252,25 @@ fn blocks_are_spread_over_as_few_packages_as_fit() {
             "replaced, nothing left"
         );
     }
+}
+
+/// Packages say whose settings they were made with, in the words of the slices' manifest.
+#[test]
+fn packages_carry_the_digests_of_the_split() {
+    let dir = tempfile::tempdir().unwrap();
+    let model = dir.path().join("m.gguf");
+    Spec::tiny("qwen2").unwrap().blocks(5).write(&model).unwrap();
+    let gguf = Gguf::open(&model).unwrap();
+    let request = Request { middles: vec![range(1, 2)], stem: "m".into(), ..Request::default() };
+    let slices = split(&Plan::new(&gguf, &request).unwrap(), dir.path(), "m", |_| {}).unwrap();
+    let plans = [PackagePlan::new(&gguf, range(1, 2), OPTIONS).unwrap()];
+    let [report] = &coreml::write_middles(&plans, &slices, dir.path(), "m", &mut |_| ()).unwrap()[..] else {
+        panic!()
+    };
+    let manifest = assert_whole(&report.directory);
+    assert_eq!(manifest.model.sha256, slices.model.sha256);
+    assert!(manifest.model.params_sha256.is_some());
+    assert_eq!(manifest.model.params_sha256, slices.model.params_sha256);
 }
 
 #[test]
@@ -448,7 +469,7 @@ fn write_packages_as_a_child() {
     let (model, target) = paths.split_once('\n').unwrap();
     let gguf = Gguf::open(model).unwrap();
     let plan = PackagePlan::new(&gguf, range(1, 4), Options { max_bytes: 7_000_000, ..OPTIONS }).unwrap();
-    let identity = Identity { model_name: "m", model_sha256: SHA, slice_sha256: None };
+    let identity = Identity { model_name: "m", model_sha256: SHA, params_sha256: None, slice_sha256: None };
     if let Err(e) = plan.write(Path::new(target), &identity, &mut |_| ()) {
         eprintln!("{e}");
         std::process::exit(1);
@@ -472,7 +493,8 @@ fn fill_up(disk: &Path) {
     let options = Options { max_bytes: 7_000_000, ..OPTIONS };
     let plans = ggufs.each_ref().map(|g| PackagePlan::new(g, range(1, 4), options).unwrap());
     let target = disk.join("out.coreml");
-    let identity = |name| Identity { model_name: name, model_sha256: SHA, slice_sha256: None };
+    let identity =
+        |name| Identity { model_name: name, model_sha256: SHA, params_sha256: None, slice_sha256: None };
     plans[0].write(&target, &identity("first"), &mut |_| ()).unwrap();
     let before = assert_whole(&target);
     let mut rng = Rng(9);

@@ -117,6 +117,7 @@ impl Packages {
             files.push(path);
         }
         let slice = &manifest.slice;
+        manifest.model.params_sha256.as_deref().map(digest).transpose().map_err(wrong)?;
         let offer = PushOffer {
             model: digest(&manifest.model.sha256).map_err(wrong)?,
             slice: if slice.sha256.is_empty() {

@@ -47,6 +47,9 @@ pub struct ModelIdentity {
     pub name: String,
     /// 64 hex digits.
     pub sha256: String,
+    /// Digest of its settings (rope, epsilons, ...), 64 hex digits: a host whose head was made with other ones refuses the
+    /// worker. Missing where it was not known.
+    pub params_sha256: Option<String>,
     /// GGUF's name of the architecture.
     pub arch: String,
     /// Blocks of the whole model.

@@ -53,6 +53,8 @@ pub struct Identity<'a> {
     pub model_name: &'a str,
     /// Identity of the model, 64 hex digits.
     pub model_sha256: &'a str,
+    /// Digest of the model's settings, 64 hex digits, if it is known.
+    pub params_sha256: Option<&'a str>,
     /// Digest of the GGUF slice with the same blocks, 64 hex digits, if one was written.
     pub slice_sha256: Option<&'a str>,
 }
@@ -210,6 +212,7 @@ pub fn write_middles(
         let identity = Identity {
             model_name: &slices.model.name,
             model_sha256: &slices.model.sha256,
+            params_sha256: slices.model.params_sha256.as_deref(),
             slice_sha256: slice.map(|s| s.sha256.as_str()),
         };
         plan.write(&folder.join(directory_name(stem, blocks)), &identity, progress)

@@ -238,6 +238,7 @@ impl<'a> PackagePlan<'a> {
             model: manifest::ModelIdentity {
                 name: identity.model_name.into(),
                 sha256: identity.model_sha256.into(),
+                params_sha256: identity.params_sha256.map(Into::into),
                 arch: shape.arch.into(),
                 n_blocks: shape.n_blocks,
             },

@@ -15,6 +15,8 @@ public struct Manifest: Decodable, Equatable, Sendable {
     public struct Model: Decodable, Equatable, Sendable {
         public let name: String
         public let sha256: String
+        /// of the model's settings; missing where who made the packages did not know it
+        public let paramsSha256: String?
         public let arch: String
         public let nBlocks: Int
     }
@@ -176,6 +178,9 @@ public struct Manifest: Decodable, Equatable, Sendable {
         }
         guard slice.firstBlock >= 0, slice.firstBlock <= slice.lastBlock, slice.lastBlock < model.nBlocks else {
             return "blocks \(slice.firstBlock)..\(slice.lastBlock) of \(model.nBlocks)"
+        }
+        if let params = model.paramsSha256, digest(params) == .unknown {
+            return "params_sha256 \(shown(params)) is no SHA-256 in 64 hex digits"
         }
         return packageFault ?? selfTestFault
     }

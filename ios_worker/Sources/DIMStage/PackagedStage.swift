@@ -217,5 +217,6 @@ extension StageShape {
         dtypes = [.f16, .f32]
         model = digest(manifest.model.sha256)
         slice = digest(manifest.slice.sha256)
+        parameters = manifest.model.paramsSha256.map(digest) ?? .unknown
     }
 }

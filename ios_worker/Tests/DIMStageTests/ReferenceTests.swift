@@ -259,6 +259,7 @@ private struct Oracle {
             (["mask_value"], 0, "mask_value"),
             (["residual_scale"], 0.3, "residual_scale"),
             (["slice", "last_block"], 8, "blocks"),
+            (["model", "params_sha256"], "beef", "params_sha256"),
             (["packages"], [], "0 packages"),
             (["packages", "0", "directory"], "../../etc", "is called"),
             (["packages", "1", "first_block"], 3, "expected from"),

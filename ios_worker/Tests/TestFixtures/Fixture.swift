@@ -88,7 +88,8 @@ public final class Fixture {
         manifest = [
             "format": "dim.coreml", "version": 1,
             "model": [
-                "name": "tiny", "sha256": String(repeating: "ab", count: 32), "arch": "qwen2", "n_blocks": 8,
+                "name": "tiny", "sha256": String(repeating: "ab", count: 32),
+                "params_sha256": String(repeating: "cd", count: 32), "arch": "qwen2", "n_blocks": 8,
             ],
             "slice": ["first_block": 2, "last_block": block - 1, "sha256": ""],
             "dims": [
