@@ -254,6 +254,7 @@ impl Directory {
         let identity = Identity {
             model_name: "a \u{1b}[2Jmodel",
             model_sha256: &cut.manifest.model.sha256,
+            params_sha256: None,
             slice_sha256: Some(&cut.manifest.slices[1].sha256),
         };
         plan.write(&path, &identity, &mut |_| {}).unwrap();
