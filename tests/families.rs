@@ -314,7 +314,7 @@ fn tokens_that_snapshots_reach_are_taken_back_by_them() {
         let mut replies = |first: usize, mut before: Box<dyn FnMut(usize) + '_>| {
             session.set_tokens(&[]).unwrap();
             turn(&mut session, &tokens, first, |_| {});
-            turn(&mut session, &other, 6, |step| before(step))
+            turn(&mut session, &other, 6, &mut before)
         };
         let (by_snapshot, trips) = replies(1, Box::new(|_| {}));
         let expected = if snapshots > 0 { 6 } else { 6 + 3 };

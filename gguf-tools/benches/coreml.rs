@@ -47,7 +47,8 @@ fn main() {
     let out = folder.path().join("out.coreml");
     let options = Options { selftest: false, ..Options::default() };
     let plan = PackagePlan::new(&gguf, BlockRange { first: 1, last: n_blocks }, options).expect("the blocks");
-    let identity = Identity { model_name: "bench", model_sha256: "", slice_sha256: None };
+    let identity =
+        Identity { model_name: "bench", model_sha256: "", params_sha256: None, slice_sha256: None };
     let (report, writer) = memory::growth(|| plan.write(&out, &identity, &mut |_| ()).expect("the packages"));
     if weights == "f16" {
         assert_weights(&gguf, &report);
