@@ -2,7 +2,7 @@
 
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Condvar, Mutex, PoisonError};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 /// A bell that any thread can ring; clones are the same bell. A ring that nobody waits for is remembered, several are
 /// one.
@@ -75,10 +75,12 @@ impl Interrupt {
     }
 }
 
+/// How long somebody who has said that it is enough waits at most where no bell is rung for that, beside a local stage's step.
+pub const LOOKS: Duration = Duration::from_millis(100);
+
 #[cfg(test)]
 mod tests {
     use super::*;
-    use std::time::Duration;
 
     #[test]
     fn a_ring_before_the_wait_is_not_lost_and_counts_once() {

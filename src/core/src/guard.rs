@@ -20,14 +20,13 @@
 
 use std::time::Instant;
 
-use crate::bell::Bell;
+use crate::bell::{Bell, LOOKS};
 use crate::blocks::BlockRange;
 use crate::canary::{Canary, LEAST_MEAN_COSINE, Likeness, Widths, update};
 use half::f16;
 
 use crate::ids::{JobId, SessionId};
 use crate::rows::{RowType, Rows};
-use crate::shared::LOOKS;
 use crate::stage::{Answer, RemoteStage, Span, StageError, TakeBack, Traffic, WrongAnswer};
 
 /// Rows between two checks.

@@ -19,9 +19,9 @@ use std::collections::VecDeque;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::{ThreadId, current};
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
-use crate::bell::Interrupt;
+use crate::bell::{Interrupt, LOOKS};
 use crate::error::PipelineError;
 use crate::ids::SessionId;
 use crate::pipeline::{Advance, Finished, Pipeline, Snapshot, Step};
@@ -413,9 +413,6 @@ impl Drop for Driver<'_> {
 fn is_set(stop: Option<&AtomicBool>) -> bool {
     stop.is_some_and(|stop| stop.load(Ordering::Relaxed))
 }
-
-/// How long somebody who has said that it is enough waits at most, beside a local stage's step.
-pub const LOOKS: Duration = Duration::from_millis(100);
 
 #[cfg(test)]
 mod tests;
