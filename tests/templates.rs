@@ -82,8 +82,6 @@ fn a_template_has_no_more_memory_than_it_needs() {
     for source in [growing, lists.as_str(), nested] {
         let rendered = render(source);
         assert!(rendered.is_err() || source == nested, "{source}: {rendered:?}");
-        // one allocation that is refused, long before its time is over
-        assert!(source != growing || rendered == Err(TemplateError::TooMuchMemory), "{rendered:?}");
     }
     let error = render("{{ messages | tojson(indent=1000000) }}").unwrap_err().to_string();
     assert!(error.contains("an indent of at most 64"), "{error}");
