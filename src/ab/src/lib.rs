@@ -11,23 +11,23 @@
 //! What is measured is what people run: the programs themselves, started as they are. This crate computes nothing
 //! with a model.
 //!
-//! Linux and macOS: an arm is a process that `exec` made, is watched through the system's own counters, and may be ended
-//! by a signal. The programs it measures run elsewhere without it.
+//! `run` is for Linux and macOS: an arm is a process that `exec` made, is watched through the system's own counters, and may
+//! be ended by a signal. `report`, `eval` and the arithmetic under them are for every system.
 #![forbid(unsafe_code)]
 
-#[cfg(not(unix))]
-compile_error!("dim-ab is for Linux and macOS: leave it out with --workspace --exclude dim-ab");
-
+#[cfg(unix)]
 pub mod cgroup;
 pub mod charts;
 pub mod commands;
 pub mod energy;
+#[cfg(unix)]
 pub mod launch;
 pub mod link;
 pub mod machine;
 pub mod quality;
 pub mod record;
 pub mod report;
+#[cfg(unix)]
 pub mod run;
 pub mod stats;
 pub mod summary;

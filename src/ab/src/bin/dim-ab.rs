@@ -4,7 +4,9 @@
 use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
-use dim_ab::commands::{ab, arms, eval, report};
+#[cfg(unix)]
+use dim_ab::commands::ab;
+use dim_ab::commands::{arms, eval, report};
 
 /// Is the split worth it here, how much, and is the answer the same?
 #[derive(Parser)]
@@ -17,12 +19,14 @@ struct Cli {
 #[derive(Subcommand)]
 enum Command {
     /// Measure the split against the other ways to run the same model on this machine
+    #[cfg(unix)]
     #[command(name = "ab", visible_alias = "run")]
     Ab(ab::AbArgs),
     /// How well the split guesses a text, and how far its guesses are from stock llama.cpp's
     Eval(eval::EvalArgs),
     /// Make tables and plots of what `ab` has recorded
     Report(report::ReportArgs),
+    #[cfg(unix)]
     #[command(hide = true)]
     Launch(arms::LaunchArgs),
     #[command(hide = true)]
@@ -38,9 +42,11 @@ fn main() -> ExitCode {
     }
     // clap ends misuse with exit code 2 and --help with 0
     let result = match Cli::parse_from(dim_cli::habits::long_words(std::env::args_os())).command {
+        #[cfg(unix)]
         Command::Ab(args) => ab::run(&args),
         Command::Eval(args) => eval::run(&args),
         Command::Report(args) => report::run(&args),
+        #[cfg(unix)]
         Command::Launch(args) => arms::launch(&args),
         Command::Quantise(args) => arms::quantise(&args),
         #[cfg(feature = "rpc")]

@@ -1,15 +1,18 @@
 //! The hidden commands that `dim-host ab` starts its arms with.
 
+#[cfg(unix)]
 use std::ffi::OsString;
 use std::path::PathBuf;
 
 use gguf_tools::gguf::{Gguf, check};
 use llama_sys_patch::{Quantised, quantise_model};
 
+#[cfg(unix)]
 use crate::launch::enter;
 use gguf_tools::failure::Failure;
 
 /// Arguments of `dim-host launch`: enter a group, pin to cores, become a program.
+#[cfg(unix)]
 #[derive(Debug, clap::Args)]
 pub struct LaunchArgs {
     /// The cgroup.procs to be in
@@ -24,6 +27,7 @@ pub struct LaunchArgs {
 }
 
 /// Becomes the program, or says why not.
+#[cfg(unix)]
 pub fn launch(args: &LaunchArgs) -> Result<(), Failure> {
     let (program, rest) = args.program.split_first().ok_or_else(|| Failure::misuse("launch: no program"))?;
     Err(Failure::failed(enter(args.group.as_deref(), &args.cpus, program, rest)))

@@ -1,5 +1,6 @@
 //! The subcommands of `dim-ab`.
 
+#[cfg(unix)]
 pub mod ab;
 pub mod arms;
 pub mod eval;
