@@ -14,7 +14,7 @@ use std::env;
 use std::fs;
 use std::path::{Path, PathBuf};
 
-const SOURCES: [&str; 21] = [
+const SOURCES: [&str; 23] = [
     "cpp/absent.cpp",
     "cpp/boundary.cpp",
     "cpp/context.cpp",
@@ -24,8 +24,10 @@ const SOURCES: [&str; 21] = [
     "cpp/graph.cpp",
     "cpp/loader.cpp",
     "cpp/model.cpp",
+    "cpp/operands.cpp",
     "cpp/plan.cpp",
     "cpp/quantise.cpp",
+    "cpp/room.cpp",
     "cpp/rows.cpp",
     "cpp/session.cpp",
     "cpp/stage.cpp",
@@ -41,7 +43,7 @@ const SOURCES: [&str; 21] = [
 const RPC_SOURCE: &str = "cpp/rpc.cpp";
 /// Compiled with the `test-support` feature only.
 const TEST_SOURCES: [&str; 2] = ["cpp/tiny_keys.cpp", "cpp/tiny_model.cpp"];
-const HEADERS: [&str; 14] = [
+const HEADERS: [&str; 16] = [
     "cpp/boundary.h",
     "cpp/context.h",
     "cpp/crossing.h",
@@ -49,6 +51,8 @@ const HEADERS: [&str; 14] = [
     "cpp/graph.h",
     "cpp/layer_eval.h",
     "cpp/model.h",
+    "cpp/operands.h",
+    "cpp/room.h",
     "cpp/session.h",
     "cpp/stage.h",
     "cpp/state.h",

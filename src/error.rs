@@ -326,7 +326,7 @@ impl Error {
                 "drop one of the sessions first, or connect with `HostBuilder::sessions(n)` for more"
             }
             Error::Pipeline(error) => return error.hint().map(str::to_owned),
-            Error::Load { .. } => "a smaller context needs less memory",
+            Error::Load { .. } | Error::Llama(llama_sys_patch::Error::OutOfMemory(_)) => LESS_MEMORY,
             Error::EmptyPrompt => "push at least one token",
             Error::PromptTooLong { n_tokens, .. } => {
                 let enough = n_tokens.next_power_of_two();
@@ -359,6 +359,7 @@ impl Error {
             | Error::Template(TemplateError::NotStarted(_))
             | Error::CalledOff
             | Error::Load { .. } => false,
+            Error::Unsurvived { why, .. } => why.is_misuse(),
             Error::Manifest(error) => error.is_misuse(),
             Error::Slice(error) => error.is_misuse(),
             Error::Model(error) => error.is_misuse(),
@@ -410,6 +411,8 @@ pub struct DifferentModels {
     pub other_model: (String, Sha),
 }
 
+const LESS_MEMORY: &str = "a smaller context needs less memory, and so do fewer blocks here; or close other programs, or allow \
+                           this one more (ulimit -v, the limit of its container)";
 const NAME_THE_WORKER: &str = "name the worker with `HostBuilder::worker`";
 
 fn named((name, sha256): &(String, Sha)) -> String {

@@ -963,6 +963,62 @@ fn a_key_that_others_can_read_is_no_wrong_key_and_is_said_where_it_lies() {
     token(&mut dial().unwrap(), 0).unwrap();
 }
 
+/// What is wrong with a key file is said as it is, on both sides, and what passes by itself is not remembered.
+#[cfg(unix)]
+#[test]
+fn a_key_file_that_is_damaged_or_cannot_be_read_is_told_from_one_that_others_read() {
+    use std::os::unix::fs::DirBuilderExt as _;
+    let dir = tempfile::tempdir().unwrap();
+    let store = KeyStore::at(dir.path());
+    let key = Key::random().unwrap();
+    store.add(&key, &Peer::default()).unwrap();
+    let (file, aside) = (dir.path().join(format!("{}.key", key.id())), dir.path().join("aside"));
+    // the store looks at the directory's time: as if nothing in it had changed for long
+    let long_ago = std::time::SystemTime::now() - Duration::from_secs(3600);
+    let settle = || std::fs::File::open(dir.path()).unwrap().set_modified(long_ago).unwrap();
+    settle();
+    let worker = Adder::start(config(Arc::new(store), Timing::default()));
+    let dial = || dial_to(&worker, &key);
+    token(&mut dial().unwrap(), 0).unwrap();
+
+    let good = std::fs::read(&file).unwrap();
+    std::fs::write(&file, "rubbish").unwrap();
+    let damaged = dial().map(drop).unwrap_err().to_string();
+    assert!(damaged.contains("is damaged") && damaged.contains("pair again"), "{damaged}");
+    std::fs::write(&file, &good).unwrap();
+    token(&mut dial().unwrap(), 0).unwrap();
+
+    // what cannot be read, whoever tries
+    let hide = || {
+        std::fs::rename(&file, &aside).unwrap();
+        std::fs::DirBuilder::new().mode(0o700).create(&file).unwrap();
+        settle();
+    };
+    let show = || {
+        std::fs::remove_dir(&file).unwrap();
+        std::fs::rename(&aside, &file).unwrap();
+        settle();
+    };
+    hide();
+    let unread = dial().map(drop).unwrap_err().to_string();
+    assert!(unread.contains("cannot be read") && !unread.contains("others"), "{unread}");
+    show();
+    token(&mut dial().unwrap(), 0).unwrap();
+
+    // a worker that could not read it when it first looked
+    hide();
+    let again = Adder::start(config(Arc::new(KeyStore::at(dir.path())), Timing::default()));
+    let dial = || dial_to(&again, &key);
+    dial().map(drop).unwrap_err();
+    show();
+    token(&mut dial().unwrap(), 0).unwrap();
+}
+
+#[cfg(unix)]
+fn dial_to(worker: &Adder, key: &Key) -> Result<Link, LinkError> {
+    dial(&worker.at(), key, &terms("host"), &Timing::default())
+}
+
 fn pair_with(worker: &Adder, code: &PairingCode) -> Result<(Key, String), LinkError> {
     pair(&worker.at(), code, "Anna", "test 0", &Timing::default(), |_, _| Ok(()))
 }

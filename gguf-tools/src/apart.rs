@@ -73,6 +73,9 @@ pub enum Died {
         /// ggml's last line.
         said: Option<String>,
     },
+    /// By a signal or with an exit code of its own, because the system gave it no memory.
+    #[error("there is no memory to look at it ({0})")]
+    NoMemory(String),
     /// It did not end.
     #[error("no answer within {0} s")]
     Silent(u64),
@@ -91,6 +94,7 @@ impl Died {
                 "the file is damaged, or newer than the llama.cpp in this program: download it again, or convert it again \
                  with a current converter"
             }
+            Died::NoMemory(_) => LESS_MEMORY,
             Died::Nonsense | Died::NotStarted(..) => {
                 "is the program being replaced while it runs? start it again"
             }
@@ -102,6 +106,20 @@ fn ended(how: &str, said: &Option<String>) -> String {
     match said {
         Some(said) => format!("{} ({how})", Shown(said)),
         None => format!("it ends the process ({how})"),
+    }
+}
+
+/// What to do where a process gets no memory.
+pub const LESS_MEMORY: &str =
+    "close other programs, or allow this one more (ulimit -v, the limit of its container)";
+
+fn died(how: String, said: Option<String>) -> Died {
+    // what ggml, C++ and Rust say where the system gives nothing
+    const OF_MEMORY: [&str; 4] =
+        ["mem_buffer != NULL", "bad_alloc", "memory allocation of", "failed to allocate"];
+    match said {
+        Some(said) if OF_MEMORY.iter().any(|words| said.contains(words)) => Died::NoMemory(how),
+        said => Died::Ended { how, said },
     }
 }
 
@@ -137,7 +155,7 @@ impl Task {
         let (answer, said, status) = self.wait(child).map_err(not_started)?;
         let Some(status) = status else { return Err(Died::Silent(self.patience().as_secs())) };
         if !status.success() {
-            return Err(Died::Ended { how: how(status), said: last_words(&said) });
+            return Err(died(how(status), last_words(&said)));
         }
         serde_json::from_slice(&answer).map_err(|_| Died::Nonsense)
     }
@@ -309,6 +327,7 @@ fn open(files: &[PathBuf]) -> Result<llama_sys_patch::GraphPlan, Refusal> {
         let why = text.strip_prefix(&file).unwrap_or(&text).to_owned();
         match error {
             llama_sys_patch::Error::Unsupported(_) => Refusal::Kind(why),
+            llama_sys_patch::Error::OutOfMemory(_) => Refusal::NoMemory(why),
             _ => Refusal::Model(why),
         }
     })
@@ -383,6 +402,19 @@ mod tests {
         assert_eq!(last_words(said).as_deref(), Some("ggml.c:1745: GGML_ASSERT(n > 0) failed"));
         assert_eq!(last_words(b"one\n two \n\n").as_deref(), Some("two"));
         assert_eq!(last_words(b"\n"), None);
+    }
+
+    #[test]
+    fn a_process_without_memory_says_nothing_against_the_file() {
+        for said in [
+            "ggml.c:1644: GGML_ASSERT(ctx->mem_buffer != NULL) failed",
+            "what():  std::bad_alloc",
+            "memory allocation of 65536 bytes failed",
+        ] {
+            assert_eq!(died("SIGABRT".into(), Some(said.into())), Died::NoMemory("SIGABRT".into()), "{said}");
+        }
+        let other = died("SIGABRT".into(), Some("GGML_ASSERT(n > 0) failed".into()));
+        assert!(matches!(other, Died::Ended { .. }), "{other}");
     }
 
     #[test]

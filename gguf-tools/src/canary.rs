@@ -45,7 +45,7 @@ impl From<Died> for NoCanary {
     fn from(died: Died) -> NoCanary {
         match died {
             Died::Ended { .. } => NoCanary::Unloadable(died.to_string()),
-            Died::Silent(_) | Died::Nonsense | Died::NotStarted(..) => {
+            Died::NoMemory(_) | Died::Silent(_) | Died::Nonsense | Died::NotStarted(..) => {
                 NoCanary::NotEvaluated(died.to_string())
             }
         }
@@ -75,7 +75,10 @@ pub fn find(path: &std::path::Path, n_embd: usize, seed: u64) -> Result<Canary, 
         no_repack: true,
         ..ModelParams::default()
     };
-    let unloadable = |e: llama_sys_patch::Error| NoCanary::Unloadable(e.to_string());
+    let unloadable = |e: llama_sys_patch::Error| match e {
+        llama_sys_patch::Error::OutOfMemory(why) => NoCanary::NotEvaluated(why),
+        other => NoCanary::Unloadable(other.to_string()),
+    };
     let model = Model::load(&[path], params).map_err(unloadable)?;
     if model.n_embd() != n_embd {
         return Err(NoCanary::RowLength { found: model.n_embd(), wanted: n_embd });

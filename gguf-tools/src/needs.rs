@@ -217,6 +217,8 @@ impl Ask {
 pub enum Refusal {
     /// It does not load the model.
     Model(String),
+    /// The system gives no memory to look at it.
+    NoMemory(String),
     /// The model is none that can be cut at all: an encoder, a draft model.
     Kind(String),
     /// It cannot be cut before this block.
@@ -233,7 +235,7 @@ pub enum NeedsError {
     #[error("{}", refused(.0))]
     Refused(Refusal),
     /// The process that asked it ended without an answer.
-    #[error("llama.cpp does not survive this file: {0}")]
+    #[error("{}", apart_from(.0))]
     Apart(#[from] Died),
     /// There is no llama.cpp to ask.
     #[error(
@@ -248,12 +250,21 @@ impl From<Refusal> for NeedsError {
     }
 }
 
+fn apart_from(died: &Died) -> String {
+    match died {
+        Died::NoMemory(_) => died.to_string(),
+        _ => format!("llama.cpp does not survive this file: {died}"),
+    }
+}
+
 fn refused(refusal: &Refusal) -> String {
     match refusal {
         // whole sentences, all of them
-        Refusal::Model(why) | Refusal::Kind(why) | Refusal::Cut(_, why) | Refusal::Blocks(_, why) => {
-            Safe(why).to_string()
-        }
+        Refusal::Model(why)
+        | Refusal::NoMemory(why)
+        | Refusal::Kind(why)
+        | Refusal::Cut(_, why)
+        | Refusal::Blocks(_, why) => Safe(why).to_string(),
     }
 }
 
@@ -261,6 +272,7 @@ impl Explained for NeedsError {
     fn hint(&self) -> Option<Cow<'static, str>> {
         Some(match self {
             NeedsError::Refused(Refusal::Kind(_)) => return None,
+            NeedsError::Refused(Refusal::NoMemory(_)) => apart::LESS_MEMORY.into(),
             NeedsError::Refused(Refusal::Model(_)) => {
                 "the model has keys or tensors that this llama.cpp does not take: convert it again with a current \
                  converter, or take another file of it"
@@ -273,7 +285,7 @@ impl Explained for NeedsError {
     }
 
     fn is_misuse(&self) -> bool {
-        true
+        !matches!(self, NeedsError::Refused(Refusal::NoMemory(_)) | NeedsError::Apart(Died::NoMemory(_)))
     }
 }
 

@@ -1,5 +1,7 @@
 #include "context.h"
 
+#include "room.h"
+
 #include "llama.h"
 
 #include <string>
@@ -15,10 +17,7 @@ static ggml_type kv_type(const dim_context_params & params) {
 
 // Refuses what is larger than the machine: the allocation would succeed, and writing to it would end the process.
 static void check_fits(uint64_t bytes, const dim_context_params & params, const char * what) {
-    auto * cpu = ggml_backend_dev_by_type(GGML_BACKEND_DEVICE_TYPE_CPU);
-    if (!cpu) return;
-    size_t free = 0, total = 0;
-    ggml_backend_dev_memory(cpu, &free, &total);
+    const uint64_t total = memory_limit();
     if (total > 0 && bytes > total) {
         fail(DIM_OUT_OF_MEMORY, "a context of %llu positions needs %.1f GiB for %s; this machine has %.1f GiB",
              (unsigned long long) params.n_ctx * params.max_sessions, (double) bytes / (1 << 30), what,
@@ -85,6 +84,9 @@ static llama_context_ptr new_context(llama_model * model, const dim_context_para
                         : params.flash_attn == DIM_FLASH_ATTN_ON ? LLAMA_FLASH_ATTN_TYPE_ENABLED
                                                                  : LLAMA_FLASH_ATTN_TYPE_DISABLED;
     p.type_k = p.type_v = kv_type(params);
+    const std::string what = "a context of " + std::to_string(p.n_ctx) + " positions";
+    // each thread has a stack
+    check_room((uint64_t) params.n_threads << 20, false, what.c_str());
     forget_log();
     llama_context_ptr ctx(llama_init_from_model(model, p));
     if (!ctx) {
@@ -92,6 +94,8 @@ static llama_context_ptr new_context(llama_model * model, const dim_context_para
         fail(DIM_OUT_OF_MEMORY, "no context of %u positions x %u sessions: %s", params.n_ctx, params.max_sessions,
              *why ? why : "llama.cpp does not say why");
     }
+    // what is computed with is made while it is
+    check_room(0, false, what.c_str());
     if (!ctx->get_memory())
         fail(DIM_UNSUPPORTED, "a %s model keeps no memory: it does not generate token by token",
              model->arch_name().c_str());

@@ -1,6 +1,7 @@
 // Models: loading and describing. Only llama.cpp's public API, but for where the weights lie; slices are loader.cpp's.
 #include "boundary.h"
 #include "model.h"
+#include "room.h"
 #include "upstream.h"
 
 #include "gguf.h"
@@ -9,8 +10,10 @@
 #include <algorithm>
 #include <cstdio>
 #include <cstring>
+#include <filesystem>
 #include <memory>
 #include <string>
+#include <system_error>
 #include <vector>
 
 using namespace dim;
@@ -112,11 +115,24 @@ static std::unique_ptr<dim_model> load_slice(const char * const * paths, size_t 
     return made;
 }
 
+// Refuses what cannot be had, while nothing has been. Weights that go to a device pass through little memory here.
+static void check_weights_fit(const char * const * paths, size_t n_paths, const dim_model_params & params) {
+    uint64_t bytes = 0;
+    std::error_code unknown;
+    for (size_t i = 0; i < n_paths && params.part != DIM_MODEL_TOKENIZER; i++) {
+        const auto size = std::filesystem::file_size(std::filesystem::u8path(paths[i]), unknown);
+        if (!unknown) bytes += size;
+    }
+    const bool on_device = params.gpu_blocks != 0 && ggml_backend_dev_by_type(GGML_BACKEND_DEVICE_TYPE_GPU);
+    check_room(on_device ? 0 : bytes, params.use_mmap, paths[0]);
+}
+
 dim_status dim_model_load(const char * const * paths, size_t n_paths, const dim_model_params * params, dim_model ** out,
                           dim_fault * fault) {
     return guarded(fault, [&] {
         initialize();
         check_params(n_paths, *params);
+        check_weights_fit(paths, n_paths, *params);
         load_watch watch{ params->progress, params->progress_user, false };
         auto load = llama_model_default_params();
         load.load_mode = params->use_mmap ? LLAMA_LOAD_MODE_MMAP : LLAMA_LOAD_MODE_NONE;

@@ -4,6 +4,8 @@
 #include "crossing.h"
 #include "cut.h"
 #include "model.h"
+#include "operands.h"
+#include "room.h"
 #include "stage.h"
 #include "whole_graph.h"
 
@@ -62,6 +64,12 @@ struct view {
         graph.build(graph.params(rows, cells.get(), rows.n_tokens));
         const dependencies nodes(graph.nodes(), graph.weights, (int) model.hparams.n_layer());
         return cut_range(model, graph.result(), nodes, range, {});
+    }
+
+    // Whether the whole model can be computed.
+    void check(const llama_model & model) {
+        graph.build(graph.params(many, cells.get(), many.n_tokens));
+        check_operands(dependencies(graph.nodes(), graph.weights, (int) model.hparams.n_layer()));
     }
 };
 
@@ -174,6 +182,7 @@ dim_status dim_plan_open(const char * const * paths, size_t n_paths, dim_plan **
         initialize();
         if (n_paths == 0) fail(DIM_INVALID_ARGUMENT, "no model file given");
         forget_log();
+        check_room(0, false, paths[0]);
         const gguf_file header = open_header(paths[0]);
         if (!header) {
             const char * why = log_error_line();
@@ -196,6 +205,7 @@ dim_status dim_plan_open(const char * const * paths, size_t n_paths, dim_plan **
         auto & llama = *plan->model->llama;
         check_decoder(llama);
         plan->one = std::make_unique<view>(llama, plan_ctx);
+        plan->one->check(llama);
         plan->twice = std::make_unique<view>(llama, 2 * plan_ctx);
         *out = plan.release();
     });

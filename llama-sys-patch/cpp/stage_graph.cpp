@@ -1,4 +1,5 @@
 // A stage's graph: cut out of llama.cpp's, with our inputs and outputs at its ends.
+#include "operands.h"
 #include "stage.h"
 
 #include <algorithm>
@@ -9,6 +10,7 @@ range_cut dim_stage::analyse(const llm_graph_params & params) {
     whole.build(params);
     const dependencies nodes(whole.nodes(), whole.weights, (int) model.hparams.n_layer());
     if (watching) watch_cut(nodes);
+    check_operands(nodes);
     return cut_range(model, whole.result(), nodes, range, owner.absent);
 }
 

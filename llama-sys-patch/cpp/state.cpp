@@ -1,6 +1,7 @@
 #include "state.h"
 
 #include "boundary.h"
+#include "room.h"
 
 #include "ggml-alloc.h"
 
@@ -132,10 +133,7 @@ void stage_memory::show_placeholders(llama_memory_recurrent & states, const llam
 // Refuses what is larger than the machine: the allocation would succeed, and writing to it would end the process.
 static void check_fits(ggml_backend_buffer_type_t type, uint64_t bytes) {
     if (!ggml_backend_buft_is_host(type)) return;
-    auto * cpu = ggml_backend_dev_by_type(GGML_BACKEND_DEVICE_TYPE_CPU);
-    if (!cpu) return;
-    size_t free = 0, total = 0;
-    ggml_backend_dev_memory(cpu, &free, &total);
+    const uint64_t total = memory_limit();
     if (total > 0 && bytes > total) {
         fail(DIM_OUT_OF_MEMORY, "the context needs %.1f GiB for its cache; this machine has %.1f GiB",
              (double) bytes / (1 << 30), (double) total / (1 << 30));

@@ -2,6 +2,7 @@
 // llama.cpp's public API only, with the settings of make_context().
 #include "context.h"
 #include "model.h"
+#include "operands.h"
 #include "session.h"
 
 #include "llama.h"
@@ -77,6 +78,13 @@ void dim_stock::decode(const dim_row * rows, size_t n_rows, const int32_t * toke
     *n_written = n_out;
 }
 
+// The graph that llama.cpp has reserved for the context.
+static void check_graph(const llama_model & model, const llama_context & context) {
+    const auto & graph = *context.get_gf_res_reserve()->get_gf();
+    weight_map weights(model);
+    check_operands(dependencies(graph, weights, (int) model.hparams.n_layer()));
+}
+
 dim_status dim_stock_create(dim_model * owner, const dim_context_params * params, dim_stock ** out) {
     return guarded([&] {
         initialize();
@@ -90,6 +98,7 @@ dim_status dim_stock_create(dim_model * owner, const dim_context_params * params
         if (params->f32_products) fail(DIM_INVALID_ARGUMENT, "llama_decode() knows no f32_products: a stage does");
         const uint32_t least = params->max_outputs == 0 ? 0 : std::max(params->max_outputs, params->max_sessions);
         auto ctx = make_context(model, *params, least);
+        check_graph(*model, *ctx);
         const uint32_t n_snapshots = snapshots_of(*ctx);
         *out = new dim_stock{ std::move(ctx), *model, (size_t) model->vocab.n_tokens(),
                               sessions(params->max_sessions, params->n_ctx, n_snapshots) };

@@ -31,6 +31,8 @@
 //      load_all_data() and init_mappings(): what they read of the loader (weights_map, size_data, use_mmap, no_alloc).
 //  13. llama-memory-recurrent.cpp, seq_rm() and s_copy(): rows are taken back by snapshots of the last call
 //  (session.cpp).
+//  14. ggml-cpu/ops.cpp, binary-ops.cpp, unary-ops.cpp: which types an operation takes (operands.cpp). llama_context:
+//      the graph that was reserved is whole and alive when a context has been made (stock.cpp, check_graph()).
 #pragma once
 
 #include "llama-adapter.h"
@@ -56,7 +58,7 @@
 namespace dim::upstream {
 
 // New operations or types: does cut() still see every way a node can depend on another (src, view_src)?
-static_assert(GGML_OP_COUNT == 101, "ggml has other operations: read graph.cpp, writes()");
+static_assert(GGML_OP_COUNT == 101, "ggml has other operations: read graph.cpp, writes(), and operands.cpp");
 static_assert(GGML_TYPE_COUNT == 43, "ggml has other types: read rows.cpp and gguf-tools' table");
 static_assert(GGML_MAX_SRC == 10 && GGML_MAX_NAME == 64, "ggml_tensor changed: read graph.cpp and whole_graph.cpp");
 static_assert(LLAMA_MAX_SEQ == 256, "llama.cpp allows another number of sequences: read StageParams::max_sessions");

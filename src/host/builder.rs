@@ -7,6 +7,7 @@ use dim_core::pipeline::Patience;
 use dim_core::rows::RowType;
 use dim_wire::keys::{Key, KeyError};
 use dim_wire::transport::CallOff;
+use gguf_tools::gguf::Gguf;
 
 use crate::device;
 use crate::error::{BadOption, Error};
@@ -15,6 +16,7 @@ use crate::host::Host;
 use crate::host::address;
 use crate::host::discovery::Discovery;
 use crate::host::split::{Split, SplitFiles};
+use crate::host::template::{ChatTemplate, TemplateError};
 use crate::resources::Resources;
 use crate::stage::verified::Verify;
 use crate::terms::Needs;
@@ -211,6 +213,22 @@ impl HostBuilder {
     pub fn unless(mut self, off: CallOff) -> HostBuilder {
         self.options.off = off;
         self
+    }
+
+    /// Whether the model's own chat template, or this one, can be read: known before anything is dialled or loaded. A model
+    /// that has none is no error.
+    ///
+    /// # Errors
+    /// It cannot be read, or the head cannot.
+    pub fn check_chat_template(&self, given: Option<&str>) -> Result<(), Error> {
+        let gguf = Gguf::open(&self.files.head)?;
+        let own = gguf.entry("tokenizer.chat_template");
+        let own = own.as_ref().and_then(|entry| entry.value.as_str());
+        match ChatTemplate::new(given.or(own).unwrap_or_default(), "", "") {
+            Ok(_) => Ok(()),
+            Err(TemplateError::None) if given.is_none() => Ok(()),
+            Err(error) => Err(error.into()),
+        }
     }
 
     /// Opens the files, dials the workers and loads what runs here. `on_event` hears of it, and of workers that are lost

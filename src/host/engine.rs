@@ -151,22 +151,24 @@ pub(crate) struct StockEngine {
     context: llama_sys_patch::Stock,
     n_vocab: usize,
     n_blocks: u32,
-    n_batch: usize,
+    /// rows of a call: what `llama_decode()` would compute at once of a longer one, so that between two a person can have
+    /// had enough
+    n_ubatch: usize,
     compute: Duration,
     /// what the context holds: a recurrent state is taken back by evaluating it anew
     tokens: Vec<i32>,
 }
 
 impl StockEngine {
-    /// `context` is of a whole model with this vocabulary and these blocks; `n_batch` is its batch size.
+    /// `context` is of a whole model with this vocabulary and these blocks, and computes `n_ubatch` rows at once.
     pub(crate) fn new(
         context: llama_sys_patch::Stock,
         n_vocab: usize,
         n_blocks: u32,
-        n_batch: u32,
+        n_ubatch: u32,
     ) -> StockEngine {
-        let n_batch = n_batch.max(1) as usize;
-        StockEngine { context, n_vocab, n_blocks, n_batch, compute: Duration::ZERO, tokens: Vec::new() }
+        let n_ubatch = n_ubatch.max(1) as usize;
+        StockEngine { context, n_vocab, n_blocks, n_ubatch, compute: Duration::ZERO, tokens: Vec::new() }
     }
 
     fn decode(
@@ -179,7 +181,7 @@ impl StockEngine {
     ) -> Result<usize, Error> {
         let mut done = 0;
         let mut logits = Vec::new();
-        for chunk in tokens.chunks(self.n_batch) {
+        for chunk in tokens.chunks(self.n_ubatch) {
             if stop.is_some_and(|stop| stop.load(Ordering::Relaxed)) {
                 break;
             }

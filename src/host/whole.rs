@@ -70,8 +70,8 @@ impl WholeModel {
             ..ContextParams::default()
         };
         let context = Stock::new(&model, &params, None)?;
-        let n_batch = context.info().n_batch;
-        let engine = StockEngine::new(context, model.n_vocab(), model.n_blocks(), n_batch);
+        let n_ubatch = context.info().n_ubatch;
+        let engine = StockEngine::new(context, model.n_vocab(), model.n_blocks(), n_ubatch);
         let vocabulary = Arc::new(Vocabulary::new(model));
         Ok(WholeModel { engine: StockModel::new(engine), vocabulary, n_ctx, model_name: model_name.into() })
     }

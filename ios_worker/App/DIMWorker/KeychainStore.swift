@@ -8,15 +8,17 @@ import Security
 struct KeychainStore: SecretStore {
     private static let service = "dim.pair-keys"
 
-    func accounts() -> [String] {
+    func accounts() throws -> [String] {
         let query: [CFString: Any] = [
             kSecClass: kSecClassGenericPassword, kSecAttrService: KeychainStore.service, kSecReturnAttributes: true,
             kSecMatchLimit: kSecMatchLimitAll,
         ]
         var result: CFTypeRef?
-        guard SecItemCopyMatching(query as CFDictionary, &result) == errSecSuccess,
-            let items = result as? [[CFString: Any]]
-        else { return [] }
+        let status = SecItemCopyMatching(query as CFDictionary, &result)
+        if status == errSecItemNotFound { return [] }
+        guard status == errSecSuccess, let items = result as? [[CFString: Any]] else {
+            throw KeyStoreError("the keychain does not say which keys it has (\(status))")
+        }
         return items.compactMap { $0[kSecAttrAccount] as? String }
     }
 

@@ -7,8 +7,8 @@ import Foundation
 
 /// A keychain, as far as it is needed.
 public protocol SecretStore: Sendable {
-    /// The accounts of all items of this app's service: no secrets.
-    func accounts() -> [String]
+    /// The accounts of all items of this app's service: no secrets. Throws where the keychain does not say.
+    func accounts() throws -> [String]
     /// The secret of one account; nil if there is none, or the device has not been unlocked yet.
     func secret(_ account: String) -> [UInt8]?
     /// Keeps a secret, under a name for people.
@@ -20,7 +20,17 @@ public struct SecretKeys: KeyStore {
 
     public init(_ store: any SecretStore) { self.store = store }
 
-    public func keys() -> [PairKey] { store.accounts().compactMap { store.secret($0).flatMap { PairKey($0) } } }
+    public func list() throws -> KeyList {
+        var list = KeyList([])
+        for account in try store.accounts() {
+            if let secret = store.secret(account) {
+                if let key = PairKey(secret) { list.keys.append(key) }
+            } else if let id = unhex(account).flatMap({ KeyID($0) }) {
+                list.unread.insert(id)
+            }
+        }
+        return list
+    }
 
     public func add(_ key: PairKey, name: String) throws {
         try store.add(key.bytes, account: hex(key.id.bytes), label: shown(name))

@@ -17,9 +17,25 @@ public struct DeviceState: Equatable, Sendable {
     public init() {}
 }
 
+/// What a store holds at a moment.
+public struct KeyList: Equatable, Sendable {
+    public var keys: [PairKey]
+    /// that are there too, and could not be read just now
+    public var unread: Set<KeyID>
+
+    public init(_ keys: [PairKey], unread: Set<KeyID> = []) {
+        self.keys = keys
+        self.unread = unread
+    }
+
+    /// Whether the key was taken away, or was never there.
+    func lacks(_ id: KeyID) -> Bool { !unread.contains(id) && !keys.contains { $0.id == id } }
+}
+
 /// Keys of paired hosts, wherever a system keeps secrets.
 public protocol KeyStore: Sendable {
-    func keys() -> [PairKey]
+    /// Throws where it is not known which keys there are. A store that is not there yet has none.
+    func list() throws -> KeyList
     /// Another number after keys have come or gone in some other way than by `add`: the server keeps what it has read
     /// until then.
     var stamp: UInt64 { get }
@@ -30,6 +46,9 @@ public protocol KeyStore: Sendable {
 extension KeyStore {
     /// of a store that only `add` changes, and whoever then calls `Server.keysChanged`
     public var stamp: UInt64 { 0 }
+
+    /// what can be read now
+    public func keys() -> [PairKey] { (try? list())?.keys ?? [] }
 }
 
 public struct ServerConfiguration: Sendable {
@@ -101,7 +120,7 @@ public struct KeyFile: KeyStore {
         self.key = key
     }
 
-    public func keys() -> [PairKey] { [key] }
+    public func list() -> KeyList { KeyList([key]) }
 
     public func add(_ key: PairKey, name: String) throws {
         throw KeyStoreError("this worker was started with --key-file: it does not pair")
@@ -126,13 +145,26 @@ public struct KeyDirectory: KeyStore {
         return UInt64(time.tv_sec) << 30 | UInt64(time.tv_nsec)
     }
 
-    public func keys() -> [PairKey] {
-        let names = (try? FileManager.default.contentsOfDirectory(atPath: directory.path)) ?? []
-        return names.filter { $0.hasSuffix(".key") }.sorted().compactMap { name in
+    public func list() throws -> KeyList {
+        guard isThere(directory) else { return KeyList([]) }
+        var list = KeyList([])
+        for name in try FileManager.default.contentsOfDirectory(atPath: directory.path).sorted() {
+            guard name.hasSuffix(".key") else { continue }
             let file = directory.appendingPathComponent(name)
-            let text = try? String(contentsOf: file, encoding: .utf8)
-            return text.flatMap { PairKey(line: String($0.prefix { $0 != "\n" })) }
+            if let bytes = try? Data(contentsOf: file) {
+                let line = String(decoding: bytes, as: UTF8.self).prefix { $0 != "\n" }
+                if let key = PairKey(line: String(line)) { list.keys.append(key) }
+            } else if isThere(file), let id = unhex(String(name.dropLast(4))).flatMap({ KeyID($0) }) {
+                list.unread.insert(id)
+            }
         }
+        return list
+    }
+
+    /// `false` only where the system says so
+    private func isThere(_ place: URL) -> Bool {
+        var status = stat()
+        return stat(place.path, &status) == 0 || errno != ENOENT
     }
 
     public func add(_ key: PairKey, name: String) throws {

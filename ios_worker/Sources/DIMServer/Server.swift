@@ -21,9 +21,7 @@ public final class Server: @unchecked Sendable {
     // Everything below is touched under `lock` only.
     private var stage = StageState.none
     private var listener: Listener?
-    /// of the key store, as of `keysStamp`
-    private var keys: [PairKey]?
-    private var keysStamp: UInt64 = 0
+    private var keys = KnownKeys()
     private var calledName: String
     private var accepted = 0
     private var connections: [ObjectIdentifier: Connection] = [:]
@@ -39,6 +37,15 @@ public final class Server: @unchecked Sendable {
         let instance: UInt64
         let host: String
         let since: Milliseconds
+    }
+
+    /// What was last read of the key store.
+    private struct KnownKeys {
+        var list = KeyList([])
+        /// of the store, when that was read; nil: to be read anew
+        var stamp: UInt64?
+        /// something could not be read, and is not tried again before then
+        var again: Milliseconds?
     }
 
     private struct PairingWindow {
@@ -72,7 +79,7 @@ public final class Server: @unchecked Sendable {
         let tick: Bool = locked {
             listener = fresh
             // keys may have come or gone while nobody could ask for them
-            keys = nil
+            (keys.stamp, keys.again) = (nil, nil)
             defer { ticking = true }
             return !ticking
         }
@@ -113,7 +120,7 @@ public final class Server: @unchecked Sendable {
     var name: String { locked { calledName } }
 
     /// The keys of the store are read anew before the next handshake: one was taken away.
-    public func keysChanged() { locked { keys = nil } }
+    public func keysChanged() { locked { (keys.stamp, keys.again) = (nil, nil) } }
 
     public var isListening: Bool { locked { listener != nil } }
 
@@ -176,16 +183,24 @@ public final class Server: @unchecked Sendable {
 
     func secrets() -> WorkerSecrets {
         let pairing = locked { openWindow().map { PairKey(code: $0.code) } }
-        return WorkerSecrets(keys: knownKeys(), pairing: pairing)
+        return WorkerSecrets(keys: knownKeys().list.keys, pairing: pairing)
     }
 
-    /// The store's keys. It is asked only when its stamp has changed: anybody may connect, and a keychain is slow.
-    private func knownKeys() -> [PairKey] {
+    /// The store's keys, and whether that is known to be all there is to know; otherwise what was last read. It is asked
+    /// only when its stamp has changed, or a second after it could not be read: anybody may connect, and a keychain is slow.
+    private func knownKeys() -> (list: KeyList, isCurrent: Bool) {
         let stamp = configuration.keys.stamp
-        if let known = locked({ keysStamp == stamp ? keys : nil }) { return known }
-        let read = configuration.keys.keys()
-        locked { (keys, keysStamp) = (read, stamp) }
-        return read
+        let now = monotonicMilliseconds()
+        let known = locked { keys }
+        if let again = known.again, now < again { return (known.list, false) }
+        if known.again == nil, known.stamp == stamp { return (known.list, true) }
+        let read = try? configuration.keys.list()
+        return locked {
+            if let read { keys.list = read }
+            keys.stamp = stamp
+            keys.again = read?.unread.isEmpty == true ? nil : now + 1000
+            return (keys.list, read != nil)
+        }
     }
 
     /// Whether the host of `terms` may have the worker, for steps.
@@ -324,9 +339,12 @@ public final class Server: @unchecked Sendable {
     /// handshakes, hosts that have shown a key, and connections that are about to be gone
     private static let mostConnections = 4 * Limit.handshakes
 
-    /// Ends the connection of a host whose key was taken away: it is a stranger now.
+    /// Ends the connection of a host whose key was taken away: it is a stranger now. A key that cannot be read for a moment
+    /// is still there.
     private func endIfRevoked() {
-        guard let serving = locked({ serving }), !knownKeys().contains(where: { $0.id == serving.key }) else { return }
+        guard let serving = locked({ serving }) else { return }
+        let (list, isCurrent) = knownKeys()
+        guard isCurrent, list.lacks(serving.key) else { return }
         let text = "this host's key was taken away at the worker; pair again"
         Thread.start("dim leave") { serving.connection.fail(ErrorReport(code: .revoked, text: text)) }
     }

@@ -101,8 +101,12 @@ import Testing
 private final class Keychain: SecretStore, @unchecked Sendable {
     private let items = Locked<[(account: String, secret: [UInt8], label: String)]>([])
     var isLocked = false
+    var isSilent = false
 
-    func accounts() -> [String] { items.withLock { $0.map(\.account) } }
+    func accounts() throws -> [String] {
+        if isSilent { throw KeyStoreError("not now") }
+        return items.withLock { $0.map(\.account) }
+    }
     func secret(_ account: String) -> [UInt8]? {
         isLocked ? nil : items.withLock { $0.first { $0.account == account }?.secret }
     }
@@ -128,5 +132,8 @@ private final class Keychain: SecretStore, @unchecked Sendable {
         // before the first unlock there are items, and no secrets
         keychain.isLocked = true
         #expect(store.keys().isEmpty)
+        #expect(try store.list() == KeyList([], unread: Set(keys.map(\.id))))
+        keychain.isSilent = true
+        #expect(throws: KeyStoreError.self) { try store.list() }
     }
 }

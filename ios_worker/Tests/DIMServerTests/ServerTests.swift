@@ -335,6 +335,55 @@ import Testing
         #expect(report.text.contains("pair again"))
     }
 
+    @Test func keysThatCannotBeReadForAMomentEndNothing() throws {
+        let worker = try TestServer()
+        let host = try TestHost(worker.address, .serve(.host()))
+        #expect(host.accepted() != nil)
+        worker.keys.unread {
+            worker.server.keysChanged()
+            #expect(host.closed(2.5) == nil)
+        }
+        #expect(host.closed(2.5) == nil)
+        worker.keys.removeAll()
+        worker.server.keysChanged()
+        guard case .peerFailed(let report)? = host.closed() else {
+            Issue.record("it goes on")
+            return
+        }
+        #expect(report.code == .revoked)
+    }
+
+    @Test func aHostIsKnownWhileTheKeysCannotBeRead() throws {
+        let worker = try TestServer()
+        let first = try TestHost(worker.address, .serve(.host()))
+        #expect(first.accepted() != nil)
+        first.goodbye()
+        worker.keys.unread {
+            worker.server.keysChanged()
+            let again = try? TestHost(worker.address, .serve(.host()))
+            #expect(again?.accepted() != nil)
+        }
+    }
+
+    @Test func aKeyFileThatCannotBeReadIsThereAllTheSame() throws {
+        let place = FileManager.default.temporaryDirectory.appendingPathComponent("dim-keys-\(UUID().uuidString)")
+        defer { try? FileManager.default.removeItem(at: place) }
+        let store = KeyDirectory(place)
+        #expect(try store.list() == KeyList([]), "a store that is not there yet has none")
+        let keys = [PairKey.random(), PairKey.random()]
+        for key in keys { try store.add(key, name: "a desk") }
+        let file = place.appendingPathComponent(hex(keys[0].id.bytes) + ".key")
+        // whoever reads it: even the system's administrator cannot read a folder as a file
+        try FileManager.default.removeItem(at: file)
+        try FileManager.default.createDirectory(at: file, withIntermediateDirectories: false)
+        #expect(try store.list() == KeyList([keys[1]], unread: [keys[0].id]))
+        try FileManager.default.removeItem(at: file)
+        #expect(try store.list() == KeyList([keys[1]]))
+        try FileManager.default.removeItem(at: place)
+        try Data().write(to: place)
+        #expect(throws: (any Error).self) { try store.list() }
+    }
+
     @Test func anAddressIsCountedByItsNetwork() {
         #expect(Socket.network(of: "192.168.1.7") == "192.168.1.7")
         #expect(Socket.network(of: "::ffff:192.168.1.7") == "192.168.1.7")

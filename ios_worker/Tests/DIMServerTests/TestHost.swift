@@ -122,27 +122,36 @@ final class Reports: @unchecked Sendable {
 
 final class MemoryKeys: KeyStore, @unchecked Sendable {
     private let lock = NSLock()
-    private var list: [PairKey]
+    private var kept: [PairKey]
     private var count = 0
+    private var unreadable = false
 
-    init(_ keys: [PairKey] = [TestHost.key]) { list = keys }
+    init(_ keys: [PairKey] = [TestHost.key]) { kept = keys }
 
-    func keys() -> [PairKey] {
-        lock.withLock {
+    func list() throws -> KeyList {
+        try lock.withLock {
             count += 1
-            return list
+            if unreadable { throw KeyStoreError("not now") }
+            return KeyList(kept)
         }
+    }
+
+    /// Nothing is known of it while `body` runs.
+    func unread(while body: () -> Void) {
+        lock.withLock { unreadable = true }
+        body()
+        lock.withLock { unreadable = false }
     }
 
     /// how often it was asked
     var reads: Int { lock.withLock { count } }
 
-    func removeAll() { lock.withLock { list = [] } }
+    func removeAll() { lock.withLock { kept = [] } }
 
     func add(_ key: PairKey, name: String) {
         lock.lock()
         defer { lock.unlock() }
-        list.append(key)
+        kept.append(key)
     }
 }
 
@@ -151,7 +160,7 @@ final class FullOnce: KeyStore, @unchecked Sendable {
     private let kept = MemoryKeys([])
     private let full = Locked(true)
 
-    func keys() -> [PairKey] { kept.keys() }
+    func list() throws -> KeyList { try kept.list() }
 
     func add(_ key: PairKey, name: String) throws {
         let isFull = full.withLock { full in

@@ -49,7 +49,7 @@ pub(crate) fn hint(error: &Error) -> Option<String> {
         Error::TooFewSessions { needed, .. } => {
             return Some(format!("start it with --parallel {needed}, or the host with fewer sessions"));
         }
-        Error::Load { .. } => "a smaller --ctx needs less memory",
+        Error::Load { .. } | Error::Llama(llama_sys_patch::Error::OutOfMemory(_)) => LESS_MEMORY,
         Error::EmptyPrompt => "give at least one character with -p or -f",
         Error::PromptTooLong { n_tokens, .. } => {
             let enough = n_tokens.next_power_of_two();
@@ -101,6 +101,8 @@ fn of_stage(error: &StageError) -> Option<&'static str> {
     }
 }
 
+const LESS_MEMORY: &str = "a smaller --ctx needs less memory, and so do fewer blocks here; or close other programs, or allow \
+                           this one more (ulimit -v, the limit of its container)";
 const NAME_THE_WORKER: &str = "name the worker with --worker ADDR:PORT";
 
 #[cfg(test)]

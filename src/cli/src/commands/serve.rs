@@ -88,6 +88,9 @@ pub fn run(args: &ServeArgs) -> Result<(), Failure> {
     let options = args.options()?;
     let interrupt = Interrupt::watch();
     let host = args.split.host(&args.machine)?.sessions(args.parallel);
+    if let Some(template) = &options.chat_template {
+        host.check_chat_template(Some(template)).map_err(explain)?;
+    }
     // what is wrong with the address is known before a model is loaded
     let server = Server::bind(options).map_err(cannot)?;
     let (watch, mut show) = (server.watch(), shown::events(args.machine.verbose));

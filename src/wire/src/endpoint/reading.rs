@@ -27,6 +27,12 @@ impl Endpoint {
         self.inbox = Some(inbox);
     }
 
+    /// When the silence will have lasted too long, unless something is heard. A reader that looks up from its waiting then,
+    /// and not at its next regular look, notices it at once.
+    pub fn silent_at(&self) -> Option<Instant> {
+        self.timers.at(Timer::Silence)
+    }
+
     /// `n` bytes came.
     pub fn heard(&mut self, n: usize, now: Instant) {
         self.traffic.bytes_received += n as u64;

@@ -41,8 +41,8 @@ pub struct KeyStore {
 pub struct FoundKey {
     /// The key.
     pub key: Key,
-    /// Why it is not to be used, for the user on this side.
-    pub unusable: Option<String>,
+    /// Why it is not to be used.
+    pub unusable: Option<KeyError>,
 }
 
 impl FoundKey {
@@ -119,8 +119,8 @@ impl KeyStore {
         Ok((key.id() == id).then_some(key))
     }
 
-    /// The key that a host names, if it is one of these. Keys that cannot be read are none; one that others can read is
-    /// found, and not to be used. The directory is read anew only when it has changed: anybody may ask.
+    /// The key that a host names, if it is one of these. Keys that cannot be read are none, for now; one that others can
+    /// read, or that cannot be read any more, is found, and not to be used. The directory is read anew only when it has changed: anybody may ask.
     pub fn find_named(&self, named: &Named) -> Option<FoundKey> {
         let now = SystemTime::now();
         let changed = fs::metadata(&self.directory).and_then(|m| m.modified()).ok()?;
@@ -132,16 +132,26 @@ impl KeyStore {
         });
         if !is_current {
             let ids = self.list().ok()?.into_iter().map(|(id, _)| id);
-            let read = |id| Key::from_file(&self.path(id, "key")).ok().filter(|key| key.id() == id);
-            let keys = ids.filter_map(read).collect();
-            *known = Some(Known { changed, read: now, keys });
+            let mut keys = Vec::new();
+            let mut is_whole = true;
+            for id in ids {
+                match Key::from_file(&self.path(id, "key")) {
+                    Ok(key) if key.id() == id => keys.push(key),
+                    // for a moment, perhaps: the next who asks is not to find it missing
+                    Err(KeyError::Io { .. }) => is_whole = false,
+                    Ok(_) | Err(_) => {}
+                }
+            }
+            // nothing that was read for as long ago is believed
+            let read = if is_whole { now } else { changed };
+            *known = Some(Known { changed, read, keys });
         }
         let key = known.as_ref()?.keys.iter().find(|key| named.is(key))?.clone();
         drop(known);
         // who may read it can change without the directory
         match self.find(key.id()) {
             Ok(found) => found.map(FoundKey::good),
-            Err(why) => Some(FoundKey { key, unusable: Some(why.to_string()) }),
+            Err(why) => Some(FoundKey { key, unusable: Some(why) }),
         }
     }
 
@@ -304,6 +314,19 @@ pub enum KeyError {
 }
 
 impl KeyError {
+    /// What a host hears that has such a key, of the worker's: the worker's user hears the error itself.
+    pub fn at_the_worker(&self) -> &'static str {
+        match self {
+            KeyError::Permissions { .. } => {
+                "its key file there can be read by others, which its user has been told"
+            }
+            KeyError::BadFile { .. } => {
+                "its key file there is damaged, which its user has been told: pair again"
+            }
+            _ => "its key file there cannot be read, which its user has been told",
+        }
+    }
+
     /// What to do about it, where the error does not say so itself.
     pub fn hint(&self) -> Option<&'static str> {
         match self {

@@ -167,14 +167,12 @@ impl Line {
         state
     }
 
-    /// Reads what there is, waiting a tick at most, and not beyond `deadline`.
-    fn read_before(&self, deadline: Option<Instant>, space: &mut [u8]) -> io::Result<usize> {
-        let left = deadline.map(|deadline| deadline.saturating_duration_since(Instant::now()));
-        let Some(left) = left.filter(|left| *left < tcp::TICK) else {
+    /// Reads what there is, waiting a tick at most, and not beyond `until`.
+    fn read_before(&self, until: Option<Instant>, space: &mut [u8]) -> io::Result<usize> {
+        let Some(left) = tcp::less_than_a_tick(until, Instant::now()) else {
             return (&mut { &self.stream }).read(space);
         };
-        // no time at all would mean for ever
-        self.stream.set_read_timeout(Some(left.max(Duration::from_millis(1))))?;
+        self.stream.set_read_timeout(Some(left))?;
         let read = (&mut { &self.stream }).read(space);
         self.stream.set_read_timeout(Some(tcp::TICK))?;
         read
@@ -194,6 +192,7 @@ impl Line {
         attending: bool,
     ) -> (MutexGuard<'_, State>, bool) {
         let mut came = None;
+        let mut silent_at = self.state().endpoint.silent_at();
         loop {
             // opened without a lock; with it, a message is only filed
             let polled = inbox.poll();
@@ -202,6 +201,7 @@ impl Line {
                 let now = Instant::now();
                 let mut state = self.state();
                 state.endpoint.heard(came.take().unwrap_or(0), now);
+                silent_at = state.endpoint.silent_at();
                 let filed = match polled {
                     Ok(true) => Some(self.file_all(&mut state, &mut inbox, now)),
                     Ok(false) => None,
@@ -220,7 +220,8 @@ impl Line {
                     continue;
                 }
             }
-            match self.read_before(deadline, inbox.space()) {
+            let until = deadline.into_iter().chain(silent_at).min();
+            match self.read_before(until, inbox.space()) {
                 Ok(n) if n > 0 => {
                     inbox.filled(n);
                     came = Some(n);

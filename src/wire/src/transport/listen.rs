@@ -26,7 +26,7 @@ use crate::endpoint::{Endpoint, LookUp};
 use crate::error::HandshakeError;
 use crate::fault::{ErrorCode, Farewell, Fault};
 use crate::handshake::{Lookup, Named, Purpose};
-use crate::keys::{FoundKey, Key, KeyId, KeyStore, PairingCode, PairingWindow, Peer};
+use crate::keys::{FoundKey, Key, KeyError, KeyId, KeyStore, PairingCode, PairingWindow, Peer};
 use crate::link_error::{Awaited, LinkErrorKind};
 use crate::message::Message;
 use crate::terms::{self, Reason, Terms};
@@ -334,9 +334,8 @@ impl Shared {
                 match unusable {
                     None => self.answer(&mut opening, wish),
                     Some(why) => {
-                        let text = "its key file there can be read by others, which its user has been told";
-                        opening.endpoint.fail(Fault::new(ErrorCode::Internal, text));
-                        self.refused(from.ip(), why);
+                        opening.endpoint.fail(Fault::new(ErrorCode::Internal, why.at_the_worker()));
+                        self.refused(from.ip(), why.to_string());
                         Ok(None)
                     }
                 }
@@ -484,7 +483,7 @@ impl Shared {
         }
     }
 
-    /// At most one notice a minute for an address.
+    /// At most one notice a minute for a network.
     fn refused(&self, from: IpAddr, why: String) {
         if !self.is_closed()
             && let Some(suppressed) = self.limiter.pass(Some(from), Instant::now())
@@ -499,7 +498,7 @@ impl Shared {
 struct Looked {
     pairing: bool,
     /// the key is here and is not used: why, for the worker's user
-    unusable: Option<String>,
+    unusable: Option<KeyError>,
 }
 
 /// What a peer with a key wants.

@@ -6,24 +6,26 @@ use std::sync::Mutex;
 use std::time::{Duration, Instant};
 
 use super::line::lock;
+use super::strangers::network;
 use crate::keys::KeyId;
 
-/// Least time between two notices about one address, or about the system.
+/// Least time between two notices about one network (as the door counts them: an IPv4 address, 64 bits of an IPv6 one), or
+/// about the system.
 const NOTICE_EVERY: Duration = Duration::from_secs(60);
-/// Addresses remembered for that.
+/// Networks remembered for that.
 const REMEMBERED: usize = 1024;
 
 /// Something that happened while listening.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum Notice {
-    /// A peer was not let in. At most one notice a minute for an address.
+    /// A peer was not let in. At most one notice a minute for an IPv4 address, or for the first 64 bits of an IPv6 one.
     #[error("refused {from}: {why}{}", more(.suppressed))]
     Refused {
         /// From where.
         from: IpAddr,
         /// What was wrong.
         why: String,
-        /// How many more of that address went unmentioned since the last notice.
+        /// How many more from there went unmentioned since the last notice.
         suppressed: u32,
     },
     /// A host was told to wait, because another is being served.
@@ -74,6 +76,7 @@ impl Limiter {
     /// How many notices about `what` (an address, or the system) went unmentioned since the last, if one may be given
     /// now.
     pub(super) fn pass(&self, what: Option<IpAddr>, now: Instant) -> Option<u32> {
+        let what = what.map(network);
         let mut seen = lock(&self.seen);
         match seen.get_mut(&what) {
             Some((last, suppressed)) if now.duration_since(*last) < NOTICE_EVERY => {
@@ -114,6 +117,22 @@ mod tests {
         assert_eq!(limiter.pass(None, now), Some(0), "something else");
         assert_eq!(limiter.pass(here, now + Duration::from_secs(60)), Some(59));
         assert_eq!(limiter.pass(here, now + Duration::from_secs(120)), Some(0));
+    }
+
+    /// One machine may have all of its 2^64 addresses: they do not fill the memory, nor the user's screen.
+    #[test]
+    fn a_network_of_ipv6_is_one_as_it_is_at_the_door() {
+        let limiter = Limiter::default();
+        let now = Instant::now();
+        let from = |text: &str| Some(text.parse::<IpAddr>().unwrap());
+        assert_eq!(limiter.pass(from("2001:db8::1"), now), Some(0));
+        for host in 2..100 {
+            assert_eq!(limiter.pass(from(&format!("2001:db8::{host:x}")), now), None);
+        }
+        assert_eq!(limiter.pass(from("2001:db8:0:1::1"), now), Some(0), "another network");
+        assert_eq!(limiter.pass(from("10.0.0.1"), now), Some(0));
+        assert_eq!(limiter.pass(from("::ffff:10.0.0.1"), now), None, "the same, written otherwise");
+        assert_eq!(limiter.pass(from("2001:db8::ffff"), now + NOTICE_EVERY), Some(98));
     }
 
     #[test]

@@ -98,7 +98,7 @@ fn leaves(networks: &[IpAddr], closed: &Closed) -> Option<usize> {
 
 /// What an address is counted as: an IPv4 address is itself, of an IPv6 address its first 64 bits, since one machine may
 /// have all the rest.
-fn network(from: IpAddr) -> IpAddr {
+pub(super) fn network(from: IpAddr) -> IpAddr {
     match from.to_canonical() {
         IpAddr::V6(v6) => Ipv6Addr::from_bits(v6.to_bits() & !u128::from(u64::MAX)).into(),
         v4 => v4,

@@ -11,6 +11,13 @@ use super::call_off::Dial;
 /// How often a blocked read or write comes back to look at the time. It costs nothing while bytes flow.
 pub(super) const TICK: Duration = Duration::from_millis(100);
 
+/// How long to wait for a time that comes before the next tick; `None`: it doesn't.
+pub(super) fn less_than_a_tick(until: Option<Instant>, now: Instant) -> Option<Duration> {
+    let left = until?.saturating_duration_since(now);
+    // no time at all would mean for ever, and less than this is rounded by the system
+    (left < TICK).then(|| left.max(Duration::from_millis(1)))
+}
+
 /// Connects to the first of the address's numbers that answers, before `deadline`, unless it is called off.
 pub(super) fn connect(address: &str, deadline: Instant, dial: &Dial<'_>) -> io::Result<TcpStream> {
     let mut last = io::Error::new(ErrorKind::NotFound, "the name has no address");
@@ -151,4 +158,29 @@ pub(super) fn close_gently(stream: &TcpStream) {
         }
     }
     let _ = stream.shutdown(std::net::Shutdown::Both);
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// A reader looks up every tick; it looks up last when the silence is too long, whenever it began.
+    #[test]
+    fn looks_end_exactly_at_the_time_that_is_waited_for() {
+        let begun = Instant::now();
+        for (ms, after) in [(3_000, 0), (3_000, 1), (3_000, 2_950), (3_037, 0), (99, 0), (250, 49)] {
+            let silent_at = begun + Duration::from_millis(ms);
+            let mut now = begun + Duration::from_millis(after);
+            while now < silent_at {
+                let look = less_than_a_tick(Some(silent_at), now).unwrap_or(TICK);
+                assert!(look <= TICK && !look.is_zero());
+                now += look;
+            }
+            assert_eq!(now, silent_at, "{ms} ms, of which {after} were over");
+        }
+        // a time that is over is not waited for, and never for ever
+        let late = less_than_a_tick(Some(begun), begun + TICK);
+        assert_eq!(late, Some(Duration::from_millis(1)));
+        assert_eq!(less_than_a_tick(None, begun), None);
+    }
 }

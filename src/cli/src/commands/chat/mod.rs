@@ -61,6 +61,7 @@ pub fn run(args: &ChatArgs, process_start: Instant) -> Result<(), Failure> {
     let template = args.chat_template.as_deref().map(template_text).transpose()?;
     let interrupt = Interrupt::watch();
     let host = args.split.host(&args.machine)?;
+    host.check_chat_template(template.as_deref()).map_err(explain)?;
     let host = host.connect(shown::events(args.machine.verbose)).map_err(explain)?;
     let template = match &template {
         Some(source) => host.chat_template_of(source).map_err(explain)?,

@@ -1,0 +1,97 @@
+//! A tensor of a type that an operation on it does not take is refused by name, before ggml meets it in a kernel and ends
+//! the process: every tensor of every architecture that `dim-synth` makes, in types that it is not of.
+#![cfg(feature = "engine")]
+
+mod common;
+
+use std::path::Path;
+
+use common::child::{self, Child};
+use gguf_tools::gguf::{
+    Gguf, TensorType, Value, check,
+    write::{GgufWriter, TensorSpec},
+};
+use gguf_tools::synth::{FAMILIES, Spec};
+use llama_sys_patch::{ContextParams, GraphPlan, Model, ModelParams, Row, Stock};
+
+const TYPES: [TensorType; 4] = [TensorType::F16, TensorType::BF16, TensorType::Q8_0, TensorType::I32];
+
+/// The child: plans and runs every file it is told, and says so.
+#[test]
+fn runs_what_it_is_told() {
+    child::serve(plan_and_run);
+}
+
+fn plan_and_run(path: &Path) -> Result<(), llama_sys_patch::Error> {
+    let mut plan = GraphPlan::open(&[path])?;
+    let planned = plan.blocks();
+    let planned = plan.range(planned).map(drop);
+    let model = Model::load(&[path], ModelParams { gpu_layers: Some(0), ..Default::default() })?;
+    let context = ContextParams { n_ctx: 64, n_batch: 32, n_ubatch: 32, n_threads: 1, ..Default::default() };
+    let mut stock = Stock::new(&model, &context, Some(1))?;
+    // what is refused before it is loaded and what is refused with the context are the same
+    planned?;
+    let mut logits = vec![0.0; model.n_vocab()];
+    let row = |position| Row { session: 0, position, want_output: position == 3 };
+    stock.decode(&[0, 1, 2, 3].map(row), &[3, 5, 7, 9], &mut logits)?;
+    Ok(())
+}
+
+/// The model with the tensor at `at` of another type, its bytes over and over; `false`: the format has no such file.
+fn retyped(model: &Gguf, at: usize, tensor_type: TensorType, to: &Path) -> bool {
+    let metadata: Vec<(String, Value<'_>)> = model.metadata().map(|e| (e.key.to_owned(), e.value)).collect();
+    let specs: Vec<TensorSpec> = model
+        .tensors()
+        .enumerate()
+        .map(|(i, t)| {
+            TensorSpec::new(t.name(), if i == at { tensor_type } else { t.tensor_type() }, t.dims())
+        })
+        .collect();
+    let Ok(mut writer) = GgufWriter::create(to, &metadata, &specs) else { return false };
+    for (tensor, spec) in model.tensors().zip(&specs) {
+        let data = tensor.data().unwrap();
+        let n = spec.n_bytes().unwrap() as usize;
+        let bytes: Vec<u8> = data.iter().copied().cycle().take(n).collect();
+        writer.write(&bytes).unwrap();
+    }
+    writer.finish().unwrap();
+    true
+}
+
+#[test]
+fn no_type_of_any_tensor_ends_the_process() {
+    let dir = tempfile::tempdir().unwrap();
+    let (source, changed) = (dir.path().join("model.gguf"), dir.path().join("changed.gguf"));
+    let mut child = Child::start("runs_what_it_is_told");
+    let (mut ran, mut by_name, mut ended) = (0, 0, Vec::new());
+    for family in FAMILIES {
+        Spec::tiny(family.arch).unwrap().blocks(2).write(&source).unwrap();
+        let model = Gguf::open(&source).unwrap();
+        assert_eq!(child.load(&source), Ok("ran".into()), "{}", family.arch);
+        // blocks are alike
+        let of_interest = model.tensors().enumerate().filter(|(_, t)| !t.name().starts_with("blk.1."));
+        for (at, tensor) in of_interest {
+            for tensor_type in TYPES.into_iter().filter(|&other| other != tensor.tensor_type()) {
+                if !retyped(&model, at, tensor_type, &changed)
+                    || Gguf::open(&changed).and_then(|g| check::model(&g)).is_err()
+                {
+                    continue;
+                }
+                match child.load(&changed) {
+                    Ok(verdict) if verdict == "ran" => ran += 1,
+                    Ok(verdict) => by_name += usize::from(verdict.contains(tensor.name())),
+                    Err(signal) => {
+                        ended.push(format!(
+                            "{}, {} as {tensor_type:?}: signal {signal}",
+                            family.arch,
+                            tensor.name()
+                        ));
+                        child = Child::start("runs_what_it_is_told");
+                    }
+                }
+            }
+        }
+    }
+    assert!(ended.is_empty(), "{}", ended.join("\n"));
+    assert!(ran > 100 && by_name > 10, "{ran} ran, {by_name} were refused by the tensor's name");
+}
