@@ -3,6 +3,7 @@
 mod common;
 
 use std::io::{Read as _, Write as _};
+use std::path::Path;
 use std::process::{Command, Stdio};
 use std::time::Duration;
 
@@ -11,6 +12,7 @@ use dim::host::report::Stop;
 use dim::host::template::{CHATML, ChatTemplate, Role, Turn};
 use dim::{Resources, WholeModel};
 use gguf_tools::gguf::Value;
+use gguf_tools::manifest::Manifest;
 use gguf_tools::synth::Spec;
 
 #[test]
@@ -394,7 +396,7 @@ fn a_paired_worker_may_move() {
 #[test]
 fn a_model_in_the_place_of_a_key_or_a_manifest_is_said_with_the_way_out() {
     let cut = Cut::tiny("llama");
-    let generate = |split: &std::path::Path, key: &std::path::Path| {
+    let generate = |split: &Path, key: &Path| {
         let mut command = Command::new(host_program());
         command.args(["generate", "-p", "x", "--worker", "127.0.0.1:1"]);
         failure(command.arg("--split").arg(split).arg("--key-file").arg(key), 2)
@@ -422,4 +424,131 @@ fn a_model_in_the_place_of_a_key_or_a_manifest_is_said_with_the_way_out() {
             says.lines().filter(|line| line.starts_with("error: ") || line.starts_with("hint: ")).collect();
         assert!(matches!(lines[..], [e, h] if e.contains(error) && h.contains(hint)), "{says}");
     }
+}
+
+/// What of llama.cpp's has no place here is answered with what has one, and never taken for another option.
+#[test]
+fn options_without_a_place_here_are_answered_with_what_to_do_instead() {
+    for (args, hint) in [
+        (["chat", "-m", "a.gguf"].as_slice(), "--split STEM.split.json"),
+        (&["serve", "--split", "a.json", "--port", "80"], "--listen ADDR:PORT"),
+        (&["stock", "-m", "a.gguf", "-p", "x", "-cnv"], "`dim-host chat`"),
+        (&["stock", "-m", "a.gguf", "-p", "x", "-no-cnv"], "leave it out"),
+        (&["stock", "-m", "a.gguf", "-p", "x", "--mlock"], "leave it out"),
+        (&["stock", "-m", "a.gguf", "-p", "x", "--grammar", "x"], "--top-k"),
+    ] {
+        let said = failure(Command::new(host_program()).args(args), 2);
+        assert!(
+            said.lines().any(|line| line.starts_with("hint: ") && line.contains(hint)),
+            "{args:?}: {said}"
+        );
+        assert!(!said.contains("invalid value"), "{args:?}: {said}");
+    }
+    let cut = Cut::tiny("llama");
+    assert_eq!(report(&mut cut.stock(&["--n-predict", "2", "--ignore-eos"])).tokens.len(), 2);
+    let said = failure(&mut cut.stock(&["--temp", "-1"]), 2);
+    assert!(said.contains("--temp -1: must be a number >= 0"), "{said}");
+}
+
+/// A model takes a while to load: none is needed to see that these are wrong.
+#[test]
+fn what_is_wrong_with_a_prompt_or_a_template_is_said_before_anything_is_loaded() {
+    let folder = tempfile::tempdir().unwrap();
+    let at = |name: &str| folder.path().join(name);
+    std::fs::write(at("bytes"), b"a\xffb").unwrap();
+    let stock = |file: &Path| {
+        let mut command = Command::new(host_program());
+        failure(command.args(["stock", "-m"]).arg(at("nothing.gguf")).arg("-f").arg(file), 2)
+    };
+    assert!(stock(&at("nowhere")).contains("cannot read the prompt from"));
+    assert!(stock(folder.path()).contains("cannot read the prompt from"));
+    assert!(stock(&at("bytes")).contains("is not UTF-8 at byte 1"));
+    // of a worker that nobody will ever answer as
+    let cut = Cut::tiny("llama");
+    let key = Value::string("{{ '");
+    let broken = Cut::of_file(&cut.with_key("tokenizer.chat_template", key), &["1..2"]);
+    for (cut, args) in [(&broken, [].as_slice()), (&cut, &["--chat-template", "{{ '"])] {
+        let mut chat = Command::new(host_program());
+        chat.args(["chat", "--worker", "127.0.0.1:1", "--key-file"]).arg(&cut.key).args(args);
+        let said = failure(chat.arg("--split").arg(&cut.split), 2);
+        assert!(said.contains("chat template failed") && said.contains("--chat-template chatml"), "{said}");
+    }
+}
+
+/// One sentence and what to do, wherever the memory ends; never an abort, and nothing against the file.
+#[cfg(target_os = "linux")]
+#[test]
+fn memory_that_the_system_does_not_give_is_one_error() {
+    let cut = Cut::new(&Spec::tiny("llama").unwrap(), &["1..2"]);
+    let middle = Manifest::slice_path(&cut.split, &cut.manifest.slices[1]);
+    let out = cut.folder.path().join("again");
+    let cache = cut.folder.path().join("cache");
+    let within = |mib: u32, program: &Path, args: &[&std::ffi::OsStr]| {
+        // nothing is known of any file yet
+        let _ = std::fs::remove_dir_all(&cache);
+        let mut command = Command::new("sh");
+        command.args(["-c", "ulimit -v $1; shift; exec timeout 3 \"$@\"", "sh", &(mib * 1024).to_string()]);
+        command.arg(program).args(args).env("XDG_CACHE_HOME", &cache);
+        let output = run(&mut command);
+        let said = text(&output.stderr);
+        let errors: Vec<&str> = said.lines().filter(|line| line.starts_with("error: ")).collect();
+        match output.status.code() {
+            // 124: a worker that serves
+            Some(0 | 124) => assert!(errors.is_empty(), "{mib} MiB: {said}"),
+            Some(1) => {
+                assert!(matches!(errors[..], [e] if e.contains("memory")), "{mib} MiB: {said}");
+                assert!(said.contains("hint: ") && !said.contains("damaged"), "{mib} MiB: {said}");
+            }
+            other => panic!("{} with {mib} MiB: {other:?}: {said}", program.display()),
+        }
+        output.status.code() == Some(1)
+    };
+    let os = std::ffi::OsStr::new;
+    let split = host_program().with_file_name("dim-split");
+    let (mut refused, mut done) = (0, 0);
+    for mib in [40, 80, 110, 120, 130, 150, 180, 240, 4000] {
+        for (program, args) in [
+            (
+                host_program(),
+                [os("stock"), os("-n"), os("1"), os("-p"), os("x"), os("-m"), cut.model.as_os_str()]
+                    .as_slice(),
+            ),
+            (
+                host_program(),
+                &[os("generate"), os("-n"), os("1"), os("-p"), os("x"), os("--split"), cut.split.as_os_str()],
+            ),
+            (
+                common::worker_program(),
+                &[
+                    middle.as_os_str(),
+                    os("--listen"),
+                    os("127.0.0.1:0"),
+                    os("--key-file"),
+                    cut.key.as_os_str(),
+                ],
+            ),
+            (
+                split.as_path(),
+                &[cut.model.as_os_str(), os("--middle"), os("1..2"), os("--out"), out.as_os_str()],
+            ),
+        ] {
+            match within(mib, program, args) {
+                true => refused += 1,
+                false => done += 1,
+            }
+        }
+    }
+    assert!(refused >= 8 && done >= 4, "{refused} refused, {done} done");
+}
+
+#[cfg(target_os = "linux")]
+#[test]
+fn a_file_s_name_need_not_be_text() {
+    use std::os::unix::ffi::OsStrExt as _;
+    let cut = Cut::tiny("llama");
+    let odd = cut.folder.path().join(std::ffi::OsStr::from_bytes(b"x\xff.gguf"));
+    std::fs::copy(&cut.model, &odd).unwrap();
+    let mut stock = Command::new(host_program());
+    stock.args(["stock", "--threads", "1", "--ctx", "64", "--json", "-p", "x", "-n", "1", "-m"]).arg(&odd);
+    assert_eq!(report(&mut stock).tokens.len(), 1);
 }

@@ -36,6 +36,7 @@ pub enum Task {
     /// What these ranges of a model's blocks need, which are all of it in order: a `Result<Survey, Refusal>`.
     Survey {
         /// Its files, in order.
+        #[serde(with = "paths")]
         files: Vec<PathBuf>,
         /// The ranges.
         ranges: Vec<Range<u32>>,
@@ -43,22 +44,67 @@ pub enum Task {
     /// Where a model can be cut: a `Result<Cuts, Refusal>`.
     Cuts {
         /// Its files, in order.
+        #[serde(with = "paths")]
         files: Vec<PathBuf>,
     },
     /// Whether llama.cpp can prepare to load and evaluate a model or a slice, without its weights: a `Result<(), Refusal>`.
     Try {
         /// Its files, in order.
+        #[serde(with = "paths")]
         files: Vec<PathBuf>,
     },
     /// A middle's answer to a known input: a `Result<Canary, NoCanary>`.
     Canary {
         /// The slice.
+        #[serde(with = "path")]
         path: PathBuf,
         /// Values of a hidden row.
         n_embd: usize,
         /// What the rows are drawn from.
         seed: u64,
     },
+}
+
+/// Paths as the system has them, which need not be UTF-8.
+mod paths {
+    use std::path::PathBuf;
+
+    use serde::{Deserialize as _, Deserializer, Serialize as _, Serializer};
+
+    pub(super) fn serialize<S: Serializer>(paths: &[PathBuf], to: S) -> Result<S::Ok, S::Error> {
+        let bytes: Vec<&[u8]> = paths.iter().map(|path| path.as_os_str().as_encoded_bytes()).collect();
+        bytes.serialize(to)
+    }
+
+    pub(super) fn deserialize<'d, D: Deserializer<'d>>(from: D) -> Result<Vec<PathBuf>, D::Error> {
+        let paths = Vec::<Vec<u8>>::deserialize(from)?;
+        Ok(paths.into_iter().map(from_bytes).collect())
+    }
+
+    #[cfg(unix)]
+    pub(super) fn from_bytes(bytes: Vec<u8>) -> PathBuf {
+        <std::ffi::OsString as std::os::unix::ffi::OsStringExt>::from_vec(bytes).into()
+    }
+
+    #[cfg(not(unix))]
+    pub(super) fn from_bytes(bytes: Vec<u8>) -> PathBuf {
+        String::from_utf8_lossy(&bytes).into_owned().into()
+    }
+}
+
+/// The same for one.
+mod path {
+    use std::path::{Path, PathBuf};
+
+    use serde::{Deserialize as _, Deserializer, Serialize as _, Serializer};
+
+    pub(super) fn serialize<S: Serializer>(path: &Path, to: S) -> Result<S::Ok, S::Error> {
+        path.as_os_str().as_encoded_bytes().serialize(to)
+    }
+
+    pub(super) fn deserialize<'d, D: Deserializer<'d>>(from: D) -> Result<PathBuf, D::Error> {
+        Vec::deserialize(from).map(super::paths::from_bytes)
+    }
 }
 
 /// How the other process ended without an answer.
@@ -402,6 +448,16 @@ mod tests {
         assert_eq!(last_words(said).as_deref(), Some("ggml.c:1745: GGML_ASSERT(n > 0) failed"));
         assert_eq!(last_words(b"one\n two \n\n").as_deref(), Some("two"));
         assert_eq!(last_words(b"\n"), None);
+    }
+
+    #[cfg(unix)]
+    #[test]
+    fn a_path_that_is_no_text_arrives_as_it_is() {
+        let odd: PathBuf = paths::from_bytes(b"x\xff.gguf".to_vec());
+        let line = serde_json::to_vec(&Task::Try { files: vec![odd.clone()] }).unwrap();
+        assert!(matches!(serde_json::from_slice(&line), Ok(Task::Try { files }) if files == [odd.clone()]));
+        let line = serde_json::to_vec(&Task::Canary { path: odd.clone(), n_embd: 1, seed: 2 }).unwrap();
+        assert!(matches!(serde_json::from_slice(&line), Ok(Task::Canary { path, .. }) if path == odd));
     }
 
     #[test]

@@ -83,6 +83,11 @@ impl Cut {
         path
     }
 
+    /// Another model, from a file.
+    pub(crate) fn of_file(file: &Path, middles: &[&str]) -> Cut {
+        Cut::of(|path| assert!(std::fs::copy(file, path).unwrap() > 0), middles)
+    }
+
     fn of(write: impl FnOnce(&Path), middles: &[&str]) -> Cut {
         let folder = tempfile::tempdir().unwrap();
         let model = folder.path().join("model.gguf");

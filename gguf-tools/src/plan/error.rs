@@ -135,6 +135,9 @@ impl Explained for PlanError {
     }
 
     fn is_misuse(&self) -> bool {
-        true
+        match self {
+            PlanError::Needs { why, .. } => why.is_misuse(),
+            _ => true,
+        }
     }
 }

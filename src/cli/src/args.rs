@@ -325,7 +325,7 @@ struct LlamaArgs {
 #[command(next_help_heading = "Sampling")]
 pub struct SamplingArgs {
     /// Temperature; 0 takes the most likely token each time (greedy)
-    #[arg(long = "temp", value_name = "T", default_value_t = 0.8)]
+    #[arg(long = "temp", value_name = "T", default_value_t = 0.8, allow_negative_numbers = true)]
     temperature: f32,
     /// Keep only the K most likely tokens (0 or -1 = all)
     #[arg(long, value_name = "K", default_value_t = 40, allow_negative_numbers = true)]
@@ -476,30 +476,31 @@ pub struct PromptArgs {
 }
 
 impl PromptArgs {
-    /// The prompt's text, from wherever it was given.
-    fn text(&self) -> Result<String, Failure> {
+    /// The prompt's text, from wherever it was given: read before a model is, which takes longer.
+    ///
+    /// # Errors
+    /// It cannot be read.
+    pub fn text(&self) -> Result<String, Failure> {
         if let Some(text) = &self.prompt {
             return Ok(if self.escape { habits::unescaped(text) } else { text.clone() });
         }
         let Some(path) = &self.file else {
             return Err(Failure::misuse("give a prompt with -p TEXT or -f FILE"));
         };
+        let from = if path.as_os_str() == "-" { "standard input".into() } else { path.to_string_lossy() };
         let mut bytes = Vec::new();
         let read = if path.as_os_str() == "-" {
             std::io::stdin().lock().take(MAX_PROMPT_BYTES + 1).read_to_end(&mut bytes)
         } else {
             File::open(path).and_then(|f| f.take(MAX_PROMPT_BYTES + 1).read_to_end(&mut bytes))
         };
-        read.map_err(|e| Failure::misuse(format!("cannot read the prompt from {}: {e}", path.display())))?;
+        read.map_err(|e| Failure::misuse(format!("cannot read the prompt from {from}: {e}")))?;
         if bytes.len() as u64 > MAX_PROMPT_BYTES {
-            return Err(Failure::misuse(format!("the prompt in {} is longer than 64 MiB", path.display())));
+            return Err(Failure::misuse(format!("the prompt in {from} is longer than 64 MiB")));
         }
         String::from_utf8(bytes).map_err(|e| {
-            Failure::misuse(format!(
-                "the prompt in {} is not UTF-8 at byte {}",
-                path.display(),
-                e.utf8_error().valid_up_to()
-            ))
+            let at = e.utf8_error().valid_up_to();
+            Failure::misuse(format!("the prompt in {from} is not UTF-8 at byte {at}"))
         })
     }
 
@@ -514,9 +515,9 @@ impl PromptArgs {
     /// Gives the session the prompt: at least one token, and no more than the context has positions.
     ///
     /// # Errors
-    /// It cannot be read, or has none or too many.
-    pub fn push(&self, session: &mut Session) -> Result<(), Failure> {
-        let mut tokens = session.tokenize(&self.text()?, true).map_err(explain)?;
+    /// The text has none or too many.
+    pub fn push(&self, text: &str, session: &mut Session) -> Result<(), Failure> {
+        let mut tokens = session.tokenize(text, true).map_err(explain)?;
         if tokens.is_empty() {
             return Err(explain(Error::EmptyPrompt));
         }

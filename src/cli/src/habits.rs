@@ -1,10 +1,13 @@
-//! What people type who come from llama.cpp: its short options of several letters, its underscores, its escapes.
+//! What people type who come from llama.cpp: its short options of several letters, its underscores, its escapes, and its
+//! options that have no place here.
 
 use std::ffi::OsString;
 
+use clap::error::{ContextKind, ContextValue, ErrorKind};
+
 /// llama.cpp's short options of several letters, and what they are called in full. To this program's parser `-ngl 99`
 /// would be `-n gl 99`.
-const LONG: [(&str, &str); 10] = [
+const LONG: [(&str, &str); 18] = [
     ("-ngl", "--gpu-layers"),
     ("-ub", "--ubatch-size"),
     ("-fa", "--flash-attn"),
@@ -15,7 +18,72 @@ const LONG: [(&str, &str); 10] = [
     ("-sp", "--special"),
     ("-tb", "--threads-batch"),
     ("-hf", "--hf-repo"),
+    ("-cnv", "--conversation"),
+    ("-no-cnv", "--no-conversation"),
+    ("-dev", "--device"),
+    ("-sm", "--split-mode"),
+    ("-ts", "--tensor-split"),
+    ("-mg", "--main-gpu"),
+    ("-md", "--model-draft"),
+    ("--n-predict", "--predict"),
 ];
+
+/// llama.cpp's options that a program here does not have, and what to do instead.
+const INSTEAD: [(&[&str], &str); 10] = [
+    (
+        &["--model", "-m"],
+        "it runs the slices of a model: --split STEM.split.json, which `dim-split MODEL.gguf --middle A..B` writes; `dim-host \
+         stock -m MODEL.gguf` runs a whole one",
+    ),
+    (&["--hf-repo"], "`dim-split hf:ORG/REPO:QUANT --middle A..B` fetches a model and cuts it"),
+    (&["--conversation", "--interactive", "-i"], "`dim-host chat` is the conversation"),
+    (&["--no-conversation", "--single-turn"], "leave it out: only `dim-host chat` is a conversation"),
+    (&["--host", "--port"], "--listen ADDR:PORT says both"),
+    (&["--threads-batch"], "leave it out: --threads is for prompts, too"),
+    (
+        &["--mlock", "--numa", "--poll", "--prio"],
+        "leave it out: memory and threads are left to the system here",
+    ),
+    (
+        &["--device", "--split-mode", "--tensor-split", "--main-gpu"],
+        "--gpu-layers says how many blocks go to the GPU; what else leaves this machine goes to a worker",
+    ),
+    (
+        &[
+            "--typical",
+            "--mirostat",
+            "--dry-multiplier",
+            "--xtc-probability",
+            "--grammar",
+            "--json-schema",
+            "--samplers",
+        ],
+        "--temp, --top-k, --top-p, --min-p and --repeat-penalty are the samplers here",
+    ),
+    (
+        &["--lora", "--control-vector", "--model-draft", "--mmproj"],
+        "adapters, draft models and projectors are not used here",
+    ),
+];
+
+/// Ends the program as clap does, with a hint for who comes from llama.cpp.
+pub fn explain(error: &clap::Error) -> ! {
+    let _ = error.print();
+    if let Some(hint) = instead(error) {
+        eprintln!("hint: {hint}");
+    }
+    std::process::exit(error.exit_code())
+}
+
+/// What to do instead of what was typed.
+fn instead(error: &clap::Error) -> Option<&'static str> {
+    let typed = match (error.kind(), error.get(ContextKind::InvalidArg)) {
+        (ErrorKind::UnknownArgument, Some(ContextValue::String(typed))) => typed,
+        _ => return None,
+    };
+    let name = typed.split(['=', ' ']).next().unwrap_or_default();
+    INSTEAD.iter().find(|(names, _)| names.contains(&name)).map(|(_, hint)| *hint)
+}
 
 /// The command line with llama.cpp's short options of several letters in full, and its underscores as hyphens
 /// (`--top_k`). What follows `--` stays, and so does every value: an argument is only ever replaced whole.
@@ -81,6 +149,30 @@ mod tests {
             ["--top-k=4", "--min-p", "a_b", "-p", "--x y_z"]
         );
         assert_eq!(in_full(&["--", "-ngl", "--top_k"]), ["--", "-ngl", "--top_k"]);
+    }
+
+    #[test]
+    fn what_has_no_place_here_is_answered_with_what_has() {
+        let command =
+            || clap::Command::new("x").arg(clap::arg!(-n --predict <N>)).arg(clap::arg!(-c --ctx <N>));
+        let hint = |args: &[&str]| {
+            let error =
+                command().try_get_matches_from(long_words(args.iter().map(OsString::from))).unwrap_err();
+            instead(&error)
+        };
+        for (args, says) in [
+            (["x", "-m", "a.gguf"].as_slice(), "--split"),
+            (&["x", "-cnv"], "chat"),
+            (&["x", "-no-cnv"], "leave it out"),
+            (&["x", "--port=80"], "--listen"),
+            (&["x", "-tb", "4"], "--threads"),
+            (&["x", "--json_schema", "{}"], "--temp"),
+        ] {
+            assert!(hint(args).is_some_and(|hint| hint.contains(says)), "{args:?}: {:?}", hint(args));
+        }
+        assert_eq!(hint(&["x", "--nothing-of-llama.cpp-s"]), None);
+        assert_eq!(hint(&["x", "-n"]), None);
+        command().try_get_matches_from(long_words(["x", "--n-predict", "4"].map(OsString::from))).unwrap();
     }
 
     #[test]

@@ -49,7 +49,8 @@ fn main() -> ExitCode {
     }
     let process_start = Instant::now();
     // clap ends misuse with exit code 2 and --help with 0
-    let result = match Cli::parse_from(habits::long_words(std::env::args_os())).command {
+    let cli = Cli::try_parse_from(habits::long_words(std::env::args_os()));
+    let result = match cli.unwrap_or_else(|e| habits::explain(&e)).command {
         Command::Generate(args) => generate::run(&args, process_start),
         Command::Chat(args) => chat::run(&args, process_start),
         Command::Serve(args) => serve::run(&args),

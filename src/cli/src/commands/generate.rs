@@ -27,20 +27,23 @@ pub fn run(args: &GenerateArgs, process_start: Instant) -> Result<(), Failure> {
     // what is wrong with a number or a file is known before a model is loaded
     args.prompt.sampling.sampling()?;
     args.prompt.constraint.text()?;
+    args.prompt.limit()?;
+    let text = args.prompt.text()?;
     let interrupt = Interrupt::watch();
     let host = args.split.host(&args.machine)?;
     let host = host.connect(shown::events(args.machine.verbose)).map_err(explain)?;
-    reply(host.session().map_err(explain)?, &args.prompt, &interrupt, process_start)
+    reply(host.session().map_err(explain)?, &args.prompt, &text, &interrupt, process_start)
 }
 
-/// Continues a text and reports: the same for `generate` and `stock`.
+/// Continues `text` and reports: the same for `generate` and `stock`.
 pub(super) fn reply(
     mut session: Session,
     args: &PromptArgs,
+    text: &str,
     interrupt: &Interrupt,
     process_start: Instant,
 ) -> Result<(), Failure> {
-    args.push(&mut session)?;
+    args.push(text, &mut session)?;
     let schema = args.constraint.text()?;
     let constraint = constraint(&session, schema.as_deref())?;
     let mut logits_file = args.logits_file()?;

@@ -37,10 +37,12 @@ pub struct StockArgs {
 /// Runs it.
 pub fn run(args: &StockArgs, process_start: Instant) -> Result<(), Failure> {
     args.prompt.sampling.sampling()?;
+    args.prompt.limit()?;
+    let text = args.prompt.text()?;
     args.machine.set_log();
     let interrupt = Interrupt::watch();
     let model = load(args)?;
-    reply(model.session().map_err(explain)?, &args.prompt, &interrupt, process_start)
+    reply(model.session().map_err(explain)?, &args.prompt, &text, &interrupt, process_start)
 }
 
 fn load(args: &StockArgs) -> Result<WholeModel, Failure> {
