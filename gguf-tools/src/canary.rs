@@ -75,10 +75,8 @@ pub fn find(path: &std::path::Path, n_embd: usize, seed: u64) -> Result<Canary, 
         no_repack: true,
         ..ModelParams::default()
     };
-    let unloadable = |e: llama_sys_patch::Error| match e {
-        llama_sys_patch::Error::OutOfMemory(why) => NoCanary::NotEvaluated(why),
-        other => NoCanary::Unloadable(other.to_string()),
-    };
+    // a lack of memory too: a slice that says that it has 2^31 tokens ends so
+    let unloadable = |e: llama_sys_patch::Error| NoCanary::Unloadable(e.to_string());
     let model = Model::load(&[path], params).map_err(unloadable)?;
     if model.n_embd() != n_embd {
         return Err(NoCanary::RowLength { found: model.n_embd(), wanted: n_embd });

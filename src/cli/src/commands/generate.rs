@@ -24,12 +24,12 @@ pub struct GenerateArgs {
 
 /// Runs it.
 pub fn run(args: &GenerateArgs, process_start: Instant) -> Result<(), Failure> {
+    let interrupt = Interrupt::watch();
     // what is wrong with a number or a file is known before a model is loaded
     args.prompt.sampling.sampling()?;
     args.prompt.constraint.text()?;
     args.prompt.limit()?;
     let text = args.prompt.text()?;
-    let interrupt = Interrupt::watch();
     let host = args.split.host(&args.machine)?;
     let host = host.connect(shown::events(args.machine.verbose)).map_err(explain)?;
     reply(host.session().map_err(explain)?, &args.prompt, &text, &interrupt, process_start)

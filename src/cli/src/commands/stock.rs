@@ -36,11 +36,11 @@ pub struct StockArgs {
 
 /// Runs it.
 pub fn run(args: &StockArgs, process_start: Instant) -> Result<(), Failure> {
+    let interrupt = Interrupt::watch();
     args.prompt.sampling.sampling()?;
     args.prompt.limit()?;
     let text = args.prompt.text()?;
     args.machine.set_log();
-    let interrupt = Interrupt::watch();
     let model = load(args)?;
     reply(model.session().map_err(explain)?, &args.prompt, &text, &interrupt, process_start)
 }

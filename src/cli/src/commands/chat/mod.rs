@@ -53,13 +53,13 @@ pub struct ChatArgs {
 
 /// Runs it.
 pub fn run(args: &ChatArgs, process_start: Instant) -> Result<(), Failure> {
+    let interrupt = Interrupt::watch();
     let mut sampling = args.sampling.sampling()?;
     let n_predict = limit(args.n_predict)?;
     // what is wrong with a file is known before a model is loaded
     let turns = args.first_turns()?;
     let schema = args.constraint.text()?;
     let template = args.chat_template.as_deref().map(template_text).transpose()?;
-    let interrupt = Interrupt::watch();
     let host = args.split.host(&args.machine)?;
     host.check_chat_template(template.as_deref()).map_err(explain)?;
     let host = host.connect(shown::events(args.machine.verbose)).map_err(explain)?;
