@@ -11,7 +11,7 @@ export CMAKE_C_COMPILER_LAUNCHER := ccache
 export CMAKE_CXX_COMPILER_LAUNCHER := ccache
 endif
 
-.PHONY: help setup model build programs demo test lint cross floor deny test-rust test-oracles test-coreml test-swift test-vulkan bench \
+.PHONY: help setup python model build programs demo test lint cross floor deny test-rust test-oracles test-clients test-coreml test-swift test-vulkan bench \
 	fuzz faults schemas clean
 
 help:
@@ -43,7 +43,7 @@ demo: build model
 
 # in this order, or two beside each other (make -j2 test): what waits for a worker leaves the cores to what compiles.
 # Parts that build in the same folder wait for each other, cargo sees to that.
-test: lint cross test-rust test-swift fuzz deny floor test-oracles test-coreml
+test: lint cross test-rust test-swift fuzz deny floor test-oracles test-clients test-coreml
 	@sh .ci/summary
 
 lint: setup
@@ -68,13 +68,18 @@ test-rust: setup model
 	$(ENV) cargo test $(CARGO_FLAGS)
 
 # other people's programs on our files, and another implementation on our vectors
-test-oracles: programs model
+python: setup
 	@sh .ci/setup python
+test-oracles: programs model python
 	.venv/bin/python docs/vectors/check.py
 	.venv/bin/python tests/oracle/chat_templates.py
 	.venv/bin/python gguf-tools/tests/oracle/gguf_files.py target/release
-	.venv/bin/python tests/clients/openai_python.py target/release
 	.venv/bin/python tests/oracle/json_schema.py target/release
+
+# other people's clients and a browser, with the server over two processes
+test-clients: programs model python
+	@sh .ci/setup clients
+	.venv/bin/python tests/clients/run.py target/release
 
 test-coreml: programs model
 	@sh .ci/setup venv
@@ -110,4 +115,4 @@ faults: setup
 	@sh .ci/faults
 
 clean:
-	rm -rf target .venv .env.sh gguf-tools/fuzz/target tests/fuzz/target ios_worker/.build
+	rm -rf target .venv .env.sh gguf-tools/fuzz/target tests/fuzz/target tests/node_modules ios_worker/.build

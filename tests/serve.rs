@@ -8,7 +8,7 @@ use std::net::TcpStream;
 use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
-use common::{Answer, Cut, PROMPT, Server, Worker, failure, report};
+use common::{Answer, Cut, PROMPT, Server, Worker, failure, report, signal};
 use serde_json::{Value, json};
 
 impl Answer {
@@ -318,6 +318,67 @@ fn a_client_that_leaves_is_not_computed_for_and_one_too_many_is_told_so() {
     assert!(
         metrics.contains("dim_clients_left_total") && metrics.contains("dim_slot_wait_seconds_count"),
         "{metrics}"
+    );
+}
+
+/// A worker that says nothing holds a prompt for as long as it likes, and nobody's slot.
+#[test]
+fn a_client_that_leaves_during_its_prompt_leaves_a_free_slot() {
+    let cut = Cut::tiny("qwen2");
+    let mut worker = parallel(&cut, "127.0.0.1:0");
+    let address = worker.address.clone();
+    let server = Server::start(&cut, &address, &["--parallel", "2", "--give-up-after", "120"]);
+    let busy = |server: &Server| server.get("/props")["slots_busy"].as_u64().unwrap();
+    let expected = server.tokens(&greedy(PROMPT, N));
+    for is_killed in [false, true] {
+        if is_killed {
+            worker.kill();
+        } else {
+            worker.signal("STOP");
+        }
+        for is_stream in [false, true] {
+            let mut body = greedy(&PROMPT[60..], N);
+            (body["cache_prompt"], body["stream"]) = (false.into(), is_stream.into());
+            let asks = || server.send("POST /v1/completions HTTP/1.1\r\nHost: localhost", &body.to_string());
+            let leave = [asks(), asks()];
+            server.comes_true("both have a slot", |server| busy(server) == 2);
+            std::thread::sleep(Duration::from_millis(100));
+            drop(leave);
+            let start = Instant::now();
+            server.comes_true("the slots are free", |server| busy(server) == 0);
+            assert!(start.elapsed() < Duration::from_secs(5), "{:?}", start.elapsed());
+        }
+        if is_killed {
+            worker = parallel(&cut, &address);
+        } else {
+            worker.signal("CONT");
+        }
+        assert_eq!(server.tokens(&greedy(PROMPT, N)), expected);
+    }
+}
+
+#[test]
+fn who_is_cut_short_by_the_server_s_end_is_told_so_and_connections_are_counted_while_they_are_open() {
+    let cut = Cut::tiny("qwen2");
+    let worker = parallel(&cut, "127.0.0.1:0");
+    let server = Server::start(&cut, &worker.address, &[]);
+    let open: Vec<TcpStream> = (0..3).map(|_| TcpStream::connect(&server.address).unwrap()).collect();
+    // and the one that asks
+    server.comes_true("four connections", |server| {
+        let metrics = server.ask("GET /metrics HTTP/1.1\r\nHost: localhost", "").2;
+        metrics.lines().any(|line| line == "dim_connections 4")
+    });
+    drop(open);
+    let mut long = greedy(PROMPT, 0);
+    (long["max_tokens"], long["n"]) = ((-1).into(), 128.into());
+    let mut events = server.events(&long);
+    assert!(events.next().is_some());
+    signal(server.pid(), "INT");
+    let last = events.last().expect("an error at the end");
+    assert_eq!(
+        (&last["error"]["code"], &last["error"]["status"]),
+        (&json!("unavailable"), &json!(503)),
+        "{last}"
     );
 }
 

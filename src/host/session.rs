@@ -320,6 +320,11 @@ impl<'s> Generation<'s> {
         &self.logits
     }
 
+    /// The text that the reply was to end at, where it did.
+    pub fn stop_text(&self) -> Option<&str> {
+        self.stop_texts.found()
+    }
+
     /// What was generated, why it ended and where the time went; times from the start of the process count from
     /// `process_start`. What the stages did and what crossed sockets is what was done meanwhile, for other sessions too.
     pub fn report(&self, process_start: Instant) -> Report {

@@ -52,12 +52,15 @@ pub struct StopTexts {
     stops: Vec<String>,
     /// shown later, or never
     held: String,
+    /// the one that came, by its place in `stops`
+    found: Option<usize>,
 }
 
 impl StopTexts {
     /// Empty ones are left out: every text contains them.
     pub fn new(stops: impl IntoIterator<Item = String>) -> StopTexts {
-        StopTexts { stops: stops.into_iter().filter(|s| !s.is_empty()).collect(), held: String::new() }
+        let stops = stops.into_iter().filter(|s| !s.is_empty()).collect();
+        StopTexts { stops, ..StopTexts::default() }
     }
 
     /// Adds text. What can be shown now, and whether the reply ends there: before the stop text, which is not shown.
@@ -66,7 +69,10 @@ impl StopTexts {
             return (text.to_owned(), false);
         }
         self.held.push_str(text);
-        if let Some(at) = self.stops.iter().filter_map(|stop| self.held.find(stop.as_str())).min() {
+        let places = self.stops.iter().enumerate();
+        let found = places.filter_map(|(i, stop)| self.held.find(stop.as_str()).map(|at| (at, i))).min();
+        if let Some((at, i)) = found {
+            self.found = Some(i);
             self.held.truncate(at);
             return (std::mem::take(&mut self.held), true);
         }
@@ -74,6 +80,11 @@ impl StopTexts {
         let keep = self.held.char_indices().map(|(i, _)| i).find(begins).unwrap_or(self.held.len());
         let later = self.held.split_off(keep);
         (std::mem::replace(&mut self.held, later), false)
+    }
+
+    /// The one that ended the reply.
+    pub fn found(&self) -> Option<&str> {
+        self.found.map(|i| self.stops[i].as_str())
     }
 
     /// The end of the stream: what was held back.

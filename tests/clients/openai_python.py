@@ -1,31 +1,19 @@
-"""OpenAI's own client against `dim-host serve`: openai_python.py target/release
-
-Cuts SmolLM2 (.ci/model) in three, starts a worker and a server as processes, and asks by the `openai` package: chat, streaming,
-stop, logprobs, logit_bias, several choices, answers of a form, what is wrong. Without the model it says so.
+"""OpenAI's own client against `dim-host serve`, by the `openai` package: chat, streaming, stop, logprobs, logit_bias, several
+choices, answers of a form, what is wrong. run.py starts the server.
 """
 
-import subprocess
-import sys
-import tempfile
-from pathlib import Path
+import os
 from typing import Literal
 
 import openai
 from pydantic import BaseModel
 
-TOP = Path(__file__).parent.parent.parent
 ASK = [{"role": "user", "content": "What is the capital of France?"}]
 
 
 class City(BaseModel):
     name: Literal["Paris", "London", "Rome"]
     is_capital: bool
-
-
-def listening(process):
-    line = process.stdout.readline()
-    assert line.startswith("listening on "), line
-    return line.removeprefix("listening on ").strip()
 
 
 def check(client):
@@ -77,35 +65,5 @@ def check(client):
         assert error.code == "invalid_api_key"
 
 
-def main():
-    programs = Path(sys.argv[1]).resolve()
-    model = subprocess.run(["sh", TOP / ".ci/model", "--path"], capture_output=True, text=True, cwd=TOP, check=False)
-    if model.returncode:
-        print("not run: no real weights (sh .ci/model fetches them)")
-        return
-    with tempfile.TemporaryDirectory() as folder:
-        folder = Path(folder)
-        cut = [programs / "dim-split", model.stdout.strip(), "--middle", "10..19", "--out", folder]
-        subprocess.run(cut, check=True, capture_output=True)
-        (folder / "key").write_text("5a" * 32 + "\n")
-        (folder / "api-keys").write_text("the-key-of-the-test\n")
-        common = ["--key-file", folder / "key", "--ctx", "1024", "--threads", "1", "--listen", "127.0.0.1:0"]
-        (middle,) = folder.glob("*.middle-*.gguf")
-        (split,) = folder.glob("*.split.json")
-        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL, "text": True}
-        worker = subprocess.Popen([programs / "dim-worker", middle, *common], **pipes)
-        server = None
-        try:
-            serve = [programs / "dim-host", "serve", "--split", split, "--worker", listening(worker), *common]
-            serve += ["--model-alias", "smol", "--api-key-file", folder / "api-keys"]
-            server = subprocess.Popen(serve, **pipes)
-            address = listening(server)
-            check(openai.OpenAI(base_url=f"{address}/v1", api_key="the-key-of-the-test", max_retries=0))
-        finally:
-            for process in filter(None, [server, worker]):
-                process.kill()
-                process.wait()
-    print(f"openai {openai.__version__}: chat, streaming, stop, logprobs, choices, classes, errors")
-
-
-main()
+check(openai.OpenAI(base_url=os.environ["DIM_URL"] + "/v1", api_key=os.environ["DIM_KEY"], max_retries=0))
+print(f"openai {openai.__version__}: chat, streaming, stop, logprobs, choices, classes, errors")

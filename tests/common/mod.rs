@@ -365,6 +365,10 @@ impl Server {
         Server { child, address }
     }
 
+    pub(crate) fn pid(&self) -> u32 {
+        self.child.id()
+    }
+
     /// Sends a request, after which the server closes; `head`: its lines, without the last line break.
     pub(crate) fn send(&self, head: &str, body: &str) -> TcpStream {
         let mut stream = TcpStream::connect(&self.address).unwrap();

@@ -6,6 +6,7 @@
 //! name.
 
 use std::fmt;
+use std::io::Read as _;
 use std::net::{IpAddr, SocketAddr};
 use std::path::Path;
 
@@ -34,11 +35,13 @@ impl ApiKeys {
     pub fn from_file(path: impl AsRef<Path>) -> Result<ApiKeys, ServeError> {
         let path = path.as_ref();
         let wrong = |why: String| ServeError::Keys { path: path.display().to_string(), why };
-        let size = std::fs::metadata(path).map_err(|e| wrong(e.to_string()))?.len();
-        if size > MAX_FILE_BYTES {
+        let file = std::fs::File::open(path).map_err(|e| wrong(e.to_string()))?;
+        let mut text = String::new();
+        // what a pipe or a device has to say has no size that could be asked for first
+        file.take(MAX_FILE_BYTES + 1).read_to_string(&mut text).map_err(|e| wrong(e.to_string()))?;
+        if text.len() as u64 > MAX_FILE_BYTES {
             return Err(wrong(format!("longer than {MAX_FILE_BYTES} bytes")));
         }
-        let text = std::fs::read_to_string(path).map_err(|e| wrong(e.to_string()))?;
         ApiKeys::from_lines(&text).map_err(wrong)
     }
 
@@ -216,6 +219,13 @@ mod tests {
         }
         let all = Access { origins: vec!["*".to_owned()], ..Access::default() };
         assert_eq!(from(&all, "null"), Ok(Some("null".to_owned())));
+    }
+
+    #[cfg(unix)]
+    #[test]
+    fn a_file_of_keys_that_does_not_end_is_refused() {
+        let endless = ApiKeys::from_file("/dev/zero").unwrap_err();
+        assert_eq!(endless.to_string(), format!("/dev/zero: longer than {MAX_FILE_BYTES} bytes"));
     }
 
     #[test]

@@ -47,15 +47,17 @@ impl Drop for Served {
     }
 }
 
-/// All connections, oldest first.
-#[derive(Default)]
-struct Open(Mutex<Connections>);
+/// All connections, oldest first, and where their number is told.
+struct Open {
+    connections: Mutex<Connections>,
+    metrics: Arc<Metrics>,
+}
 
 type Connections = BTreeMap<u64, (AbortHandle, Arc<AtomicUsize>)>;
 
 impl Open {
     fn lock(&self) -> MutexGuard<'_, Connections> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+        self.connections.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Whether there is room for one more, if need be because somebody who is not served goes.
@@ -69,19 +71,22 @@ impl Open {
         if let Some((task, _)) = open.remove(&id) {
             task.abort();
         }
+        self.metrics.connections(open.len());
         true
     }
 
     fn add(&self, id: u64, task: AbortHandle, n_served: Arc<AtomicUsize>) {
         if !task.is_finished() {
-            self.lock().insert(id, (task, n_served));
+            let mut open = self.lock();
+            open.insert(id, (task, n_served));
+            self.metrics.connections(open.len());
         }
     }
 
-    fn remove(&self, id: u64) -> usize {
+    fn remove(&self, id: u64) {
         let mut open = self.lock();
         open.remove(&id);
-        open.len()
+        self.metrics.connections(open.len());
     }
 }
 
@@ -92,7 +97,7 @@ pub(crate) async fn serve(
     metrics: Arc<Metrics>,
     mut stop: watch::Receiver<bool>,
 ) {
-    let open = Arc::new(Open::default());
+    let open = Arc::new(Open { connections: Mutex::default(), metrics });
     let mut next_id = 0u64;
     loop {
         let accepted = tokio::select! {
@@ -112,10 +117,10 @@ pub(crate) async fn serve(
         let id = next_id;
         let n_served = Arc::new(AtomicUsize::new(0));
         let connection = Connection { peer, n_served: Arc::clone(&n_served) };
-        let (router, there, metrics) = (router.clone(), Arc::clone(&open), Arc::clone(&metrics));
+        let (router, there) = (router.clone(), Arc::clone(&open));
         let task = tokio::spawn(async move {
             converse(stream, connection, router).await;
-            metrics.connections(there.remove(id));
+            there.remove(id);
         });
         open.add(id, task.abort_handle(), n_served);
     }

@@ -49,6 +49,11 @@ impl ApiError {
         ApiError { retry_after_s: Some(retry_after_s), code: Some("unavailable"), ..error }
     }
 
+    /// Nothing follows, for whoever waits for more.
+    pub(crate) fn stopped() -> ApiError {
+        ApiError::busy("the server is being stopped", 5)
+    }
+
     /// The class of errors, in OpenAI's words.
     fn kind(&self) -> &'static str {
         match self.status {
@@ -60,9 +65,9 @@ impl ApiError {
         }
     }
 
-    /// The object, as it stands in a body and in a stream.
+    /// The object, as it stands in a body and in a stream. The word before it is for Anthropic's clients.
     pub fn body(&self) -> Value {
-        json!({"error": {
+        json!({"type": "error", "error": {
             "message": self.message,
             "type": self.kind(),
             "param": self.param,

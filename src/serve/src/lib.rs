@@ -26,8 +26,10 @@
 mod access;
 mod door;
 mod error;
+mod markdown;
 mod metrics;
 mod page;
+mod plain;
 mod queue;
 mod reply;
 pub mod request;
@@ -142,7 +144,7 @@ impl Server {
             metrics: Arc::clone(&metrics),
             watch: Watch::default(),
             loaded: OnceLock::new(),
-            readers: Semaphore::new(READERS),
+            readers: Arc::new(Semaphore::new(READERS)),
         });
         let (stop, stopped) = signal::channel(false);
         let (handle, router) = (runtime.handle().clone(), routes::router(Arc::clone(&app)));

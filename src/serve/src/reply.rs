@@ -7,7 +7,22 @@ use serde_json::{Map, Value, json};
 use crate::error::ApiError;
 use crate::work::{Finish, Likely, Logprobs, Timings, Update};
 
-/// Which of the two dialects.
+/// Tells a client of its reply, in the dialect that it speaks.
+pub(crate) trait Tell: Send {
+    /// Whether every choice is complete.
+    fn is_complete(&self) -> bool;
+
+    /// Takes an update in, for the whole reply.
+    fn hear(&mut self, update: Update) -> Result<(), ApiError>;
+
+    /// An update as parts of a stream.
+    fn chunks(&mut self, update: Update, out: &mut String);
+
+    /// The whole reply.
+    fn whole(&self) -> Value;
+}
+
+/// Which of the two dialects that tell choices.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Kind {
     Chat,
@@ -67,13 +82,57 @@ impl Teller {
         }
     }
 
-    /// Whether every choice is complete.
-    pub(crate) fn is_complete(&self) -> bool {
+    /// What a choice begins with.
+    fn begin(&mut self, i: usize, out: &mut String) {
+        if std::mem::replace(&mut self.choices[i].has_begun, true) {
+            return;
+        }
+        let echo = std::mem::take(&mut self.choices[i].echo);
+        let said = match self.kind {
+            Kind::Chat => ("delta", json!({"role": "assistant", "content": ""})),
+            Kind::Completion if echo.is_empty() => return,
+            Kind::Completion => ("text", echo.into()),
+        };
+        self.event(vec![part(i, said, Value::Null, None)], None, out);
+    }
+
+    fn event(&self, choices: Vec<Value>, extra: Option<(&str, Value)>, out: &mut String) {
+        let object = if self.kind == Kind::Chat { "chat.completion.chunk" } else { "text_completion" };
+        push_event(out, &self.object(object, choices, extra));
+    }
+
+    fn object(&self, object: &str, choices: Vec<Value>, extra: Option<(&str, Value)>) -> Value {
+        let mut all = Map::new();
+        all.insert("id".into(), self.id.as_str().into());
+        all.insert("object".into(), object.into());
+        all.insert("created".into(), self.created.into());
+        all.insert("model".into(), self.model.as_str().into());
+        all.insert("system_fingerprint".into(), FINGERPRINT.into());
+        all.insert("choices".into(), choices.into());
+        all.extend(extra.map(|(name, value)| (name.to_owned(), value)));
+        all.into()
+    }
+
+    /// A prompt counts once, however many choices there are of it.
+    fn usage(&self) -> Value {
+        let ended = || self.choices.iter().filter_map(|choice| choice.ended.map(|(_, timings)| timings));
+        let completion: usize = ended().map(|timings| timings.predicted).sum();
+        let cached: usize = ended().map(|timings| timings.cached).sum();
+        json!({
+            "prompt_tokens": self.n_prompt,
+            "completion_tokens": completion,
+            "total_tokens": self.n_prompt + completion,
+            "prompt_tokens_details": {"cached_tokens": cached.min(self.n_prompt)},
+        })
+    }
+}
+
+impl Tell for Teller {
+    fn is_complete(&self) -> bool {
         self.choices.iter().all(|choice| choice.ended.is_some())
     }
 
-    /// Takes an update in, for the whole reply.
-    pub(crate) fn hear(&mut self, update: Update) -> Result<(), ApiError> {
+    fn hear(&mut self, update: Update) -> Result<(), ApiError> {
         match update {
             Update::Token { choice, id, text, logprobs, .. } => {
                 let choice = &mut self.choices[choice];
@@ -89,8 +148,7 @@ impl Teller {
         Ok(())
     }
 
-    /// An update as parts of a stream.
-    pub(crate) fn chunks(&mut self, update: Update, out: &mut String) {
+    fn chunks(&mut self, update: Update, out: &mut String) {
         match update {
             Update::Token { choice: i, id, text, logprobs, timings } => {
                 self.begin(i, out);
@@ -135,39 +193,7 @@ impl Teller {
         }
     }
 
-    /// What a choice begins with.
-    fn begin(&mut self, i: usize, out: &mut String) {
-        if std::mem::replace(&mut self.choices[i].has_begun, true) {
-            return;
-        }
-        let echo = std::mem::take(&mut self.choices[i].echo);
-        let said = match self.kind {
-            Kind::Chat => ("delta", json!({"role": "assistant", "content": ""})),
-            Kind::Completion if echo.is_empty() => return,
-            Kind::Completion => ("text", echo.into()),
-        };
-        self.event(vec![part(i, said, Value::Null, None)], None, out);
-    }
-
-    fn event(&self, choices: Vec<Value>, extra: Option<(&str, Value)>, out: &mut String) {
-        let object = if self.kind == Kind::Chat { "chat.completion.chunk" } else { "text_completion" };
-        push_event(out, &self.object(object, choices, extra));
-    }
-
-    fn object(&self, object: &str, choices: Vec<Value>, extra: Option<(&str, Value)>) -> Value {
-        let mut all = Map::new();
-        all.insert("id".into(), self.id.as_str().into());
-        all.insert("object".into(), object.into());
-        all.insert("created".into(), self.created.into());
-        all.insert("model".into(), self.model.as_str().into());
-        all.insert("system_fingerprint".into(), FINGERPRINT.into());
-        all.insert("choices".into(), choices.into());
-        all.extend(extra.map(|(name, value)| (name.to_owned(), value)));
-        all.into()
-    }
-
-    /// The whole reply.
-    pub(crate) fn whole(&self) -> Value {
+    fn whole(&self) -> Value {
         let choices = self.choices.iter().enumerate().map(|(i, choice)| {
             let logprobs = match self.wants_logprobs {
                 true => self.kind.logprobs(&choice.logprobs, choice.offset),
@@ -191,19 +217,6 @@ impl Teller {
             whole["timings"] = timings_of(&timings);
         }
         whole
-    }
-
-    /// A prompt counts once, however many choices there are of it.
-    fn usage(&self) -> Value {
-        let ended = || self.choices.iter().filter_map(|choice| choice.ended.map(|(_, timings)| timings));
-        let completion: usize = ended().map(|timings| timings.predicted).sum();
-        let cached: usize = ended().map(|timings| timings.cached).sum();
-        json!({
-            "prompt_tokens": self.n_prompt,
-            "completion_tokens": completion,
-            "total_tokens": self.n_prompt + completion,
-            "prompt_tokens_details": {"cached_tokens": cached.min(self.n_prompt)},
-        })
     }
 }
 
@@ -269,14 +282,14 @@ fn timings_of(timings: &Timings) -> Value {
     })
 }
 
-pub(crate) fn push_event(out: &mut String, event: &Value) {
+fn push_event(out: &mut String, event: &Value) {
     out.push_str("data: ");
     out.push_str(&event.to_string());
     out.push_str("\n\n");
 }
 
 /// A name that nothing else has.
-fn random_name() -> String {
+pub(crate) fn random_name() -> String {
     let mut bytes = [0; 12];
     // it need not be secret, and without the system's source it need not be new either
     let _ = getrandom::fill(&mut bytes);

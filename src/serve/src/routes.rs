@@ -17,10 +17,12 @@ use tokio::sync::{Semaphore, mpsc};
 use crate::access::Access;
 use crate::door::Connection;
 use crate::error::{ApiError, json_response};
+use crate::markdown;
 use crate::metrics::Metrics;
 use crate::page;
+use crate::plain::{self, Plain};
 use crate::queue::Client;
-use crate::reply::{FINGERPRINT, Kind, Teller};
+use crate::reply::{FINGERPRINT, Kind, Tell, Teller};
 use crate::request::{self, Defaults, Format, Prompt, Prompts, Wanted};
 use crate::slots::Slots;
 use crate::stream::Events;
@@ -37,7 +39,7 @@ pub(crate) struct App {
     /// once the model is loaded
     pub loaded: OnceLock<Loaded>,
     /// who may render and tokenise at a time
-    pub readers: Semaphore,
+    pub readers: Arc<Semaphore>,
 }
 
 /// What there is when the model is.
@@ -52,14 +54,17 @@ type Answer = Result<Response<Body>, ApiError>;
 /// All of it.
 pub(crate) fn router(app: Arc<App>) -> Router {
     let keyed = Router::new()
-        .route("/v1/chat/completions", replies(Kind::Chat))
-        .route("/chat/completions", replies(Kind::Chat))
-        .route("/v1/completions", replies(Kind::Completion))
+        .route("/v1/chat/completions", replies(Dialect::Choices(Kind::Chat)))
+        .route("/chat/completions", replies(Dialect::Choices(Kind::Chat)))
+        .route("/v1/completions", replies(Dialect::Choices(Kind::Completion)))
+        .route("/v1/messages", replies(Dialect::Plain(plain::Dialect::Messages)))
+        .route("/v1/responses", replies(Dialect::Plain(plain::Dialect::Responses)))
         .route("/v1/models", get(models))
         .route("/v1/models/{model}", get(model))
         .route("/props", get(props))
         .route("/split", get(split))
         .route("/metrics", get(metrics))
+        .route("/markdown", post(rendered))
         .layer(middleware::from_fn_with_state(Arc::clone(&app), only_with_a_key));
     Router::new()
         .merge(keyed)
@@ -149,6 +154,23 @@ async fn metrics(State(app): State<Arc<App>>) -> Response<Body> {
     response
 }
 
+/// A text as the page shows it. Not here: a text that was made for it takes its time.
+async fn rendered(State(app): State<Arc<App>>, request: Request) -> Answer {
+    let body = body_within(request, markdown::MAX_BYTES).await?;
+    let text = String::from_utf8(body.into())
+        .map_err(|_| ApiError::new(StatusCode::BAD_REQUEST, "the body is no UTF-8"))?;
+    let permit = Arc::clone(&app.readers).acquire_owned().await;
+    let task = tokio::task::spawn_blocking(move || {
+        let _permit = permit;
+        markdown::pieces(&text).map(serde_json::Value::from)
+    });
+    match task.await {
+        Ok(Some(pieces)) => Ok(json_response(StatusCode::OK, &pieces)),
+        Ok(None) => Err(ApiError::new(StatusCode::PAYLOAD_TOO_LARGE, "the text has too many parts")),
+        Err(e) => Err(ApiError::new(StatusCode::INTERNAL_SERVER_ERROR, e.to_string())),
+    }
+}
+
 fn model_object(app: &App, host: &Host) -> serde_json::Value {
     json!({
         "id": app.model_name(host),
@@ -220,14 +242,21 @@ async fn split(State(app): State<Arc<App>>) -> Response<Body> {
     json_response(StatusCode::OK, &picture)
 }
 
-/// The way in of both dialects; what ends with an error is counted.
-fn replies(kind: Kind) -> MethodRouter<Arc<App>> {
+/// In whose words a request comes, and its reply.
+#[derive(Clone, Copy)]
+enum Dialect {
+    Choices(Kind),
+    Plain(plain::Dialect),
+}
+
+/// The way in of all dialects; what ends with an error is counted.
+fn replies(dialect: Dialect) -> MethodRouter<Arc<App>> {
     post(
         async move |State(app): State<Arc<App>>,
                     Extension(connection): Extension<Connection>,
                     Extension(client): Extension<Client>,
                     request: Request| {
-            let answer = take_in(&app, connection, client, request, kind).await;
+            let answer = take_in(&app, connection, client, request, dialect).await;
             if answer.is_err() {
                 app.metrics.refused();
             }
@@ -242,30 +271,21 @@ async fn take_in(
     connection: Connection,
     client: Client,
     request: Request,
-    kind: Kind,
+    dialect: Dialect,
 ) -> Answer {
     let loaded = app.loaded()?;
     let body = body_of(request, &loaded.host).await?;
     let served = connection.served();
-    let wanted = match kind {
-        Kind::Chat => request::chat(&body, &app.defaults)?,
-        Kind::Completion => request::completion(&body, &app.defaults)?,
+    let wanted = match dialect {
+        Dialect::Choices(Kind::Chat) => request::chat(&body, &app.defaults)?,
+        Dialect::Choices(Kind::Completion) => request::completion(&body, &app.defaults)?,
+        Dialect::Plain(plain::Dialect::Messages) => request::messages(&body, &app.defaults)?,
+        Dialect::Plain(plain::Dialect::Responses) => request::responses(&body, &app.defaults)?,
     };
     drop(body);
     let wanted = Arc::new(wanted);
     let (prompts, constraint) = tokenised(app, &wanted).await?;
-
-    let n = wanted.n as usize;
-    let echo = |i: usize| match &wanted.prompts {
-        Prompts::Texts(texts) if wanted.echo => match &texts[i / n] {
-            Prompt::Text(text) => text.clone(),
-            Prompt::Tokens(tokens) => text_of(&loaded.host, tokens),
-        },
-        _ => String::new(),
-    };
-    let echoes = (0..prompts.len() * n).map(echo).collect();
-    let n_prompt = prompts.iter().map(Vec::len).sum();
-    let mut teller = Teller::new(kind, app.model_name(&loaded.host), echoes, n_prompt, &wanted);
+    let mut teller = teller(app, &loaded.host, dialect, &wanted, &prompts);
 
     let (sender, mut updates) = mpsc::channel(UPDATES);
     let job = Job {
@@ -291,19 +311,42 @@ async fn take_in(
     while !teller.is_complete() {
         match updates.recv().await {
             Some(update) => teller.hear(update)?,
-            None => return Err(ApiError::busy("the server is being stopped", 5)),
+            None => return Err(ApiError::stopped()),
         }
     }
     drop((ticket, served));
     Ok(json_response(StatusCode::OK, &teller.whole()))
 }
 
-/// A body, within a size that follows from the context and a time.
+/// Who tells the client of its reply.
+fn teller(app: &App, host: &Host, dialect: Dialect, wanted: &Wanted, prompts: &[Vec<i32>]) -> Box<dyn Tell> {
+    let n = wanted.n as usize;
+    let echo = |i: usize| match &wanted.prompts {
+        Prompts::Texts(texts) if wanted.echo => match &texts[i / n] {
+            Prompt::Text(text) => text.clone(),
+            Prompt::Tokens(tokens) => text_of(host, tokens),
+        },
+        _ => String::new(),
+    };
+    let (model, n_prompt) = (app.model_name(host), prompts.iter().map(Vec::len).sum());
+    match dialect {
+        Dialect::Plain(dialect) => Box::new(Plain::new(dialect, model, n_prompt, wanted)),
+        Dialect::Choices(kind) => {
+            let echoes = (0..prompts.len() * n).map(echo).collect();
+            Box::new(Teller::new(kind, model, echoes, n_prompt, wanted))
+        }
+    }
+}
+
+/// A body, within a size that follows from the context.
 async fn body_of(request: Request, host: &Host) -> Result<bytes::Bytes, ApiError> {
-    let most = BODY_BYTES + host.n_ctx() as usize * BYTES_PER_TOKEN;
+    body_within(request, BODY_BYTES + host.n_ctx() as usize * BYTES_PER_TOKEN).await
+}
+
+/// A body of `most` bytes at most, within a time.
+async fn body_within(request: Request, most: usize) -> Result<bytes::Bytes, ApiError> {
     let too_large = || {
-        let message =
-            format!("the body is larger than {most} bytes, which is more than the context has room for");
+        let message = format!("the body is larger than {most} bytes, which is more than there is room for");
         ApiError::new(StatusCode::PAYLOAD_TOO_LARGE, message)
     };
     let length =
@@ -327,9 +370,11 @@ async fn tokenised(
     app: &Arc<App>,
     wanted: &Arc<Wanted>,
 ) -> Result<(Vec<Vec<i32>>, Option<Constraint>), ApiError> {
-    let _permit = app.readers.acquire().await;
+    let permit = Arc::clone(&app.readers).acquire_owned().await;
     let (app, wanted) = (Arc::clone(app), Arc::clone(wanted));
     let task = tokio::task::spawn_blocking(move || {
+        // whoever asks may leave meanwhile; the work goes on to its end, and counts until then
+        let _permit = permit;
         let Loaded { host, template, .. } = app.loaded()?;
         let prompts = match &wanted.prompts {
             Prompts::Chat(turns) => {

@@ -113,7 +113,7 @@ impl Slots {
         let (client, is_cancelled) = (job.client.clone(), Arc::clone(&job.is_cancelled));
         let mut state = shared.lock();
         if state.is_closed {
-            return Err(ApiError::busy("the server is being stopped", 5));
+            return Err(ApiError::stopped());
         }
         let id = state.next_id;
         state.next_id += 1;
@@ -300,7 +300,8 @@ impl Shared {
         let timings = Timings::of(&report, prompt.len().saturating_sub(report.prompt_tokens));
         self.metrics.prompt(timings.prompt, timings.cached);
         self.watch.hear_report(&report);
-        let finish = Finish::of(report.stop).filter(|_| !self.is_over(job));
+        let stop_text = generation.stop_text().and_then(|text| wanted.stop.iter().position(|s| s == text));
+        let finish = Finish::of(report.stop, stop_text).filter(|_| !self.is_over(job));
         Ok(finish.map(|finish| Update::Ended { choice, finish, timings }))
     }
 

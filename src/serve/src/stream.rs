@@ -6,7 +6,6 @@ use std::pin::Pin;
 use std::task::{Context, Poll};
 use std::time::Duration;
 
-use axum::http::StatusCode;
 use bytes::Bytes;
 use futures_core::Stream;
 use tokio::sync::mpsc;
@@ -14,7 +13,7 @@ use tokio::time::{Instant, Sleep, sleep};
 
 use crate::door::Served;
 use crate::error::ApiError;
-use crate::reply::{Teller, push_event};
+use crate::reply::Tell;
 use crate::slots::Ticket;
 use crate::watch::Watch;
 use crate::work::Update;
@@ -22,7 +21,7 @@ use crate::work::Update;
 /// A body that is a stream of events.
 pub(crate) struct Events {
     updates: mpsc::Receiver<Update>,
-    teller: Teller,
+    teller: Box<dyn Tell>,
     /// calls the request off when the client has left
     _ticket: Ticket,
     /// its connection is not shown out before the stream has ended
@@ -35,7 +34,7 @@ pub(crate) struct Events {
 impl Events {
     pub(crate) fn new(
         updates: mpsc::Receiver<Update>,
-        teller: Teller,
+        teller: Box<dyn Tell>,
         ticket: Ticket,
         watch: Watch,
         served: Served,
@@ -68,9 +67,7 @@ impl Stream for Events {
                 }
                 // the slot has let go of it
                 Poll::Ready(None) => {
-                    let stopped =
-                        ApiError::new(StatusCode::SERVICE_UNAVAILABLE, "the server is being stopped");
-                    push_event(&mut out, &stopped.body());
+                    this.teller.chunks(Update::Failed(ApiError::stopped()), &mut out);
                     this.is_over = true;
                 }
                 Poll::Pending => break,

@@ -42,14 +42,17 @@ pub(crate) enum Update {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Finish {
     Stop,
+    /// at one of the texts that were asked for, by its place in the list
+    StopText(usize),
     Length,
 }
 
 impl Finish {
-    /// `None`: it was called off.
-    pub(crate) fn of(stop: Stop) -> Option<Finish> {
+    /// `stop_text`: which one came, if one did. `None`: it was called off.
+    pub(crate) fn of(stop: Stop, stop_text: Option<usize>) -> Option<Finish> {
         match stop {
-            Stop::EndOfGeneration | Stop::StopText => Some(Finish::Stop),
+            Stop::StopText => Some(stop_text.map_or(Finish::Stop, Finish::StopText)),
+            Stop::EndOfGeneration => Some(Finish::Stop),
             Stop::Length | Stop::ContextFull => Some(Finish::Length),
             Stop::Interrupted | Stop::Error => None,
         }
@@ -57,7 +60,7 @@ impl Finish {
 
     pub(crate) fn name(self) -> &'static str {
         match self {
-            Finish::Stop => "stop",
+            Finish::Stop | Finish::StopText(_) => "stop",
             Finish::Length => "length",
         }
     }

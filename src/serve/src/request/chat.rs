@@ -11,7 +11,7 @@ use crate::error::ApiError;
 /// # Errors
 /// It is no JSON, or a field is wrong: which.
 pub fn chat(body: &[u8], defaults: &Defaults) -> Result<Wanted, ApiError> {
-    let mut fields = parse(body)?;
+    let mut fields: Fields = parse(body)?;
     let messages = fields.messages.take().ok_or_else(|| ApiError::field("messages", "missing"))?;
     if messages.is_empty() {
         return Err(ApiError::field("messages", "there must be one at least"));
@@ -22,7 +22,7 @@ pub fn chat(body: &[u8], defaults: &Defaults) -> Result<Wanted, ApiError> {
     fields.wanted(Prompts::Chat(turns), top, defaults)
 }
 
-fn turn(
+pub(super) fn turn(
     i: usize,
     Message { role, content: Content(content), tool_calls }: Message,
 ) -> Result<Turn, ApiError> {

@@ -1,7 +1,7 @@
 //! `/v1/completions`.
 
 use super::fields::{LogprobsField, PromptField};
-use super::{Defaults, Prompt, Prompts, Wanted, parse, top_logprobs};
+use super::{Defaults, Fields, Prompt, Prompts, Wanted, parse, top_logprobs};
 use crate::error::ApiError;
 
 /// A completion's request.
@@ -9,7 +9,7 @@ use crate::error::ApiError;
 /// # Errors
 /// It is no JSON, or a field is wrong: which.
 pub fn completion(body: &[u8], defaults: &Defaults) -> Result<Wanted, ApiError> {
-    let mut fields = parse(body)?;
+    let mut fields: Fields = parse(body)?;
     let PromptField(prompts) = fields.prompt.take().ok_or_else(|| ApiError::field("prompt", "missing"))?;
     let is_empty = |prompt: &Prompt| matches!(prompt, Prompt::Tokens(tokens) if tokens.is_empty());
     if prompts.is_empty() || prompts.iter().any(is_empty) {

@@ -8,6 +8,8 @@ mod chat;
 mod completion;
 mod fields;
 mod format;
+mod messages;
+mod responses;
 #[cfg(test)]
 mod tests;
 
@@ -27,6 +29,8 @@ use format::ResponseFormat;
 pub use chat::chat;
 pub use completion::completion;
 pub use format::Format;
+pub use messages::messages;
+pub use responses::responses;
 
 /// What is to be generated, and how it is to be told.
 #[derive(Clone, Debug, PartialEq)]
@@ -302,7 +306,7 @@ fn top_logprobs(field: &str, n: i128) -> Result<usize, ApiError> {
 }
 
 /// `body` as a request, or which field of it is wrong.
-fn parse(body: &[u8]) -> Result<Fields, ApiError> {
+fn parse<'a, T: Deserialize<'a>>(body: &'a [u8]) -> Result<T, ApiError> {
     let mut json = serde_json::Deserializer::from_slice(body);
     let not_json =
         |e: &serde_json::Error| ApiError::new(StatusCode::BAD_REQUEST, format!("the body is not JSON: {e}"));
@@ -317,6 +321,25 @@ fn parse(body: &[u8]) -> Result<Fields, ApiError> {
     })?;
     json.end().map_err(|e| not_json(&e))?;
     Ok(parsed)
+}
+
+/// Where only texts are answered.
+fn refuse_tools(tools: Option<&[IgnoredAny]>) -> Result<(), ApiError> {
+    match tools {
+        None | Some([]) => Ok(()),
+        Some(_) => Err(ApiError::field("tools", "tools are not supported under this path; leave them out")),
+    }
+}
+
+/// An error about `from` that names the field as its dialect does.
+fn renamed(error: ApiError, from: &str, to: &str) -> ApiError {
+    let param =
+        error.param.as_deref().and_then(|param| param.strip_prefix(from)).map(|rest| format!("{to}{rest}"));
+    let message = error.message.strip_prefix(from).map(|rest| format!("{to}{rest}"));
+    match (param, message) {
+        (Some(param), Some(message)) => ApiError { param: Some(param), message, ..error },
+        _ => error,
+    }
 }
 
 /// What serde says, without the place: the field is named.

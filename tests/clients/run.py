@@ -1,0 +1,123 @@
+"""Other people's clients against `dim-host serve`: run.py target/release [NAME ...]
+
+Cuts SmolLM2 (.ci/model) in three, starts a worker and a server as processes, and runs every client of the table below against
+them, each as a program of its own: it finds the server in DIM_URL and its key in DIM_KEY. A client that is not installed here
+(.ci/setup clients says why) is not run; it is named, and target/not-run/clients keeps the names for .ci/summary.
+"""
+
+import importlib.util
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+TOP = HERE.parent.parent
+KEY = "the-key-of-the-test"
+
+
+def has_python(*names):
+    missing = [name for name in names if importlib.util.find_spec(name) is None]
+    return f"Python's {missing[0]} is not installed" if missing else None
+
+
+def has_node(*names):
+    if shutil.which("node") is None:
+        return "node is not installed"
+    missing = [name for name in names if not (TOP / "tests/node_modules" / name).is_dir()]
+    return f"Node's {missing[0]} is not installed" if missing else None
+
+
+def has_browser():
+    if not any(map(shutil.which, ["chromium", "chromium-browser", "google-chrome"])):
+        return "there is no Chromium"
+    return has_node("playwright-core", "axe-core")
+
+
+# name, what is to be run, what it lacks here
+CLIENTS = [
+    ("openai-python", [sys.executable, HERE / "openai_python.py"], lambda: has_python("openai")),
+    ("anthropic", [sys.executable, HERE / "anthropic_python.py"], lambda: has_python("anthropic")),
+    ("langchain", [sys.executable, HERE / "langchain_python.py"], lambda: has_python("langchain_openai")),
+    ("llm", [sys.executable, HERE / "llm_command.py"], lambda: has_python("llm")),
+    ("openai-node", ["node", HERE / "openai_node.mjs"], lambda: has_node("openai")),
+    ("browser", ["node", TOP / "tests/browser/page.mjs"], has_browser),
+]
+
+
+class Served:
+    """A worker and a server over a cut model; `environment` tells a client where they are."""
+
+    def __init__(self, programs, folder):
+        common = ["--key-file", folder / "key", "--ctx", "1024", "--threads", "1"]
+        (middle,) = folder.glob("*.middle-*.gguf")
+        (split,) = folder.glob("*.split.json")
+        self.processes = []
+        worker = [programs / "dim-worker", middle, *common, "--parallel", "3"]
+        address = self.start([*worker, "--listen", "127.0.0.1:0"])
+        serve = [programs / "dim-host", "serve", "--split", split, "--worker", address, *common, "--listen", "127.0.0.1:0"]
+        serve += ["--parallel", "2", "--model-alias", "smol", "--api-key-file", folder / "api-keys"]
+        url = self.start(serve)
+        self.environment = {
+            "DIM_URL": url,
+            "DIM_KEY": KEY,
+            # for whoever kills the worker, and starts it again where it was
+            "DIM_WORKER_PID": str(self.processes[0].pid),
+            "DIM_WORKER": json.dumps([str(word) for word in [*worker, "--listen", address]]),
+        }
+
+    def start(self, command):
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+        self.processes.append(process)
+        line = process.stdout.readline()
+        assert line.startswith("listening on "), (command, line)
+        return line.removeprefix("listening on ").strip()
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        for process in reversed(self.processes):
+            process.kill()
+            process.wait()
+
+
+def main():
+    programs = Path(sys.argv[1]).resolve()
+    wanted = sys.argv[2:]
+    unknown = set(wanted) - {name for name, *_ in CLIENTS}
+    if unknown:
+        sys.exit(f"error: there is no client {', '.join(sorted(unknown))}")
+    clients = [client for client in CLIENTS if not wanted or client[0] in wanted]
+    model = subprocess.run(["sh", TOP / ".ci/model", "--path"], capture_output=True, text=True, cwd=TOP, check=False)
+    lacks = {name: lack() if model.returncode == 0 else "no real weights" for name, _, lack in clients}
+    not_run = [f"client {name}: {why}" for name, why in lacks.items() if why]
+    if not wanted:
+        kept = TOP / "target/not-run/clients"
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        kept.write_text("".join(line + "\n" for line in not_run))
+    print("".join(f"not run: {line}\n" for line in not_run), end="", flush=True)
+    failed = []
+    with tempfile.TemporaryDirectory() as folder:
+        folder = Path(folder)
+        for name, command, _ in clients:
+            if lacks[name]:
+                continue
+            if not (folder / "key").exists():
+                cut = [programs / "dim-split", model.stdout.strip(), "--middle", "10..19", "--out", folder]
+                subprocess.run(cut, check=True, capture_output=True)
+                (folder / "api-keys").write_text(KEY + "\n")
+                (folder / "key").write_text("5a" * 32 + "\n")
+            with Served(programs, folder) as served:
+                done = subprocess.run(command, env=os.environ | served.environment, check=False, cwd=folder)
+            if done.returncode:
+                failed.append(name)
+    if failed:
+        sys.exit(f"error: failed: {', '.join(failed)}")
+
+
+if __name__ == "__main__":
+    main()
