@@ -11,7 +11,7 @@ export CMAKE_C_COMPILER_LAUNCHER := ccache
 export CMAKE_CXX_COMPILER_LAUNCHER := ccache
 endif
 
-.PHONY: help setup python model build programs demo test lint cross floor deny test-rust test-oracles test-clients test-coreml test-swift test-vulkan bench \
+.PHONY: help setup python model build programs demo test lint cross floor deny test-rust test-oracles test-clients test-coreml test-swift test-vulkan bench load \
 	fuzz faults schemas clean
 
 help:
@@ -21,6 +21,7 @@ help:
 	@echo "make bench        the benches; each checks its answer before it is timed"
 	@echo "make faults       strangers, losses and wrong files by the hundred, written into docs/TESTING.md; half an hour (Linux)"
 	@echo "make schemas      the whole JSON Schema Test Suite against the server, many answers for each schema"
+	@echo "make load         a crowd at the server, for ten minutes (Linux)"
 	@echo "make fuzz         coverage-guided runs over the GGUF reader and the frame parser (FUZZ_RUNS=$(FUZZ_RUNS))"
 
 setup:
@@ -80,6 +81,11 @@ test-oracles: programs model python
 test-clients: programs model python
 	@sh .ci/setup clients
 	.venv/bin/python tests/clients/run.py target/release
+	.venv/bin/python tests/clients/load.py target/release 30
+
+# a crowd at the server, for ten minutes
+load: programs python
+	.venv/bin/python tests/clients/load.py target/release 600
 
 test-coreml: programs model
 	@sh .ci/setup venv
@@ -104,6 +110,7 @@ bench: build
 fuzz: setup
 	$(ENV) sh gguf-tools/fuzz/run.sh $(FUZZ_RUNS)
 	$(ENV) sh tests/fuzz/run.sh $(FUZZ_RUNS)
+	$(ENV) DIM_REQUESTS=$(FUZZ_RUNS) cargo test $(CARGO_FLAGS) --lib request::tests
 
 # the whole JSON Schema Test Suite against the server, and what a constraint costs: the table of docs/SERVER.md
 schemas: programs model

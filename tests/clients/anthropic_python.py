@@ -11,7 +11,9 @@ ASK = [{"role": "user", "content": [{"type": "text", "text": "What is the capita
 
 
 def messages(client):
-    asked = {"model": "smol", "messages": ASK, "system": "You are brief.", "temperature": 0, "max_tokens": 24}
+    asked = {"model": "smol", "messages": ASK, "system": "You are brief.", "max_tokens": 24}
+    # no argument of its newest client any more, but still a field
+    asked["extra_body"] = {"temperature": 0}
     whole = client.messages.create(**asked)
     text = whole.content[0].text
     assert text and whole.role == "assistant" and whole.stop_reason in ("end_turn", "max_tokens"), whole
@@ -53,9 +55,12 @@ def responses(client):
     assert whole.status == "completed" or whole.incomplete_details.reason == "max_output_tokens", whole
     items = [{"role": "user", "content": [{"type": "input_text", "text": "What is the capital of France?"}]}]
     with client.responses.stream(input=items, **asked) as stream:
-        parts = [event.delta for event in stream if event.type == "response.output_text.delta"]
-        final = stream.get_final_response()
-    assert "".join(parts) == text == final.output_text, (parts, text)
+        events = list(stream)
+    parts = [event.delta for event in events if event.type == "response.output_text.delta"]
+    final = events[-1]
+    assert final.type == f"response.{whole.status}", final
+    assert "".join(parts) == text == final.response.output_text, (parts, text)
+    assert [event.sequence_number for event in events if hasattr(event, "sequence_number")][-1] >= len(parts) + 7, events
     for wrong, field in [({"previous_response_id": "resp_1"}, "previous_response_id"), ({"max_output_tokens": -2}, "max_output_tokens"),
                          ({"input": [{"role": "nobody", "content": "x"}]}, "input[0].role")]:
         try:

@@ -74,14 +74,16 @@ async function copy(text) {
   }
 }
 
-// Shows a turn's text as far as it has come. At most one request at a time, and what comes meanwhile with the next.
-async function render(turn) {
-  if (turn.renders) {
-    turn.is_stale = true;
-    return;
-  }
-  turn.renders = true;
-  do {
+// Shows a turn's text as far as it has come, and is done when all of it is shown. At most one request at a time, and what comes
+// meanwhile with the next.
+function render(turn) {
+  turn.is_stale = true;
+  turn.rendering ??= rendered(turn).finally(() => (turn.rendering = null));
+  return turn.rendering;
+}
+
+async function rendered(turn) {
+  while (turn.is_stale) {
     turn.is_stale = false;
     const shown = turn.item.querySelector(".text");
     try {
@@ -100,8 +102,7 @@ async function render(turn) {
       });
     }
     await new Promise((next) => setTimeout(next, 60));
-  } while (turn.is_stale);
-  turn.renders = false;
+  }
 }
 
 // Whoever looks at the end keeps looking at it.
@@ -211,6 +212,7 @@ async function answer() {
         render(turn);
       }
     }
+    await turn.rendering;
     say(timings ? `Complete: ${timings.predicted_n} tokens, ${timings.predicted_per_second.toFixed(1)} a second.` : "Complete.");
   } catch (error) {
     if (error.name === "AbortError") say("Stopped.");
@@ -311,5 +313,7 @@ async function look() {
   setTimeout(look, 1000);
 }
 
+// where there is no room beside the conversation, it comes first
+if (matchMedia("(max-width: 52rem)").matches) at("split").open = false;
 update();
 look();

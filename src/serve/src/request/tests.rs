@@ -223,6 +223,72 @@ fn what_is_no_json_is_said_so_and_what_nests_too_deep_is_no_harm() {
     }
 }
 
+/// Every form in which a request comes.
+const FORMS: [fn(&[u8], &Defaults) -> Result<Wanted, ApiError>; 4] = [chat, completion, messages, responses];
+
+/// A request of all of them.
+const GOOD: &str = r#"{"messages": [{"role": "user", "content": [{"type": "text", "text": "Hi"}]}, {"role": "assistant", "content": "a"}],
+    "input": [{"role": "user", "content": [{"type": "input_text", "text": "Hi"}]}], "prompt": [[1, 2], [3]], "system": "b",
+    "instructions": "b", "max_tokens": 7, "max_output_tokens": 7, "temperature": 0.5, "top_p": 0.5, "stop": ["x", "y"],
+    "stop_sequences": ["x"], "logit_bias": {"7": -100}, "stream": true, "stream_options": {"include_usage": true}}"#;
+
+/// Of each of the rules below; `DIM_REQUESTS` says how many where there is time for more (`make fuzz`).
+fn n_cases() -> u32 {
+    std::env::var("DIM_REQUESTS").ok().and_then(|n| n.parse().ok()).unwrap_or(4096)
+}
+
+#[test]
+fn a_good_request_is_one_in_every_form() {
+    for form in FORMS {
+        assert_eq!(form(GOOD.as_bytes(), &Defaults::default()).map(|wanted| wanted.stream), Ok(true));
+    }
+}
+
+#[test]
+fn the_two_plain_forms_are_read_and_what_is_wrong_is_named_as_they_name_it() {
+    let wanted = messages(
+        br#"{"system": [{"type": "text", "text": "s"}], "messages": [{"role": "user", "content": "u"}], "max_tokens": 3,
+            "stop_sequences": ["a", "b"], "top_k": 4, "metadata": {"user_id": "x"}}"#,
+        &Defaults::default(),
+    )
+    .unwrap();
+    let turn = |role, content: &str| Turn { role, content: content.to_owned() };
+    use dim::host::template::Role;
+    assert_eq!(wanted.prompts, Prompts::Chat(vec![turn(Role::System, "s"), turn(Role::User, "u")]));
+    assert_eq!((wanted.limit, wanted.stop.len(), wanted.sampling.top_k), (Some(3), 2, 4));
+    let wanted =
+        responses(br#"{"input": "u", "instructions": "s", "max_output_tokens": 3}"#, &Defaults::default())
+            .unwrap();
+    assert_eq!(wanted.prompts, Prompts::Chat(vec![turn(Role::System, "s"), turn(Role::User, "u")]));
+    assert_eq!(wanted.limit, Some(3));
+    let ask = r#""messages": [{"role": "user", "content": "u"}], "input": "u""#;
+    let table: [(usize, &str, &str); 10] = [
+        (2, r#"{"max_tokens": 1}"#, "messages"),
+        (2, &format!("{{{ask}}}"), "max_tokens"),
+        (2, &format!(r#"{{{ask}, "max_tokens": 0}}"#), "max_tokens"),
+        (2, &format!(r#"{{{ask}, "max_tokens": 1, "tools": [{{}}]}}"#), "tools"),
+        (
+            2,
+            &format!(r#"{{{ask}, "max_tokens": 1, "stop_sequences": ["{}"]}}"#, "x".repeat(1025)),
+            "stop_sequences[0]",
+        ),
+        (3, r#"{"instructions": "s"}"#, "input"),
+        (3, &format!(r#"{{{ask}, "previous_response_id": "r"}}"#), "previous_response_id"),
+        (3, &format!(r#"{{{ask}, "text": {{"format": {{"type": "json_schema"}}}}}}"#), "text.format.type"),
+        (3, &format!(r#"{{{ask}, "max_output_tokens": -3}}"#), "max_output_tokens"),
+        (
+            3,
+            r#"{"input": [{"role": "user", "content": "a"}, {"role": "x", "content": "b"}]}"#,
+            "input[1].role",
+        ),
+    ];
+    for (form, body, field) in table {
+        let error = FORMS[form](body.as_bytes(), &Defaults::default()).unwrap_err();
+        assert_eq!(error.param.as_deref(), Some(field), "{body}: {error}");
+        assert!(error.message.starts_with(field), "{error}");
+    }
+}
+
 /// JSON that is nearly a request.
 fn nearly() -> impl Strategy<Value = Value> {
     let leaf = prop_oneof![
@@ -252,6 +318,13 @@ fn nearly() -> impl Strategy<Value = Value> {
         "tools",
         "tool_choice",
         "response_format",
+        "input",
+        "instructions",
+        "system",
+        "max_output_tokens",
+        "stop_sequences",
+        "format",
+        "previous_response_id",
         "[0-9]{1,3}",
     ];
     leaf.prop_recursive(4, 64, 8, move |inner| {
@@ -264,14 +337,15 @@ fn nearly() -> impl Strategy<Value = Value> {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig::with_cases(4096))]
+    #![proptest_config(ProptestConfig::with_cases(n_cases()))]
 
     #[test]
     fn whatever_comes_is_a_request_or_an_error_with_a_sentence(body in nearly()) {
-        for result in [chat(body.to_string().as_bytes(), &Defaults::default()), completion(body.to_string().as_bytes(), &Defaults::default())] {
-            match result {
+        for form in FORMS {
+            match form(body.to_string().as_bytes(), &Defaults::default()) {
                 Ok(wanted) => {
                     prop_assert!(wanted.prompts.count() * wanted.n as usize <= MAX_CHOICES);
+                    prop_assert!(wanted.stop.len() <= MAX_STOPS);
                     prop_assert_eq!(wanted.sampling.check(), Ok(()));
                 }
                 Err(error) => prop_assert!(!error.message.is_empty() && error.status == StatusCode::BAD_REQUEST),
@@ -281,6 +355,18 @@ proptest! {
 
     #[test]
     fn bytes_that_are_anything_are_no_harm(bytes in proptest::collection::vec(any::<u8>(), 0..200)) {
-        prop_assert!(chat(&bytes, &Defaults::default()).is_err());
+        prop_assert!(FORMS.iter().all(|form| form(&bytes, &Defaults::default()).is_err()));
+    }
+
+    #[test]
+    fn a_good_request_with_wrong_bytes_in_it_is_a_request_or_an_error(
+        form in 0..FORMS.len(), at in any::<prop::sample::Index>(), wrong in proptest::collection::vec(any::<u8>(), 0..4), gone in 0usize..6,
+    ) {
+        let mut body = GOOD.as_bytes().to_vec();
+        let at = at.index(body.len());
+        body.splice(at..(at + gone).min(GOOD.len()), wrong);
+        if let Err(error) = FORMS[form](&body, &Defaults::default()) {
+            prop_assert!(!error.message.is_empty() && error.status == StatusCode::BAD_REQUEST);
+        }
     }
 }
