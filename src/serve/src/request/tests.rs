@@ -224,7 +224,8 @@ fn what_is_no_json_is_said_so_and_what_nests_too_deep_is_no_harm() {
 }
 
 /// Every form in which a request comes.
-const FORMS: [fn(&[u8], &Defaults) -> Result<Wanted, ApiError>; 4] = [chat, completion, messages, responses];
+type Form = fn(&[u8], &Defaults) -> Result<Wanted, ApiError>;
+const FORMS: [Form; 4] = [chat, completion, messages, responses];
 
 /// A request of all of them.
 const GOOD: &str = r#"{"messages": [{"role": "user", "content": [{"type": "text", "text": "Hi"}]}, {"role": "assistant", "content": "a"}],
