@@ -110,7 +110,7 @@ bench: build
 fuzz: setup
 	$(ENV) sh gguf-tools/fuzz/run.sh $(FUZZ_RUNS)
 	$(ENV) sh tests/fuzz/run.sh $(FUZZ_RUNS)
-	$(ENV) DIM_REQUESTS=$(FUZZ_RUNS) cargo test $(CARGO_FLAGS) --lib request::tests
+	$(ENV) DIM_REQUESTS=$$(($(FUZZ_RUNS) / 4)) cargo test $(CARGO_FLAGS) --lib request::tests
 
 # the whole JSON Schema Test Suite against the server, and what a constraint costs: the table of docs/SERVER.md
 schemas: programs model
