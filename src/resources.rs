@@ -42,7 +42,11 @@ impl Resources {
             return Err(BadOption::new("ubatch", self.n_ubatch, "1 to 65536"));
         }
         if self.snapshots > MAX_SNAPSHOTS || self.snapshots >= self.n_ubatch {
-            return Err(BadOption::new("snapshots", self.snapshots, "0 to 31, and fewer than --ubatch"));
+            return Err(BadOption::new(
+                "snapshots",
+                self.snapshots,
+                "0 to 31, and fewer than a chunk has rows",
+            ));
         }
         if self.n_ctx > MAX_CTX {
             return Err(BadOption::new(

@@ -1,7 +1,7 @@
 //! Arguments that several commands have in common, and what they are in the library.
 
 use std::fs::File;
-use std::io::{BufWriter, Read as _};
+use std::io::Read as _;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
@@ -17,7 +17,7 @@ use gguf_tools::manifest::Manifest;
 use gguf_tools::slice::SliceInfo;
 use llama_sys_patch::LogLevel;
 
-use crate::{ended_by, explain, habits};
+use crate::{ended_by, explain};
 
 /// What `--worker` says instead of an address, and `--wire` instead of a type.
 const AUTO: &str = "auto";
@@ -431,113 +431,6 @@ pub fn constraint(session: &Session, text: Option<&str>) -> Result<Option<dim::C
     compiled.map_err(|e| ended_by(format!("--json-schema: {e}"), e.is_misuse(), e.hint()))
 }
 
-/// What to continue, and how far.
-#[derive(Clone, Debug, clap::Args)]
-pub struct PromptArgs {
-    /// The text to continue
-    #[arg(short = 'p', long, value_name = "TEXT", conflicts_with = "file", required_unless_present = "file")]
-    prompt: Option<String>,
-    /// Read it from a file (- for standard input)
-    #[arg(short = 'f', long, value_name = "FILE")]
-    file: Option<PathBuf>,
-    /// Read \n, \t, \", \\ and the like in -p as the characters they stand for
-    #[arg(short = 'e', long)]
-    escape: bool,
-    /// Take -p as it stands, as is done anyway
-    #[arg(long, hide_short_help = true, overrides_with = "escape")]
-    no_escape: bool,
-    /// End where this text comes (repeat for more)
-    #[arg(short = 'r', long = "reverse-prompt", visible_alias = "stop", value_name = "TEXT")]
-    pub stop: Vec<String>,
-    /// Repeat or cut the prompt to N tokens, for measurements
-    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
-    prompt_tokens: Option<u32>,
-    /// Tokens to generate; -1: until the model ends or the context is full
-    #[arg(short = 'n', long = "predict", value_name = "N", default_value_t = -1, allow_negative_numbers = true)]
-    n_predict: i64,
-    /// Go on after the model ends its reply, for measurements
-    #[arg(long)]
-    pub ignore_eos: bool,
-    /// Evaluate the prompt once before, unmeasured, for measurements: weights are read and memory is touched
-    #[arg(long)]
-    pub warm_up: bool,
-    /// How to sample.
-    #[command(flatten)]
-    pub sampling: SamplingArgs,
-    /// What the reply has to be.
-    #[command(flatten)]
-    pub constraint: ConstraintArgs,
-    /// Print one JSON object on stdout instead of the text
-    #[arg(long)]
-    pub json: bool,
-    /// Write the logits behind every token to FILE: f32, (n_tokens, n_vocab), for comparisons
-    #[arg(long, value_name = "FILE")]
-    logits_out: Option<PathBuf>,
-}
-
-impl PromptArgs {
-    /// The prompt's text, from wherever it was given: read before a model is, which takes longer.
-    ///
-    /// # Errors
-    /// It cannot be read.
-    pub fn text(&self) -> Result<String, Failure> {
-        if let Some(text) = &self.prompt {
-            return Ok(if self.escape { habits::unescaped(text) } else { text.clone() });
-        }
-        let Some(path) = &self.file else {
-            return Err(Failure::misuse("give a prompt with -p TEXT or -f FILE"));
-        };
-        let from = if path.as_os_str() == "-" { "standard input".into() } else { path.to_string_lossy() };
-        let mut bytes = Vec::new();
-        let read = if path.as_os_str() == "-" {
-            std::io::stdin().lock().take(MAX_PROMPT_BYTES + 1).read_to_end(&mut bytes)
-        } else {
-            File::open(path).and_then(|f| f.take(MAX_PROMPT_BYTES + 1).read_to_end(&mut bytes))
-        };
-        read.map_err(|e| Failure::misuse(format!("cannot read the prompt from {from}: {e}")))?;
-        if bytes.len() as u64 > MAX_PROMPT_BYTES {
-            return Err(Failure::misuse(format!("the prompt in {from} is longer than 64 MiB")));
-        }
-        String::from_utf8(bytes).map_err(|e| {
-            let at = e.utf8_error().valid_up_to();
-            Failure::misuse(format!("the prompt in {from} is not UTF-8 at byte {at}"))
-        })
-    }
-
-    /// `-n` as a limit.
-    ///
-    /// # Errors
-    /// It is less than -1.
-    pub fn limit(&self) -> Result<Option<usize>, Failure> {
-        limit(self.n_predict)
-    }
-
-    /// Gives the session the prompt: at least one token, and no more than the context has positions.
-    ///
-    /// # Errors
-    /// The text has none or too many.
-    pub fn push(&self, text: &str, session: &mut Session) -> Result<(), Failure> {
-        let mut tokens = session.tokenize(text, true).map_err(explain)?;
-        if tokens.is_empty() {
-            return Err(explain(Error::EmptyPrompt));
-        }
-        if let Some(n) = self.prompt_tokens {
-            tokens = tokens.into_iter().cycle().take(n as usize).collect();
-        }
-        session.push_tokens(&tokens).map_err(explain)
-    }
-
-    /// Where the logits are to go, if anywhere.
-    ///
-    /// # Errors
-    /// The file cannot be written.
-    pub fn logits_file(&self) -> Result<Option<BufWriter<File>>, Failure> {
-        let Some(path) = &self.logits_out else { return Ok(None) };
-        let cannot = |e| Failure::misuse(format!("cannot write {}: {e}", path.display()));
-        Ok(Some(BufWriter::new(File::create(path).map_err(cannot)?)))
-    }
-}
-
 /// The number after `-n` as a limit: none for -1.
 ///
 /// # Errors
@@ -549,7 +442,6 @@ pub fn limit(n_predict: i64) -> Result<Option<usize>, Failure> {
     }
 }
 
-const MAX_PROMPT_BYTES: u64 = 64 << 20;
 const MAX_SCHEMA_BYTES: u64 = 1 << 20;
 
 #[cfg(test)]

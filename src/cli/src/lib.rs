@@ -8,6 +8,7 @@ pub mod habits;
 mod hints;
 pub mod interrupt;
 pub mod progress;
+pub mod prompt;
 pub mod shown;
 
 use std::process::ExitCode;

@@ -3,12 +3,13 @@
 use std::io::Write as _;
 use std::time::Instant;
 
-use dim::{Sampling, Session};
+use dim::Session;
 use gguf_tools::failure::Failure;
 use gguf_tools::{tell, terminal};
 
-use crate::args::{MachineArgs, PromptArgs, SplitArgs, constraint};
+use crate::args::{MachineArgs, SplitArgs};
 use crate::interrupt::Interrupt;
+use crate::prompt::{PromptArgs, Wanted};
 use crate::{explain, shown};
 
 /// Arguments of `dim-host generate`.
@@ -25,36 +26,28 @@ pub struct GenerateArgs {
 /// Runs it.
 pub fn run(args: &GenerateArgs, process_start: Instant) -> Result<(), Failure> {
     let interrupt = Interrupt::watch();
-    // what is wrong with a number or a file is known before a model is loaded
-    args.prompt.sampling.sampling()?;
-    args.prompt.constraint.text()?;
-    args.prompt.limit()?;
-    let text = args.prompt.text()?;
+    let wanted = args.prompt.read()?;
     let host = args.split.host(&args.machine)?;
     let host = host.connect(shown::events(args.machine.verbose)).map_err(explain)?;
-    reply(host.session().map_err(explain)?, &args.prompt, &text, &interrupt, process_start)
+    reply(host.session().map_err(explain)?, &args.prompt, &wanted, &interrupt, process_start)
 }
 
-/// Continues `text` and reports: the same for `generate` and `stock`.
+/// Continues the prompt and reports: the same for `generate` and `stock`.
 pub(super) fn reply(
     mut session: Session,
     args: &PromptArgs,
-    text: &str,
+    wanted: &Wanted,
     interrupt: &Interrupt,
     process_start: Instant,
 ) -> Result<(), Failure> {
-    args.push(text, &mut session)?;
-    let schema = args.constraint.text()?;
-    let constraint = constraint(&session, schema.as_deref())?;
+    args.push(wanted, &mut session)?;
+    let sampling = wanted.sampling(&session)?;
     let mut logits_file = args.logits_file()?;
     if args.warm_up {
         session.warm_up().map_err(explain)?;
     }
-    let sampling = Sampling { constraint, ..args.sampling.sampling()? };
-    let generation = session.generate(sampling);
-    let mut generation = generation.limit(args.limit()?).ignore_eos(args.ignore_eos);
-    generation = generation.stop_at(args.stop.iter().cloned());
-    generation = generation.stop_when(interrupt.stop_flag());
+    let generation = session.generate(sampling).limit(wanted.limit).ignore_eos(args.ignore_eos);
+    let mut generation = generation.stop_at(args.stop.iter().cloned()).stop_when(interrupt.stop_flag());
     // a Ctrl-C in the prompt ends the program: there is no text yet that it could keep
     let mut first = generation.next();
     let (mut written, mut unread) = (Ok(()), false);

@@ -6,9 +6,10 @@ use std::time::Instant;
 use dim::WholeModel;
 use gguf_tools::failure::Failure;
 
-use crate::args::{MachineArgs, PromptArgs};
+use crate::args::MachineArgs;
 use crate::commands::generate::reply;
 use crate::interrupt::Interrupt;
+use crate::prompt::PromptArgs;
 use crate::{explain, shown};
 
 /// Arguments of `dim-host stock`.
@@ -37,12 +38,10 @@ pub struct StockArgs {
 /// Runs it.
 pub fn run(args: &StockArgs, process_start: Instant) -> Result<(), Failure> {
     let interrupt = Interrupt::watch();
-    args.prompt.sampling.sampling()?;
-    args.prompt.limit()?;
-    let text = args.prompt.text()?;
+    let wanted = args.prompt.read()?;
     args.machine.set_log();
     let model = load(args)?;
-    reply(model.session().map_err(explain)?, &args.prompt, &text, &interrupt, process_start)
+    reply(model.session().map_err(explain)?, &args.prompt, &wanted, &interrupt, process_start)
 }
 
 fn load(args: &StockArgs) -> Result<WholeModel, Failure> {

@@ -1,0 +1,138 @@
+//! What `generate` and `stock` are asked for.
+
+use std::fs::File;
+use std::io::{BufWriter, Read as _};
+use std::path::PathBuf;
+
+use dim::{Error, Sampling, Session};
+use gguf_tools::failure::Failure;
+
+use crate::args::{ConstraintArgs, SamplingArgs, constraint, limit};
+use crate::{explain, habits};
+
+/// What to continue, and how far.
+#[derive(Clone, Debug, clap::Args)]
+pub struct PromptArgs {
+    /// The text to continue
+    #[arg(short = 'p', long, value_name = "TEXT", conflicts_with = "file", required_unless_present = "file")]
+    prompt: Option<String>,
+    /// Read it from a file (- for standard input)
+    #[arg(short = 'f', long, value_name = "FILE")]
+    file: Option<PathBuf>,
+    /// Read \n, \t, \", \\ and the like in -p as the characters they stand for
+    #[arg(short = 'e', long)]
+    escape: bool,
+    /// Take -p as it stands, as is done anyway
+    #[arg(long, hide_short_help = true, overrides_with = "escape")]
+    no_escape: bool,
+    /// End where this text comes (repeat for more)
+    #[arg(short = 'r', long = "reverse-prompt", visible_alias = "stop", value_name = "TEXT")]
+    pub stop: Vec<String>,
+    /// Repeat or cut the prompt to N tokens, for measurements
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
+    prompt_tokens: Option<u32>,
+    /// Tokens to generate; -1: until the model ends or the context is full
+    #[arg(short = 'n', long = "predict", value_name = "N", default_value_t = -1, allow_negative_numbers = true)]
+    n_predict: i64,
+    /// Go on after the model ends its reply, for measurements
+    #[arg(long)]
+    pub ignore_eos: bool,
+    /// Evaluate the prompt once before, unmeasured, for measurements: weights are read and memory is touched
+    #[arg(long)]
+    pub warm_up: bool,
+    /// How to sample.
+    #[command(flatten)]
+    pub sampling: SamplingArgs,
+    /// What the reply has to be.
+    #[command(flatten)]
+    pub constraint: ConstraintArgs,
+    /// Print one JSON object on stdout instead of the text
+    #[arg(long)]
+    pub json: bool,
+    /// Write the logits behind every token to FILE: f32, (n_tokens, n_vocab), for comparisons
+    #[arg(long, value_name = "FILE")]
+    logits_out: Option<PathBuf>,
+}
+
+/// What is asked for, with its files read: before a model is, which takes longer.
+#[derive(Debug)]
+pub struct Wanted {
+    text: String,
+    schema: Option<String>,
+    sampling: Sampling,
+    /// tokens; none: until the model ends its reply
+    pub limit: Option<usize>,
+}
+
+impl Wanted {
+    /// How to sample, held to the schema if there is one.
+    ///
+    /// # Errors
+    /// It is no schema, or one that is not enforced.
+    pub fn sampling(&self, session: &Session) -> Result<Sampling, Failure> {
+        let constraint = constraint(session, self.schema.as_deref())?;
+        Ok(Sampling { constraint, ..self.sampling.clone() })
+    }
+}
+
+impl PromptArgs {
+    /// Reads and checks what can be without a model.
+    ///
+    /// # Errors
+    /// A file cannot be read, or a number is out of range.
+    pub fn read(&self) -> Result<Wanted, Failure> {
+        let (sampling, limit) = (self.sampling.sampling()?, limit(self.n_predict)?);
+        Ok(Wanted { text: self.text()?, schema: self.constraint.text()?, sampling, limit })
+    }
+
+    fn text(&self) -> Result<String, Failure> {
+        if let Some(text) = &self.prompt {
+            return Ok(if self.escape { habits::unescaped(text) } else { text.clone() });
+        }
+        let Some(path) = &self.file else {
+            return Err(Failure::misuse("give a prompt with -p TEXT or -f FILE"));
+        };
+        let from = if path.as_os_str() == "-" { "standard input".into() } else { path.to_string_lossy() };
+        let mut bytes = Vec::new();
+        let read = if path.as_os_str() == "-" {
+            std::io::stdin().lock().take(MAX_PROMPT_BYTES + 1).read_to_end(&mut bytes)
+        } else {
+            File::open(path).and_then(|f| f.take(MAX_PROMPT_BYTES + 1).read_to_end(&mut bytes))
+        };
+        read.map_err(|e| Failure::misuse(format!("cannot read the prompt from {from}: {e}")))?;
+        if bytes.len() as u64 > MAX_PROMPT_BYTES {
+            return Err(Failure::misuse(format!("the prompt in {from} is longer than 64 MiB")));
+        }
+        String::from_utf8(bytes).map_err(|e| {
+            let at = e.utf8_error().valid_up_to();
+            Failure::misuse(format!("the prompt in {from} is not UTF-8 at byte {at}"))
+        })
+    }
+
+    /// Gives the session the prompt: at least one token, and no more than the context has positions.
+    ///
+    /// # Errors
+    /// The text has none or too many.
+    pub fn push(&self, wanted: &Wanted, session: &mut Session) -> Result<(), Failure> {
+        let mut tokens = session.tokenize(&wanted.text, true).map_err(explain)?;
+        if tokens.is_empty() {
+            return Err(explain(Error::EmptyPrompt));
+        }
+        if let Some(n) = self.prompt_tokens {
+            tokens = tokens.into_iter().cycle().take(n as usize).collect();
+        }
+        session.push_tokens(&tokens).map_err(explain)
+    }
+
+    /// Where the logits are to go, if anywhere.
+    ///
+    /// # Errors
+    /// The file cannot be written.
+    pub fn logits_file(&self) -> Result<Option<BufWriter<File>>, Failure> {
+        let Some(path) = &self.logits_out else { return Ok(None) };
+        let cannot = |e| Failure::misuse(format!("cannot write {}: {e}", path.display()));
+        Ok(Some(BufWriter::new(File::create(path).map_err(cannot)?)))
+    }
+}
+
+const MAX_PROMPT_BYTES: u64 = 64 << 20;
