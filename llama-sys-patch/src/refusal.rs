@@ -195,6 +195,7 @@ pub(crate) fn last() -> Refusal {
 
 /// What stands before the first NUL.
 fn text(chars: &[c_char]) -> String {
-    let bytes: Vec<u8> = chars.iter().map(|&c| c as u8).collect();
+    // signed on some systems, unsigned on others
+    let bytes: Vec<u8> = chars.iter().flat_map(|c| c.to_ne_bytes()).collect();
     CStr::from_bytes_until_nul(&bytes).map_or_else(|_| String::new(), |c| c.to_string_lossy().into_owned())
 }
