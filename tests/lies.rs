@@ -230,8 +230,11 @@ fn rename(slice: &mut Slice, from: &str, to: &str) {
     }
 }
 
+/// Of what matrices are multiplied by: llama.cpp has no convolution with weights of another type than F32, and that is said.
 fn other_types(slice: &mut Slice) {
-    for absent in slice.absent.iter_mut().filter(|a| a.name.starts_with("blk.") && a.dims[1] > 1) {
+    let is_matrix =
+        |a: &&mut Absent| a.name.starts_with("blk.") && a.dims[1] > 1 && !a.name.contains("conv1d");
+    for absent in slice.absent.iter_mut().filter(is_matrix) {
         absent.tensor_type =
             if absent.tensor_type == TensorType::F16 { TensorType::F32 } else { TensorType::F16 };
     }
