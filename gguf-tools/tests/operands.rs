@@ -94,5 +94,6 @@ fn no_type_of_any_tensor_ends_the_process() {
         }
     }
     assert!(ended.is_empty(), "{}", ended.join("\n"));
-    assert!(ran > 100 && by_name > 10, "{ran} ran, {by_name} were refused by the tensor's name");
+    // most norms of another type are refused before there is a graph: `check::model`
+    assert!(ran > 100 && by_name > 5, "{ran} ran, {by_name} were refused by the tensor's name");
 }
