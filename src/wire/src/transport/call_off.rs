@@ -72,11 +72,22 @@ impl CallOff {
         true
     }
 
-    /// One more dial.
-    pub(super) fn dial(&self) -> Dial<'_> {
-        let mut state = self.lock();
-        state.n_dials += 1;
-        Dial { off: self, number: state.n_dials }
+    /// One more dial, to `address`: what `run` comes to, unless it is called off.
+    pub(super) fn dial<T>(
+        &self,
+        address: &str,
+        run: impl FnOnce(&Dial<'_>) -> Result<T, LinkError>,
+    ) -> Result<T, LinkError> {
+        let number = {
+            let mut state = self.lock();
+            state.n_dials += 1;
+            state.n_dials
+        };
+        let dialled = run(&Dial { off: self, number });
+        match self.is_called_off() {
+            true => Err(LinkErrorKind::Stopped.with(address)),
+            false => dialled,
+        }
     }
 
     fn lock(&self) -> MutexGuard<'_, State> {
@@ -101,14 +112,6 @@ impl Dial<'_> {
         state.sockets.retain(|(dial, _)| *dial != self.number);
         state.sockets.push((self.number, socket));
         Ok(())
-    }
-
-    /// What it came to.
-    pub(super) fn ended<T>(self, address: &str, result: Result<T, LinkError>) -> Result<T, LinkError> {
-        match self.off.is_called_off() {
-            true => Err(LinkErrorKind::Stopped.with(address)),
-            false => result,
-        }
     }
 }
 

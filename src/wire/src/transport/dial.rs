@@ -33,14 +33,11 @@ pub fn dial_unless(
     need: &Terms,
     timing: &Timing,
 ) -> Result<Link, LinkError> {
-    let dial = off.dial();
-    let dialled = || {
-        let mut opening = begin(&dial, address, key, Ask::Serve(Box::new(need.clone())), timing)?;
+    off.dial(address, |dial| {
+        let mut opening = begin(dial, address, key, Ask::Serve(Box::new(need.clone())), timing)?;
         while !matches!(opening.next()?, Message::Accept(_)) {}
         link::start(opening, None)
-    };
-    let dialled = dialled();
-    dial.ended(address, dialled)
+    })
 }
 
 /// Offers files to the worker at `address`: the connection, and how many bytes of each it has already.
@@ -53,12 +50,14 @@ pub(super) fn offer(
     offer: &PushOffer,
     timing: &Timing,
 ) -> Result<(Opening, Vec<u64>), LinkError> {
-    let mut opening = begin(&CallOff::new().dial(), address, key, Ask::Push(offer.clone()), timing)?;
-    loop {
-        if let Message::PushNeed(have) = opening.next()? {
-            return Ok((opening, have));
+    CallOff::new().dial(address, |dial| {
+        let mut opening = begin(dial, address, key, Ask::Push(offer.clone()), timing)?;
+        loop {
+            if let Message::PushNeed(have) = opening.next()? {
+                return Ok((opening, have));
+            }
         }
-    }
+    })
 }
 
 /// Asks the worker at `address` what it holds, without being served, and also while it serves another host.
@@ -74,9 +73,8 @@ pub fn inquire(address: &str, key: &Key, timing: &Timing) -> Result<Terms, LinkE
 /// # Errors
 /// As of [`dial_unless`].
 pub fn inquire_unless(off: &CallOff, address: &str, key: &Key, timing: &Timing) -> Result<Terms, LinkError> {
-    let dial = off.dial();
-    let inquired = || {
-        let mut opening = begin(&dial, address, key, Ask::Inquire, timing)?;
+    off.dial(address, |dial| {
+        let mut opening = begin(dial, address, key, Ask::Inquire, timing)?;
         loop {
             if let Message::Offer(terms) = opening.next()? {
                 opening.endpoint.goodbye(Farewell::Finished);
@@ -84,9 +82,7 @@ pub fn inquire_unless(off: &CallOff, address: &str, key: &Key, timing: &Timing) 
                 return Ok(terms);
             }
         }
-    };
-    let inquired = inquired();
-    dial.ended(address, inquired)
+    })
 }
 
 /// Pairs with the worker at `address`, which shows `code`. `store` is given the new key and the worker's
@@ -103,16 +99,18 @@ pub fn pair(
     store: impl FnOnce(&Key, &str) -> Result<(), LinkError>,
 ) -> Result<(Key, String), LinkError> {
     let ask = Ask::Pair { name: name.to_owned(), software: software.to_owned() };
-    let mut opening = begin(&CallOff::new().dial(), address, &code.key(), ask, timing)?;
-    loop {
-        if let Message::PairGrant { key, name, .. } = opening.next()? {
-            store(&key, &name)?;
-            opening.endpoint.stored();
-            opening.flush()?;
-            opening.close();
-            return Ok((key, name));
+    CallOff::new().dial(address, |dial| {
+        let mut opening = begin(dial, address, &code.key(), ask, timing)?;
+        loop {
+            if let Message::PairGrant { key, name, .. } = opening.next()? {
+                store(&key, &name)?;
+                opening.endpoint.stored();
+                opening.flush()?;
+                opening.close();
+                return Ok((key, name));
+            }
         }
-    }
+    })
 }
 
 /// Connects and lets the endpoint begin. Everything until an answer has one deadline.
