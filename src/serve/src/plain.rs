@@ -1,12 +1,10 @@
 //! A reply of one text in the two other dialects: Anthropic's `/v1/messages` and OpenAI's `/v1/responses`. Both name each event
 //! of a stream, and begin and end each part of a reply.
 
-use std::time::{SystemTime, UNIX_EPOCH};
-
 use serde_json::{Value, json};
 
 use crate::error::ApiError;
-use crate::reply::{Tell, random_name};
+use crate::reply::{Tell, random_name, unix_time};
 use crate::work::{Finish, Timings, Update};
 
 /// Which of the two.
@@ -42,7 +40,7 @@ impl Plain {
             dialect,
             name: random_name(),
             model: model.to_owned(),
-            created: SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |d| d.as_secs()),
+            created: unix_time(),
             n_prompt,
             stops: wanted.stop.clone(),
             text: String::new(),

@@ -67,12 +67,11 @@ impl Teller {
         wanted: &crate::request::Wanted,
     ) -> Teller {
         let choice = |echo: String| Choice { offset: echo.chars().count(), echo, ..Choice::default() };
-        let created = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |d| d.as_secs());
         let prefix = if kind == Kind::Chat { "chatcmpl" } else { "cmpl" };
         Teller {
             kind,
             id: format!("{prefix}-{}", random_name()),
-            created,
+            created: unix_time(),
             model: model.to_owned(),
             return_tokens: wanted.return_tokens,
             include_usage: wanted.include_usage,
@@ -286,6 +285,11 @@ fn push_event(out: &mut String, event: &Value) {
     out.push_str("data: ");
     out.push_str(&event.to_string());
     out.push_str("\n\n");
+}
+
+/// Seconds since 1970.
+pub(crate) fn unix_time() -> u64 {
+    SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |d| d.as_secs())
 }
 
 /// A name that nothing else has.

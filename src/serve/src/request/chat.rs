@@ -13,16 +13,26 @@ use crate::error::ApiError;
 pub fn chat(body: &[u8], defaults: &Defaults) -> Result<Wanted, ApiError> {
     let mut fields: Fields = parse(body)?;
     let messages = fields.messages.take().ok_or_else(|| ApiError::field("messages", "missing"))?;
-    if messages.is_empty() {
-        return Err(ApiError::field("messages", "there must be one at least"));
-    }
-    let turns =
-        messages.into_iter().enumerate().map(|(i, message)| turn(i, message)).collect::<Result<_, _>>()?;
+    let turns = turns(None, messages)?;
     let top = top(&fields)?;
     fields.wanted(Prompts::Chat(turns), top, defaults)
 }
 
-pub(super) fn turn(
+/// A conversation, of one message at least; before them, if there is something in it, what the system says.
+pub(super) fn turns(system: Option<String>, messages: Vec<Message>) -> Result<Vec<Turn>, ApiError> {
+    if messages.is_empty() {
+        return Err(ApiError::field("messages", "there must be one at least"));
+    }
+    let said = messages.into_iter().enumerate().map(|(i, message)| turn(i, message));
+    system.map(system_turn).into_iter().flatten().map(Ok).chain(said).collect()
+}
+
+/// What the system says; nothing, if that is no text.
+pub(super) fn system_turn(content: String) -> Option<Turn> {
+    (!content.is_empty()).then_some(Turn { role: Role::System, content })
+}
+
+fn turn(
     i: usize,
     Message { role, content: Content(content), tool_calls }: Message,
 ) -> Result<Turn, ApiError> {

@@ -2,9 +2,44 @@
 //! where the wrong one stands; nothing is held in between.
 
 use std::fmt;
+use std::marker::PhantomData;
 
 use serde::de::value::SeqAccessDeserializer;
 use serde::de::{Deserialize, Deserializer, Error, IgnoredAny, MapAccess, SeqAccess, Visitor};
+
+/// A text, or a list of something.
+#[derive(Debug)]
+pub(super) enum TextOr<T> {
+    Text(String),
+    List(Vec<T>),
+}
+
+impl<T> TextOr<T> {
+    /// Reads one; `expected` says what it has to be.
+    pub(super) fn read<'de, D>(deserializer: D, expected: &'static str) -> Result<TextOr<T>, D::Error>
+    where
+        D: Deserializer<'de>,
+        T: Deserialize<'de>,
+    {
+        struct Either<T>(&'static str, PhantomData<T>);
+        impl<'de, T: Deserialize<'de>> Visitor<'de> for Either<T> {
+            type Value = TextOr<T>;
+
+            fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                f.write_str(self.0)
+            }
+
+            fn visit_str<E: Error>(self, text: &str) -> Result<TextOr<T>, E> {
+                Ok(TextOr::Text(text.to_owned()))
+            }
+
+            fn visit_seq<A: SeqAccess<'de>>(self, seq: A) -> Result<TextOr<T>, A::Error> {
+                Vec::deserialize(SeqAccessDeserializer::new(seq)).map(TextOr::List)
+            }
+        }
+        deserializer.deserialize_any(Either(expected, PhantomData))
+    }
+}
 
 /// A text, or a list of them.
 #[derive(Debug)]
@@ -12,23 +47,10 @@ pub(super) struct OneOrMany(pub(super) Vec<String>);
 
 impl<'de> Deserialize<'de> for OneOrMany {
     fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<OneOrMany, D::Error> {
-        struct Texts;
-        impl<'de> Visitor<'de> for Texts {
-            type Value = OneOrMany;
-
-            fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-                f.write_str("a string or a list of strings")
-            }
-
-            fn visit_str<E: Error>(self, text: &str) -> Result<OneOrMany, E> {
-                Ok(OneOrMany(vec![text.to_owned()]))
-            }
-
-            fn visit_seq<A: SeqAccess<'de>>(self, seq: A) -> Result<OneOrMany, A::Error> {
-                Vec::deserialize(SeqAccessDeserializer::new(seq)).map(OneOrMany)
-            }
-        }
-        deserializer.deserialize_any(Texts)
+        Ok(OneOrMany(match TextOr::read(deserializer, "a string or a list of strings")? {
+            TextOr::Text(text) => vec![text],
+            TextOr::List(texts) => texts,
+        }))
     }
 }
 

@@ -1,10 +1,9 @@
 //! `/v1/messages`: a conversation as Anthropic's clients say it.
 
-use dim::host::template::{Role, Turn};
 use serde::Deserialize;
 use serde::de::IgnoredAny;
 
-use super::chat::turn;
+use super::chat::turns;
 use super::fields::{Content, OneOrMany};
 use super::{Defaults, Fields, Message, Prompts, Wanted, parse, refuse_tools, renamed};
 use crate::error::ApiError;
@@ -32,18 +31,10 @@ pub fn messages(body: &[u8], defaults: &Defaults) -> Result<Wanted, ApiError> {
     let given: Messages = parse(body)?;
     refuse_tools(given.tools.as_deref())?;
     let messages = given.messages.ok_or_else(|| ApiError::field("messages", "missing"))?;
-    if messages.is_empty() {
-        return Err(ApiError::field("messages", "there must be one at least"));
-    }
+    let turns = turns(Some(given.system.0), messages)?;
     let limit = given.max_tokens.ok_or_else(|| ApiError::field("max_tokens", "missing"))?;
     if limit < 1 {
         return Err(ApiError::field("max_tokens", format!("{limit} must be 1 or more")));
-    }
-    let system = Some(given.system.0).filter(|system| !system.is_empty());
-    let mut turns: Vec<Turn> =
-        system.into_iter().map(|content| Turn { role: Role::System, content }).collect();
-    for (i, message) in messages.into_iter().enumerate() {
-        turns.push(turn(i, message)?);
     }
     let fields = Fields {
         max_tokens: Some(limit),

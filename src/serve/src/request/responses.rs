@@ -1,13 +1,11 @@
 //! `/v1/responses` in its plain form: a text or a conversation, whose answer is a text. Nothing is kept between requests.
 
-use std::fmt;
-
 use dim::host::template::{Role, Turn};
-use serde::Deserialize;
-use serde::de::value::SeqAccessDeserializer;
-use serde::de::{Deserializer, Error, IgnoredAny, SeqAccess, Visitor};
+use serde::de::IgnoredAny;
+use serde::{Deserialize, Deserializer};
 
-use super::chat::turn;
+use super::chat::{system_turn, turns};
+use super::fields::TextOr;
 use super::{Defaults, Fields, Message, Prompts, Wanted, parse, refuse_tools, renamed};
 use crate::error::ApiError;
 
@@ -39,30 +37,11 @@ struct Format {
 
 /// A text that a user says, or a conversation.
 #[derive(Debug)]
-enum Input {
-    Text(String),
-    Items(Vec<Message>),
-}
+struct Input(TextOr<Message>);
 
 impl<'de> Deserialize<'de> for Input {
     fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Input, D::Error> {
-        struct Either;
-        impl<'de> Visitor<'de> for Either {
-            type Value = Input;
-
-            fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-                f.write_str("a string or a list of messages")
-            }
-
-            fn visit_str<E: Error>(self, text: &str) -> Result<Input, E> {
-                Ok(Input::Text(text.to_owned()))
-            }
-
-            fn visit_seq<A: SeqAccess<'de>>(self, seq: A) -> Result<Input, A::Error> {
-                Vec::deserialize(SeqAccessDeserializer::new(seq)).map(Input::Items)
-            }
-        }
-        deserializer.deserialize_any(Either)
+        TextOr::read(deserializer, "a string or a list of messages").map(Input)
     }
 }
 
@@ -84,20 +63,14 @@ pub fn responses(body: &[u8], defaults: &Defaults) -> Result<Wanted, ApiError> {
         let message = format!("{:?} is not supported under this path; take \"text\"", format.kind);
         return Err(ApiError::field("text.format.type", message));
     }
-    let system = given.instructions.filter(|text| !text.is_empty());
-    let mut turns: Vec<Turn> =
-        system.into_iter().map(|content| Turn { role: Role::System, content }).collect();
-    match given.input.ok_or_else(|| ApiError::field("input", "missing"))? {
-        Input::Text(content) => turns.push(Turn { role: Role::User, content }),
-        Input::Items(items) if items.is_empty() => {
-            return Err(ApiError::field("input", "there must be one at least"));
+    let system = given.instructions;
+    let turns = match given.input.ok_or_else(|| ApiError::field("input", "missing"))?.0 {
+        TextOr::Text(content) => {
+            let user = Turn { role: Role::User, content };
+            system.and_then(system_turn).into_iter().chain([user]).collect()
         }
-        Input::Items(items) => {
-            for (i, message) in items.into_iter().enumerate() {
-                turns.push(turn(i, message).map_err(|error| renamed(error, "messages", "input"))?);
-            }
-        }
-    }
+        TextOr::List(items) => turns(system, items).map_err(|error| renamed(error, "messages", "input"))?,
+    };
     let fields = Fields {
         max_tokens: given.max_output_tokens,
         temperature: given.temperature,
