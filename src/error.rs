@@ -40,7 +40,8 @@ impl BadOption {
     }
 }
 
-/// Why something could not be done. [`hint`](Error::hint) says what to do about it; [`is_misuse`](Error::is_misuse) whose doing it was.
+/// Why something could not be done. [`hint`](Error::hint) says what to do about it; [`is_misuse`](Error::is_misuse) whose
+/// doing it was.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum Error {

@@ -127,8 +127,8 @@ impl HostBuilder {
 
     /// How many conversations there can be at once: one, unless this says otherwise. Each costs a cache of as many
     /// positions as the [resources](Resources) say in every stage, here and on the workers, whether or not it is used;
-    /// workers have to have at least as many, by [`WorkerBuilder::max_sessions`](crate::WorkerBuilder::max_sessions) (one more, if they are to be checked while they
-    /// compute).
+    /// workers have to have at least as many, by [`WorkerBuilder::max_sessions`](crate::WorkerBuilder::max_sessions) (one
+    /// more, if they are to be checked while they compute).
     pub fn sessions(mut self, n: u32) -> HostBuilder {
         self.options.sessions = n;
         self
