@@ -10,6 +10,7 @@ use std::process::{Command, Stdio};
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
 use std::thread::JoinHandle;
+use std::time::Duration;
 
 use dim::host::report::Stop;
 use dim::{
@@ -56,8 +57,13 @@ impl Cut {
 
     /// A worker for the middle in a thread of its own.
     fn worker(&self, listen: &str) -> Serving {
+        self.worker_of(1, listen)
+    }
+
+    /// The same for as many sessions.
+    fn worker_of(&self, sessions: u32, listen: &str) -> Serving {
         let worker = Worker::open(self.file("m.middle-1..2.gguf")).key(self.key()).resources(SMALL);
-        Serving::start(worker.listen(listen).bind(|_| {}).unwrap())
+        Serving::start(worker.max_sessions(sessions).listen(listen).bind(|_| {}).unwrap())
     }
 
     /// What stock llama.cpp makes of the prompt.
@@ -193,7 +199,7 @@ fn errors_say_whose_they_are_and_leave_the_session_as_it_was() {
     assert_eq!(reply, cut.expected(8));
 
     let nowhere = cut.host().worker("127.0.0.1:1", cut.key());
-    let patience = dim::Patience { give_up_after: std::time::Duration::ZERO, ..Default::default() };
+    let patience = dim::Patience { give_up_after: Duration::ZERO, ..Default::default() };
     let Err(error) = nowhere.patience(patience).connect(|_| {}) else { panic!("nobody is there") };
     assert!(matches!(error, Error::Link(_)) && !error.is_misuse() && error.hint().is_some(), "{error}");
     // a worker that was there when it was dialled and is not when it is asked what is known
@@ -238,16 +244,20 @@ fn options_out_of_range_are_refused_by_name_before_anything_is_opened() {
     assert!(matches!(without.err().unwrap(), Error::NoKey { address, .. } if address == "127.0.0.1:1"));
 }
 
+/// Whoever is lost is waited for without an end.
+fn endless() -> dim::Patience {
+    let ever = Duration::MAX;
+    dim::Patience { give_up_after: ever, paused_for: ever, longest_pause: ever, ..Default::default() }
+}
+
 #[test]
 fn times_without_an_end_are_waited_for_and_end_when_somebody_has_had_enough() {
     let cut = Cut::new();
-    let ever = std::time::Duration::MAX;
-    let patience =
-        dim::Patience { give_up_after: ever, paused_for: ever, longest_pause: ever, ..Default::default() };
+    let patience = endless();
     let worker = cut.worker("127.0.0.1:0");
     let is_lost = Arc::new(AtomicBool::new(false));
     let told = Arc::clone(&is_lost);
-    let host = cut.host().worker(&worker.address, cut.key()).patience(patience).step_timeout(ever);
+    let host = cut.host().worker(&worker.address, cut.key()).patience(patience).step_timeout(Duration::MAX);
     let host = host.connect(move |event| told.store(matches!(event, Event::Lost { .. }), Ordering::SeqCst));
     let mut session = host.unwrap().session().unwrap();
     let got = continued(&mut session, 4);
@@ -262,9 +272,7 @@ fn times_without_an_end_are_waited_for_and_end_when_somebody_has_had_enough() {
 #[test]
 fn a_session_that_is_waited_for_in_an_event_of_its_host_is_an_error_and_not_for_ever() {
     let cut = Cut::new();
-    let worker = Worker::open(cut.file("m.middle-1..2.gguf")).key(cut.key()).resources(SMALL);
-    let worker = worker.max_sessions(3).listen("127.0.0.1:0").bind(|_| {}).unwrap();
-    let worker = Serving::start(worker);
+    let worker = cut.worker_of(3, "127.0.0.1:0");
     let other = Arc::new(Mutex::new(None::<Session>));
     let heard = Arc::new(Mutex::new(None));
     let enough = Arc::new(AtomicBool::new(false));
@@ -292,9 +300,7 @@ fn a_session_that_is_waited_for_in_an_event_of_its_host_is_an_error_and_not_for_
 #[test]
 fn connecting_is_called_off_while_it_waits_dials_compares_and_loads() {
     let cut = Cut::new();
-    let ever = std::time::Duration::MAX;
-    let patience =
-        dim::Patience { give_up_after: ever, paused_for: ever, longest_pause: ever, ..Default::default() };
+    let patience = endless();
     let called_off = |host: HostBuilder, off: CallOff, at: fn(&Event) -> bool| {
         let (called, seen) = (off.clone(), Arc::new(AtomicBool::new(false)));
         let told = Arc::clone(&seen);
@@ -352,8 +358,7 @@ fn a_panic_of_whoever_hears_of_events_goes_to_the_caller_and_host_and_sessions_s
     assert_eq!(panic_of(connected.err().unwrap()), "while it loads");
 
     // in a reply whose worker is lost, while another session lives beside it
-    let worker = Worker::open(cut.file("m.middle-1..2.gguf")).key(cut.key()).resources(SMALL);
-    let worker = Serving::start(worker.max_sessions(3).listen("127.0.0.1:0").bind(|_| {}).unwrap());
+    let worker = cut.worker_of(3, "127.0.0.1:0");
     let address = worker.address.clone();
     let n_told = Arc::new(AtomicUsize::new(0));
     let told = Arc::clone(&n_told);
@@ -369,8 +374,7 @@ fn a_panic_of_whoever_hears_of_events_goes_to_the_caller_and_host_and_sessions_s
     let mut got = continued(&mut session, 4);
     let mut others = continued(&mut other, 4);
     drop(worker);
-    let worker = Worker::open(cut.file("m.middle-1..2.gguf")).key(cut.key()).resources(SMALL);
-    let _again = Serving::start(worker.max_sessions(3).listen(address).bind(|_| {}).unwrap());
+    let _again = cut.worker_of(3, &address);
     let mut reply = session.generate(Sampling::greedy());
     let panic = catch_unwind(AssertUnwindSafe(|| reply.next()));
     assert_eq!(panic_of(panic.err().unwrap()), "in a reply");

@@ -944,14 +944,10 @@ fn a_key_that_is_taken_away_ends_the_connection_that_uses_it() {
 #[test]
 fn a_key_that_others_can_read_is_no_wrong_key_and_is_said_where_it_lies() {
     use std::os::unix::fs::PermissionsExt as _;
-    let dir = tempfile::tempdir().unwrap();
-    let store = KeyStore::at(dir.path());
-    let key = Key::random().unwrap();
-    store.add(&key, &Peer::default()).unwrap();
-    let file = dir.path().join(format!("{}.key", key.id()));
+    let (_dir, store, key, file) = stored_key();
     let allow = |mode| std::fs::set_permissions(&file, std::fs::Permissions::from_mode(mode)).unwrap();
     let worker = Adder::start(config(Arc::new(store), Timing::default()));
-    let dial = || dial(&worker.at(), &key, &terms("host"), &Timing::default());
+    let dial = || dial_to(&worker, &key);
     token(&mut dial().unwrap(), 0).unwrap();
     allow(0o644);
     let refused = dial().map(drop).unwrap_err();
@@ -968,11 +964,8 @@ fn a_key_that_others_can_read_is_no_wrong_key_and_is_said_where_it_lies() {
 #[test]
 fn a_key_file_that_is_damaged_or_cannot_be_read_is_told_from_one_that_others_read() {
     use std::os::unix::fs::DirBuilderExt as _;
-    let dir = tempfile::tempdir().unwrap();
-    let store = KeyStore::at(dir.path());
-    let key = Key::random().unwrap();
-    store.add(&key, &Peer::default()).unwrap();
-    let (file, aside) = (dir.path().join(format!("{}.key", key.id())), dir.path().join("aside"));
+    let (dir, store, key, file) = stored_key();
+    let aside = dir.path().join("aside");
     // the store looks at the directory's time: as if nothing in it had changed for long
     let long_ago = std::time::SystemTime::now() - Duration::from_secs(3600);
     let settle = || std::fs::File::open(dir.path()).unwrap().set_modified(long_ago).unwrap();
@@ -1012,6 +1005,17 @@ fn a_key_file_that_is_damaged_or_cannot_be_read_is_told_from_one_that_others_rea
     dial().map(drop).unwrap_err();
     show();
     token(&mut dial().unwrap(), 0).unwrap();
+}
+
+/// A store in a folder of its own, its one key, and the file of that.
+#[cfg(unix)]
+fn stored_key() -> (tempfile::TempDir, KeyStore, Key, std::path::PathBuf) {
+    let dir = tempfile::tempdir().unwrap();
+    let store = KeyStore::at(dir.path());
+    let key = Key::random().unwrap();
+    store.add(&key, &Peer::default()).unwrap();
+    let file = dir.path().join(format!("{}.key", key.id()));
+    (dir, store, key, file)
 }
 
 #[cfg(unix)]

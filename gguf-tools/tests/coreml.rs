@@ -33,11 +33,11 @@ fn plan(gguf: &Gguf) -> Result<PackagePlan<'_>, Error> {
 }
 
 fn write(gguf: &Gguf, name: &str, target: &Path) -> Result<coreml::Report, Error> {
-    plan(gguf)?.write(
-        target,
-        &Identity { model_name: name, model_sha256: SHA, params_sha256: None, slice_sha256: None },
-        &mut |_| (),
-    )
+    plan(gguf)?.write(target, &identity(name), &mut |_| ())
+}
+
+fn identity(model_name: &str) -> Identity<'_> {
+    Identity { model_name, model_sha256: SHA, params_sha256: None, slice_sha256: None }
 }
 
 fn refusal(change: impl FnOnce(&mut Raw)) -> String {
@@ -239,9 +239,7 @@ fn blocks_are_spread_over_as_few_packages_as_fit() {
         let options = Options { max_bytes: one * room, ..OPTIONS };
         let plan = PackagePlan::new(&gguf, blocks, options).unwrap();
         let target = dir.path().join("out.coreml");
-        let identity =
-            Identity { model_name: "m", model_sha256: SHA, params_sha256: None, slice_sha256: None };
-        plan.write(&target, &identity, &mut |_| ()).unwrap();
+        plan.write(&target, &identity("m"), &mut |_| ()).unwrap();
         let manifest = assert_whole(&target);
         let counts: Vec<u32> = manifest.packages.iter().map(|p| p.last_block + 1 - p.first_block).collect();
         assert_eq!(counts, expected);
@@ -469,8 +467,7 @@ fn write_packages_as_a_child() {
     let (model, target) = paths.split_once('\n').unwrap();
     let gguf = Gguf::open(model).unwrap();
     let plan = PackagePlan::new(&gguf, range(1, 4), Options { max_bytes: 7_000_000, ..OPTIONS }).unwrap();
-    let identity = Identity { model_name: "m", model_sha256: SHA, params_sha256: None, slice_sha256: None };
-    if let Err(e) = plan.write(Path::new(target), &identity, &mut |_| ()) {
+    if let Err(e) = plan.write(Path::new(target), &identity("m"), &mut |_| ()) {
         eprintln!("{e}");
         std::process::exit(1);
     }
@@ -493,8 +490,6 @@ fn fill_up(disk: &Path) {
     let options = Options { max_bytes: 7_000_000, ..OPTIONS };
     let plans = ggufs.each_ref().map(|g| PackagePlan::new(g, range(1, 4), options).unwrap());
     let target = disk.join("out.coreml");
-    let identity =
-        |name| Identity { model_name: name, model_sha256: SHA, params_sha256: None, slice_sha256: None };
     plans[0].write(&target, &identity("first"), &mut |_| ()).unwrap();
     let before = assert_whole(&target);
     let mut rng = Rng(9);

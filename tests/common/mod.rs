@@ -146,13 +146,8 @@ impl Cut {
 
     /// What `dim-host chat` with all blocks here says on stdout and on stderr when it is given `input`, and its exit code.
     pub(crate) fn chat(&self, args: &[&str], input: &[u8]) -> (String, String, Option<i32>) {
-        let mut command = Command::new(host_program());
-        command
-            .arg("chat")
-            .arg("--split")
-            .arg(&self.split)
-            .args(["--threads", "1", "--temp", "0"])
-            .args(args);
+        let mut command = self.host("chat", &[]);
+        command.args(["--threads", "1", "--temp", "0"]).args(args);
         let mut child =
             command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
         child.stdin.take().unwrap().write_all(input).unwrap();
