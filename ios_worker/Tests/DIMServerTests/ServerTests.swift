@@ -132,10 +132,7 @@ import Testing
 
         worker.server.serve(.failed(.test, "the self-test failed on every unit"))
         let third = try TestHost(worker.address, .serve(.host()))
-        guard case .peerFailed(let report) = third.closed() else {
-            Issue.record("not failed")
-            return
-        }
+        let report = try #require(third.fault())
         #expect(report.code == .selfTest)
     }
 
@@ -150,10 +147,7 @@ import Testing
         _ = host.accepted()
         hot.isOn = true
         try host.step([Span(session: 0, position: 0, count: 1)], rows(1, seed: 1))
-        guard case .peerFailed(let report) = host.closed() else {
-            Issue.record("not stopped")
-            return
-        }
+        let report = try #require(host.fault())
         #expect(report.code == .tooHot)
     }
 
@@ -311,10 +305,7 @@ import Testing
         let worker = try TestServer(keyStore: keys)
         let code = worker.server.openPairing()
         let pair = { try TestHost(worker.address, .pair(name: "x", software: "y"), key: PairKey(code: code)) }
-        guard case .peerFailed(let report)? = try pair().closed() else {
-            Issue.record("it was not told")
-            return
-        }
+        let report = try #require(try pair().fault())
         #expect(report.text.contains("no space"))
         #expect(!worker.reports.all.contains(.pairingClosed))
         #expect(try pair().wait { if case .granted = $0 { true } else { nil } } == true)
@@ -327,10 +318,7 @@ import Testing
         #expect(host.accepted() != nil)
         worker.keys.removeAll()
         worker.server.keysChanged()
-        guard case .peerFailed(let report)? = host.closed() else {
-            Issue.record("it goes on")
-            return
-        }
+        let report = try #require(host.fault())
         #expect(report.code == .revoked)
         #expect(report.text.contains("pair again"))
     }
@@ -346,10 +334,7 @@ import Testing
         #expect(host.closed(2.5) == nil)
         worker.keys.removeAll()
         worker.server.keysChanged()
-        guard case .peerFailed(let report)? = host.closed() else {
-            Issue.record("it goes on")
-            return
-        }
+        let report = try #require(host.fault())
         #expect(report.code == .revoked)
     }
 

@@ -67,6 +67,11 @@ final class TestHost {
         wait(seconds) { if case .closed(let ending) = $0 { ending } else { nil } }
     }
 
+    /// What the worker says is wrong when it closes; nil if it goes on, or closes for another reason.
+    func fault() -> ErrorReport? {
+        if case .peerFailed(let report)? = closed() { report } else { nil }
+    }
+
     func step(_ spans: [Span], _ rows: Rows) throws {
         try wire.step(spans: spans, rows: rows, now: monotonicMilliseconds())
         flush()
