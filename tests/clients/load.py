@@ -13,25 +13,19 @@ import os
 import random
 import resource
 import socket
-import subprocess
 import sys
 import tempfile
 import threading
 import time
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from served import Processes, Split
+
 N_CLIENTS, N_SLOTS, N_SILENT = 16, 4, 1000
 # pages that an allocator keeps, not what a request leaves behind: at 5 a second a kilobyte each would show in ten minutes
 GROWTH_MIB = 16
 WORDS = "the quick brown fox jumps over the lazy dog and lies down in the shade of an old pear tree".split()
-
-
-def start(processes, *command):
-    process = subprocess.Popen([str(word) for word in command], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
-    processes.append(process)
-    line = process.stdout.readline()
-    assert line.startswith("listening on "), (command, line)
-    return line.removeprefix("listening on ").strip()
 
 
 def memory_mib(process):
@@ -204,16 +198,9 @@ def p99(metrics, name):
 
 
 def run(programs, folder, seconds):
-    model = folder / "crowd.gguf"
-    subprocess.run([programs / "dim-synth", model, "--shape", "tiny", "-q"], check=True)
-    subprocess.run([programs / "dim-split", model, "--middle", "1..2", "--out", folder], check=True, capture_output=True)
-    (folder / "key").write_text("5a" * 32 + "\n")
-    common = ["--key-file", folder / "key", "--ctx", "1024", "--threads", "1", "--listen", "127.0.0.1:0"]
-    (middle,), (split,) = folder.glob("*.middle-*.gguf"), folder.glob("*.split.json")
-    processes = []
-    try:
-        worker = start(processes, programs / "dim-worker", middle, *common, "--parallel", N_SLOTS + 1)
-        url = start(processes, programs / "dim-host", "serve", "--split", split, "--worker", worker, *common, "--parallel", N_SLOTS)
+    split = Split.random(programs, folder)
+    with Processes() as processes:
+        url = processes.start(split.serve(processes.start(split.worker(N_SLOTS + 1)), N_SLOTS))
         crowd = Crowd(url.removeprefix("http://"))
         while json.loads(crowd.get("/split"))["health"]["status"] != "ok":
             time.sleep(0.05)
@@ -222,7 +209,7 @@ def run(programs, folder, seconds):
         for thread in threads:
             thread.start()
         time.sleep(seconds / 4)
-        warm = [memory_mib(process) for process in processes]
+        warm = [memory_mib(process) for process in processes.all]
         time.sleep(seconds * 3 / 4)
         crowd.end.set()
         for thread in threads:
@@ -231,7 +218,7 @@ def run(programs, folder, seconds):
         while (props := json.loads(crowd.get("/props")))["slots_busy"] or props["requests_waiting"]:
             assert time.monotonic() < deadline, f"a slot is stuck: {props}"
             time.sleep(0.05)
-        last = [memory_mib(process) for process in processes]
+        last = [memory_mib(process) for process in processes.all]
         connection, response = crowd.ask("/v1/completions", {"prompt": "the", "max_tokens": 3, "ignore_eos": True})
         assert json.loads(response.read())["usage"]["completion_tokens"] == 3
         connection.close()
@@ -243,10 +230,6 @@ def run(programs, folder, seconds):
         metrics = crowd.get("/metrics")
         print(f"{seconds} s, {N_CLIENTS} clients on {N_SLOTS} slots, {N_SILENT} silent connections: {crowd.counts}")
         print(f"99 of 100 waited at most {p99(metrics, 'slot_wait_seconds')} s for a slot, {p99(metrics, 'first_token_seconds')} s for a token")
-    finally:
-        for process in reversed(processes):
-            process.kill()
-            process.wait()
 
 
 def main():

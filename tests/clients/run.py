@@ -15,7 +15,9 @@ import tempfile
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
-TOP = HERE.parent.parent
+sys.path.insert(0, str(HERE.parent))
+from served import TOP, Processes, Split, real_model
+
 KEY = "the-key-of-the-test"
 
 
@@ -48,41 +50,17 @@ CLIENTS = [
 ]
 
 
-class Served:
-    """A worker and a server over a cut model; `environment` tells a client where they are."""
-
-    def __init__(self, programs, folder):
-        common = ["--key-file", folder / "key", "--ctx", "1024", "--threads", "1"]
-        (middle,) = folder.glob("*.middle-*.gguf")
-        (split,) = folder.glob("*.split.json")
-        self.processes = []
-        worker = [programs / "dim-worker", middle, *common, "--parallel", "3"]
-        address = self.start([*worker, "--listen", "127.0.0.1:0"])
-        serve = [programs / "dim-host", "serve", "--split", split, "--worker", address, *common, "--listen", "127.0.0.1:0"]
-        serve += ["--parallel", "2", "--model-alias", "smol", "--api-key-file", folder / "api-keys"]
-        url = self.start(serve)
-        self.environment = {
-            "DIM_URL": url,
-            "DIM_KEY": KEY,
-            # for whoever kills the worker, and starts it again where it was
-            "DIM_WORKER_PID": str(self.processes[0].pid),
-            "DIM_WORKER": json.dumps([str(word) for word in [*worker, "--listen", address]]),
-        }
-
-    def start(self, command):
-        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
-        self.processes.append(process)
-        line = process.stdout.readline()
-        assert line.startswith("listening on "), (command, line)
-        return line.removeprefix("listening on ").strip()
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *_):
-        for process in reversed(self.processes):
-            process.kill()
-            process.wait()
+def environment(split, processes, api_keys):
+    """Starts a worker and a server, and tells a client where they are."""
+    worker = processes.start(split.worker(3))
+    url = processes.start(split.serve(worker, 2, "--model-alias", "smol", "--api-key-file", api_keys))
+    return {
+        "DIM_URL": url,
+        "DIM_KEY": KEY,
+        # for whoever kills the worker, and starts it again where it was
+        "DIM_WORKER_PID": str(processes.all[0].pid),
+        "DIM_WORKER": json.dumps([str(word) for word in split.worker(3, worker)]),
+    }
 
 
 def main():
@@ -92,27 +70,27 @@ def main():
     if unknown:
         sys.exit(f"error: there is no client {', '.join(sorted(unknown))}")
     clients = [client for client in CLIENTS if not wanted or client[0] in wanted]
-    model = subprocess.run(["sh", TOP / ".ci/model", "--path"], capture_output=True, text=True, cwd=TOP, check=False)
-    lacks = {name: lack() if model.returncode == 0 else "no real weights" for name, _, lack in clients}
+    model = real_model()
+    lacks = {name: lack() if model else "no real weights" for name, _, lack in clients}
     not_run = [f"client {name}: {why}" for name, why in lacks.items() if why]
     if not wanted:
         kept = TOP / "target/not-run/clients"
         kept.parent.mkdir(parents=True, exist_ok=True)
         kept.write_text("".join(line + "\n" for line in not_run))
     print("".join(f"not run: {line}\n" for line in not_run), end="", flush=True)
+    clients = [client for client in clients if not lacks[client[0]]]
+    if not clients:
+        return
     failed = []
     with tempfile.TemporaryDirectory() as folder:
         folder = Path(folder)
+        split = Split(programs, folder, model, "10..19")
+        api_keys = folder / "api-keys"
+        api_keys.write_text(KEY + "\n")
         for name, command, _ in clients:
-            if lacks[name]:
-                continue
-            if not (folder / "key").exists():
-                cut = [programs / "dim-split", model.stdout.strip(), "--middle", "10..19", "--out", folder]
-                subprocess.run(cut, check=True, capture_output=True)
-                (folder / "api-keys").write_text(KEY + "\n")
-                (folder / "key").write_text("5a" * 32 + "\n")
-            with Served(programs, folder) as served:
-                done = subprocess.run(command, env=os.environ | served.environment, check=False, cwd=folder)
+            with Processes() as processes:
+                told = os.environ | environment(split, processes, api_keys)
+                done = subprocess.run(command, env=told, check=False, cwd=folder)
             if done.returncode:
                 failed.append(name)
     if failed:

@@ -23,7 +23,9 @@ from pathlib import Path
 
 import jsonschema
 
-TOP = Path(__file__).parent.parent.parent
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from served import TOP, Processes, Split, real_model
+
 PACKAGE = "jsonschema==4.26.0"
 SHA256 = "0c26707e2efad8aa1bfc5b7ce170f3fccc2e4918ff85989ba9ffa9facb2be326"
 ALL = "--all" in sys.argv[2:]
@@ -89,25 +91,12 @@ def hostile():
 
 
 class Server:
-    def __init__(self, programs, folder, model, middle):
-        cut = [programs / "dim-split", model, "--middle", middle, "--out", folder]
-        subprocess.run(cut, check=True, capture_output=True)
-        (folder / "key").write_text("5a" * 32 + "\n")
-        common = ["--key-file", folder / "key", "--ctx", "1024", "--threads", "1", "--listen", "127.0.0.1:0"]
-        (middle,) = folder.glob("*.middle-*.gguf")
-        (split,) = folder.glob("*.split.json")
-        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL, "text": True}
-        self.worker = subprocess.Popen([programs / "dim-worker", middle, *common, "--parallel", "3"], **pipes)
-        split = ["--split", split, "--worker", self.listening(self.worker)]
-        self.generate = [programs / "dim-host", "generate", *split, *common[:6], "--json"]
-        self.server = subprocess.Popen([programs / "dim-host", "serve", *split, *common, "--parallel", "2"], **pipes)
-        self.address = self.listening(self.server)
+    """A server of `split`, and the same by `dim-host generate`."""
 
-    @staticmethod
-    def listening(process):
-        line = process.stdout.readline()
-        assert line.startswith("listening on "), line
-        return line.removeprefix("listening on ").strip()
+    def __init__(self, split, processes):
+        worker = processes.start(split.worker(3))
+        self.generate = split.host("generate", worker, "--json")
+        self.address = processes.start(split.serve(worker, 2))
 
     def ask(self, schema, **more):
         """(status, choices or error)"""
@@ -122,11 +111,6 @@ class Server:
                 return answer.status, json.load(answer)["choices"]
         except urllib.error.HTTPError as error:
             return error.code, json.load(error)["error"]
-
-    def close(self):
-        for process in (self.server, self.worker):
-            process.kill()
-            process.wait()
 
 
 def check(server, where, schema, ways, counts):
@@ -194,7 +178,8 @@ def cost(server):
     for _ in range(5):
         for name, more in {"without": ["--ignore-eos"], "constrained": ["-j", json.dumps(long)]}.items():
             options = ["--temp", "0", "-n", "192", "-p", "The names of all rivers of Europe as JSON: ", *more]
-            report = json.loads(subprocess.run([*server.generate, *options], capture_output=True, check=True, text=True).stdout)
+            command = [str(word) for word in [*server.generate, *options]]
+            report = json.loads(subprocess.run(command, capture_output=True, check=True, text=True).stdout)
             assert len(report["tokens"]) == 192, report
             told[name].append((report["gen_tok_s"], report["sample_ms"] / 192))
     ratios = [c[0] / w[0] for w, c in zip(told["without"], told["constrained"])]
@@ -214,30 +199,21 @@ def main():
     print("| weights | schemas | refused | taken | valid answers | cut | given up | invalid |")
     print("|---|--:|--:|--:|--:|--:|--:|--:|")
     fine = True
-    with tempfile.TemporaryDirectory() as folder:
-        folder = Path(folder)
-        tiny = folder / "tiny.gguf"
-        subprocess.run([programs / "dim-synth", tiny, "--shape", "tiny", "-q"], check=True)
-        (folder / "random").mkdir()
-        server = Server(programs, folder / "random", tiny, "1..2")
-        try:
-            fine &= run("random", server, schemas if ALL else schemas[::4], RANDOM)
-            kill(server)
-        finally:
-            server.close()
-        model = subprocess.run(["sh", TOP / ".ci/model", "--path"], capture_output=True, text=True, cwd=TOP, check=False)
-        if model.returncode:
-            print("not run: no real weights (sh .ci/model fetches them)")
-        else:
-            (folder / "trained").mkdir()
-            server = Server(programs, folder / "trained", model.stdout.strip(), "10..19")
-            try:
-                fine &= run("trained", server, schemas if ALL else schemas[1::8], TRAINED)
-                if ALL:
-                    server.server.kill()
-                    cost(server)
-            finally:
-                server.close()
+    with tempfile.TemporaryDirectory() as folder, Processes() as processes:
+        server = Server(Split.random(programs, Path(folder)), processes)
+        fine &= run("random", server, schemas if ALL else schemas[::4], RANDOM)
+        kill(server)
+    model = real_model()
+    if model is None:
+        print("not run: no real weights (sh .ci/model fetches them)")
+        sys.exit(not fine)
+    with tempfile.TemporaryDirectory() as folder, Processes() as processes:
+        server = Server(Split(programs, Path(folder), model, "10..19"), processes)
+        fine &= run("trained", server, schemas if ALL else schemas[1::8], TRAINED)
+        if ALL:
+            # the server, which is the last one: it is not to compute beside what is measured
+            processes.all[-1].kill()
+            cost(server)
     sys.exit(not fine)
 
 
