@@ -369,6 +369,8 @@ impl Shared {
                 }
                 Advance::Later => {}
                 Advance::Idle if !state.requests.is_empty() => {}
+                // it had come out before, and what was asked for meanwhile was no step: a rewind
+                Advance::Idle if !state.mailbox(session).is_empty() => {}
                 Advance::Idle => {
                     drop(state);
                     unreachable!("a step has neither come out nor failed");

@@ -9,6 +9,7 @@ use crate::random::random;
 use crate::rows::RowType;
 use crate::schedule::StepKind;
 use crate::stage::Span;
+use crate::trace::Happened;
 
 const US: Duration = Duration::from_micros(1);
 
@@ -258,6 +259,26 @@ fn steps_that_were_called_off_are_not_waited_for_and_the_session_goes_on() {
             assert_eq!(came_out.unwrap(), 0);
         }
     });
+}
+
+/// It asks for no step, and so leaves nothing to do; whoever drives has his logits by then.
+#[test]
+fn a_rewind_that_comes_while_another_session_s_step_comes_out_is_no_harm_to_it() {
+    let here = || StageSlot::Local(Box::new(SleepingStage::new(US)));
+    let mut pipeline = Pipeline::new(vec![here(), here()], RowType::F32, Patience::default());
+    let other = Arc::new(Mutex::new(None::<Client>));
+    let rewinds = Arc::clone(&other);
+    pipeline.trace(move |traced| {
+        if let (Happened::Out(_), Some(other)) = (traced.what, &mut *rewinds.lock().unwrap()) {
+            other.rewind(0);
+        }
+    });
+    let shared = SharedPipeline::new(pipeline, 2);
+    let mut client = shared.client().unwrap();
+    *other.lock().unwrap() = Some(shared.client().unwrap());
+    assert_eq!(run(&mut client, vec![step(0, &[1]), step(1, &[2])]).unwrap(), [1.0, 4.0]);
+    let mut other = other.lock().unwrap().take().unwrap();
+    assert_eq!(run(&mut other, vec![step(0, &[5])]).unwrap(), [5.0]);
 }
 
 /// What hears of an event is called by whoever drives, and would wait for itself.
