@@ -17,10 +17,12 @@ use std::path::{Path, PathBuf};
 const SOURCES: [&str; 23] = [
     "cpp/absent.cpp",
     "cpp/boundary.cpp",
+    "cpp/chat.cpp",
     "cpp/context.cpp",
     "cpp/crossing.cpp",
     "cpp/cut.cpp",
     "cpp/devices.cpp",
+    "cpp/grammar.cpp",
     "cpp/graph.cpp",
     "cpp/loader.cpp",
     "cpp/model.cpp",
@@ -48,6 +50,7 @@ const HEADERS: [&str; 16] = [
     "cpp/context.h",
     "cpp/crossing.h",
     "cpp/cut.h",
+    "cpp/dialogue.h",
     "cpp/graph.h",
     "cpp/layer_eval.h",
     "cpp/model.h",
@@ -56,15 +59,40 @@ const HEADERS: [&str; 16] = [
     "cpp/session.h",
     "cpp/stage.h",
     "cpp/state.h",
+    "cpp/text.h",
     "cpp/tiny_model.h",
     "cpp/upstream.h",
     "cpp/values.h",
     "cpp/whole_graph.h",
 ];
 
+/// What of llama.cpp's `common` is about chats: templates, parsers of answers, grammars of tool calls. Compiled here and not
+/// by CMake, whose target has the rest of that library too: sampling, downloads, a web server's client. Where CMake has
+/// compiled it all the same, that one is linked.
+const COMMON: [&str; 17] = [
+    "chat",
+    "chat-auto-parser-generator",
+    "chat-auto-parser-helpers",
+    "chat-diff-analyzer",
+    "chat-peg-parser",
+    "jinja/caps",
+    "jinja/lexer",
+    "jinja/parser",
+    "jinja/runtime",
+    "jinja/string",
+    "jinja/value",
+    "json",
+    "json-schema",
+    "json-schema-to-grammar",
+    "peg-parser",
+    "trie",
+    "unicode",
+];
+const STAND_INS: &str = "cpp/common_stand_ins.cpp";
+
 fn main() {
     println!("cargo:rerun-if-changed=build.rs");
-    for file in SOURCES.iter().chain(&HEADERS).chain([&RPC_SOURCE]).chain(&TEST_SOURCES) {
+    for file in SOURCES.iter().chain(&HEADERS).chain([&RPC_SOURCE, &STAND_INS]).chain(&TEST_SOURCES) {
         println!("cargo:rerun-if-changed={file}");
     }
 
@@ -89,12 +117,12 @@ fn main() {
         .flag_if_supported("-Wno-unused-parameter")
         .flag_if_supported("-Wno-missing-field-initializers");
     // what llama.cpp's own src/CMakeLists.txt has; as system headers, because their warnings are not ours
-    for directory in ["src", "include", "ggml/include", "ggml/src"] {
+    for directory in ["src", "include", "ggml/include", "ggml/src", "common"] {
         build.flag("-isystem").flag(llama_cpp.join(directory).display().to_string());
     }
     let rpc = env::var_os("CARGO_FEATURE_RPC").is_some();
     if rpc {
-        check_rpc(&root.join("build/CMakeCache.txt"));
+        check_rpc(&root);
         build.file(RPC_SOURCE).define("DIM_RPC", None);
     }
     let test_support = env::var_os("CARGO_FEATURE_TEST_SUPPORT").is_some();
@@ -102,10 +130,14 @@ fn main() {
         build.files(TEST_SOURCES).define("DIM_TEST_SUPPORT", None);
     }
     build.compile("dim_layer_eval");
+    // a build that does not see cmake/without-common.cmake has made all of it already
+    if !cache_says(&root, "LLAMA_BUILD_COMMON:BOOL=ON") {
+        compile_common(&llama_cpp);
+    }
 
     let out = PathBuf::from(env::var_os("OUT_DIR").expect("cargo sets OUT_DIR"));
     bindgen::Builder::default()
-        .header("cpp/layer_eval.h")
+        .header("cpp/dialogue.h")
         .allowlist_item("dim_.*")
         .allowlist_item("DIM_.*")
         .prepend_enum_name(false)
@@ -114,9 +146,51 @@ fn main() {
         .clang_args(test_support.then_some("-DDIM_TEST_SUPPORT"))
         .layout_tests(true)
         .generate()
-        .expect("bindgen could not read cpp/layer_eval.h")
+        .expect("bindgen could not read cpp/dialogue.h")
         .write_to_file(out.join("layer_eval.rs"))
         .expect("the bindings could not be written to OUT_DIR");
+}
+
+/// llama.cpp's `common`, as far as chats need it, with its parsers of families.
+fn compile_common(llama_cpp: &Path) {
+    let common = llama_cpp.join("common");
+    let out = PathBuf::from(env::var_os("OUT_DIR").expect("cargo sets OUT_DIR"));
+    // it takes a minute, and changes less often than what is beside it: a stamp says of what it was made
+    let stamp = out.join("dim_common.stamp");
+    let flags = env::vars().filter(|(name, _)| name.starts_with("CXX"));
+    let flags: Vec<String> = flags.map(|(name, value)| format!("{name}={value}")).collect();
+    let stand_ins = fs::read_to_string(STAND_INS).unwrap_or_default();
+    let made_of = format!("{}\n{flags:?}\n{COMMON:?}\n{stand_ins}", common.display());
+    if fs::read_to_string(&stamp).is_ok_and(|stamp| stamp == made_of) {
+        println!("cargo:rustc-link-search=native={}", out.display());
+        println!("cargo:rustc-link-lib=static=dim_common");
+        return;
+    }
+    let mut build = cc::Build::new();
+    build
+        .cpp(true)
+        .std("c++17")
+        .define("NDEBUG", None)
+        .flag_if_supported("-fvisibility=hidden")
+        .warnings(false);
+    // nothing of it is on a token's way, and at -O3 it takes as long as half of llama.cpp
+    build.opt_level(1);
+    for directory in ["common", "include", "ggml/include", "vendor"] {
+        build.include(llama_cpp.join(directory));
+    }
+    build.files(COMMON.map(|name| common.join(format!("{name}.cpp"))));
+    let parsers = fs::read_dir(common.join("parsers")).expect("llama.cpp has a folder common/parsers");
+    let mut parsers: Vec<PathBuf> = parsers.flatten().map(|entry| entry.path()).collect();
+    parsers.retain(|path| path.extension().is_some_and(|extension| extension == "cpp"));
+    parsers.sort();
+    build.files(parsers).file(STAND_INS).compile("dim_common");
+    fs::write(&stamp, made_of).expect("OUT_DIR can be written to");
+}
+
+/// Whether CMake's cache has this line.
+fn cache_says(root: &Path, line: &str) -> bool {
+    let text = fs::read_to_string(root.join("build/CMakeCache.txt")).unwrap_or_default();
+    text.lines().any(|has| has == line)
 }
 
 /// The llama.cpp directory that CMake configured, by its own cache.
@@ -157,10 +231,9 @@ fn check_cpu() {
 }
 
 /// The `rpc` feature needs a llama.cpp that was configured with its RPC backend.
-fn check_rpc(cache: &Path) {
-    let text = fs::read_to_string(cache).unwrap_or_default();
+fn check_rpc(root: &Path) {
     assert!(
-        text.lines().any(|line| line == "GGML_RPC:BOOL=ON"),
+        cache_says(root, "GGML_RPC:BOOL=ON"),
         "the rpc feature needs a llama.cpp with its RPC backend: build with GGML_RPC=ON in the environment and a \
          target directory of its own, as GGML_RPC=ON cargo build --release --features rpc --target-dir target/rpc"
     );

@@ -44,7 +44,8 @@ void initialize();
 // Gives back to the system what was freed and malloc() would keep. After what frees much, and is done rarely.
 void give_memory_back() noexcept;
 
-template <class Body> dim_status guarded(dim_fault * fault, Body && body) noexcept {
+// `thrown`: what an exception of llama.cpp means.
+template <class Body> dim_status guarded(dim_fault * fault, Body && body, dim_status thrown = DIM_INTERNAL) noexcept {
     // The catch clauses below are all there are in this crate.
     try {
         body();
@@ -57,9 +58,9 @@ template <class Body> dim_status guarded(dim_fault * fault, Body && body) noexce
         if (fault) *fault = no_fault;
         return DIM_OUT_OF_MEMORY;
     } catch (const std::exception & e) {
-        set_message("llama.cpp: %s", e.what());
+        set_message(thrown == DIM_INTERNAL ? "llama.cpp: %s" : "%s", e.what());
         if (fault) *fault = no_fault;
-        return DIM_INTERNAL;
+        return thrown;
     } catch (...) {
         set_message("llama.cpp threw something that is not an exception");
         if (fault) *fault = no_fault;
@@ -68,5 +69,10 @@ template <class Body> dim_status guarded(dim_fault * fault, Body && body) noexce
 }
 
 template <class Body> dim_status guarded(Body && body) noexcept { return guarded(nullptr, static_cast<Body &&>(body)); }
+
+// Where exceptions are how llama.cpp says that what it was given is wrong.
+template <class Body> dim_status guarded_as(dim_status thrown, Body && body) noexcept {
+    return guarded(nullptr, static_cast<Body &&>(body), thrown);
+}
 
 }   // namespace dim

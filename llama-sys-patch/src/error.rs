@@ -177,6 +177,10 @@ pub enum Error {
     #[error("{0}")]
     NoTokenizer(String),
 
+    /// A chat template, a grammar or a model's answer that is not as it should be: how.
+    #[error("{0}")]
+    Refused(String),
+
     /// An exception from llama.cpp that no other variant names.
     #[error("{0}")]
     Internal(String),
@@ -221,6 +225,7 @@ pub(crate) fn check(status: ffi::dim_status, fault: &ffi::dim_fault) -> Result<(
         ffi::DIM_OUTPUT_OVERFLOWS => Error::OutputOverflows { block, row, count, max_abs: fault.max_abs },
         ffi::DIM_COMPUTE_FAILED => Error::ComputeFailed(text),
         ffi::DIM_NO_TOKENIZER => Error::NoTokenizer(text),
+        ffi::DIM_REFUSED => Error::Refused(text),
         _ => Error::Internal(text),
     })
 }

@@ -16,16 +16,19 @@
 //! ```text
 //! model.rs plan.rs layout.rs           the safe API: typed errors, lengths by slices
 //! stage.rs stock.rs rows.rs
+//! chat.rs grammar.rs                   what is said: templates, parsers of answers, GBNF
 //! quantise.rs rpc.rs                   for comparisons: quantised models, llama.cpp's RPC backend
 //! error.rs refusal.rs                  a dim_status and its dim_fault become an Error
-//! ffi.rs                               bindgen's view of cpp/layer_eval.h, and nothing else
-//! cpp/layer_eval.h                     the contract: ownership, threads, what holds on failure
+//! ffi.rs                               bindgen's view of the contract, and nothing else
+//! cpp/layer_eval.h cpp/dialogue.h      the contract: ownership, threads, what holds on failure
 //! cpp/*.cpp                            llama.cpp's internals behind one exception boundary
 //! ```
 
+mod chat;
 mod cpu;
 mod error;
 mod ffi;
+mod grammar;
 mod layout;
 mod model;
 mod plan;
@@ -42,8 +45,10 @@ mod stock;
 #[doc(hidden)]
 pub mod test_support;
 
+pub use chat::{AnswerParser, ChatTemplate};
 pub use cpu::unused_cpu_features;
 pub use error::Error;
+pub use grammar::Grammar;
 pub use layout::{Layout, Part, ValueType};
 pub use model::{Device, LogLevel, Model, ModelParams, ModelPart, Offload, devices, end_process, set_log};
 pub use plan::{GraphPlan, RangePlan};

@@ -17,6 +17,14 @@ const SHORT: usize = 512;
 /// The longest run there may be: 1 GiB of stack, which is only touched as far as a match goes.
 pub(crate) const LONGEST: usize = 1 << 20;
 
+/// Stack that a bracket of an answer takes at most in llama.cpp's parsers. Seen with g++ 12: 2 KiB; `tests/chat.rs` shows that
+/// this is enough.
+const BYTES_PER_BRACKET: usize = 8 << 10;
+/// Brackets there may be in a text: 1 GiB of stack.
+const MOST_BRACKETS: usize = 1 << 17;
+/// So few need no stack of their own.
+const FEW_BRACKETS: usize = 64;
+
 /// Runs `work`, which may recurse once for every character of a match in `text`.
 ///
 /// # Errors
@@ -32,10 +40,56 @@ pub(crate) fn with_room_for<T: Send>(text: &str, work: impl FnOnce() -> T + Send
              into lines"
         )));
     }
-    let thread = std::thread::Builder::new().stack_size(BASE + run * BYTES_PER_CHARACTER);
+    on_a_stack_of(run * BYTES_PER_CHARACTER, work)
+}
+
+/// Runs `work`, which may recurse once for every bracket that is open in `text`.
+///
+/// How many are open nobody knows who does not know what is a string there and what isn't. So the count that takes no notice
+/// of strings has a bound, and the stack is for all brackets that the text opens, as if none were ever closed: it is only
+/// touched as far as `work` goes.
+///
+/// # Errors
+/// [`Error::Refused`]: more than `max_depth` are open at a time, or the text opens too many; [`Error::OutOfMemory`] if there
+/// is no room.
+pub(crate) fn with_room_for_brackets<T: Send>(
+    text: &str,
+    max_depth: usize,
+    work: impl FnOnce() -> T + Send,
+) -> Result<T, Error> {
+    let (mut depth, mut deepest, mut opened) = (0usize, 0, 0usize);
+    for byte in text.bytes() {
+        match byte {
+            b'[' | b'{' | b'(' | b'<' => {
+                opened += 1;
+                depth += 1;
+                deepest = deepest.max(depth);
+            }
+            b']' | b'}' | b')' | b'>' => depth = depth.saturating_sub(1),
+            _ => {}
+        }
+    }
+    if deepest > max_depth {
+        return Err(Error::Refused(format!("it has more than {max_depth} brackets open at a time")));
+    }
+    if opened > MOST_BRACKETS {
+        return Err(Error::Refused(format!("it has {opened} brackets: at most {MOST_BRACKETS}")));
+    }
+    if opened <= FEW_BRACKETS {
+        return Ok(work());
+    }
+    on_a_stack_of(opened * BYTES_PER_BRACKET, work)
+}
+
+/// Runs `work` on a stack of at least so many bytes.
+///
+/// # Errors
+/// [`Error::OutOfMemory`] if there is no room.
+pub(crate) fn on_a_stack_of<T: Send>(bytes: usize, work: impl FnOnce() -> T + Send) -> Result<T, Error> {
+    let thread = std::thread::Builder::new().stack_size(BASE + bytes);
     std::thread::scope(|scope| match thread.spawn_scoped(scope, work) {
         Ok(running) => running.join().map_err(|panic| std::panic::resume_unwind(panic)),
-        Err(e) => Err(Error::OutOfMemory(format!("no stack for a line of {run} characters: {e}"))),
+        Err(e) => Err(Error::OutOfMemory(format!("no stack of {} MiB: {e}", (BASE + bytes) >> 20))),
     })
 }
 
