@@ -5,6 +5,7 @@ mod common;
 use std::time::Duration;
 
 use common::{Cut, Numbers, host_program, seed, text};
+use dim::host::template::dialogue::{Answer, Dialogue, ToolChoice};
 use dim::host::template::{CHATML, ChatTemplate, Role, TemplateError, Turn};
 
 /// Templates are read by the real program, as its own are.
@@ -329,4 +330,88 @@ fn no_template_ends_a_chat() {
     let (out, err, code) = chat(&cut, "{% for %}", "one\n");
     assert_eq!((out.as_str(), code), ("", Some(2)), "{err}");
     assert_eq!(err.lines().filter(|line| line.starts_with("error:")).count(), 1, "{err}");
+}
+
+const TOOL: &str = r#"{"type": "function", "function": {"name": "weather", "description": "",
+    "parameters": {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]}}}"#;
+
+fn with_tools(tool: &str) -> Dialogue {
+    Dialogue {
+        messages: vec![serde_json::json!({"role": "user", "content": "What is it like in Paris?"})],
+        tools: vec![serde_json::from_str(tool).unwrap()],
+        tool_choice: ToolChoice::Required,
+        ..Dialogue::default()
+    }
+}
+
+const HERMES: &str = include_str!("../llama-sys-patch/tests/templates/hermes.jinja");
+
+#[test]
+fn a_dialogue_with_tools_comes_back_with_what_reads_its_answer() {
+    let hermes = template(HERMES).unwrap();
+    let prepared = hermes.prepare(&with_tools(TOOL)).unwrap();
+    assert!(prepared.prompt.contains("\"weather\"") && prepared.prompt.ends_with("<|im_start|>assistant\n"));
+    assert!(prepared.takes_tools && prepared.grammar.contains("root ::=") && prepared.triggers.is_empty());
+    let mut answer = Answer::new(&prepared.parser).unwrap();
+    let spoken = "<tool_call>\n{\"name\": \"weather\", \"arguments\": {\"city\": \"Paris\"}}\n</tool_call>";
+    let (mut arguments, mut names) = (String::new(), 0);
+    for piece in spoken.split_inclusive(' ') {
+        let new = answer.push(piece);
+        assert_eq!(new.content, "");
+        names += usize::from(new.calls.first().is_some_and(|call| !call.name.is_empty()));
+        new.calls.iter().for_each(|call| arguments.push_str(&call.arguments));
+    }
+    answer.finish().calls.iter().for_each(|call| arguments.push_str(&call.arguments));
+    assert!(names > 0);
+    assert_eq!(answer.message().calls[0].name, "weather");
+    assert_eq!(arguments, answer.message().calls[0].arguments);
+    assert_eq!(serde_json::from_str::<serde_json::Value>(&arguments).unwrap()["city"], "Paris");
+    // the plain engine and this one agree on a plain conversation
+    let plain = Dialogue { tools: Vec::new(), tool_choice: ToolChoice::Auto, ..with_tools(TOOL) };
+    let rendered = hermes.render(&said("What is it like in Paris?")).unwrap();
+    assert_eq!(hermes.prepare(&plain).unwrap().prompt, rendered);
+    assert_eq!(
+        template(CHATML).unwrap().prepare(&plain).unwrap().prompt,
+        template(CHATML).unwrap().render(&said("What is it like in Paris?")).unwrap()
+    );
+}
+
+/// llama.cpp's engine has no limits: those of its process are all there are.
+#[test]
+fn a_template_made_to_kill_the_other_engine_ends_with_a_sentence_too() {
+    let dialogue = with_tools(TOOL);
+    for source in [
+        "{% macro m() %}{{ m() }}{% endmacro %}{% if tools %}{{ m() }}{% endif %}",
+        "{% if tools %}{% for a in range(99999999) %}{{ a }}{% endfor %}{% endif %}",
+        "{% if tools %}{% set ns = namespace(s='0123456789abcdef') %}{% for i in range(40) %}{% set ns.s = ns.s ~ ns.s %}{% endfor %}{% endif %}",
+        "{% if tools %}{{ raise_exception('not with tools') }}{% endif %}{{ messages[0].content }}",
+    ] {
+        let Ok(template) = template(source) else { continue };
+        let prepared = template.prepare(&dialogue);
+        assert!(prepared.is_err(), "{source}: {prepared:?}");
+        assert!(prepared.unwrap_err().to_string().starts_with("this model's chat template"), "{source}");
+        // and the conversation goes on
+        let plain = template.render(&said("hello"));
+        assert!(
+            matches!(plain, Ok(_) | Err(TemplateError::Failed(_) | TemplateError::Endless)),
+            "{source}: {plain:?}"
+        );
+    }
+    // a schema that would take minutes
+    let many: Vec<String> = (0..4_000).map(|i| format!("\"p{i}\": {{}}")).collect();
+    let tool = TOOL
+        .replace("\"city\": {\"type\": \"string\"}", &many.join(","))
+        .replace("\"required\": [\"city\"]", "\"required\": []");
+    let prepared = template(HERMES).unwrap().prepare(&with_tools(&tool));
+    assert!(
+        matches!(
+            prepared,
+            Ok(_)
+                | Err(TemplateError::Slow
+                    | TemplateError::TooMuchMemory
+                    | TemplateError::TooMuchText
+                    | TemplateError::Failed(_))
+        ),
+        "{prepared:?}"
+    );
 }

@@ -33,6 +33,7 @@ use std::sync::Arc;
 use llama_sys_patch::Model;
 
 pub use builder::HostBuilder;
+pub use prompt::Prompted;
 pub use session::{Generation, Session, Token};
 pub use whole::WholeModel;
 
@@ -40,6 +41,7 @@ use crate::error::Error;
 use constraint::Constraint;
 use engine::SplitEngine;
 use prompt::Vocabulary;
+use template::dialogue::Dialogue;
 use template::{ChatTemplate, TemplateError, Turn};
 
 /// A split model, ready: every block in one stage, here or on a worker. Threads may share it.
@@ -125,6 +127,23 @@ impl Host {
     /// As of [`Session::json_schema`].
     pub fn json_schema(&self, schema: &str) -> Result<Constraint, Error> {
         self.vocabulary.json_schema(schema)
+    }
+
+    /// A grammar in GBNF that a reply is to follow, as [`Session::grammar`] makes it.
+    ///
+    /// # Errors
+    /// As of [`Session::grammar`].
+    pub fn grammar(&self, gbnf: &str) -> Result<Constraint, Error> {
+        self.vocabulary.grammar(gbnf)
+    }
+
+    /// A conversation with tools as tokens, with what its answer is read with and held to. Nothing that was said makes a
+    /// control token, nor do the tools.
+    ///
+    /// # Errors
+    /// The template does not take it; [`Error::Constraint`]: there is no grammar for the tools' parameters.
+    pub fn prepare(&self, template: &ChatTemplate, dialogue: &Dialogue) -> Result<Prompted, Error> {
+        self.vocabulary.dialogue(template, dialogue)
     }
 
     /// The model's own chat template.

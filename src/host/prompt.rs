@@ -4,9 +4,11 @@
 use std::sync::OnceLock;
 
 use llama_sys_patch::Model;
+use serde_json::Value;
 
 use crate::error::Error;
-use crate::host::constraint::{Compiler, Constraint};
+use crate::host::constraint::{Compiler, Constraint, Gbnf};
+use crate::host::template::dialogue::{Dialogue, Prepared, ToolChoice, call_at_once, one_call};
 use crate::host::template::{ChatTemplate, Turn};
 
 /// Around a control token's name in what somebody said, on its way through the template. Neither is a character of any
@@ -52,9 +54,56 @@ impl Vocabulary {
             turn.content.retain(|c| c != OPEN && c != CLOSE);
             turn.content = guarded(&turn.content, names);
         }
-        let rendered = template.render(&turns)?;
+        self.rendered(template, &template.render(&turns)?)
+    }
+
+    /// A grammar that replies are to follow.
+    pub(crate) fn grammar(&self, gbnf: &str) -> Result<Constraint, Error> {
+        Ok(Gbnf::constraint(&self.model, gbnf, Vec::new(), "")?)
+    }
+
+    /// A conversation with tools as tokens, with what its answer is read with and held to.
+    pub(crate) fn dialogue(&self, template: &ChatTemplate, dialogue: &Dialogue) -> Result<Prompted, Error> {
+        let names = self.control_names.get_or_init(|| control_names(&self.model));
+        let mut dialogue = dialogue.clone();
+        let told = dialogue.messages.iter_mut().chain(&mut dialogue.tools);
+        told.for_each(|value| guard_all(value, names));
+        let mut prepared = template.prepare(&dialogue)?;
+        let tokens = self.rendered(template, &prepared.prompt)?;
+        // what the model is to say has no marks in it
+        for text in [&mut prepared.grammar, &mut prepared.parser, &mut prepared.prompt] {
+            text.retain(|c| c != OPEN && c != CLOSE);
+        }
+        if dialogue.tool_choice == ToolChoice::Required {
+            prepared.grammar = call_at_once(&prepared.grammar);
+        }
+        if !dialogue.parallel_tool_calls {
+            prepared.grammar = one_call(&prepared.grammar);
+        }
+        let constraint = match prepared.grammar.as_str() {
+            "" => None,
+            gbnf => {
+                let triggers = prepared.triggers.clone();
+                let prefill = if triggers.is_empty() { prepared.prefill.as_str() } else { "" };
+                Some(Gbnf::constraint(&self.model, gbnf, triggers, prefill)?)
+            }
+        };
+        let preserved = prepared.preserved.iter().filter_map(|text| self.one_token(text)).collect();
+        Ok(Prompted { tokens, constraint, preserved, prepared })
+    }
+
+    /// The token that is all of `text`.
+    fn one_token(&self, text: &str) -> Option<i32> {
+        match self.model.tokenize(text, false, true).ok()?.as_slice() {
+            &[token] => Some(token),
+            _ => None,
+        }
+    }
+
+    /// What a template has rendered, as tokens.
+    fn rendered(&self, template: &ChatTemplate, rendered: &str) -> Result<Vec<i32>, Error> {
         // a template may begin with the token that the tokenizer would add again
-        let begins = !template.adds_bos(&rendered);
+        let begins = !template.adds_bos(rendered);
         let mut tokens = Vec::new();
         for (i, piece) in rendered.split(OPEN).enumerate() {
             // before the first mark, and behind every closing one, is the template's
@@ -66,6 +115,40 @@ impl Vocabulary {
             tokens.extend(self.text(made, begins && i == 0)?);
         }
         Ok(tokens)
+    }
+}
+
+/// A conversation with tools, ready for a model.
+#[derive(Clone, Debug)]
+pub struct Prompted {
+    /// The prompt.
+    pub tokens: Vec<i32>,
+    /// What the answer is held to, for [`Sampling::constraint`](crate::Sampling::constraint).
+    pub constraint: Option<Constraint>,
+    /// Control tokens that belong to the answer's text, for [`Generation::show`](crate::Generation::show).
+    pub preserved: Vec<i32>,
+    /// What the template made of it.
+    pub prepared: Prepared,
+}
+
+/// Guards every text in `value`, the names of members too: a schema has them from whoever sent it.
+fn guard_all(value: &mut Value, names: &[String]) {
+    let guard = |text: &mut String| {
+        text.retain(|c| c != OPEN && c != CLOSE);
+        *text = guarded(text, names);
+    };
+    match value {
+        Value::String(text) => guard(text),
+        Value::Array(list) => list.iter_mut().for_each(|value| guard_all(value, names)),
+        Value::Object(map) => {
+            let members = std::mem::take(map).into_iter();
+            map.extend(members.map(|(mut name, mut value)| {
+                guard(&mut name);
+                guard_all(&mut value, names);
+                (name, value)
+            }));
+        }
+        _ => {}
     }
 }
 

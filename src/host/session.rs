@@ -94,6 +94,14 @@ impl Session {
         self.vocabulary.json_schema(schema)
     }
 
+    /// A grammar in GBNF, llama.cpp's, that a reply is to follow from its beginning, for [`Sampling::constraint`].
+    ///
+    /// # Errors
+    /// [`Error::Constraint`]: it cannot be read, recurses on its left, or nests too deep.
+    pub fn grammar(&self, gbnf: &str) -> Result<Constraint, Error> {
+        self.vocabulary.grammar(gbnf)
+    }
+
     /// Adds a text.
     ///
     /// # Errors
@@ -232,6 +240,7 @@ pub struct Generation<'s> {
     sampler: Result<Sampler, BadOption>,
     limit: Option<usize>,
     ignore_eos: bool,
+    shown: Vec<i32>,
     stop_flag: Option<&'s AtomicBool>,
     stream: TextStream,
     stop_texts: StopTexts,
@@ -281,6 +290,7 @@ impl<'s> Generation<'s> {
             sampler,
             limit: None,
             ignore_eos: false,
+            shown: Vec::new(),
             stop_flag: None,
             stream: TextStream::default(),
             stop_texts: StopTexts::default(),
@@ -299,6 +309,12 @@ impl<'s> Generation<'s> {
     /// Goes on after a token with which the model ends its reply.
     pub fn ignore_eos(mut self, yes: bool) -> Self {
         self.ignore_eos = yes;
+        self
+    }
+
+    /// Gives the names of these control tokens as text, which otherwise have none: what reads the reply looks for them.
+    pub fn show(mut self, tokens: impl IntoIterator<Item = i32>) -> Self {
+        self.shown = tokens.into_iter().collect();
         self
     }
 
@@ -405,7 +421,9 @@ impl<'s> Generation<'s> {
         let ignores_end = self.ignore_eos && !is_complete;
         let mut text = String::new();
         if !is_end || ignores_end {
-            text = self.stream.push(&self.session.vocabulary.model.token_bytes(id).unwrap_or_default());
+            let model = &self.session.vocabulary.model;
+            let bytes = if self.shown.contains(&id) { model.token_name(id) } else { model.token_bytes(id) };
+            text = self.stream.push(&bytes.unwrap_or_default());
         }
         let (mut text, at_stop_text) = self.stop_texts.push(&text);
 

@@ -33,6 +33,9 @@ pub enum ConstraintError {
     /// As many schemas as may be are being compiled.
     #[error("other schemas are being compiled")]
     Busy,
+    /// A grammar that is none.
+    #[error("the grammar cannot be followed: {0}")]
+    Grammar(String),
     /// The vocabulary cannot be held to a grammar.
     #[error("replies of this model cannot be constrained: {0}")]
     Vocabulary(&'static str),
@@ -55,6 +58,9 @@ impl ConstraintError {
                 Some("leave it out, and check the answer for it: what is taken is enforced")
             }
             ConstraintError::Busy => Some("try again"),
+            ConstraintError::Grammar(_) => {
+                Some("GBNF begins with the rule root, as: root ::= \"yes\" | \"no\"")
+            }
             ConstraintError::Unsatisfiable(_)
             | ConstraintError::Vocabulary(_)
             | ConstraintError::NothingFollows => None,

@@ -61,13 +61,16 @@ fn value(turn: &Turn) -> Value {
     Value::from_pairs([("role", role), ("content", turn.content.as_str())])
 }
 
-/// What went wrong, no longer than a person reads: a template chooses the text of its own exceptions.
 fn failed(error: impl std::fmt::Display) -> TemplateError {
+    TemplateError::Failed(short(&error.to_string()))
+}
+
+/// What went wrong, no longer than a person reads: a template chooses the text of its own exceptions.
+pub(super) fn short(text: &str) -> String {
     const MOST: usize = 500;
-    let text = error.to_string();
     match text.char_indices().nth(MOST) {
-        Some((end, _)) => TemplateError::Failed(format!("{}...", &text[..end])),
-        None => TemplateError::Failed(text),
+        Some((end, _)) => format!("{}...", &text[..end]),
+        None => text.to_owned(),
     }
 }
 

@@ -5,8 +5,13 @@
 //! itself ([`stage::trial`](crate::stage::trial)), a template is read and rendered in a [process of its own](room), and
 //! whatever it does ends in one of the errors below. Elsewhere it is read here, on a stack that is large enough for any
 //! template of the size allowed.
+//!
+//! Two engines read it. MiniJinja renders what people and models say to each other, as transformers does. A [dialogue] with
+//! tools, or with a model that reasons, is rendered by llama.cpp's `common`, which gives the parser of the model's answer
+//! and the grammar of its tool calls along, and has no limits of its own: it runs in the process of its own or not at all.
 
 pub(crate) mod dates;
+pub mod dialogue;
 mod jinja;
 mod json;
 pub mod room;
@@ -14,8 +19,9 @@ pub mod room;
 use serde::{Deserialize, Serialize};
 
 use crate::stage::trial;
+use dialogue::{Dialogue, Prepared};
 use jinja::Jinja;
-use room::Room;
+use room::{Request, Room};
 
 /// Who said something.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -99,6 +105,9 @@ pub enum TemplateError {
     /// It ended its process otherwise: how.
     #[error("this model's chat template ends the process that reads it ({0})")]
     Died(String),
+    /// Tools want a process of their own to read a template in, and this program has none.
+    #[error("tools need a process of their own to read the model's chat template in")]
+    NotApart,
     /// There is no process for it: why.
     #[error("the process that reads chat templates cannot be started: {0}")]
     NotStarted(String),
@@ -108,6 +117,7 @@ impl TemplateError {
     /// What to do about it.
     pub fn hint(&self) -> &'static str {
         match self {
+            TemplateError::NotApart => "name a program that serves it: dim::stage::trial::with",
             TemplateError::NotStarted(_) => "is the program being replaced while it runs? start it again",
             _ => "another template takes its place: ChatML, or one of yours",
         }
@@ -147,7 +157,18 @@ impl ChatTemplate {
     pub fn render(&self, turns: &[Turn]) -> Result<String, TemplateError> {
         match &self.reader {
             Reader::Here(jinja) => with_room(|| jinja.render(turns)),
-            Reader::Apart(room) => room.render(turns),
+            Reader::Apart(room) => room.ask(&Request::Render(turns.to_vec())),
+        }
+    }
+
+    /// The prompt for `dialogue`, and with what its answer is read.
+    ///
+    /// # Errors
+    /// As [`render`](Self::render); [`TemplateError::NotApart`] where the program has not named itself.
+    pub fn prepare(&self, dialogue: &Dialogue) -> Result<Prepared, TemplateError> {
+        match &self.reader {
+            Reader::Here(_) => Err(TemplateError::NotApart),
+            Reader::Apart(room) => Prepared::read(&room.ask(&Request::Prepare(dialogue.to_json()))?),
         }
     }
 }

@@ -4,7 +4,8 @@
 //!
 //! ```text
 //! Room::open    -- Source --> Jinja::new      -- Result<(), TemplateError> -->
-//! Room::render  -- [Turn] --> Jinja::render   -- Result<String, TemplateError> -->
+//! Room::ask     -- Render --> Jinja::render   -- Result<String, TemplateError> -->
+//!               -- Prepare -> llama.cpp       -- Result<String, TemplateError> -->
 //! ```
 //!
 //! What its limits are, and where: the time by the clock everywhere; its processor time, address space and files on Linux,
@@ -23,7 +24,16 @@ use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
 use super::jinja::Jinja;
-use super::{STACK, Source, TemplateError, Turn};
+use super::{STACK, Source, TemplateError, Turn, dialogue};
+
+/// What a template is asked.
+#[derive(Debug, Serialize, Deserialize)]
+pub(super) enum Request {
+    /// A conversation's prompt, by MiniJinja.
+    Render(Vec<Turn>),
+    /// That of a dialogue and what its answer is read with, by llama.cpp: JSON both ways.
+    Prepare(String),
+}
 
 /// The first argument of a process that [serves](serve) a template: no user types it.
 pub const ARGUMENT: &str = "__template";
@@ -48,7 +58,7 @@ impl Room {
         Ok(Room { program: program.to_owned(), source: source.clone(), process: Mutex::new(Some(process)) })
     }
 
-    pub(super) fn render(&self, turns: &[Turn]) -> Result<String, TemplateError> {
+    pub(super) fn ask(&self, request: &Request) -> Result<String, TemplateError> {
         let mut place = self.process.lock().unwrap_or_else(PoisonError::into_inner);
         // one that was ended between two turns, by whomever, is no fault of the template
         let alive = place.take().filter(Process::is_alive);
@@ -57,7 +67,7 @@ impl Room {
             None => Process::start(&self.program, &self.source)?,
         };
         // only one that has answered is asked again
-        let answer = process.ask(&turns)?;
+        let answer = process.ask(request)?;
         *place = Some(process);
         answer
     }
@@ -193,9 +203,12 @@ pub fn serve() -> ExitCode {
         let jinja = Jinja::new(&source);
         answer(&jinja.as_ref().map(drop))?;
         let jinja = jinja.map_err(io::Error::other)?;
+        let mut common = None;
         loop {
-            let turns: Vec<Turn> = request(&mut requests)?;
-            answer(&jinja.render(&turns))?;
+            match request(&mut requests)? {
+                Request::Render(turns) => answer(&jinja.render(&turns))?,
+                Request::Prepare(wanted) => answer(&dialogue::prepare(&mut common, &source, &wanted))?,
+            }
         }
     });
     let ended: io::Result<()> = match room.map(thread::JoinHandle::join) {
