@@ -1,15 +1,11 @@
 //! Arguments that several commands have in common, and what they are in the library.
 
-use std::fs::File;
-use std::io::Read as _;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use clap::builder::{PossibleValue, PossibleValuesParser, TypedValueParser};
 use dim::stage::verified::CutFrom;
-use dim::{
-    Discovery, Error, Host, HostBuilder, Key, Patience, Resources, RowType, Sampling, Session, device,
-};
+use dim::{Discovery, Error, Host, HostBuilder, Key, Patience, Resources, RowType, Sampling, device};
 use dim_wire::keys::KeyStore;
 use dim_wire::transport::discover::MDNS_PORT;
 use gguf_tools::failure::Failure;
@@ -17,7 +13,7 @@ use gguf_tools::manifest::Manifest;
 use gguf_tools::slice::SliceInfo;
 use llama_sys_patch::LogLevel;
 
-use crate::{ended_by, explain};
+use crate::explain;
 
 /// What `--worker` says instead of an address, and `--wire` instead of a type.
 const AUTO: &str = "auto";
@@ -385,52 +381,6 @@ impl SamplingArgs {
     }
 }
 
-/// What a reply has to be.
-#[derive(Clone, Debug, clap::Args)]
-#[command(next_help_heading = "Sampling")]
-pub struct ConstraintArgs {
-    /// Hold the reply to this JSON schema: every keyword in it is enforced, or it is refused; {} is any JSON
-    #[arg(short = 'j', long, value_name = "SCHEMA|@FILE", conflicts_with = "json_schema_file")]
-    json_schema: Option<String>,
-    /// The same, read from a file
-    #[arg(long, value_name = "FILE")]
-    json_schema_file: Option<PathBuf>,
-}
-
-impl ConstraintArgs {
-    /// The schema's text, from wherever it was given, if it was.
-    ///
-    /// # Errors
-    /// It cannot be read.
-    pub fn text(&self) -> Result<Option<String>, Failure> {
-        let (option, file) = match (&self.json_schema, &self.json_schema_file) {
-            (Some(given), _) => match given.strip_prefix('@') {
-                Some(file) => ("--json-schema @", Path::new(file)),
-                None => return Ok(Some(given.clone())),
-            },
-            (None, Some(file)) => ("--json-schema-file ", file.as_path()),
-            (None, None) => return Ok(None),
-        };
-        let cannot = |why: String| Failure::misuse(format!("{option}{}: {why}", file.display()));
-        let mut text = String::new();
-        let read = File::open(file).and_then(|f| f.take(MAX_SCHEMA_BYTES + 1).read_to_string(&mut text));
-        read.map_err(|e| cannot(e.to_string()))?;
-        match text.len() as u64 > MAX_SCHEMA_BYTES {
-            true => Err(cannot("longer than 1 MiB".to_owned())),
-            false => Ok(Some(text)),
-        }
-    }
-}
-
-/// `text` as the constraint of `session`'s replies.
-///
-/// # Errors
-/// It is no schema, or one that is not enforced.
-pub fn constraint(session: &Session, text: Option<&str>) -> Result<Option<dim::Constraint>, Failure> {
-    let compiled = text.map(|text| session.json_schema(text)).transpose();
-    compiled.map_err(|e| ended_by(format!("--json-schema: {e}"), e.is_misuse(), e.hint()))
-}
-
 /// The number after `-n` as a limit: none for -1.
 ///
 /// # Errors
@@ -441,8 +391,6 @@ pub fn limit(n_predict: i64) -> Result<Option<usize>, Failure> {
         n => usize::try_from(n).map(Some).map_err(|_| Failure::misuse(format!("-n {n}: must be -1 or more"))),
     }
 }
-
-const MAX_SCHEMA_BYTES: u64 = 1 << 20;
 
 #[cfg(test)]
 mod tests {

@@ -3,6 +3,7 @@
 
 pub mod args;
 pub mod commands;
+pub mod constraint;
 pub mod fetch;
 pub mod habits;
 mod hints;

@@ -7,7 +7,8 @@ use std::path::PathBuf;
 use dim::{Error, Sampling, Session};
 use gguf_tools::failure::Failure;
 
-use crate::args::{ConstraintArgs, SamplingArgs, constraint, limit};
+use crate::args::{SamplingArgs, limit};
+use crate::constraint::{ConstraintArgs, Given};
 use crate::{explain, habits};
 
 /// What to continue, and how far.
@@ -58,19 +59,19 @@ pub struct PromptArgs {
 #[derive(Debug)]
 pub struct Wanted {
     text: String,
-    schema: Option<String>,
+    constraint: Option<Given>,
     sampling: Sampling,
     /// tokens; none: until the model ends its reply
     pub limit: Option<usize>,
 }
 
 impl Wanted {
-    /// How to sample, held to the schema if there is one.
+    /// How to sample, held to the schema or the grammar if there is one.
     ///
     /// # Errors
-    /// It is no schema, or one that is not enforced.
+    /// It is no schema and no grammar, or one that is not enforced.
     pub fn sampling(&self, session: &Session) -> Result<Sampling, Failure> {
-        let constraint = constraint(session, self.schema.as_deref())?;
+        let constraint = self.constraint.as_ref().map(|given| given.constraint(session)).transpose()?;
         Ok(Sampling { constraint, ..self.sampling.clone() })
     }
 }
@@ -82,7 +83,7 @@ impl PromptArgs {
     /// A file cannot be read, or a number is out of range.
     pub fn read(&self) -> Result<Wanted, Failure> {
         let (sampling, limit) = (self.sampling.sampling()?, limit(self.n_predict)?);
-        Ok(Wanted { text: self.text()?, schema: self.constraint.text()?, sampling, limit })
+        Ok(Wanted { text: self.text()?, constraint: self.constraint.given()?, sampling, limit })
     }
 
     fn text(&self) -> Result<String, Failure> {

@@ -12,7 +12,8 @@ use dim::{Error, Host, Sampling, Session};
 use gguf_tools::failure::Failure;
 use gguf_tools::{tell, terminal};
 
-use crate::args::{ConstraintArgs, MachineArgs, SamplingArgs, SplitArgs, constraint, limit};
+use crate::args::{MachineArgs, SamplingArgs, SplitArgs, limit};
+use crate::constraint::ConstraintArgs;
 use crate::interrupt::Interrupt;
 use crate::{explain, shown};
 use input::{Input, Line};
@@ -58,7 +59,7 @@ pub fn run(args: &ChatArgs, process_start: Instant) -> Result<(), Failure> {
     let n_predict = limit(args.n_predict)?;
     // what is wrong with a file is known before a model is loaded
     let turns = args.first_turns()?;
-    let schema = args.constraint.text()?;
+    let constraint = args.constraint.given()?;
     let template = args.chat_template.as_deref().map(template_text).transpose()?;
     let host = args.split.host(&args.machine)?;
     host.check_chat_template(template.as_deref()).map_err(explain)?;
@@ -68,7 +69,7 @@ pub fn run(args: &ChatArgs, process_start: Instant) -> Result<(), Failure> {
         None => own_template(&host)?,
     };
     let session = host.session().map_err(explain)?;
-    sampling.constraint = constraint(&session, schema.as_deref())?;
+    sampling.constraint = constraint.map(|given| given.constraint(&session)).transpose()?;
     Chat {
         args,
         sampling,
