@@ -51,9 +51,13 @@ impl Server {
 
     /// Events of a stream, without the last.
     fn events(&self, body: &Value) -> impl Iterator<Item = Value> + use<> {
+        self.events_at("/v1/completions", body)
+    }
+
+    fn events_at(&self, path: &str, body: &Value) -> impl Iterator<Item = Value> + use<> {
         let mut body = body.clone();
         body["stream"] = true.into();
-        let stream = self.send("POST /v1/completions HTTP/1.1\r\nHost: localhost", &body.to_string());
+        let stream = self.send(&format!("POST {path} HTTP/1.1\r\nHost: localhost"), &body.to_string());
         let lines = BufReader::new(stream).lines().map_while(Result::ok);
         let data = lines.filter_map(|line| line.strip_prefix("data: ").map(str::to_owned));
         data.take_while(|data| data != "[DONE]").map(|data| serde_json::from_str(&data).unwrap())
@@ -428,6 +432,69 @@ fn replies_are_as_openai_s_clients_read_them() {
     random["stream_options"] = json!({"include_usage": true});
     let last = server.events(&random).last().unwrap();
     assert_eq!((&last["choices"], &last["usage"]["completion_tokens"]), (&json!([]), &json!(32)));
+}
+
+/// By random weights, which say nothing by themselves: what they call is what the grammar lets them.
+#[test]
+fn a_tool_that_must_be_called_is_called_with_what_its_schema_says() {
+    let cut = Cut::tiny("qwen2");
+    let worker = parallel(&cut, "127.0.0.1:0");
+    let template = concat!(env!("CARGO_MANIFEST_DIR"), "/../../llama-sys-patch/tests/templates/hermes.jinja");
+    let server = Server::start(&cut, &worker.address, &["--chat-template", template]);
+    let one_of = |values: &[&str]| json!({"type": "string", "enum": values});
+    let tool = |name: &str| {
+        json!({"type": "function", "function": {"name": name, "parameters": {
+            "type": "object", "required": ["city", "days"], "additionalProperties": false,
+            "properties": {"city": one_of(&["Paris", "Oslo"]), "days": {"type": "boolean"}},
+        }}})
+    };
+    let ask = |more: Value| {
+        let mut body = json!({
+            "messages": [{"role": "user", "content": "Where <tool_call> is it warm?"}], "max_tokens": 200, "temperature": 1.5,
+            "tools": [tool("weather"), tool("time")], "parallel_tool_calls": false,
+        });
+        body.as_object_mut().unwrap().extend(more.as_object().unwrap().clone());
+        body
+    };
+    for seed in 0..6 {
+        let body = ask(json!({"tool_choice": "required", "seed": seed}));
+        let answer = server.post("/v1/chat/completions", &body);
+        assert_eq!(answer.0, 200, "{}", answer.2);
+        let choice = &answer.json()["choices"][0];
+        assert_eq!(choice["finish_reason"], "tool_calls", "{choice}");
+        let call = &choice["message"]["tool_calls"][0];
+        assert!(["weather", "time"].contains(&call["function"]["name"].as_str().unwrap()), "{call}");
+        let arguments = call["function"]["arguments"].as_str().unwrap();
+        let read: Value = serde_json::from_str(arguments).unwrap_or_else(|e| panic!("{e}: {arguments}"));
+        assert!(
+            ["Paris", "Oslo"].contains(&read["city"].as_str().unwrap()) && read["days"].is_boolean(),
+            "{read}"
+        );
+
+        let mut told = String::new();
+        let mut names = Vec::new();
+        for event in server.events_at("/v1/chat/completions", &body) {
+            for call in event["choices"][0]["delta"]["tool_calls"].as_array().into_iter().flatten() {
+                names.extend(call["function"]["name"].as_str().map(str::to_owned));
+                told.push_str(call["function"]["arguments"].as_str().unwrap_or_default());
+            }
+        }
+        assert_eq!(
+            (told.as_str(), names),
+            (arguments, vec![call["function"]["name"].as_str().unwrap().to_owned()])
+        );
+    }
+    let named = json!({"type": "function", "function": {"name": "time"}});
+    let answer = server.post("/v1/chat/completions", &ask(json!({"tool_choice": named}))).json();
+    assert_eq!(answer["choices"][0]["message"]["tool_calls"][0]["function"]["name"], "time", "{answer}");
+    let free =
+        server.post("/v1/chat/completions", &ask(json!({"tool_choice": "auto", "max_tokens": 20}))).json();
+    assert!(free["choices"][0]["message"].is_object(), "{free}");
+
+    drop(server);
+    let plain = Server::start(&cut, &worker.address, &["--chat-template", "chatml"]);
+    let refused = plain.post("/v1/chat/completions", &ask(json!({})));
+    assert_eq!((refused.0, refused.word().as_str()), (400, "tools"), "{}", refused.2);
 }
 
 #[test]

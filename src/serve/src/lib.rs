@@ -45,7 +45,7 @@ use std::thread::JoinHandle;
 use std::time::Duration;
 
 use dim::Host;
-use dim::host::template::{CHATML, TemplateError};
+use dim::host::template::{CHATML, ChatTemplate, Role, TemplateError, Turn};
 use tokio::runtime::Handle;
 use tokio::sync::{Semaphore, watch as signal};
 
@@ -188,8 +188,9 @@ impl Server {
         let host = Arc::new(host);
         let Options { queue, reader_timeout, .. } = self.options;
         let (metrics, watch) = (Arc::clone(&self.app.metrics), self.app.watch.clone());
+        let thinks = template.as_ref().is_ok_and(thinks);
         let slots = Slots::open(&host, queue, reader_timeout, metrics, watch, self.runtime.clone())?;
-        let _ = self.app.loaded.set(Loaded { host, template, slots });
+        let _ = self.app.loaded.set(Loaded { host, template, thinks, slots });
         Ok(())
     }
 }
@@ -204,6 +205,13 @@ impl Drop for Server {
             let _ = thread.join();
         }
     }
+}
+
+/// Whether a model's answers have a reasoning part, by its template. One that llama.cpp does not take has none that could be
+/// told apart.
+fn thinks(template: &ChatTemplate) -> bool {
+    let turn = Turn { role: Role::User, content: "Hello".to_owned() };
+    template.prepare(&request::tools::as_dialogue(&[turn])).is_ok_and(|prepared| prepared.thinks)
 }
 
 fn hosts(given: &[String]) -> Result<Vec<String>, ServeError> {

@@ -1,5 +1,5 @@
 //! A reply of one text in the two other dialects: Anthropic's `/v1/messages` and OpenAI's `/v1/responses`. Both name each event
-//! of a stream, and begin and end each part of a reply.
+//! of a stream, and begin and end each part of a reply. What a model thinks before is no part of it.
 
 use serde_json::{Value, json};
 
@@ -226,8 +226,11 @@ impl Tell for Plain {
 
     fn hear(&mut self, update: Update) -> Result<(), ApiError> {
         match update {
-            Update::Token { text, .. } => self.text.push_str(&text),
-            Update::Ended { finish, timings, .. } => self.ended = Some((finish, timings)),
+            Update::Token { said, .. } => self.text.push_str(&said.content),
+            Update::Ended { said, finish, timings, .. } => {
+                self.text.push_str(&said.content);
+                self.ended = Some((finish, timings));
+            }
             Update::Failed(error) => return Err(error),
         }
         Ok(())
@@ -246,8 +249,9 @@ impl Tell for Plain {
         }
         self.begin(out);
         match update {
-            Update::Token { text, .. } => self.push(&text, out),
-            Update::Ended { finish, timings, .. } => {
+            Update::Token { said, .. } => self.push(&said.content, out),
+            Update::Ended { said, finish, timings, .. } => {
+                self.push(&said.content, out);
                 self.ended = Some((finish, timings));
                 self.end(out);
             }

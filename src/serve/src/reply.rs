@@ -2,6 +2,7 @@
 
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
+use dim::host::template::dialogue::{Call, Message};
 use serde_json::{Map, Value, json};
 
 use crate::error::ApiError;
@@ -46,7 +47,9 @@ pub(crate) struct Teller {
 /// A choice so far.
 #[derive(Clone, Debug, Default)]
 struct Choice {
-    text: String,
+    message: Message,
+    /// of each call that is told in a stream
+    call_ids: Vec<String>,
     /// put before the text when it begins: a completion's prompt
     echo: String,
     has_begun: bool,
@@ -133,13 +136,14 @@ impl Tell for Teller {
 
     fn hear(&mut self, update: Update) -> Result<(), ApiError> {
         match update {
-            Update::Token { choice, id, text, logprobs, .. } => {
+            Update::Token { choice, id, said, logprobs, .. } => {
                 let choice = &mut self.choices[choice];
-                choice.text.push_str(&text);
+                choice.hear(said);
                 choice.tokens.push(id);
                 choice.logprobs.extend(logprobs);
             }
-            Update::Ended { choice, finish, timings } => {
+            Update::Ended { choice, said, finish, timings } => {
+                self.choices[choice].hear(said);
                 self.choices[choice].ended = Some((finish, timings));
             }
             Update::Failed(error) => return Err(error),
@@ -149,7 +153,7 @@ impl Tell for Teller {
 
     fn chunks(&mut self, update: Update, out: &mut String) {
         match update {
-            Update::Token { choice: i, id, text, logprobs, timings } => {
+            Update::Token { choice: i, id, said, logprobs, timings } => {
                 self.begin(i, out);
                 let choice = &mut self.choices[i];
                 let logprobs = logprobs.map(|logprobs| {
@@ -157,12 +161,12 @@ impl Tell for Teller {
                     choice.offset += characters(&logprobs.chosen);
                     told
                 });
-                if text.is_empty() && logprobs.is_none() && !self.return_tokens {
+                if said == Message::default() && logprobs.is_none() && !self.return_tokens {
                     return;
                 }
                 let said = match self.kind {
-                    Kind::Chat => ("delta", json!({"content": text})),
-                    Kind::Completion => ("text", text.into()),
+                    Kind::Chat => ("delta", choice.delta(said)),
+                    Kind::Completion => ("text", said.content.into()),
                 };
                 let mut part = part(i, said, logprobs.unwrap_or_default(), None);
                 if self.return_tokens {
@@ -171,8 +175,12 @@ impl Tell for Teller {
                 let extra = timings.map(|t| ("timings", timings_of(&t)));
                 self.event(vec![part], extra, out);
             }
-            Update::Ended { choice: i, finish, timings } => {
+            Update::Ended { choice: i, said, finish, timings } => {
                 self.begin(i, out);
+                if said != Message::default() {
+                    let said = ("delta", self.choices[i].delta(said));
+                    self.event(vec![part(i, said, Value::Null, None)], None, out);
+                }
                 self.choices[i].ended = Some((finish, timings));
                 let said = match self.kind {
                     Kind::Chat => ("delta", json!({})),
@@ -199,10 +207,8 @@ impl Tell for Teller {
                 false => Value::Null,
             };
             let said = match self.kind {
-                Kind::Chat => {
-                    ("message", json!({"role": "assistant", "content": choice.text, "refusal": null}))
-                }
-                Kind::Completion => ("text", format!("{}{}", choice.echo, choice.text).into()),
+                Kind::Chat => ("message", choice.whole()),
+                Kind::Completion => ("text", format!("{}{}", choice.echo, choice.message.content).into()),
             };
             let mut told = part(i, said, logprobs, choice.ended.map(|(finish, _)| finish));
             if self.return_tokens {
@@ -216,6 +222,87 @@ impl Tell for Teller {
             whole["timings"] = timings_of(&timings);
         }
         whole
+    }
+}
+
+impl Choice {
+    /// Takes in what is new.
+    fn hear(&mut self, said: Message) {
+        self.message.content.push_str(&said.content);
+        self.message.reasoning.push_str(&said.reasoning);
+        for (k, call) in said.calls.into_iter().enumerate() {
+            match self.message.calls.get_mut(k) {
+                Some(known) => {
+                    known.arguments.push_str(&call.arguments);
+                    (known.name, known.id) = (call.name, call.id);
+                }
+                None => self.message.calls.push(call),
+            }
+        }
+    }
+
+    /// What is new, as a stream has it: of a call its name and a number once, its arguments in pieces.
+    fn delta(&mut self, said: Message) -> Value {
+        let mut delta = Map::new();
+        if !said.reasoning.is_empty() {
+            delta.insert("reasoning_content".into(), said.reasoning.as_str().into());
+        }
+        // a part without anything has at least this, as a token without text has
+        if !said.content.is_empty() || said.reasoning.is_empty() && said.calls.is_empty() {
+            delta.insert("content".into(), said.content.as_str().into());
+        }
+        let n_calls = said.calls.len();
+        let mut calls = Vec::new();
+        for (k, call) in said.calls.iter().enumerate() {
+            let is_new = k >= self.call_ids.len();
+            // a name is whole once arguments follow it, or another call
+            if is_new && call.name.is_empty() || !is_new && call.arguments.is_empty() {
+                continue;
+            }
+            let mut told = json!({"index": k, "function": {"arguments": call.arguments}});
+            if is_new {
+                self.call_ids.push(id_of(call));
+                told["id"] = self.call_ids[k].as_str().into();
+                told["type"] = "function".into();
+                told["function"]["name"] = call.name.as_str().into();
+            }
+            calls.push(told);
+        }
+        if !calls.is_empty() {
+            delta.insert("tool_calls".into(), calls.into());
+        } else if n_calls > 0 && delta.is_empty() {
+            delta.insert("content".into(), "".into());
+        }
+        self.hear(said);
+        delta.into()
+    }
+
+    /// All of it, as a reply that comes at once has it.
+    fn whole(&self) -> Value {
+        let Message { content, reasoning, calls } = &self.message;
+        let mut whole = json!({"role": "assistant", "content": content, "refusal": null});
+        if !reasoning.is_empty() {
+            whole["reasoning_content"] = reasoning.as_str().into();
+        }
+        if !calls.is_empty() {
+            if content.is_empty() {
+                whole["content"] = Value::Null;
+            }
+            let call = |call: &Call| {
+                json!({"id": id_of(call), "type": "function",
+                    "function": {"name": call.name, "arguments": call.arguments}})
+            };
+            whole["tool_calls"] = calls.iter().map(call).collect();
+        }
+        whole
+    }
+}
+
+/// The model's own number of a call, or one that nothing else has.
+fn id_of(call: &Call) -> String {
+    match call.id.is_empty() {
+        true => format!("call_{}", random_name()),
+        false => call.id.clone(),
     }
 }
 
@@ -302,3 +389,47 @@ pub(crate) fn random_name() -> String {
 
 /// Which program it is.
 pub(crate) const FINGERPRINT: &str = concat!("dim-", env!("CARGO_PKG_VERSION"));
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn said(content: &str, name: &str, arguments: &str) -> Message {
+        let calls = vec![Call { name: name.into(), arguments: arguments.into(), id: String::new() }];
+        Message {
+            content: content.into(),
+            reasoning: String::new(),
+            calls: if name.is_empty() { Vec::new() } else { calls },
+        }
+    }
+
+    #[test]
+    fn a_call_is_told_by_its_name_once_and_its_arguments_in_pieces() {
+        let mut choice = Choice::default();
+        assert_eq!(choice.delta(said("I look.", "", "")), json!({"content": "I look."}));
+        let first = choice.delta(said("", "weather", ""));
+        let call = &first["tool_calls"][0];
+        assert_eq!((&call["index"], &call["type"]), (&json!(0), &json!("function")));
+        assert_eq!(call["function"], json!({"name": "weather", "arguments": ""}));
+        assert!(call["id"].as_str().unwrap().starts_with("call_"));
+        for piece in ["{\"city\": ", "\"Paris\"}"] {
+            let told = json!({"tool_calls": [{"index": 0, "function": {"arguments": piece}}]});
+            assert_eq!(choice.delta(said("", "weather", piece)), told);
+        }
+        assert_eq!(choice.delta(said("", "weather", "")), json!({"content": ""}));
+        let whole = choice.whole();
+        assert_eq!(whole["content"], "I look.");
+        assert_eq!(whole["tool_calls"][0]["function"]["arguments"], "{\"city\": \"Paris\"}");
+        assert_eq!(whole["tool_calls"].as_array().unwrap().len(), 1);
+    }
+
+    #[test]
+    fn reasoning_is_told_beside_the_content() {
+        let mut choice = Choice::default();
+        let thought = Message { reasoning: "Hm.".into(), ..Message::default() };
+        assert_eq!(choice.delta(thought), json!({"reasoning_content": "Hm."}));
+        choice.hear(said("Yes.", "", ""));
+        let whole = choice.whole();
+        assert_eq!((&whole["content"], &whole["reasoning_content"]), (&json!("Yes."), &json!("Hm.")));
+    }
+}

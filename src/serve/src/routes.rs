@@ -9,7 +9,9 @@ use axum::extract::{Extension, Request, State};
 use axum::http::{HeaderValue, Response, StatusCode, header};
 use axum::middleware::{self, Next};
 use axum::routing::{MethodRouter, get, post};
+use dim::host::Prompted;
 use dim::host::template::ChatTemplate;
+use dim::host::template::dialogue::{Dialogue, Prepared, ToolChoice};
 use dim::{Constraint, Host};
 use serde_json::json;
 use tokio::sync::{Semaphore, mpsc};
@@ -23,11 +25,12 @@ use crate::page;
 use crate::plain::{self, Plain};
 use crate::queue::Client;
 use crate::reply::{FINGERPRINT, Kind, Tell, Teller};
+use crate::request::tools::as_dialogue;
 use crate::request::{self, Defaults, Format, Prompt, Prompts, Wanted};
 use crate::slots::Slots;
 use crate::stream::Events;
 use crate::watch::Watch;
-use crate::work::Job;
+use crate::work::{Job, Reading};
 
 /// What every request sees.
 pub(crate) struct App {
@@ -46,6 +49,8 @@ pub(crate) struct App {
 pub(crate) struct Loaded {
     pub host: Arc<Host>,
     pub template: Result<ChatTemplate, ApiError>,
+    /// whether answers have a reasoning part
+    pub thinks: bool,
     pub slots: Slots,
 }
 
@@ -284,7 +289,7 @@ async fn take_in(
     };
     drop(body);
     let wanted = Arc::new(wanted);
-    let (prompts, constraint) = tokenised(app, &wanted).await?;
+    let Tokenised { prompts, constraint, reading } = tokenised(app, &wanted).await?;
     let mut teller = teller(app, &loaded.host, dialect, &wanted, &prompts);
 
     let (sender, mut updates) = mpsc::channel(UPDATES);
@@ -293,6 +298,7 @@ async fn take_in(
         prompts,
         wanted: Arc::clone(&wanted),
         constraint,
+        reading,
         updates: sender,
         is_cancelled: Arc::default(),
         came_at: Instant::now(),
@@ -366,20 +372,28 @@ async fn body_within(request: Request, most: usize) -> Result<bytes::Bytes, ApiE
 
 /// The prompts as tokens, and the schema as what it allows. Templates, long texts and schemas take their time: not here, and
 /// not many at once.
-async fn tokenised(
-    app: &Arc<App>,
-    wanted: &Arc<Wanted>,
-) -> Result<(Vec<Vec<i32>>, Option<Constraint>), ApiError> {
+async fn tokenised(app: &Arc<App>, wanted: &Arc<Wanted>) -> Result<Tokenised, ApiError> {
     let permit = Arc::clone(&app.readers).acquire_owned().await;
     let (app, wanted) = (Arc::clone(app), Arc::clone(wanted));
     let task = tokio::task::spawn_blocking(move || {
         // whoever asks may leave meanwhile; the work goes on to its end, and counts until then
         let _permit = permit;
-        let Loaded { host, template, .. } = app.loaded()?;
+        let Loaded { host, template, thinks, .. } = app.loaded()?;
+        let template = || template.as_ref().map_err(Clone::clone);
+        let (mut constraint, mut reading) = (None, None);
+        let mut prepare = |dialogue: &Dialogue| -> Result<Vec<Vec<i32>>, ApiError> {
+            let prompted = prompted(host, template()?, dialogue)?;
+            let Prepared { parser, stops, .. } = prompted.prepared;
+            reading = Some(Reading { parser, shown: prompted.preserved, stops });
+            constraint = prompted.constraint;
+            Ok(vec![prompted.tokens])
+        };
         let prompts = match &wanted.prompts {
+            Prompts::Dialogue(dialogue) => prepare(dialogue)?,
+            // what a schema holds from its first token on has no other part
+            Prompts::Chat(turns) if *thinks && wanted.format.is_none() => prepare(&as_dialogue(turns))?,
             Prompts::Chat(turns) => {
-                let template = template.as_ref().map_err(Clone::clone)?;
-                vec![host.tokenize_chat(template, turns).map_err(|e| ApiError::from(&e))?]
+                vec![host.tokenize_chat(template()?, turns).map_err(|e| ApiError::from(&e))?]
             }
             Prompts::Texts(texts) => {
                 let tokens = |(i, prompt): (usize, &Prompt)| tokens_of(host, i, prompt);
@@ -395,10 +409,38 @@ async fn tokenised(
                 return Err(ApiError::from(&dim::Error::PromptTooLong { n_tokens, n_ctx }));
             }
         }
-        let constraint = wanted.format.as_ref().map(|format| compiled(host, format)).transpose()?;
-        Ok((prompts, constraint))
+        if let Some(format) = &wanted.format {
+            constraint = Some(compiled(host, format)?);
+        }
+        Ok(Tokenised { prompts, constraint, reading })
     });
     task.await.unwrap_or_else(|e| Err(ApiError::new(StatusCode::INTERNAL_SERVER_ERROR, e.to_string())))
+}
+
+/// A request as a slot takes it.
+struct Tokenised {
+    prompts: Vec<Vec<i32>>,
+    constraint: Option<Constraint>,
+    reading: Option<Reading>,
+}
+
+/// A conversation whose answer has parts; what is wrong with it because of its tools is wrong with them.
+fn prompted(host: &Host, template: &ChatTemplate, dialogue: &Dialogue) -> Result<Prompted, ApiError> {
+    let prompted = host.prepare(template, dialogue).map_err(|error| match error {
+        dim::Error::Constraint(_) => ApiError::field("tools", error.to_string()),
+        other => ApiError::from(&other),
+    })?;
+    if !dialogue.tools.is_empty() && !prompted.prepared.takes_tools {
+        let message = "this model's chat template has no place for them (--chat-template takes one that has)";
+        return Err(ApiError::field("tools", message));
+    }
+    if dialogue.tool_choice == ToolChoice::Required && prompted.constraint.is_none() {
+        return Err(ApiError::field(
+            "tool_choice",
+            "a call cannot be enforced with this model's chat template",
+        ));
+    }
+    Ok(prompted)
 }
 
 /// What is wrong with a schema is wrong with the field that it came in.

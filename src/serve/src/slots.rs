@@ -12,6 +12,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
+use dim::host::template::dialogue::{Answer, Message};
 use dim::{Error, Host, Session};
 use tokio::runtime::Handle;
 use tokio::sync::mpsc::error::TrySendError;
@@ -271,8 +272,12 @@ impl Shared {
         sampling.constraint = job.constraint.clone();
         let began = Instant::now();
         let generation = session.generate(sampling).limit(wanted.limit).ignore_eos(wanted.ignore_eos);
-        let generation = generation.stop_at(wanted.stop.iter().cloned());
+        let reading = job.reading.as_ref();
+        let more_stops = reading.iter().flat_map(|reading| &reading.stops);
+        let generation = generation.stop_at(wanted.stop.iter().chain(more_stops).cloned());
+        let generation = generation.show(reading.iter().flat_map(|reading| reading.shown.iter().copied()));
         let mut generation = generation.stop_when(&job.is_cancelled);
+        let mut answer = reading.map(|reading| Answer::new(&reading.parser)).transpose()?;
         let (mut so_far, mut first_at) = (Timings { prompt: prompt.len(), ..Timings::default() }, None);
         while let Some(token) = generation.next() {
             let token = token?;
@@ -289,7 +294,11 @@ impl Shared {
             let logprobs = wanted.top_logprobs.filter(|_| !token.is_end || wanted.ignore_eos);
             let logprobs = logprobs.map(|n| Logprobs::of(generation.logits(), token.id, n, bytes));
             let timings = wanted.timings_per_token.then_some(so_far);
-            if !self.tell(job, Update::Token { choice, id: token.id, text: token.text, logprobs, timings }) {
+            let said = match &mut answer {
+                Some(answer) => answer.push(&token.text),
+                None => Message { content: token.text, ..Message::default() },
+            };
+            if !self.tell(job, Update::Token { choice, id: token.id, said, logprobs, timings }) {
                 return Ok(None);
             }
             if self.watch.is_due() {
@@ -302,7 +311,13 @@ impl Shared {
         self.watch.hear_report(&report);
         let stop_text = generation.stop_text().and_then(|text| wanted.stop.iter().position(|s| s == text));
         let finish = Finish::of(report.stop, stop_text).filter(|_| !self.is_over(job));
-        Ok(finish.map(|finish| Update::Ended { choice, finish, timings }))
+        let Some(mut finish) = finish else { return Ok(None) };
+        let said = answer.as_mut().map(Answer::finish).unwrap_or_default();
+        let has_called = answer.is_some_and(|answer| !answer.message().calls.is_empty());
+        if has_called && finish == Finish::Stop {
+            finish = Finish::ToolCalls;
+        }
+        Ok(Some(Update::Ended { choice, said, finish, timings }))
     }
 
     fn is_over(&self, job: &Job) -> bool {

@@ -6,6 +6,7 @@ use std::time::{Duration, Instant};
 
 use dim::Constraint;
 use dim::host::report::{Report, Stop};
+use dim::host::template::dialogue::Message;
 use tokio::sync::mpsc;
 
 use crate::error::ApiError;
@@ -20,6 +21,8 @@ pub(crate) struct Job {
     pub wanted: Arc<Wanted>,
     /// what every choice has to be, compiled
     pub constraint: Option<Constraint>,
+    /// how what is said is read, where it is more than text
+    pub reading: Option<Reading>,
     /// who wanted it hears of it here; nobody waits longer than a bound for room in it
     pub updates: mpsc::Sender<Update>,
     /// nobody wants it any more
@@ -27,13 +30,24 @@ pub(crate) struct Job {
     pub came_at: Instant,
 }
 
+/// How an answer is read that may have parts: reasoning, calls of tools.
+#[derive(Clone, Debug)]
+pub(crate) struct Reading {
+    /// what [`Answer`](dim::host::template::dialogue::Answer) takes
+    pub parser: String,
+    /// control tokens that it looks for
+    pub shown: Vec<i32>,
+    /// texts at which an answer ends too
+    pub stops: Vec<String>,
+}
+
 /// What becomes of a request.
 #[derive(Debug)]
 pub(crate) enum Update {
     /// A token was chosen.
-    Token { choice: usize, id: i32, text: String, logprobs: Option<Logprobs>, timings: Option<Timings> },
-    /// A choice is complete.
-    Ended { choice: usize, finish: Finish, timings: Timings },
+    Token { choice: usize, id: i32, said: Message, logprobs: Option<Logprobs>, timings: Option<Timings> },
+    /// A choice is complete; `said`: what was known only then.
+    Ended { choice: usize, said: Message, finish: Finish, timings: Timings },
     /// Nothing follows.
     Failed(ApiError),
 }
@@ -45,6 +59,8 @@ pub(crate) enum Finish {
     /// at one of the texts that were asked for, by its place in the list
     StopText(usize),
     Length,
+    /// it called tools
+    ToolCalls,
 }
 
 impl Finish {
@@ -62,6 +78,7 @@ impl Finish {
         match self {
             Finish::Stop | Finish::StopText(_) => "stop",
             Finish::Length => "length",
+            Finish::ToolCalls => "tool_calls",
         }
     }
 }

@@ -1,9 +1,7 @@
 //! `/v1/chat/completions`.
 
-use dim::host::template::{Role, Turn};
-
-use super::fields::{Content, LogprobsField};
-use super::{Defaults, Fields, Message, Prompts, Wanted, parse, top_logprobs};
+use super::fields::LogprobsField;
+use super::{Defaults, Fields, Prompts, Wanted, parse, tools, top_logprobs};
 use crate::error::ApiError;
 
 /// A chat's request.
@@ -13,45 +11,15 @@ use crate::error::ApiError;
 pub fn chat(body: &[u8], defaults: &Defaults) -> Result<Wanted, ApiError> {
     let mut fields: Fields = parse(body)?;
     let messages = fields.messages.take().ok_or_else(|| ApiError::field("messages", "missing"))?;
-    let turns = turns(None, messages)?;
+    let prompts = tools::prompts(messages, &mut fields)?;
     let top = top(&fields)?;
-    fields.wanted(Prompts::Chat(turns), top, defaults)
-}
-
-/// A conversation, of one message at least; before them, if there is something in it, what the system says.
-pub(super) fn turns(system: Option<String>, messages: Vec<Message>) -> Result<Vec<Turn>, ApiError> {
-    if messages.is_empty() {
-        return Err(ApiError::field("messages", "there must be one at least"));
+    let wanted = fields.wanted(prompts, top, defaults)?;
+    if let (Prompts::Dialogue(dialogue), Some(format)) = (&wanted.prompts, &wanted.format)
+        && !dialogue.tools.is_empty()
+    {
+        return Err(ApiError::field(format.field, "an answer is a call of a tool or of a schema, not both"));
     }
-    let said = messages.into_iter().enumerate().map(|(i, message)| turn(i, message));
-    system.map(system_turn).into_iter().flatten().map(Ok).chain(said).collect()
-}
-
-/// What the system says; nothing, if that is no text.
-pub(super) fn system_turn(content: String) -> Option<Turn> {
-    (!content.is_empty()).then_some(Turn { role: Role::System, content })
-}
-
-fn turn(
-    i: usize,
-    Message { role, content: Content(content), tool_calls }: Message,
-) -> Result<Turn, ApiError> {
-    if tool_calls.is_some_and(|calls| !calls.is_empty()) {
-        return Err(ApiError::field(format!("messages[{i}].tool_calls"), "tools are not supported yet"));
-    }
-    let role = match role.as_str() {
-        "system" | "developer" => Role::System,
-        "user" => Role::User,
-        "assistant" => Role::Assistant,
-        "tool" | "function" => {
-            return Err(ApiError::field(format!("messages[{i}].role"), "tools are not supported yet"));
-        }
-        other => {
-            let message = format!("{other:?} is none of \"system\", \"developer\", \"user\", \"assistant\"");
-            return Err(ApiError::field(format!("messages[{i}].role"), message));
-        }
-    };
-    Ok(Turn { role, content })
+    Ok(wanted)
 }
 
 fn top(fields: &Fields) -> Result<Option<usize>, ApiError> {

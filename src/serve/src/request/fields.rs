@@ -239,23 +239,7 @@ impl<'de> Deserialize<'de> for LogprobsField {
 #[derive(Debug)]
 pub(super) enum ToolChoice {
     Word(String),
-    Named,
-}
-
-impl ToolChoice {
-    /// Whether the model may do without one.
-    pub(super) fn is_free(&self) -> bool {
-        matches!(self, ToolChoice::Word(word) if word == "none" || word == "auto")
-    }
-}
-
-impl fmt::Display for ToolChoice {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self {
-            ToolChoice::Word(word) => write!(f, "{word:?}"),
-            ToolChoice::Named => f.write_str("a function by its name"),
-        }
-    }
+    Named(String),
 }
 
 impl<'de> Deserialize<'de> for ToolChoice {
@@ -265,7 +249,7 @@ impl<'de> Deserialize<'de> for ToolChoice {
             type Value = ToolChoice;
 
             fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-                f.write_str("a string or an object")
+                f.write_str("a string or {\"type\": \"function\", \"function\": {\"name\": ...}}")
             }
 
             fn visit_str<E: Error>(self, word: &str) -> Result<ToolChoice, E> {
@@ -273,10 +257,25 @@ impl<'de> Deserialize<'de> for ToolChoice {
             }
 
             fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<ToolChoice, A::Error> {
-                while map.next_entry::<IgnoredAny, IgnoredAny>()?.is_some() {}
-                Ok(ToolChoice::Named)
+                let mut function = None;
+                while let Some(key) = map.next_key::<String>()? {
+                    match key.as_str() {
+                        "function" => function = Some(map.next_value::<Named>()?),
+                        _ => drop(map.next_value::<IgnoredAny>()?),
+                    }
+                }
+                match function {
+                    Some(Named { name }) => Ok(ToolChoice::Named(name)),
+                    None => Err(A::Error::missing_field("function")),
+                }
             }
         }
         deserializer.deserialize_any(Either)
     }
+}
+
+/// A function by its name.
+#[derive(serde::Deserialize)]
+struct Named {
+    name: String,
 }

@@ -3,8 +3,8 @@
 use serde::Deserialize;
 use serde::de::IgnoredAny;
 
-use super::chat::turns;
 use super::fields::{Content, OneOrMany};
+use super::turns::turns;
 use super::{Defaults, Fields, Message, Prompts, Wanted, parse, refuse_tools, renamed};
 use crate::error::ApiError;
 

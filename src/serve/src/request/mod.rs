@@ -12,12 +12,15 @@ mod messages;
 mod responses;
 #[cfg(test)]
 mod tests;
+pub(crate) mod tools;
+mod turns;
 
 use std::collections::HashMap;
 
 use axum::http::StatusCode;
 use dim::Sampling;
 use dim::host::template::Turn;
+use dim::host::template::dialogue::Dialogue;
 use serde::Deserialize;
 use serde::de::IgnoredAny;
 use serde_json::value::RawValue;
@@ -70,6 +73,8 @@ pub struct Wanted {
 pub enum Prompts {
     /// A conversation, where the assistant is to speak.
     Chat(Vec<Turn>),
+    /// One with tools.
+    Dialogue(Dialogue),
     /// Texts, each by itself.
     Texts(Vec<Prompt>),
 }
@@ -87,7 +92,7 @@ impl Prompts {
     /// How many there are.
     pub fn count(&self) -> usize {
         match self {
-            Prompts::Chat(_) => 1,
+            Prompts::Chat(_) | Prompts::Dialogue(_) => 1,
             Prompts::Texts(texts) => texts.len(),
         }
     }
@@ -121,7 +126,8 @@ struct Fields {
     prompt: Option<PromptField>,
     logprobs: Option<LogprobsField>,
     top_logprobs: Option<i64>,
-    tools: Option<Vec<IgnoredAny>>,
+    tools: Option<Vec<tools::Tool>>,
+    parallel_tool_calls: Option<bool>,
     functions: Option<Vec<IgnoredAny>>,
     tool_choice: Option<ToolChoice>,
     suffix: Option<String>,
@@ -163,7 +169,10 @@ struct Message {
     role: String,
     #[serde(default)]
     content: Content,
-    tool_calls: Option<Vec<IgnoredAny>>,
+    tool_calls: Option<Vec<tools::MadeCall>>,
+    tool_call_id: Option<String>,
+    name: Option<String>,
+    reasoning_content: Option<String>,
 }
 
 impl Fields {
@@ -205,14 +214,11 @@ impl Fields {
         if self.grammar.as_ref().is_some_and(|grammar| !grammar.is_empty()) {
             return Err(ApiError::field("grammar", "grammars are not supported yet"));
         }
-        let lists = [("tools", &self.tools), ("functions", &self.functions)];
-        if let Some((field, _)) =
-            lists.iter().find(|(_, list)| list.as_ref().is_some_and(|list| !list.is_empty()))
-        {
-            return Err(ApiError::field(*field, "tools are not supported yet; leave them out"));
+        if self.functions.as_ref().is_some_and(|list| !list.is_empty()) {
+            return Err(ApiError::field("functions", "not supported: they are called tools now"));
         }
-        if let Some(choice) = self.tool_choice.as_ref().filter(|choice| !choice.is_free()) {
-            return Err(ApiError::field("tool_choice", format!("{choice}: tools are not supported yet")));
+        if self.tools.as_ref().is_some_and(|list| !list.is_empty()) {
+            return Err(ApiError::field("tools", "a completion calls none: ask /v1/chat/completions"));
         }
         Ok(())
     }

@@ -4,8 +4,8 @@ use dim::host::template::{Role, Turn};
 use serde::de::IgnoredAny;
 use serde::{Deserialize, Deserializer};
 
-use super::chat::{system_turn, turns};
 use super::fields::TextOr;
+use super::turns::{system_turn, turns};
 use super::{Defaults, Fields, Message, Prompts, Wanted, parse, refuse_tools, renamed};
 use crate::error::ApiError;
 

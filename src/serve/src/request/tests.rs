@@ -13,6 +13,46 @@ fn completion_of(more: Value) -> Result<Wanted, ApiError> {
     completion(more.to_string().as_bytes(), &Defaults::default())
 }
 
+fn tool(name: &str) -> Value {
+    json!({"type": "function", "function": {"name": name, "parameters": {"type": "object"}}})
+}
+
+fn with_parameters(parameters: Value) -> Value {
+    json!({"type": "function", "function": {"name": "a", "parameters": parameters}})
+}
+
+fn nested(n: usize) -> Value {
+    (0..n).fold(json!({}), |inner, _| json!({"not": inner}))
+}
+
+fn made(arguments: &str) -> Value {
+    json!({"id": "1", "type": "function", "function": {"name": "a", "arguments": arguments}})
+}
+
+#[test]
+fn a_conversation_with_tools_is_told_whole() {
+    let messages = json!([
+        {"role": "user", "content": [{"type": "text", "text": "Hi"}]},
+        {"role": "assistant", "content": null, "tool_calls": [made("{\"x\": 1}")]},
+        {"role": "tool", "tool_call_id": "1", "content": "5"},
+    ]);
+    let wanted = chat_of(json!({
+        "messages": messages, "tools": [tool("a"), tool("b")], "parallel_tool_calls": false,
+        "tool_choice": {"type": "function", "function": {"name": "b"}},
+    }));
+    let Prompts::Dialogue(dialogue) = wanted.unwrap().prompts else { panic!("there are tools") };
+    assert_eq!(dialogue.messages[0], json!({"role": "user", "content": "Hi"}));
+    assert_eq!(dialogue.messages[1]["tool_calls"], json!([made("{\"x\": 1}")]));
+    assert_eq!(dialogue.messages[2], json!({"role": "tool", "content": "5", "tool_call_id": "1"}));
+    // the one that is named is the one there is, and has to be called
+    assert_eq!(dialogue.tools.len(), 1);
+    assert_eq!(dialogue.tools[0]["function"]["name"], "b");
+    assert_eq!(dialogue.tool_choice, dim::host::template::dialogue::ToolChoice::Required);
+    assert!(!dialogue.parallel_tool_calls);
+    let plain = chat_of(json!({"tools": [], "tool_choice": "auto"})).unwrap();
+    assert!(matches!(plain.prompts, Prompts::Chat(_)));
+}
+
 #[test]
 fn what_is_not_said_is_as_the_server_was_started() {
     let defaults = Defaults { sampling: Sampling { top_k: 7, ..Sampling::greedy() }, limit: Some(9) };
@@ -98,7 +138,23 @@ fn what_is_wrong_is_named() {
         (json!({"logit_bias": {"-1": 1}}), "logit_bias[\"-1\"]"),
         (json!({"logit_bias": {"5": 101}}), "logit_bias[\"5\"]"),
         (json!({"logit_bias": [1]}), "logit_bias"),
-        (json!({"tools": [{"type": "function"}]}), "tools"),
+        (json!({"tools": [{"type": "function"}]}), "tools[0].function"),
+        (json!({"tools": [{"type": "retrieval"}]}), "tools[0].type"),
+        (json!({"tools": [tool("a"), tool("a b")]}), "tools[1].function.name"),
+        (json!({"tools": [tool("a"), tool("a")]}), "tools[1].function.name"),
+        (json!({"tools": [with_parameters(json!(5))]}), "tools[0].function.parameters"),
+        (json!({"tools": [with_parameters(nested(40))]}), "tools[0].function.parameters"),
+        (
+            json!({"tools": [with_parameters(json!({"enum": vec![1; 5_000]}))]}),
+            "tools[0].function.parameters",
+        ),
+        (json!({"tools": vec![tool("a"); 129]}), "tools"),
+        (json!({"tools": [tool("a")], "tool_choice": "perhaps"}), "tool_choice"),
+        (
+            json!({"tools": [tool("a")], "tool_choice": {"type": "function", "function": {"name": "b"}}}),
+            "tool_choice.function.name",
+        ),
+        (json!({"tools": [tool("a")], "response_format": {"type": "json_object"}}), "response_format.schema"),
         (json!({"functions": [{}]}), "functions"),
         (json!({"tool_choice": "required"}), "tool_choice"),
         (json!({"tool_choice": {"type": "function"}}), "tool_choice"),
@@ -116,8 +172,13 @@ fn what_is_wrong_is_named() {
         (json!({"messages": null}), "messages"),
         (json!({"messages": [{"content": "x"}]}), "messages[0]"),
         (json!({"messages": [{"role": "user"}, {"role": "wizard", "content": "x"}]}), "messages[1].role"),
-        (json!({"messages": [{"role": "tool", "content": "x"}]}), "messages[0].role"),
-        (json!({"messages": [{"role": "assistant", "tool_calls": [{}]}]}), "messages[0].tool_calls"),
+        (json!({"messages": [{"role": "tool", "content": "x"}]}), "messages[0].tool_call_id"),
+        (json!({"messages": [{"role": "assistant", "tool_calls": [{}]}]}), "messages[0].tool_calls[0]"),
+        (json!({"messages": [{"role": "user", "tool_calls": [made("{}")]}]}), "messages[0].tool_calls"),
+        (
+            json!({"messages": [{"role": "assistant", "tool_calls": [made("{")]}]}),
+            "messages[0].tool_calls[0].function.arguments",
+        ),
         (json!({"messages": [{"role": "user", "content": 5}]}), "messages[0].content"),
         (
             json!({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}),
@@ -215,7 +276,7 @@ fn what_is_no_json_is_said_so_and_what_nests_too_deep_is_no_harm() {
     }
     // in a field that is read, in one that is only counted, and in one that is not known
     for (field, is_read) in
-        [("messages", true), ("prompt", true), ("stop", true), ("tools", false), ("of_tomorrow", false)]
+        [("messages", true), ("prompt", true), ("stop", true), ("tools", true), ("of_tomorrow", false)]
     {
         let body = format!("{{\"{field}\": {}{}}}", "[".repeat(100_000), "]".repeat(100_000));
         let error = chat(body.as_bytes(), &Defaults::default()).unwrap_err();
@@ -318,6 +379,11 @@ fn nearly() -> impl Strategy<Value = Value> {
         "stream_options",
         "tools",
         "tool_choice",
+        "tool_calls",
+        "function",
+        "name",
+        "arguments",
+        "parameters",
         "response_format",
         "input",
         "instructions",
