@@ -213,8 +213,8 @@ fn counted(field: &str, text: &str) -> Result<(Value, usize), ApiError> {
         };
         inner.map(|n| n + 1)
     }
-    let value: Value =
-        serde_json::from_str(text).map_err(|e| ApiError::field(field, format!("not JSON: {e}")))?;
+    let value: Value = serde_json::from_str(text)
+        .map_err(|e| ApiError::field(field, format!("not JSON: {}", super::sentence(&e))))?;
     match count(&value, MAX_DEPTH) {
         Some(n) if n <= MAX_VALUES => Ok((value, n)),
         Some(_) => Err(ApiError::field(field, format!("more than {MAX_VALUES} values"))),
