@@ -14,7 +14,7 @@ use std::env;
 use std::fs;
 use std::path::{Path, PathBuf};
 
-const SOURCES: [&str; 23] = [
+const SOURCES: [&str; 25] = [
     "cpp/absent.cpp",
     "cpp/boundary.cpp",
     "cpp/chat.cpp",
@@ -45,7 +45,7 @@ const SOURCES: [&str; 23] = [
 const RPC_SOURCE: &str = "cpp/rpc.cpp";
 /// Compiled with the `test-support` feature only.
 const TEST_SOURCES: [&str; 2] = ["cpp/tiny_keys.cpp", "cpp/tiny_model.cpp"];
-const HEADERS: [&str; 16] = [
+const HEADERS: [&str; 18] = [
     "cpp/boundary.h",
     "cpp/context.h",
     "cpp/crossing.h",

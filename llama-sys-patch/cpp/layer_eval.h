@@ -51,7 +51,7 @@ typedef enum dim_status {
     // row, session: a call that failed left a recurrent state half-way; clear the session
     DIM_SESSION_LOST = 20,
     DIM_CANNOT_REWIND = 21,   // session; got position; expected: the lowest position, beside 0, it can go back to
-    DIM_REFUSED = 23,         // a template, a grammar or an answer that is not as it should be (the message says how)
+    DIM_REFUSED = 24,         // a template, a grammar or an answer that is not as it should be (the message says how)
     DIM_BAD_SLICE = 22,       // a slice's description of what it lacks; row: which entry, -1: all of them
     DIM_NOT_APART = 23,       // a range that cannot be evaluated apart: dim_last_refusal() says why
 } dim_status;
