@@ -9,7 +9,9 @@
 #include "llama.h"
 
 #include <algorithm>
+#include <cctype>
 #include <cmath>
+#include <cstring>
 #include <memory>
 #include <string>
 #include <vector>
@@ -25,6 +27,8 @@ struct free_grammar {
 // Bytes that a trigger is looked for in. The buffer would grow with the answer, and every token search all of it, by a
 // regular expression that recurses for every character it matches.
 constexpr size_t LONGEST_WAIT = 1024;
+// Bytes of the grammar that a sentence about it quotes.
+constexpr size_t QUOTED = 160;
 
 }   // namespace
 
@@ -65,6 +69,34 @@ void dim_grammar::forget_the_oldest() {
     }
 }
 
+static const char * skip_blanks(const char * at) {
+    for (;;) {
+        at += std::strspn(at, " \t\r\n");
+        if (*at != '#') return at;
+        at += std::strcspn(at, "\r\n");
+    }
+}
+
+// Fails with llama.cpp's sentence where `gbnf` does not parse: its own way writes that, and all of the grammar, to the
+// terminal.
+static void check_rules(const llama_vocab * vocab, const char * gbnf) {
+    llama_grammar_parser parser(vocab);
+    try {
+        for (const char * at = skip_blanks(gbnf); *at;) at = parser.parse_rule(at);
+    } catch (const std::exception & e) {
+        // it ends with all that follows
+        std::string why(e.what(), std::min(std::strlen(e.what()), QUOTED));
+        std::replace_if(why.begin(), why.end(), [](unsigned char c) { return std::iscntrl(c); }, ' ');
+        fail(DIM_REFUSED, "%s", why.c_str());
+    }
+    if (parser.symbol_ids.count("root") == 0) fail(DIM_REFUSED, "it has no rule \"root\"");
+    for (const auto & [name, id] : parser.symbol_ids) {
+        if (id >= parser.rules.size() || parser.rules[id].empty()) {
+            fail(DIM_REFUSED, "there is no rule \"%.*s\"", (int) QUOTED, name.c_str());
+        }
+    }
+}
+
 dim_status dim_grammar_create(const dim_model * model, const char * gbnf, const char * const * triggers,
                               size_t n_triggers, dim_grammar ** out) {
     return guarded_as(DIM_REFUSED, [&] {
@@ -73,6 +105,7 @@ dim_status dim_grammar_create(const dim_model * model, const char * gbnf, const 
         if (llama_vocab_type(vocab) == LLAMA_VOCAB_TYPE_NONE) {
             fail(DIM_NO_TOKENIZER, "this file carries no tokenizer: a grammar is about tokens");
         }
+        check_rules(vocab, gbnf);
         forget_log();
         std::vector<const char *> patterns(triggers, triggers + n_triggers);
         std::unique_ptr<llama_grammar, free_grammar> grammar(

@@ -47,6 +47,8 @@ fn a_grammar_lets_through_what_it_says_and_nothing_else() {
     let next = allowed(&model, &yes);
     assert!(!next.is_empty() && next.iter().all(|&id| model.is_eog(id)), "{next:?}");
     yes.accept(eos).unwrap();
+    let nothing = allowed(&model, &grammar(&model, "\n# nothing at all\nroot ::= "));
+    assert!(nothing.contains(&eos) && nothing.iter().all(|&id| model.is_eog(id)), "{nothing:?}");
     let mut prefilled = grammar(&model, gbnf);
     prefilled.accept_text("n").unwrap();
     assert!(takes(&model, &mut prefilled, "o1"));
@@ -77,7 +79,6 @@ fn what_is_no_grammar_is_refused_with_a_sentence() {
     for bad in [
         "",
         "root",
-        "root ::=",
         "root ::= x",
         "x ::= \"a\"",
         "root ::= \"a",
@@ -89,6 +90,15 @@ fn what_is_no_grammar_is_refused_with_a_sentence() {
     ] {
         let result = Grammar::new(&model, bad, &[]);
         assert!(matches!(&result, Err(Error::Refused(why)) if !why.is_empty()), "{bad:?}: {result:?}");
+    }
+    for (bad, what) in [
+        ("root", "expecting ::="),
+        ("# a comment\n", "no rule \"root\""),
+        ("root ::= x", "no rule \"x\""),
+        ("root ::= x x ::= y z", "expecting newline"),
+    ] {
+        let why = Grammar::new(&model, bad, &[]).unwrap_err().to_string();
+        assert!(why.contains(what) && !why.contains('\n'), "{bad:?}: {why}");
     }
     assert!(matches!(Grammar::new(&model, "root ::= \"\0\"", &[]), Err(Error::InvalidArgument(_))));
     assert!(matches!(Grammar::new(&model, "root ::= \"a\"", &["(".into()]), Err(Error::Refused(_))));
