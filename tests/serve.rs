@@ -26,7 +26,10 @@ impl Answer {
 
 fn command(cut: &Cut, worker: &str, more: &[&str]) -> Command {
     let mut command = cut.host("serve", &[worker]);
-    command.args(["--listen", "127.0.0.1:0", "--threads", "1", "--ctx", "512", "--wire", "f32"]).args(more);
+    command.args(["--listen", "127.0.0.1:0", "--threads", "1", "--wire", "f32"]).args(more);
+    if !more.contains(&"--ctx") {
+        command.args(["--ctx", "512"]);
+    }
     command
 }
 
@@ -438,9 +441,11 @@ fn replies_are_as_openai_s_clients_read_them() {
 #[test]
 fn a_tool_that_must_be_called_is_called_with_what_its_schema_says() {
     let cut = Cut::tiny("qwen2");
-    let worker = parallel(&cut, "127.0.0.1:0");
+    let ctx = ["--ctx", "2048"];
+    let parallel = [&ctx[..], &["--parallel", "2"]].concat();
+    let worker = Worker::start_at("127.0.0.1:0", &cut.slice(1), &cut.key, &parallel);
     let template = concat!(env!("CARGO_MANIFEST_DIR"), "/../../llama-sys-patch/tests/templates/hermes.jinja");
-    let server = Server::start(&cut, &worker.address, &["--chat-template", template]);
+    let server = Server::start(&cut, &worker.address, &[&ctx[..], &["--chat-template", template]].concat());
     let one_of = |values: &[&str]| json!({"type": "string", "enum": values});
     let tool = |name: &str| {
         json!({"type": "function", "function": {"name": name, "parameters": {
@@ -492,7 +497,7 @@ fn a_tool_that_must_be_called_is_called_with_what_its_schema_says() {
     assert!(free["choices"][0]["message"].is_object(), "{free}");
 
     drop(server);
-    let plain = Server::start(&cut, &worker.address, &["--chat-template", "chatml"]);
+    let plain = Server::start(&cut, &worker.address, &[&ctx[..], &["--chat-template", "chatml"]].concat());
     let refused = plain.post("/v1/chat/completions", &ask(json!({})));
     assert_eq!((refused.0, refused.word().as_str()), (400, "tools"), "{}", refused.2);
 }
