@@ -52,7 +52,7 @@ def check(client):
         city = stream.get_final_completion().choices[0].message.parsed
     assert city == client.chat.completions.parse(**held, temperature=0).choices[0].message.parsed
     print("as a class:", city)
-    for wrong, field in [({"temperature": -1}, "temperature"), ({"tools": [{"type": "function"}]}, "tools"), ({"n": 0}, "n")]:
+    for wrong, field in [({"temperature": -1}, "temperature"), ({"tools": [{"type": "function"}]}, "tools[0].function"), ({"n": 0}, "n")]:
         try:
             client.chat.completions.create(**{"model": "any", "messages": ASK, **wrong})
             raise SystemExit(f"{wrong} was taken")

@@ -39,21 +39,25 @@ def has_browser():
     return has_node("playwright-core", "axe-core")
 
 
-# name, what is to be run, what it lacks here
+# a template that has a place for tools
+TOOLS = ["--chat-template", TOP / "llama-sys-patch/tests/templates/hermes.jinja"]
+
+# name, what is to be run, what it lacks here, what else the server is started with
 CLIENTS = [
-    ("openai-python", [sys.executable, HERE / "openai_python.py"], lambda: has_python("openai")),
-    ("anthropic", [sys.executable, HERE / "anthropic_python.py"], lambda: has_python("anthropic")),
-    ("langchain", [sys.executable, HERE / "langchain_python.py"], lambda: has_python("langchain_openai")),
-    ("llm", [sys.executable, HERE / "llm_command.py"], lambda: has_python("llm")),
-    ("openai-node", ["node", HERE / "openai_node.mjs"], lambda: has_node("openai")),
-    ("browser", ["node", TOP / "tests/browser/page.mjs"], has_browser),
+    ("openai-python", [sys.executable, HERE / "openai_python.py"], lambda: has_python("openai"), []),
+    ("openai-tools", [sys.executable, HERE / "openai_tools.py"], lambda: has_python("openai"), TOOLS),
+    ("anthropic", [sys.executable, HERE / "anthropic_python.py"], lambda: has_python("anthropic"), []),
+    ("langchain", [sys.executable, HERE / "langchain_python.py"], lambda: has_python("langchain_openai"), []),
+    ("llm", [sys.executable, HERE / "llm_command.py"], lambda: has_python("llm"), []),
+    ("openai-node", ["node", HERE / "openai_node.mjs"], lambda: has_node("openai"), []),
+    ("browser", ["node", TOP / "tests/browser/page.mjs"], has_browser, []),
 ]
 
 
-def environment(split, processes, api_keys):
+def environment(split, processes, *more):
     """Starts a worker and a server, and tells a client where they are."""
     worker = processes.start(split.worker(3))
-    url = processes.start(split.serve(worker, 2, "--model-alias", "smol", "--api-key-file", api_keys))
+    url = processes.start(split.serve(worker, 2, "--model-alias", "smol", *more))
     return {
         "DIM_URL": url,
         "DIM_KEY": KEY,
@@ -71,7 +75,7 @@ def main():
         sys.exit(f"error: there is no client {', '.join(sorted(unknown))}")
     clients = [client for client in CLIENTS if not wanted or client[0] in wanted]
     model = real_model()
-    lacks = {name: lack() if model else "no real weights" for name, _, lack in clients}
+    lacks = {name: lack() if model else "no real weights" for name, _, lack, _ in clients}
     not_run = [f"client {name}: {why}" for name, why in lacks.items() if why]
     if not wanted:
         kept = TOP / "target/not-run/clients"
@@ -87,9 +91,9 @@ def main():
         split = Split(programs, folder, model, "10..19")
         api_keys = folder / "api-keys"
         api_keys.write_text(KEY + "\n")
-        for name, command, _ in clients:
+        for name, command, _, more in clients:
             with Processes() as processes:
-                told = os.environ | environment(split, processes, api_keys)
+                told = os.environ | environment(split, processes, "--api-key-file", api_keys, *more)
                 done = subprocess.run(command, env=told, check=False, cwd=folder)
             if done.returncode:
                 failed.append(name)
