@@ -366,6 +366,15 @@ fn a_dialogue_with_tools_comes_back_with_what_reads_its_answer() {
     assert_eq!(answer.message().calls[0].name, "weather");
     assert_eq!(arguments, answer.message().calls[0].arguments);
     assert_eq!(serde_json::from_str::<serde_json::Value>(&arguments).unwrap()["city"], "Paris");
+    // what opens more brackets than the parser follows is said to its end; marks that are none of JSON's are no brackets
+    for said in ["x < y; ".repeat(3_000), format!("See: {}", "[".repeat(3_000))] {
+        let mut answer = Answer::new(&prepared.parser).unwrap();
+        let pieces = said.as_bytes().chunks(700).map(|piece| std::str::from_utf8(piece).unwrap());
+        let mut told: String = pieces.map(|piece| answer.push(piece).content).collect();
+        assert!(!told.is_empty());
+        told.push_str(&answer.finish().content);
+        assert_eq!((told.trim(), &answer.message().content), (said.trim(), &told));
+    }
     // the plain engine and this one agree on a plain conversation
     let plain = Dialogue { tools: Vec::new(), tool_choice: ToolChoice::Auto, ..with_tools(TOOL) };
     let rendered = hermes.render(&said("What is it like in Paris?")).unwrap();

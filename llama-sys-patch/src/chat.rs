@@ -81,8 +81,8 @@ unsafe impl Send for AnswerParser {}
 unsafe impl Sync for AnswerParser {}
 
 impl AnswerParser {
-    /// Most brackets that may be open at a time in an answer: llama.cpp's parser recurses for each of them. What a program
-    /// takes as arguments has a few levels.
+    /// Most brackets of JSON that may be open at a time in an answer: llama.cpp's parser recurses for each of them. What a
+    /// program takes as arguments has a few levels.
     pub const MAX_DEPTH: usize = 1_000;
 
     /// The parser that [`ChatTemplate::apply`] gave as text.
@@ -105,7 +105,8 @@ impl AnswerParser {
     /// [`Error::Refused`]: it does not have the parser's form, or has more than [`MAX_DEPTH`](Self::MAX_DEPTH) brackets open
     /// at a time; [`Error::OutOfMemory`]: there is no stack for as many as it has.
     pub fn parse(&self, answer: &str, is_partial: bool) -> Result<String, Error> {
-        with_room_for_brackets(answer, Self::MAX_DEPTH, || {
+        // those of JSON: what is between a family's own marks it reads in a row
+        with_room_for_brackets(answer, b"[]{}", Self::MAX_DEPTH, || {
             said(|text| {
                 // SAFETY: the parser is alive, `answer` valid for its length; `text` is written.
                 unsafe {

@@ -59,7 +59,7 @@ impl Grammar {
             Ok(Grammar { grammar, _model: model.clone() })
         };
         // brackets nest, and rules that begin with each other do
-        with_room_for_brackets(gbnf, Self::MAX_DEPTH, || ())?;
+        with_room_for_brackets(gbnf, b"()", Self::MAX_DEPTH, || ())?;
         on_a_stack_of(gbnf.len().saturating_mul(BYTES_PER_BYTE), create)?
     }
 

@@ -43,7 +43,7 @@ pub(crate) fn with_room_for<T: Send>(text: &str, work: impl FnOnce() -> T + Send
     on_a_stack_of(run * BYTES_PER_CHARACTER, work)
 }
 
-/// Runs `work`, which may recurse once for every bracket that is open in `text`.
+/// Runs `work`, which may recurse once for every one of `brackets`, opening and closing ones by turns, that is open in `text`.
 ///
 /// How many are open nobody knows who does not know what is a string there and what isn't. So the count that takes no notice
 /// of strings has a bound, and the stack is for all brackets that the text opens, as if none were ever closed: it is only
@@ -54,19 +54,20 @@ pub(crate) fn with_room_for<T: Send>(text: &str, work: impl FnOnce() -> T + Send
 /// is no room.
 pub(crate) fn with_room_for_brackets<T: Send>(
     text: &str,
+    brackets: &[u8],
     max_depth: usize,
     work: impl FnOnce() -> T + Send,
 ) -> Result<T, Error> {
     let (mut depth, mut deepest, mut opened) = (0usize, 0, 0usize);
     for byte in text.bytes() {
-        match byte {
-            b'[' | b'{' | b'(' | b'<' => {
+        match brackets.iter().position(|&bracket| bracket == byte) {
+            Some(i) if i % 2 == 0 => {
                 opened += 1;
                 depth += 1;
                 deepest = deepest.max(depth);
             }
-            b']' | b'}' | b')' | b'>' => depth = depth.saturating_sub(1),
-            _ => {}
+            Some(_) => depth = depth.saturating_sub(1),
+            None => {}
         }
     }
     if deepest > max_depth {

@@ -133,9 +133,11 @@ try {
   // Markdown, and what would be HTML: a reply made of it, by the server's own renderer
   const text = "Two steps:\n\n1. **Add** the numbers\n2. Print them\n\n```rust\nfn main() {\n    println!(\"{}\", 1 + 2);\n}\n```\n\n" +
     "| blocks | where |\n|---|---|\n| 0..9 | here |\n| 10..19 | there |\n\n> A [link](https://example.com/) and <img src=x onerror=\"document.title='owned'\">";
+  const part = (delta) => `data: ${JSON.stringify({ choices: [{ index: 0, delta }] })}\n\n`;
+  const parts = [{ reasoning_content: "A sum, " }, { reasoning_content: "in <b>Rust</b>." }, { content: text }];
   await page.route("**/v1/chat/completions", (route) => route.fulfill({
     contentType: "text/event-stream",
-    body: `data: ${JSON.stringify({ choices: [{ index: 0, delta: { content: text } }] })}\n\ndata: [DONE]\n\n`,
+    body: parts.map(part).join("") + "data: [DONE]\n\n",
   }));
   await page.click("#clear");
   await ask("How do I add 1 and 2 in Rust?");
@@ -144,6 +146,9 @@ try {
   assert(!(await page.title()).includes("owned"));
   assert.equal(await page.locator("#talk .assistant strong").textContent(), "Add");
   assert.equal(await page.locator("#talk .assistant ol li").count(), 2);
+  assert.equal(await page.locator("#talk .thoughts .plain").textContent(), "A sum, in <b>Rust</b>.");
+  assert(!(await page.locator("#talk .thoughts .plain").isVisible()), "thoughts are there for whoever opens them");
+  await page.click("#talk .thoughts summary");
   await page.getByRole("button", { name: "Copy the code" }).click();
   assert.equal(await page.evaluate(() => navigator.clipboard.readText()), "fn main() {\n    println!(\"{}\", 1 + 2);\n}\n");
   await accessible("Markdown");

@@ -131,6 +131,17 @@ function add(role, content) {
   return turn;
 }
 
+// What a model that reasons says to itself before it answers: there for whoever wants to read it.
+function think(turn, text) {
+  if (!turn.thoughts) {
+    const all = element("details", "", "thoughts");
+    turn.thoughts = element("div", "", "plain");
+    all.append(element("summary", "Thoughts"), turn.thoughts);
+    turn.item.querySelector(".text").before(all);
+  }
+  follow(() => turn.thoughts.append(text));
+}
+
 function cut(n) {
   for (const turn of turns.splice(n)) turn.item.remove();
 }
@@ -205,10 +216,11 @@ async function answer() {
     for await (const event of events(response)) {
       if (event.error) throw new Error(event.error.message);
       timings = event.timings ?? timings;
-      const text = event.choices[0]?.delta?.content;
-      if (text) {
-        if (at("said").textContent) say("");
-        turn.content += text;
+      const { content, reasoning_content } = event.choices[0]?.delta ?? {};
+      if ((content || reasoning_content) && at("said").textContent) say("");
+      if (reasoning_content) think(turn, reasoning_content);
+      if (content) {
+        turn.content += content;
         render(turn);
       }
     }
