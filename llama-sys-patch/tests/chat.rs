@@ -127,12 +127,14 @@ fn every_beginning_of_an_answer_can_be_read_and_says_no_more_than_the_whole() {
         let parser = AnswerParser::new(&member(&apply(family, "auto"), "parser")).unwrap();
         let whole = parser.parse(family.answer, false).unwrap();
         let reasoning = member(&whole, "reasoning_content");
+        let mut n_read = 0;
         for end in 0..=family.answer.len() {
             let message = match parser.parse(&family.answer[..end], true) {
                 Ok(message) => message,
                 Err(Error::Refused(_)) => continue,
                 Err(e) => panic!("{}: {e}", family.name),
             };
+            n_read += 1;
             assert!(
                 reasoning.starts_with(&member(&message, "reasoning_content")),
                 "{}: {message}",
@@ -147,6 +149,7 @@ fn every_beginning_of_an_answer_can_be_read_and_says_no_more_than_the_whole() {
                 family.name
             );
         }
+        assert!(2 * n_read > family.answer.len(), "{}: {n_read}", family.name);
     }
 }
 
