@@ -435,7 +435,7 @@ fn options_without_a_place_here_are_answered_with_what_to_do_instead() {
         (&["stock", "-m", "a.gguf", "-p", "x", "-cnv"], "`dim-host chat`"),
         (&["stock", "-m", "a.gguf", "-p", "x", "-no-cnv"], "leave it out"),
         (&["stock", "-m", "a.gguf", "-p", "x", "--mlock"], "leave it out"),
-        (&["stock", "-m", "a.gguf", "-p", "x", "--grammar", "x"], "--top-k"),
+        (&["stock", "-m", "a.gguf", "-p", "x", "--mirostat", "2"], "--top-k"),
     ] {
         let said = failure(Command::new(host_program()).args(args), 2);
         assert!(
@@ -448,6 +448,33 @@ fn options_without_a_place_here_are_answered_with_what_to_do_instead() {
     assert_eq!(report(&mut cut.stock(&["--n-predict", "2", "--ignore-eos"])).tokens.len(), 2);
     let said = failure(&mut cut.stock(&["--temp", "-1"]), 2);
     assert!(said.contains("--temp -1: must be a number >= 0"), "{said}");
+}
+
+#[test]
+fn a_reply_follows_the_grammar_that_was_given_and_what_is_none_is_said() {
+    let cut = Cut::tiny("llama");
+    let gbnf = "root ::= \"yes\" | \"no, \" [0-9] [0-9]";
+    let file = cut.key.with_extension("gbnf");
+    std::fs::write(&file, gbnf).unwrap();
+    for given in [["--grammar", gbnf], ["--grammar-file", file.to_str().unwrap()]] {
+        for seed in ["1", "2", "3"] {
+            let more = [given.as_slice(), &["--temp", "1.5", "--seed", seed]].concat();
+            let text = report(&mut cut.stock(&more)).text;
+            let number = text.strip_prefix("no, ").and_then(|n| n.parse::<u8>().ok());
+            assert!(text == "yes" || number.is_some_and(|n| n < 100), "{text:?}");
+        }
+    }
+    let said = failure(&mut cut.stock(&["--grammar", "root"]), 2);
+    assert!(
+        said.contains("--grammar: the grammar cannot be followed: expecting ::=")
+            && said.contains("hint: GBNF"),
+        "{said}"
+    );
+    assert!(!said.contains("parse:"), "{said}");
+    let said = failure(&mut cut.stock(&["--grammar-file", "nowhere.gbnf"]), 2);
+    assert!(said.contains("--grammar-file nowhere.gbnf: "), "{said}");
+    let said = failure(&mut cut.stock(&["--grammar", gbnf, "-j", "{}"]), 2);
+    assert!(said.contains("cannot be used with"), "{said}");
 }
 
 /// A model takes a while to load: none is needed to see that these are wrong.

@@ -49,15 +49,7 @@ const INSTEAD: [(&[&str], &str); 10] = [
         "--gpu-layers says how many blocks go to the GPU; what else leaves this machine goes to a worker",
     ),
     (
-        &[
-            "--typical",
-            "--mirostat",
-            "--dry-multiplier",
-            "--xtc-probability",
-            "--grammar",
-            "--json-schema",
-            "--samplers",
-        ],
+        &["--typical", "--mirostat", "--dry-multiplier", "--xtc-probability", "--samplers"],
         "--temp, --top-k, --top-p, --min-p and --repeat-penalty are the samplers here",
     ),
     (
