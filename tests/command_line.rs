@@ -262,6 +262,27 @@ fn only_a_template_makes_control_tokens() {
 }
 
 #[test]
+fn a_system_text_makes_the_prompt_a_user_s() {
+    let cut = Cut::tiny("qwen2");
+    let args = ["-n", "4", "--temp", "0"];
+    let rendered = "<|im_start|>system\nBrief.<|im_end|>\n<|im_start|>user\n\
+                    hello<|im_end|>\n<|im_start|>assistant\n";
+    let said = |more: &[&str]| {
+        let mut command = Command::new(host_program());
+        command.args(["stock", "--json", "--threads", "1", "--ctx", "256", "-m"]).arg(&cut.model);
+        report(command.args(args).args(more))
+    };
+    let (system, plain) = (said(&["-p", "hello", "--system", "Brief."]), said(&["-p", rendered]));
+    assert_eq!((&system.tokens, system.prompt_tokens), (&plain.tokens, plain.prompt_tokens));
+    // nothing said to the system is a user's message alone
+    let (user, plain) = (
+        said(&["-p", "hello", "-sys", ""]),
+        said(&["-p", &rendered[rendered.find("<|im_start|>user").unwrap()..]]),
+    );
+    assert_eq!((&user.tokens, user.prompt_tokens), (&plain.tokens, plain.prompt_tokens));
+}
+
+#[test]
 fn a_conversation_longer_than_the_context_forgets_its_oldest_turns() {
     let cut = Cut::tiny("qwen2");
     let said: String = (0..12).map(|i| format!("Tell me about the number {i} and the sea.\n")).collect();
@@ -494,10 +515,16 @@ fn what_is_wrong_with_a_prompt_or_a_template_is_said_before_anything_is_loaded()
     let cut = Cut::tiny("llama");
     let key = Value::string("{{ '");
     let broken = Cut::of_file(&cut.with_key("tokenizer.chat_template", key), &["1..2"]);
-    for (cut, args) in [(&broken, [].as_slice()), (&cut, &["--chat-template", "{{ '"])] {
-        let mut chat = Command::new(host_program());
-        chat.args(["chat", "--worker", "127.0.0.1:1", "--key-file"]).arg(&cut.key).args(args);
-        let said = failure(chat.arg("--split").arg(&cut.split), 2);
+    let given = ["--chat-template", "{{ '"];
+    for (cut, args) in [
+        (&broken, ["chat"].as_slice()),
+        (&cut, &["chat", given[0], given[1]]),
+        (&broken, &["generate", "-p", "hello", "-sys", "Brief."]),
+        (&cut, &["generate", "-p", "hello", "-sys", "Brief.", given[0], given[1]]),
+    ] {
+        let mut command = Command::new(host_program());
+        command.args(args).args(["--worker", "127.0.0.1:1", "--key-file"]).arg(&cut.key);
+        let said = failure(command.arg("--split").arg(&cut.split), 2);
         assert!(said.contains("chat template failed") && said.contains("--chat-template chatml"), "{said}");
     }
 }

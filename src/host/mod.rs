@@ -151,7 +151,7 @@ impl Host {
     /// # Errors
     /// It has none, or one that cannot be used.
     pub fn chat_template(&self) -> Result<ChatTemplate, TemplateError> {
-        self.chat_template_of(&self.vocabulary().chat_template().unwrap_or_default())
+        self.vocabulary.own_template()
     }
 
     /// Another chat template for this model: Jinja, as a GGUF has it.
@@ -159,12 +159,6 @@ impl Host {
     /// # Errors
     /// It cannot be used.
     pub fn chat_template_of(&self, source: &str) -> Result<ChatTemplate, TemplateError> {
-        let model = self.vocabulary();
-        let special = |token: Option<i32>| {
-            let text = token.and_then(|t| model.token_name(t).ok()).unwrap_or_default();
-            String::from_utf8_lossy(&text).into_owned()
-        };
-        let (bos, eos) = (special(model.bos()), special(model.eos()));
-        ChatTemplate::new(source, &bos, &eos)
+        self.vocabulary.template(source)
     }
 }

@@ -9,7 +9,7 @@ use serde_json::Value;
 use crate::error::Error;
 use crate::host::constraint::{Compiler, Constraint, Gbnf};
 use crate::host::template::dialogue::{Dialogue, Prepared, ToolChoice, call_at_once, one_call};
-use crate::host::template::{ChatTemplate, Turn};
+use crate::host::template::{ChatTemplate, TemplateError, Turn};
 
 /// Around a control token's name in what somebody said, on its way through the template. Neither is a character of any
 /// text: Unicode keeps them for uses like this one.
@@ -44,6 +44,21 @@ impl Vocabulary {
             tokens.pop();
         }
         Ok(tokens)
+    }
+
+    /// The model's own chat template.
+    pub(crate) fn own_template(&self) -> Result<ChatTemplate, TemplateError> {
+        self.template(&self.model.chat_template().unwrap_or_default())
+    }
+
+    /// `source` as this model's chat template.
+    pub(crate) fn template(&self, source: &str) -> Result<ChatTemplate, TemplateError> {
+        let special = |token: Option<i32>| {
+            let text = token.and_then(|t| self.model.token_name(t).ok()).unwrap_or_default();
+            String::from_utf8_lossy(&text).into_owned()
+        };
+        let (bos, eos) = (special(self.model.bos()), special(self.model.eos()));
+        ChatTemplate::new(source, &bos, &eos)
     }
 
     /// A conversation, ending where the assistant is to speak.

@@ -12,7 +12,7 @@ use crate::host::engine::{Engine, to_u32};
 use crate::host::prompt::Vocabulary;
 use crate::host::report::{Report, StageReport, Stop, WireReport, ms, per_second};
 use crate::host::sampler::{Sampler, Sampling};
-use crate::host::template::{ChatTemplate, Turn};
+use crate::host::template::{ChatTemplate, TemplateError, Turn};
 use crate::host::text::{StopTexts, TextStream};
 
 /// One sequence of tokens, in the caches of all stages.
@@ -83,6 +83,22 @@ impl Session {
     /// The template fails, or as [`tokenize`](Self::tokenize).
     pub fn tokenize_chat(&self, template: &ChatTemplate, turns: &[Turn]) -> Result<Vec<i32>, Error> {
         self.vocabulary.chat(template, turns)
+    }
+
+    /// The model's own chat template.
+    ///
+    /// # Errors
+    /// It has none, or one that cannot be used.
+    pub fn chat_template(&self) -> Result<ChatTemplate, TemplateError> {
+        self.vocabulary.own_template()
+    }
+
+    /// Another chat template for this model: Jinja, as a GGUF has it.
+    ///
+    /// # Errors
+    /// It cannot be used.
+    pub fn chat_template_of(&self, source: &str) -> Result<ChatTemplate, TemplateError> {
+        self.vocabulary.template(source)
     }
 
     /// A JSON schema that a reply is to be valid by, for [`Sampling::constraint`]. Of the keywords of draft 2020-12 each is

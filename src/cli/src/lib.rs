@@ -11,6 +11,7 @@ pub mod interrupt;
 pub mod progress;
 pub mod prompt;
 pub mod shown;
+pub mod template;
 
 use std::process::ExitCode;
 

@@ -4,12 +4,13 @@ use std::fs::File;
 use std::io::{BufWriter, Read as _};
 use std::path::PathBuf;
 
+use dim::host::template::{Role, Turn};
 use dim::{Error, Sampling, Session};
 use gguf_tools::failure::Failure;
 
 use crate::args::{SamplingArgs, limit};
 use crate::constraint::{ConstraintArgs, Given};
-use crate::{explain, habits};
+use crate::{explain, habits, template};
 
 /// What to continue, and how far.
 #[derive(Clone, Debug, clap::Args)]
@@ -17,6 +18,17 @@ pub struct PromptArgs {
     /// The text to continue
     #[arg(short = 'p', long, value_name = "TEXT", conflicts_with = "file", required_unless_present = "file")]
     prompt: Option<String>,
+    /// How the assistant is to behave: the prompt is what a user says then, and the model's chat template is around both
+    #[arg(
+        long = "system",
+        visible_alias = "system-prompt",
+        value_name = "TEXT",
+        conflicts_with = "prompt_tokens"
+    )]
+    system: Option<String>,
+    /// Another template than the model's: Jinja itself, a file of it, or `chatml`
+    #[arg(long, visible_alias = "chat-template-file", value_name = "JINJA|FILE|chatml", requires = "system")]
+    chat_template: Option<String>,
     /// Read it from a file (- for standard input)
     #[arg(short = 'f', long, value_name = "FILE")]
     file: Option<PathBuf>,
@@ -59,6 +71,10 @@ pub struct PromptArgs {
 #[derive(Debug)]
 pub struct Wanted {
     text: String,
+    /// what the system says, where the text is a user's
+    system: Option<String>,
+    /// instead of the model's own
+    template: Option<String>,
     constraint: Option<Given>,
     sampling: Sampling,
     /// tokens; none: until the model ends its reply
@@ -66,6 +82,11 @@ pub struct Wanted {
 }
 
 impl Wanted {
+    /// Whether a chat template is needed, and which one, if not the model's own.
+    pub fn template(&self) -> Option<Option<&str>> {
+        self.system.as_ref().map(|_| self.template.as_deref())
+    }
+
     /// How to sample, held to the schema or the grammar if there is one.
     ///
     /// # Errors
@@ -73,6 +94,16 @@ impl Wanted {
     pub fn sampling(&self, session: &Session) -> Result<Sampling, Failure> {
         let constraint = self.constraint.as_ref().map(|given| given.constraint(session)).transpose()?;
         Ok(Sampling { constraint, ..self.sampling.clone() })
+    }
+
+    fn tokens(&self, session: &Session) -> Result<Vec<i32>, Failure> {
+        let Some(system) = &self.system else { return session.tokenize(&self.text, true).map_err(explain) };
+        let turn = |role, content: &str| Turn { role, content: content.to_owned() };
+        let mut turns = vec![turn(Role::User, &self.text)];
+        if !system.is_empty() {
+            turns.insert(0, turn(Role::System, system));
+        }
+        session.tokenize_chat(&template::of(session, self.template.as_deref())?, &turns).map_err(explain)
     }
 }
 
@@ -83,7 +114,9 @@ impl PromptArgs {
     /// A file cannot be read, or a number is out of range.
     pub fn read(&self) -> Result<Wanted, Failure> {
         let (sampling, limit) = (self.sampling.sampling()?, limit(self.n_predict)?);
-        Ok(Wanted { text: self.text()?, constraint: self.constraint.given()?, sampling, limit })
+        let (text, constraint) = (self.text()?, self.constraint.given()?);
+        let template = self.chat_template.as_deref().map(template::text).transpose()?;
+        Ok(Wanted { text, system: self.system.clone(), template, constraint, sampling, limit })
     }
 
     fn text(&self) -> Result<String, Failure> {
@@ -115,7 +148,7 @@ impl PromptArgs {
     /// # Errors
     /// The text has none or too many.
     pub fn push(&self, wanted: &Wanted, session: &mut Session) -> Result<(), Failure> {
-        let mut tokens = session.tokenize(&wanted.text, true).map_err(explain)?;
+        let mut tokens = wanted.tokens(session)?;
         if tokens.is_empty() {
             return Err(explain(Error::EmptyPrompt));
         }

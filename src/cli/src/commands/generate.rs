@@ -28,6 +28,9 @@ pub fn run(args: &GenerateArgs, process_start: Instant) -> Result<(), Failure> {
     let interrupt = Interrupt::watch();
     let wanted = args.prompt.read()?;
     let host = args.split.host(&args.machine)?;
+    if let Some(template) = wanted.template() {
+        host.check_chat_template(template).map_err(explain)?;
+    }
     let host = host.connect(shown::events(args.machine.verbose)).map_err(explain)?;
     reply(host.session().map_err(explain)?, &args.prompt, &wanted, &interrupt, process_start)
 }

@@ -7,10 +7,9 @@ use dim_serve::{ApiKeys, Defaults, Options, ServeError, Server};
 use gguf_tools::failure::Failure;
 use gguf_tools::{tell, terminal};
 
-use super::chat::template_text;
 use crate::args::{MachineArgs, SamplingArgs, SplitArgs, limit};
 use crate::interrupt::Interrupt;
-use crate::{ended_by, explain, shown};
+use crate::{ended_by, explain, shown, template};
 
 /// Arguments of `dim-host serve`.
 #[derive(Debug, clap::Args)]
@@ -71,7 +70,7 @@ impl ServeArgs {
         Ok(Options {
             listen: door.listen,
             model_alias: self.model_alias.clone(),
-            chat_template: self.chat_template.as_deref().map(template_text).transpose()?,
+            chat_template: self.chat_template.as_deref().map(template::text).transpose()?,
             keys,
             is_open: door.no_api_key,
             hosts: door.allow_host,

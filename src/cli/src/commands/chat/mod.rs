@@ -7,15 +7,15 @@ use std::path::{Path, PathBuf};
 use std::time::Instant;
 
 use dim::host::report::Stop;
-use dim::host::template::{CHATML, ChatTemplate, Role, TemplateError, Turn};
-use dim::{Error, Host, Sampling, Session};
+use dim::host::template::{ChatTemplate, Role, Turn};
+use dim::{Error, Sampling, Session};
 use gguf_tools::failure::Failure;
 use gguf_tools::{tell, terminal};
 
 use crate::args::{MachineArgs, SamplingArgs, SplitArgs, limit};
 use crate::constraint::ConstraintArgs;
 use crate::interrupt::Interrupt;
-use crate::{explain, shown};
+use crate::{explain, shown, template};
 use input::{Input, Line};
 
 /// Arguments of `dim-host chat`.
@@ -60,15 +60,12 @@ pub fn run(args: &ChatArgs, process_start: Instant) -> Result<(), Failure> {
     // what is wrong with a file is known before a model is loaded
     let turns = args.first_turns()?;
     let constraint = args.constraint.given()?;
-    let template = args.chat_template.as_deref().map(template_text).transpose()?;
+    let template = args.chat_template.as_deref().map(template::text).transpose()?;
     let host = args.split.host(&args.machine)?;
     host.check_chat_template(template.as_deref()).map_err(explain)?;
     let host = host.connect(shown::events(args.machine.verbose)).map_err(explain)?;
-    let template = match &template {
-        Some(source) => host.chat_template_of(source).map_err(explain)?,
-        None => own_template(&host)?,
-    };
     let session = host.session().map_err(explain)?;
+    let template = template::of(&session, template.as_deref())?;
     sampling.constraint = constraint.map(|given| given.constraint(&session)).transpose()?;
     Chat {
         args,
@@ -83,27 +80,6 @@ pub fn run(args: &ChatArgs, process_start: Instant) -> Result<(), Failure> {
         refused: 0,
     }
     .run()
-}
-
-/// What `--chat-template` means.
-pub(super) fn template_text(given: &str) -> Result<String, Failure> {
-    match given {
-        "chatml" => Ok(CHATML.to_owned()),
-        jinja if jinja.contains('{') => Ok(jinja.to_owned()),
-        file => std::fs::read_to_string(file).map_err(|e| {
-            Failure::misuse(format!("--chat-template {file}: neither `chatml`, nor Jinja, nor a file: {e}"))
-        }),
-    }
-}
-
-fn own_template(host: &Host) -> Result<ChatTemplate, Failure> {
-    match host.chat_template() {
-        Err(TemplateError::None) => {
-            tell!("note: this model has no chat template; ChatML is used, --chat-template names another");
-            host.chat_template_of(CHATML).map_err(explain)
-        }
-        template => template.map_err(explain),
-    }
 }
 
 impl ChatArgs {
