@@ -1,5 +1,6 @@
 //! A tensor of a type that an operation on it does not take is refused by name, before ggml meets it in a kernel and ends
-//! the process: every tensor of every architecture that `dim-synth` makes, in types that it is not of.
+//! the process: every tensor of every architecture that `dim-synth` makes, in types that it is not of. So is a number that
+//! it does not take.
 #![cfg(feature = "engine")]
 
 mod common;
@@ -7,6 +8,7 @@ mod common;
 use std::path::Path;
 
 use common::child::{self, Child};
+use common::write_with;
 use gguf_tools::gguf::{
     Gguf, TensorType, Value, check,
     write::{GgufWriter, TensorSpec},
@@ -96,4 +98,36 @@ fn no_type_of_any_tensor_ends_the_process() {
     assert!(ended.is_empty(), "{}", ended.join("\n"));
     // most norms of another type are refused before there is a graph: `check::model`
     assert!(ran > 100 && by_name > 5, "{ran} ran, {by_name} were refused by the tensor's name");
+}
+
+#[test]
+fn no_number_of_a_rotation_ends_the_process() {
+    let dir = tempfile::tempdir().unwrap();
+    let (source, changed) = (dir.path().join("model.gguf"), dir.path().join("changed.gguf"));
+    let mut child = Child::start("runs_what_it_is_told");
+    let (mut ran, mut by_name, mut ended) = (0, 0, Vec::new());
+    for family in FAMILIES {
+        Spec::tiny(family.arch).unwrap().blocks(2).write(&source).unwrap();
+        let model = Gguf::open(&source).unwrap();
+        for value in [0, 1, 2, 7, 8, 31, 32, 62, 63, 64, 65, 66, 127, 128, 1 << 16, 1 << 31] {
+            let key = format!("{}.rope.dimension_count", family.arch);
+            let mut metadata: Vec<(String, Value<'_>)> =
+                model.metadata().filter(|e| e.key != key).map(|e| (e.key.to_owned(), e.value)).collect();
+            metadata.push((key, Value::U32(value)));
+            write_with(&model, &changed, &metadata);
+            if check::model(&Gguf::open(&changed).unwrap()).is_err() {
+                continue;
+            }
+            match child.load(&changed) {
+                Ok(verdict) if verdict == "ran" => ran += 1,
+                Ok(verdict) => by_name += usize::from(verdict.contains("cannot rotate")),
+                Err(signal) => {
+                    ended.push(format!("{}, {value} values: signal {signal}", family.arch));
+                    child = Child::start("runs_what_it_is_told");
+                }
+            }
+        }
+    }
+    assert!(ended.is_empty(), "{}", ended.join("\n"));
+    assert!(ran > 20 && by_name > 5, "{ran} ran, {by_name} were refused by the number");
 }

@@ -1,4 +1,5 @@
-// The operations whose kernels look at the type of an operand, as ggml-cpu does: ops.cpp, binary-ops.cpp, unary-ops.cpp.
+// The operations whose kernels look at the type of an operand, or at a number that comes out of the file, as ggml-cpu does:
+// ops.cpp, binary-ops.cpp, unary-ops.cpp.
 // Whatever runs on another device is run by the CPU where that device does not take it, so that these are the limits.
 #include "operands.h"
 
@@ -8,6 +9,8 @@
 
 #include <algorithm>
 #include <cctype>
+#include <cinttypes>
+#include <cstring>
 #include <string>
 
 namespace dim {
@@ -100,6 +103,51 @@ static std::string type_name(const ggml_tensor * tensor) {
     return name;
 }
 
+// ggml_compute_forward_rope_flt(): of every row, pairs of the values from a first one on.
+static void check_rotation(const ggml_tensor * node) {
+    const int32_t * params = node->op_params;
+    const int64_t n_values = node->src[0]->ne[0], n_rotated = params[1], first = params[15];
+    if (n_rotated < 0 || n_rotated % 2 != 0 || first < 0 || first % 2 != 0 || first + n_rotated > n_values) {
+        fail(DIM_LOAD_FAILED, "%s: llama.cpp cannot rotate %" PRId64 " of %" PRId64 " values (rope.dimension_count)",
+             node->name, n_rotated, n_values);
+    }
+    const auto * factors = node->src[2];
+    if (factors && factors->ne[0] < n_rotated / 2) {
+        fail(DIM_LOAD_FAILED, "%s has %" PRId64 " factors for the rotation of %" PRId64 " values", factors->name,
+             factors->ne[0], n_rotated);
+    }
+    const int mode = params[2];
+    if (!(mode & GGML_ROPE_TYPE_MROPE)) return;
+    // how many pairs follow the position in time, in height, in width, and another one
+    const int32_t * sections = params + 11;
+    const int64_t n_pairs = (int64_t) sections[0] + sections[1] + sections[2] + sections[3];
+    const bool any = sections[0] > 0 || sections[1] > 0 || sections[2] > 0;
+    const bool vision = mode == GGML_ROPE_TYPE_VISION;
+    if (!any || n_pairs <= 0 || n_pairs > n_values || (vision && (n_rotated != n_values / 2 || first != 0))) {
+        fail(DIM_LOAD_FAILED,
+             "%s: llama.cpp cannot rotate %d, %d, %d and %d pairs of %" PRId64 " values "
+             "(rope.dimension_sections)",
+             node->name, sections[0], sections[1], sections[2], sections[3], n_values);
+    }
+}
+
+static void check_epsilon(const ggml_tensor * node) {
+    float epsilon;
+    std::memcpy(&epsilon, node->op_params, sizeof(epsilon));
+    if (!(epsilon >= 0.0f)) fail(DIM_LOAD_FAILED, "%s: llama.cpp has no norm with the epsilon %g", node->name, epsilon);
+}
+
+// Of operations whose operands are taken.
+static void check_numbers(const ggml_tensor * node) {
+    switch (node->op) {
+        case GGML_OP_ROPE:     return check_rotation(node);
+        case GGML_OP_NORM:
+        case GGML_OP_RMS_NORM:
+        case GGML_OP_L2_NORM:  return check_epsilon(node);
+        default:               return;
+    }
+}
+
 [[noreturn]] static void refuse(const dependencies & nodes, const ggml_tensor * node) {
     const ggml_tensor * weight = nullptr;
     std::string operands;
@@ -119,7 +167,9 @@ void check_operands(const dependencies & nodes) {
     for (int i = 0; i < nodes.n_nodes(); i++) {
         const auto * node = nodes.node(i);
         // llama.cpp builds all kinds of input and marks the nodes of the one that was chosen
-        if (node->flags & GGML_TENSOR_FLAG_COMPUTE && !is_taken(node)) refuse(nodes, node);
+        if (!(node->flags & GGML_TENSOR_FLAG_COMPUTE)) continue;
+        if (!is_taken(node)) refuse(nodes, node);
+        check_numbers(node);
     }
 }
 
