@@ -6,7 +6,7 @@ pub use dim_core::canary::{
 #[cfg(feature = "engine")]
 use dim_core::canary::{EXPONENTS, update};
 
-use crate::apart::Died;
+use crate::died::Died;
 
 /// Why a middle has no canary.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error, serde::Serialize, serde::Deserialize)]

@@ -10,12 +10,14 @@
 //! | [`gguf`] | files, read and written; what llama.cpp would end the process for |
 //! | [`digest`] | names of tensors, models and slices |
 //! | [`slice`](mod@slice) | the keys of a slice, and whether its file is what they say |
+//! | [`source`] | where a cut model came from |
+//! | [`died`] | how a process that looked at a file ended without an answer |
 //! | [`requantise`], [`canary`] | what takes llama.cpp: other types, a middle's answer to a known input |
 //! | [`dequantise`] | a quantised model as plain numbers |
-//! | [`needs`], [`apart`] | what a range of blocks needs; llama.cpp, which says it, in a process of its own |
+//! | [`needs`], [`apart`], [`ask`] | what a range of blocks needs; llama.cpp, which says it, in a process of its own; who is asked |
 //! | [`plan`] | a cut before anything is written |
 //! | [`manifest`] | what was cut, as a file |
-//! | [`recipe`] | where a cut model came from, and how a slice is made from there |
+//! | [`recipe`] | how a slice is made from where its model came from |
 //! | [`split`] | the cut itself |
 //! | `hub` | models and slices from the Hugging Face hub; feature `hub` |
 //! | [`coreml`], [`synth`] | Core ML packages of a middle; models with random weights |
@@ -23,9 +25,11 @@
 
 pub mod apart;
 pub mod arch;
+pub mod ask;
 pub mod canary;
 pub mod coreml;
 pub mod dequantise;
+pub mod died;
 pub mod digest;
 pub mod failure;
 #[doc(hidden)]
@@ -40,6 +44,7 @@ pub mod plan;
 pub mod recipe;
 pub mod requantise;
 pub mod slice;
+pub mod source;
 pub mod split;
 pub mod synth;
 pub mod terminal;

@@ -1,8 +1,8 @@
 //! What each range of a model's blocks needs: which tensors, what crosses its two ends, how much memory.
 //!
-//! llama.cpp's own graph says it ([`Ask::Here`], [`Ask::Apart`]): the model is loaded without its weights, its graph is cut at
+//! llama.cpp's own graph says it, [asked](crate::ask) here or apart: the model is loaded without its weights, its graph is cut at
 //! the ranges' ends, and what is left is looked at. No architecture is known here by name. Where this crate was built without
-//! llama.cpp there is a rule by the tensors' names ([`Ask::ByName`]), which is right for most models; whether it was is found
+//! llama.cpp there is a rule by the tensors' names, which is right for most models; whether it was is found
 //! out when the slice is loaded:
 //!
 //! | tensor | goes to |
@@ -13,13 +13,13 @@
 //! | `output*` | the tail |
 //! | any other | all |
 
-use std::{borrow::Cow, fmt, ops::Range, path::PathBuf};
+use std::{borrow::Cow, fmt, ops::Range};
 
 use dim_core::blocks::BlockRange;
-use serde::{Deserialize, Serialize, de::DeserializeOwned};
+use serde::{Deserialize, Serialize};
 
 use crate::{
-    apart::{self, Died, Task},
+    died::{Died, LESS_MEMORY},
     failure::Explained,
     gguf::{
         Gguf,
@@ -146,72 +146,6 @@ impl Cuts {
     }
 }
 
-/// Who is asked.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub enum Ask {
-    /// llama.cpp in this process, if it was built in and the model is a file; names otherwise. A file that nobody has
-    /// looked at may end the process.
-    #[default]
-    Here,
-    /// llama.cpp in a process of its own: this program, which hands over to [`apart::serve`] where it is told to.
-    Apart(PathBuf),
-    /// Names alone.
-    ByName,
-}
-
-impl Ask {
-    /// What these ranges need, which are all of a model's, in order.
-    ///
-    /// # Errors
-    /// llama.cpp does not take the model, or it cannot be cut so.
-    pub fn ranges(
-        &self,
-        gguf: &Gguf,
-        hparams: &Hparams,
-        ranges: &[BlockRange],
-    ) -> Result<Survey, NeedsError> {
-        let asked: Vec<_> = ranges.iter().map(|blocks| blocks.as_range()).collect();
-        let survey = self.llama_cpp(
-            gguf,
-            |files| apart::survey(files, &asked),
-            |files| Task::Survey { files, ranges: asked.clone() },
-        )?;
-        let survey = survey.unwrap_or_else(|| by_name(gguf, hparams, ranges));
-        match survey.ranges.len() == ranges.len() {
-            true => Ok(survey),
-            false => Err(NeedsError::Apart(Died::Nonsense)),
-        }
-    }
-
-    /// Where the model can be cut, and what crosses there.
-    ///
-    /// # Errors
-    /// llama.cpp does not take the model, or is not there to be asked.
-    pub fn cuts(&self, gguf: &Gguf) -> Result<Cuts, NeedsError> {
-        self.llama_cpp(gguf, apart::cuts, |files| Task::Cuts { files })?.ok_or(NeedsError::NotBuilt)
-    }
-
-    /// What llama.cpp says of a model's files, `here` or by a `task` elsewhere; `None` where it is not to be asked, or is not
-    /// there, or the model is in memory.
-    fn llama_cpp<T: DeserializeOwned>(
-        &self,
-        gguf: &Gguf,
-        here: impl FnOnce(&[PathBuf]) -> Result<T, Refusal>,
-        task: impl FnOnce(Vec<PathBuf>) -> Task,
-    ) -> Result<Option<T>, NeedsError> {
-        let files: Vec<_> = gguf.files().filter(|path| path.is_file()).map(PathBuf::from).collect();
-        if files.is_empty() || !apart::IS_BUILT_IN {
-            return Ok(None);
-        }
-        let answer = match self {
-            Ask::Here => here(&files),
-            Ask::Apart(program) => task(files).ask(program)?,
-            Ask::ByName => return Ok(None),
-        };
-        Ok(Some(answer?))
-    }
-}
-
 /// What llama.cpp says against a model or a cut of it.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Refusal {
@@ -272,7 +206,7 @@ impl Explained for NeedsError {
     fn hint(&self) -> Option<Cow<'static, str>> {
         Some(match self {
             NeedsError::Refused(Refusal::Kind(_)) => return None,
-            NeedsError::Refused(Refusal::NoMemory(_)) => apart::LESS_MEMORY.into(),
+            NeedsError::Refused(Refusal::NoMemory(_)) => LESS_MEMORY.into(),
             NeedsError::Refused(Refusal::Model(_)) => {
                 "the model has keys or tensors that this llama.cpp does not take: convert it again with a current \
                  converter, or take another file of it"
@@ -290,7 +224,7 @@ impl Explained for NeedsError {
 }
 
 /// The rule of this file's head.
-fn by_name(gguf: &Gguf, hparams: &Hparams, ranges: &[BlockRange]) -> Survey {
+pub(crate) fn by_name(gguf: &Gguf, hparams: &Hparams, ranges: &[BlockRange]) -> Survey {
     let n_blocks = hparams.n_chain();
     let tied = gguf.tensor("output.weight").is_none();
     let needs = |range: &BlockRange| {

@@ -8,13 +8,13 @@ use std::{
 
 use gguf_tools::{
     arch,
+    ask::Ask,
     canary::{self, Canary, LEAST_MEAN_COSINE, NoCanary, Wrong},
     gguf::{
         Gguf, Tensor, TensorType,
         write::{GgufWriter, TensorSpec},
     },
     manifest::Manifest,
-    needs::Ask,
     plan::{Plan, Request},
     split,
     synth::{FAMILIES, Spec},

@@ -8,9 +8,9 @@ use std::path::Path;
 
 use common::Rng;
 use gguf_tools::{
+    ask::Ask,
     failure::Explained as _,
     manifest::Manifest,
-    needs::Ask,
     plan::{Plan, Request},
     split,
     synth::Spec,

@@ -218,7 +218,7 @@ fn every_supported_architecture_is_cut_without_loss() {
 #[cfg(feature = "engine")]
 #[test]
 fn the_rule_by_names_is_right_for_the_usual_architectures() {
-    use gguf_tools::{needs::Ask, plan::SlicePlan};
+    use gguf_tools::{ask::Ask, plan::SlicePlan};
     let dir = tempfile::tempdir().unwrap();
     let model = dir.path().join("model.gguf");
     for (arch, tied) in

@@ -3,7 +3,7 @@
 use std::{borrow::Cow, fmt, io, path::PathBuf};
 
 use super::{
-    absent::BadAbsent,
+    bad_absent::BadAbsent,
     limits,
     types::{TensorType, ValueType},
 };

@@ -12,6 +12,8 @@ pub const DEFAULT_ALIGNMENT: u64 = 32;
 pub const MAX_KEY_BYTES: u64 = 0xffff;
 /// Most bytes of a tensor's name: ggml keeps it in 64 bytes, with a NUL.
 pub const MAX_NAME_BYTES: u64 = 63;
+/// Most blocks of a model: llama.cpp's `LLAMA_MAX_LAYERS`.
+pub const MAX_BLOCKS: u32 = 512;
 /// Most dimensions of a tensor.
 pub const MAX_DIMS: usize = 4;
 /// Bytes before the metadata: magic, version, tensor count, metadata count.

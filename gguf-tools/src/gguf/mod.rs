@@ -12,11 +12,13 @@
 #![deny(clippy::cast_possible_truncation)]
 
 pub mod absent;
+mod bad_absent;
 pub mod check;
 mod error;
 mod file;
 mod header;
 pub mod limits;
+mod names;
 mod part;
 mod parts;
 mod reader;
@@ -42,6 +44,7 @@ pub(crate) fn goes_on(bytes: &[u8], len: u64) -> bool {
     matches!(header::parse(bytes, len), Err(header::Stop::More))
 }
 
+pub use bad_absent::BadAbsent;
 pub use error::{Error, Foreign, NotAModel, Place, Rule};
 #[cfg(feature = "hub")]
 pub(crate) use parts::PartName;

@@ -20,14 +20,15 @@ pub use error::PlanError;
 pub use crate::slice::{Role, keys};
 use crate::{
     arch,
+    ask::Ask,
     digest::{self, Sha},
     gguf::{
         Gguf, Tensor, TensorType, Value, absent,
         check::{self, Hparams},
         write::TensorSpec,
     },
-    needs::{Ask, Crossing, NeedsError, Refusal},
-    recipe::ModelSource,
+    needs::{Crossing, NeedsError, Refusal},
+    source::ModelSource,
 };
 use common::Common;
 use renumbered::Cutter;

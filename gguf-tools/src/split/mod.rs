@@ -25,6 +25,7 @@ use sha2::{Digest as _, Sha256};
 
 use crate::{
     apart::{self, Task},
+    ask::Ask,
     canary::{self, Canary, NoCanary},
     digest::{Identity, Sha},
     failure::Explained,
@@ -33,7 +34,6 @@ use crate::{
         write::{GgufWriter, TensorSpec, WriteError, remove_stale},
     },
     manifest::{self, Manifest, ModelEntry, SliceEntry},
-    needs::Ask,
     os,
     plan::{Plan, SlicePlan},
     recipe::Recipe,

@@ -10,11 +10,12 @@ use std::{path::Path, process::ExitCode, time::Instant};
 
 use clap::Parser;
 use gguf_tools::{
-    apart, coreml,
+    apart,
+    ask::Ask,
+    coreml,
     failure::Failure,
     gguf::{Gguf, check},
     manifest::Manifest,
-    needs::Ask,
     plan::{Plan, PlanError, Request},
     split::{self, CutProgress},
     tell, terminal,

@@ -31,8 +31,7 @@ use crate::arch;
 use keys::Keys;
 use whole::{Described, Whole};
 
-/// llama.cpp's `LLAMA_MAX_LAYERS`.
-pub const MAX_BLOCKS: u32 = 512;
+pub use super::{limits::MAX_BLOCKS, names::block_of};
 /// llama.cpp's `LLAMA_MAX_EXPERTS`.
 pub const MAX_EXPERTS: u32 = 1024;
 
@@ -239,17 +238,4 @@ fn needs_f32(name: &str) -> bool {
         || last.contains("norm")
         || last.starts_with("rope_f")
         || last.starts_with("attn_sinks")
-}
-
-/// The block a tensor belongs to, by its name: `blk.7.attn_q.weight` to 7.
-pub fn block_of(name: &str) -> Option<u32> {
-    let (number, _) = name.strip_prefix("blk.")?.split_once('.')?;
-    // as ggml writes it: no sign, no leading zero
-    if number.is_empty()
-        || number.len() > 1 && number.starts_with('0')
-        || !number.bytes().all(|b| b.is_ascii_digit())
-    {
-        return None;
-    }
-    Some(number.parse().unwrap_or(u32::MAX))
 }

@@ -10,7 +10,6 @@ use serde::{Deserialize, Serialize};
 use zeroize::Zeroize;
 
 use super::{BadKey, Key, KeyId};
-use crate::handshake::Named;
 
 /// Whom a key is shared with, for people to read and for a host to find the key for an address.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -119,10 +118,10 @@ impl KeyStore {
         Ok((key.id() == id).then_some(key))
     }
 
-    /// The key that a host names, if it is one of these. Keys that cannot be read are none, for now; one that others can
+    /// The key that a host [names](crate::handshake::Named::is), if it is one of these. Keys that cannot be read are none, for now; one that others can
     /// read, or that cannot be read any more, is found, and not to be used. The directory is read anew only when it has
     /// changed: anybody may ask.
-    pub fn find_named(&self, named: &Named) -> Option<FoundKey> {
+    pub fn find_named(&self, is_named: impl Fn(&Key) -> bool) -> Option<FoundKey> {
         let now = SystemTime::now();
         let changed = fs::metadata(&self.directory).and_then(|m| m.modified()).ok()?;
         let mut known = self.known.lock().unwrap_or_else(PoisonError::into_inner);
@@ -147,7 +146,7 @@ impl KeyStore {
             let read = if is_whole { now } else { changed };
             *known = Some(Known { changed, read, keys });
         }
-        let key = known.as_ref()?.keys.iter().find(|key| named.is(key))?.clone();
+        let key = known.as_ref()?.keys.iter().find(|key| is_named(key))?.clone();
         drop(known);
         // who may read it can change without the directory
         match self.find(key.id()) {

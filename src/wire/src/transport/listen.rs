@@ -68,7 +68,7 @@ impl KeyRing for Key {
 /// The user's own keys.
 impl KeyRing for KeyStore {
     fn find(&self, named: &Named) -> Option<FoundKey> {
-        self.find_named(named)
+        self.find_named(|key| named.is(key))
     }
 
     fn holds(&self, id: KeyId) -> bool {
