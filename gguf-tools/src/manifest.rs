@@ -246,21 +246,19 @@ impl Manifest {
     pub fn read(path: impl AsRef<Path>) -> Result<Manifest, ManifestError> {
         let path = path.as_ref();
         let io = |source| ManifestError::Io { path: path.to_owned(), source };
-        let mut file = File::open(path).map_err(io)?;
+        let file = File::open(path).map_err(io)?;
         let mut text = Vec::new();
         (&file).take(4).read_to_end(&mut text).map_err(io)?;
         if text == b"GGUF" {
             return Err(ManifestError::Gguf { path: path.to_owned() });
         }
         // a few lines per slice, a canary of some KB and a header per middle: a larger file is something else
-        let len = file.metadata().map_err(io)?.len();
-        if len > MAX_BYTES {
-            return Err(io(io::Error::new(
-                io::ErrorKind::InvalidData,
-                format!("{len} bytes is no manifest"),
-            )));
+        // (a pipe or a device has no length that would say so)
+        file.take(MAX_BYTES).read_to_end(&mut text).map_err(io)?;
+        if text.len() as u64 > MAX_BYTES {
+            let why = format!("more than {MAX_BYTES} bytes is no manifest");
+            return Err(io(io::Error::new(io::ErrorKind::InvalidData, why)));
         }
-        file.read_to_end(&mut text).map_err(io)?;
         Manifest::from_bytes(&text, path)
     }
 

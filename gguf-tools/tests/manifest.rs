@@ -157,3 +157,11 @@ fn changed_layouts_are_one_clear_error_or_hold_together() {
     println!("{refused} refused, {taken} hold together");
     assert!(refused > CHANGED / 2 && taken > 50, "{refused}, {taken}");
 }
+
+/// One that was mistaken for it, a pipe or a device, has no length that would say so.
+#[cfg(unix)]
+#[test]
+fn a_file_without_an_end_is_no_manifest() {
+    let error = Manifest::read("/dev/zero").unwrap_err();
+    assert!(error.to_string().contains("is no manifest"), "{error}");
+}
