@@ -11,7 +11,7 @@
 //!
 //! While there is one client, the driver reads a worker's answer itself; with more of them it waits for the
 //! [bell](crate::bell), which a request rings too. A second client that comes while the first one reads is therefore taken
-//! in behind the answer that is being read, and from then on at once.
+//! in behind the answer that is being read, within [`LOOKS`] where that does not come, and from then on at once.
 //!
 //! One lock, held for moments: nothing of the pipeline runs under it.
 
@@ -145,7 +145,7 @@ impl Client {
     }
 
     /// What the stages have done so far, for all sessions, and what has crossed sockets. Waits for whoever drives the
-    /// pipeline to be reached: a local stage's step, or, for the second client there is, one answer.
+    /// pipeline to be reached: a local stage's step, or, for the second client there is, [`LOOKS`].
     ///
     /// # Errors
     /// The pipeline was abandoned, or asked from within.
@@ -349,7 +349,8 @@ impl Shared {
             drop(state);
             driven.pipeline.set_shared(is_shared);
             let asked = driven.take_in();
-            let until = stop.map(|_| Instant::now() + LOOKS);
+            // one that reads an answer itself hears no bell: somebody may have come, and the answer may be long in coming
+            let until = (stop.is_some() || !is_shared).then(|| Instant::now() + LOOKS);
             let advanced = if asked.is_empty() { driven.pipeline.advance(until) } else { Advance::Later };
             let snapshot = (!asked.is_empty()).then(|| driven.pipeline.snapshot());
             state = self.lock();

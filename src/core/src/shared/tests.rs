@@ -105,6 +105,31 @@ fn threads_with_a_session_each_get_what_each_gets_alone_though_workers_are_lost(
 }
 
 #[test]
+fn a_second_client_is_not_kept_by_an_answer_that_does_not_come() {
+    let long = Duration::from_secs(3);
+    let (pipeline, _) = pipeline(Duration::ZERO, &[long], 2);
+    let (begun, has_begun) = channel();
+    let has_come = AtomicBool::new(false);
+    scope(|scope| {
+        let mut first = pipeline.client().unwrap();
+        let (has_come, begun) = (&has_come, begun);
+        scope.spawn(move || {
+            let steps = std::iter::once_with(|| {
+                begun.send(()).unwrap();
+                step(0, &[1])
+            });
+            first.run(steps, None, Some).unwrap();
+            has_come.store(true, Ordering::SeqCst);
+        });
+        has_begun.recv().unwrap();
+        // the first one reads by now
+        sleep(100_000 * US);
+        pipeline.client().unwrap().snapshot().unwrap();
+        assert!(!has_come.load(Ordering::SeqCst), "it waited for the other one's answer");
+    });
+}
+
+#[test]
 fn there_are_as_many_clients_as_sessions_and_each_begins_empty() {
     let (pipeline, _) = pipeline(Duration::ZERO, &[Duration::ZERO], 2);
     let mut first = pipeline.client().unwrap();
