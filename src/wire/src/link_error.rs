@@ -183,7 +183,7 @@ impl LinkError {
     /// Whether the user has to change something on one of the sides before another attempt makes sense.
     pub fn is_misuse(&self) -> bool {
         match &self.kind {
-            LinkErrorKind::Refused { reason, .. } => *reason != Reason::NoMemory,
+            LinkErrorKind::Refused { reason, .. } => !reason.is_temporary() && *reason != Reason::NoMemory,
             _ => !self.may_pass(),
         }
     }
@@ -193,6 +193,9 @@ impl LinkError {
         match &self.kind {
             LinkErrorKind::Refused { reason: Reason::NoMemory, .. } => {
                 Some("close other apps on it, take a smaller context, or give it fewer blocks")
+            }
+            LinkErrorKind::Refused { reason, .. } if reason.is_temporary() => {
+                Some("it will be ready later: try again then, or wait for it longer")
             }
             LinkErrorKind::Refused { .. } => Some("the line above names the side to fix"),
             LinkErrorKind::Handshake(HandshakeError::Key) => {
