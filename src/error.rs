@@ -26,7 +26,7 @@ use crate::host::template::TemplateError;
 #[derive(Clone, Debug, PartialEq, thiserror::Error)]
 #[error("{option} {value}: must be {rule}")]
 pub struct BadOption {
-    /// The option's name, as the command line has it behind its dashes.
+    /// Its name here: the field of [`Resources`](crate::Resources) or [`Sampling`](crate::Sampling), or the builder's method.
     pub option: &'static str,
     /// What was given.
     pub value: String,
@@ -317,7 +317,7 @@ impl Error {
                 "the events say what is wrong with each that was seen; or name the worker with `HostBuilder::worker`"
             }
             Error::Link(error) => return error.hint().map(str::to_owned),
-            Error::Check { source, .. } if source.may_pass() => "start it again, then run the same command",
+            Error::Check { source, .. } if source.may_pass() => "start it again, then connect again",
             Error::Check { source, .. } => return source.hint().map(str::to_owned),
             Error::Listen(_) => "listen at an address of this machine and a port, as 0.0.0.0:7878",
             Error::TooFewSessions { needed, .. } => {

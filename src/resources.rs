@@ -39,7 +39,7 @@ impl Resources {
     /// The first value that is out of range.
     pub fn check(&self) -> Result<(), BadOption> {
         if self.n_ubatch == 0 || self.n_ubatch > 65_536 {
-            return Err(BadOption::new("ubatch", self.n_ubatch, "1 to 65536"));
+            return Err(BadOption::new("n_ubatch", self.n_ubatch, "1 to 65536"));
         }
         if self.snapshots > MAX_SNAPSHOTS || self.snapshots >= self.n_ubatch {
             return Err(BadOption::new(
@@ -50,16 +50,16 @@ impl Resources {
         }
         if self.n_ctx > MAX_CTX {
             return Err(BadOption::new(
-                "ctx",
+                "n_ctx",
                 self.n_ctx,
                 "0, which is what the model was trained for, to 4194304",
             ));
         }
         if let Some(n) = self.gpu_layers.filter(|&n| i32::try_from(n).is_err()) {
-            return Err(BadOption::new("gpu-layers", n, "a number of blocks"));
+            return Err(BadOption::new("gpu_layers", n, "a number of blocks"));
         }
         match self.n_threads {
-            Some(n) if n == 0 || n > 512 => Err(BadOption::new("threads", n, "1 to 512")),
+            Some(n) if n == 0 || n > 512 => Err(BadOption::new("n_threads", n, "1 to 512")),
             _ => Ok(()),
         }
     }

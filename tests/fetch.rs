@@ -77,5 +77,7 @@ fn a_manifest_without_a_source_is_one_sentence() {
     assert!(stderr.contains("hint: cut it with dim-split hf:ORG/REPO"), "{stderr}");
     assert!(!slice.exists());
     let mut other = worker(&hub, &cut.split, &slice, &cut.key);
-    assert!(failure(other.args(["--middle", "1..1"]), 2).contains("no such middle: it has 1..2"));
+    let stderr = failure(other.args(["--middle", "1..1"]), 2);
+    assert!(stderr.contains("no such middle: it has 1..2"), "{stderr}");
+    assert!(stderr.contains("hint: name one with --middle A..B"), "{stderr}");
 }

@@ -193,7 +193,7 @@ fn errors_say_whose_they_are_and_leave_the_session_as_it_was() {
     session.push_text(PROMPT).unwrap();
     let bad = Sampling { top_p: 2.0, ..Sampling::default() };
     let mut reply = session.generate(bad);
-    assert!(matches!(reply.next(), Some(Err(Error::Option(e))) if e.option == "top-p"));
+    assert!(matches!(reply.next(), Some(Err(Error::Option(e))) if e.option == "top_p"));
     assert!(reply.next().is_none());
     let reply: Vec<_> = session.generate(Sampling::greedy()).take(8).map(|token| token.unwrap().id).collect();
     assert_eq!(reply, cut.expected(8));
@@ -223,11 +223,11 @@ fn options_out_of_range_are_refused_by_name_before_anything_is_opened() {
         other => panic!("{other}"),
     };
     let resources: [(Resources, &str); 5] = [
-        (Resources { n_ctx: (1 << 22) + 1, ..SMALL }, "ctx"),
-        (Resources { n_ubatch: 0, ..SMALL }, "ubatch"),
-        (Resources { n_threads: Some(0), ..SMALL }, "threads"),
-        (Resources { n_threads: Some(513), ..SMALL }, "threads"),
-        (Resources { gpu_layers: Some(u32::MAX), ..SMALL }, "gpu-layers"),
+        (Resources { n_ctx: (1 << 22) + 1, ..SMALL }, "n_ctx"),
+        (Resources { n_ubatch: 0, ..SMALL }, "n_ubatch"),
+        (Resources { n_threads: Some(0), ..SMALL }, "n_threads"),
+        (Resources { n_threads: Some(513), ..SMALL }, "n_threads"),
+        (Resources { gpu_layers: Some(u32::MAX), ..SMALL }, "gpu_layers"),
     ];
     let worker = || Worker::open(cut.file("m.middle-1..2.gguf")).key(cut.key()).listen("127.0.0.1:0");
     for (resources, name) in resources {
@@ -238,7 +238,7 @@ fn options_out_of_range_are_refused_by_name_before_anything_is_opened() {
     }
     for n in [0, 65, u32::MAX] {
         assert_eq!(option(cut.host().sessions(n).connect(|_| {}).err().unwrap()), "sessions");
-        assert_eq!(option(worker().max_sessions(n).bind(|_| {}).err().unwrap()), "parallel");
+        assert_eq!(option(worker().max_sessions(n).bind(|_| {}).err().unwrap()), "max_sessions");
     }
     let without = cut.host().worker_with_one_of("127.0.0.1:1", Vec::new()).connect(|_| {});
     assert!(matches!(without.err().unwrap(), Error::NoKey { address, .. } if address == "127.0.0.1:1"));

@@ -215,10 +215,12 @@ fn refuses_options_out_of_range() {
     let gguf = Gguf::from_bytes(Raw::model().bytes()).unwrap();
     let says = |blocks, options| PackagePlan::new(&gguf, blocks, options).unwrap_err().to_string();
     for n_ctx in [0, 63, 65, 32, 16448, u32::MAX] {
-        assert!(says(range(1, 1), Options { n_ctx, ..OPTIONS }).contains("--coreml-ctx"));
+        assert!(says(range(1, 1), Options { n_ctx, ..OPTIONS }).contains(&format!("a context of {n_ctx}:")));
     }
     for n_prefill in [0, 1, 65, 513] {
-        assert!(says(range(1, 1), Options { n_prefill, ..OPTIONS }).contains("--coreml-prefill"));
+        assert!(
+            says(range(1, 1), Options { n_prefill, ..OPTIONS }).contains(&format!("chunks of {n_prefill}:"))
+        );
     }
     assert!(says(range(1, 1), Options { max_bytes: 4096, ..OPTIONS }).contains("block 1 alone takes"));
     for blocks in [range(0, 1), range(1, 2), range(2, 2), range(5, 9), range(1, u32::MAX)] {

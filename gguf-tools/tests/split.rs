@@ -945,7 +945,8 @@ fn the_program_reports_its_plan_as_json() {
         assert!(stderr.contains("built without llama.cpp"), "{stderr}");
     }
     // and without either of the two there is nothing to do
-    assert_eq!(run(&[]).0, Some(2));
+    let (code, _, stderr) = run(&[]);
+    assert!(code == Some(2) && stderr.contains("--middle A..B"), "{stderr}");
     // a projector beside it is named, and left alone
     fs::write(dir.path().join("mmproj-model-f16.gguf"), b"GGUF").unwrap();
     let (code, _, stderr) = run(&["--middle", "1..2", "--dry-run"]);

@@ -78,20 +78,20 @@ impl Sampling {
         if self.seed == Some(u32::MAX) {
             return Err(BadOption::new("seed", u32::MAX, "0 to 4294967294, or -1 for a new one each time"));
         }
-        float("temp", self.temperature, self.temperature >= 0.0, "a number >= 0")?;
-        float("top-p", self.top_p, (0.0..=1.0).contains(&self.top_p), "between 0 and 1")?;
-        float("min-p", self.min_p, (0.0..=1.0).contains(&self.min_p), "between 0 and 1")?;
-        float("repeat-penalty", self.repeat_penalty, self.repeat_penalty > 0.0, "a number > 0")?;
-        float("frequency-penalty", self.frequency_penalty, true, "a finite number")?;
-        float("presence-penalty", self.presence_penalty, true, "a finite number")?;
+        float("temperature", self.temperature, self.temperature >= 0.0, "a number >= 0")?;
+        float("top_p", self.top_p, (0.0..=1.0).contains(&self.top_p), "between 0 and 1")?;
+        float("min_p", self.min_p, (0.0..=1.0).contains(&self.min_p), "between 0 and 1")?;
+        float("repeat_penalty", self.repeat_penalty, self.repeat_penalty > 0.0, "a number > 0")?;
+        float("frequency_penalty", self.frequency_penalty, true, "a finite number")?;
+        float("presence_penalty", self.presence_penalty, true, "a finite number")?;
         let is_bias =
             |&(token, bias): &(i32, f32)| token >= 0 && (bias.is_finite() || bias == f32::NEG_INFINITY);
         if let Some((token, bias)) = self.logit_bias.iter().find(|bias| !is_bias(bias)) {
-            return Err(BadOption::new("logit-bias", format!("{token}: {bias}"), "a token and a number"));
+            return Err(BadOption::new("logit_bias", format!("{token}: {bias}"), "a token and a number"));
         }
-        int("top-k", self.top_k, self.top_k >= -1, "-1 or more")?;
+        int("top_k", self.top_k, self.top_k >= -1, "-1 or more")?;
         let last_n = -1..=65_536;
-        int("repeat-last-n", self.repeat_last_n, last_n.contains(&self.repeat_last_n), "-1 to 65536")
+        int("repeat_last_n", self.repeat_last_n, last_n.contains(&self.repeat_last_n), "-1 to 65536")
     }
 }
 
@@ -259,20 +259,20 @@ mod tests {
     fn refuses_values_that_c_code_would_take_and_break_on() {
         type Change = fn(&mut Sampling);
         let changes: [(Change, &str); 14] = [
-            (|s| s.temperature = -1.0, "temp"),
-            (|s| s.temperature = f32::NAN, "temp"),
-            (|s| s.temperature = f32::INFINITY, "temp"),
-            (|s| s.top_p = 1.1, "top-p"),
-            (|s| s.min_p = -0.1, "min-p"),
-            (|s| s.repeat_penalty = 0.0, "repeat-penalty"),
-            (|s| s.top_k = -2, "top-k"),
-            (|s| s.top_k = i32::MIN, "top-k"),
+            (|s| s.temperature = -1.0, "temperature"),
+            (|s| s.temperature = f32::NAN, "temperature"),
+            (|s| s.temperature = f32::INFINITY, "temperature"),
+            (|s| s.top_p = 1.1, "top_p"),
+            (|s| s.min_p = -0.1, "min_p"),
+            (|s| s.repeat_penalty = 0.0, "repeat_penalty"),
+            (|s| s.top_k = -2, "top_k"),
+            (|s| s.top_k = i32::MIN, "top_k"),
             (|s| s.seed = Some(u32::MAX), "seed"),
-            (|s| s.repeat_last_n = -2, "repeat-last-n"),
-            (|s| s.repeat_last_n = i32::MAX, "repeat-last-n"),
-            (|s| s.frequency_penalty = f32::INFINITY, "frequency-penalty"),
-            (|s| s.logit_bias = vec![(0, f32::NAN)], "logit-bias"),
-            (|s| s.logit_bias = vec![(-1, 1.0)], "logit-bias"),
+            (|s| s.repeat_last_n = -2, "repeat_last_n"),
+            (|s| s.repeat_last_n = i32::MAX, "repeat_last_n"),
+            (|s| s.frequency_penalty = f32::INFINITY, "frequency_penalty"),
+            (|s| s.logit_bias = vec![(0, f32::NAN)], "logit_bias"),
+            (|s| s.logit_bias = vec![(-1, 1.0)], "logit_bias"),
         ];
         assert_eq!(Sampling::default().check(), Ok(()));
         for (change, option) in changes {

@@ -124,7 +124,7 @@ impl WorkerBuilder {
     fn bind_and_tell(self, events: &Events) -> Result<Worker, Error> {
         self.resources.check()?;
         if !(1..=MAX_SESSIONS).contains(&self.max_sessions) {
-            return Err(BadOption::new("parallel", self.max_sessions, "1 to 64").into());
+            return Err(BadOption::new("max_sessions", self.max_sessions, "1 to 64").into());
         }
         let keys = match &self.keys {
             Some(keys) => Arc::clone(keys),

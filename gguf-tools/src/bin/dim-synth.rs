@@ -62,8 +62,19 @@ fn main() -> ExitCode {
     }
     match run(&args) {
         Ok(()) => ExitCode::SUCCESS,
-        Err(error) => Failure::from(error).report(),
+        Err(error) => failure(error).report(),
     }
+}
+
+/// As the library says it; where the way out is an option, by its name.
+fn failure(error: synth::Error) -> Failure {
+    let option = match &error {
+        synth::Error::ShapeIsOf { .. } => "leave --arch out, or take tiny, demo or small",
+        synth::Error::OnlyTied { .. } => "leave --untied out",
+        synth::Error::OnlyOwnHead { .. } => "leave --tied out",
+        _ => return Failure::from(error),
+    };
+    Failure::from(error).hint(option)
 }
 
 fn run(args: &Args) -> Result<(), synth::Error> {

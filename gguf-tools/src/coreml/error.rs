@@ -105,13 +105,13 @@ pub enum Error {
         n_blocks: u32,
     },
     /// A context length the program cannot have.
-    #[error("--coreml-ctx {n_ctx}: no program has such a context")]
+    #[error("a context of {n_ctx}: no program of Core ML has such a one")]
     Ctx {
         /// Asked for.
         n_ctx: u32,
     },
     /// A chunk the program cannot have.
-    #[error("--coreml-prefill {n_prefill}: no program has such a chunk")]
+    #[error("chunks of {n_prefill}: no program of Core ML has such")]
     Prefill {
         /// Asked for.
         n_prefill: u32,
@@ -119,7 +119,7 @@ pub enum Error {
         n_ctx: u32,
     },
     /// One block is too much for a package.
-    #[error("--coreml-max-bytes {max_bytes}: block {block} alone takes {bytes} bytes")]
+    #[error("packages of {max_bytes} bytes: block {block} alone takes {bytes}")]
     MaxBytes {
         /// Asked for.
         max_bytes: u64,
@@ -178,9 +178,7 @@ impl Explained for Error {
             Error::Architecture { .. }
             | Error::Key { .. }
             | Error::TensorUnknown { .. }
-            | Error::HiddenTooLarge { .. } => {
-                "run these blocks as a GGUF slice instead (without --coreml)".into()
-            }
+            | Error::HiddenTooLarge { .. } => "run these blocks as a GGUF slice instead".into(),
             Error::NeedsEngine { .. } => "build it with the feature `engine`".into(),
             Error::Ctx { .. } => {
                 let step = CTX_STEP;
@@ -190,10 +188,10 @@ impl Explained for Error {
                 format!("give {MIN_PREFILL} to {MAX_PREFILL} rows, at most the context of {n_ctx}").into()
             }
             Error::MaxBytes { bytes, .. } => format!("give it at least {bytes}").into(),
-            Error::Space { .. } => "free some space, or name another folder with --out".into(),
+            Error::Space { .. } => "free some space, or name another folder".into(),
             Error::InTheWay(_) => "move it".into(),
             #[cfg(feature = "engine")]
-            Error::Engine(_) => "--coreml-no-selftest leaves them out".into(),
+            Error::Engine(_) => "leave them out: the phone cannot check itself then".into(),
             _ => return None,
         })
     }

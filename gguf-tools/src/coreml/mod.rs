@@ -148,7 +148,7 @@ impl fmt::Display for Notice {
             Notice::NoSelfTest { possible: true } => {
                 write!(
                     f,
-                    "no self-test vectors (--coreml-no-selftest): the phone cannot check itself before it serves"
+                    "no self-test vectors, as was asked for: the phone cannot check itself before it serves"
                 )
             }
             Notice::NoSelfTest { possible: false } => write!(

@@ -197,7 +197,7 @@ impl Explained for HubError {
             HubError::Locked(_) => "wait for it, or end it".into(),
             HubError::NoSource(_) => "cut it with dim-split hf:ORG/REPO, or copy the slice itself".into(),
             HubError::Recipe { .. } => "cut the model again, or copy the slice itself".into(),
-            HubError::Middle { .. } => "name one with --middle A..B".into(),
+            HubError::Middle { .. } => "name one of them".into(),
             HubError::Manifest(e) => return e.hint(),
             HubError::Gguf(e) => return e.hint(),
             HubError::Slice(e) => return e.hint(),

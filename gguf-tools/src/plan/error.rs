@@ -48,7 +48,7 @@ pub enum PlanError {
     #[error("the model has {0} blocks: head, middle and tail need one each")]
     TooFewBlocks(u32),
     /// The range passes the model's end.
-    #[error("--middle {range}: the model has {n_blocks} blocks, 0 to {}", n_blocks - 1)]
+    #[error("middle {range}: the model has {n_blocks} blocks, 0 to {}", n_blocks - 1)]
     PastEnd {
         /// As asked.
         range: BlockRange,
@@ -58,7 +58,7 @@ pub enum PlanError {
         nearest: BlockRange,
     },
     /// The head would have no block.
-    #[error("--middle {range} leaves the head without a block")]
+    #[error("middle {range} leaves the head without a block")]
     EmptyHead {
         /// As asked.
         range: BlockRange,
@@ -66,7 +66,7 @@ pub enum PlanError {
         nearest: BlockRange,
     },
     /// The tail would have no block.
-    #[error("--middle {range} leaves the tail without a block")]
+    #[error("middle {range} leaves the tail without a block")]
     EmptyTail {
         /// As asked.
         range: BlockRange,
@@ -74,10 +74,10 @@ pub enum PlanError {
         nearest: BlockRange,
     },
     /// Two middles share a block.
-    #[error("--middle {0} and --middle {1} share blocks")]
+    #[error("middles {0} and {1} share blocks")]
     Overlap(BlockRange, BlockRange),
     /// Blocks between two middles belong to nobody.
-    #[error("blocks between --middle {0} and --middle {1} would be in no slice")]
+    #[error("blocks between middles {0} and {1} would be in no slice")]
     Gap(BlockRange, BlockRange),
     /// A tensor that no slice has a place for.
     #[error(
@@ -125,7 +125,7 @@ impl Explained for PlanError {
             }
             PlanError::Needs { why, .. } => return why.hint(),
             PlanError::Slice(_) => "cut the model it came from".into(),
-            PlanError::NoMiddle => "name the blocks that leave this machine: --middle A..B".into(),
+            PlanError::NoMiddle => "name the blocks that leave this machine".into(),
             PlanError::PastEnd { nearest, .. }
             | PlanError::EmptyHead { nearest, .. }
             | PlanError::EmptyTail { nearest, .. } => format!("the nearest range is {nearest}").into(),

@@ -319,7 +319,7 @@ mod tests {
             let error = ranges(middles, n).unwrap_err();
             format!("{error}; {}", error.hint().unwrap_or_default())
         };
-        assert!(error(&[], 8).contains("--middle"));
+        assert!(error(&[], 8).contains("name the blocks"));
         assert!(error(&[range(1, 1)], 2).contains("2 blocks"));
         assert!(error(&[range(0, 3)], 8).contains("nearest range is 1..3"));
         assert!(error(&[range(3, 7)], 8).contains("nearest range is 3..6"));

@@ -129,8 +129,8 @@ impl Explained for SplitError {
             SplitError::Read(e) => e.hint(),
             SplitError::Write(e) => e.hint(),
             SplitError::Slice(e) => e.hint(),
-            SplitError::Space { .. } => Some("free some space, or name another folder with --out".into()),
-            SplitError::OverModel(_) => Some("name another folder with --out".into()),
+            SplitError::Space { .. } => Some("free some space, or name another folder".into()),
+            SplitError::OverModel(_) => Some("name another folder".into()),
             SplitError::Unloadable { .. } => Some(
                 "the model has keys or tensors that this llama.cpp does not take: convert it again with a current \
                  converter, or take another file of it"

@@ -77,9 +77,9 @@ pub enum Error {
 impl Explained for Error {
     fn hint(&self) -> Option<Cow<'static, str>> {
         Some(match self {
-            Error::ShapeIsOf { .. } => "leave --arch out, or take tiny, demo or small".into(),
-            Error::OnlyTied { .. } => "leave --untied out".into(),
-            Error::OnlyOwnHead { .. } => "leave --tied out".into(),
+            Error::ShapeIsOf { .. } => "leave the architecture out, or take tiny, demo or small".into(),
+            Error::OnlyTied { .. } => "leave it tied".into(),
+            Error::OnlyOwnHead { .. } => "leave it untied".into(),
             Error::Space { .. } => "name another folder".into(),
             Error::Write(e) => return e.hint(),
             _ => return None,

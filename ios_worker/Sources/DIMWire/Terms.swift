@@ -282,11 +282,12 @@ public struct Agreed: Equatable, Sendable {
         let dtype = host.dtypes.single
         refuse(
             .dtype, if: dtype == nil || !worker.dtypes.isSuperset(of: host.dtypes),
-            "the host wants row types \(host.dtypes.rawValue), the worker has \(worker.dtypes.rawValue): see --wire")
+            "the host wants row types \(host.dtypes.rawValue), the worker has \(worker.dtypes.rawValue): choose another "
+                + "number format on the host")
         refuse(
             .context, if: host.nCtx == 0 || host.nCtx > worker.nCtx,
             "the host needs a context of \(host.nCtx), the worker serves at most \(worker.nCtx): "
-                + "a smaller --ctx on the host or a larger one on the worker")
+                + "start the host with a smaller context or the worker with a larger one")
         refuse(
             .sessions, if: host.maxSessions == 0 || host.maxSessions > worker.maxSessions,
             "the host needs \(host.maxSessions) sessions, the worker serves at most \(worker.maxSessions)")

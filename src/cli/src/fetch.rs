@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 
 use dim_core::blocks::BlockRange;
 use gguf_tools::failure::Failure;
-use gguf_tools::hub::{self, Outcome, Settings};
+use gguf_tools::hub::{self, HubError, Outcome, Settings};
 use gguf_tools::tell;
 use gguf_tools::text::gib;
 
@@ -17,7 +17,7 @@ use gguf_tools::text::gib;
 pub fn slice(manifest: &str, blocks: Option<BlockRange>, place: Option<&Path>) -> Result<PathBuf, Failure> {
     let settings = Settings::from_env()?;
     let read = hub::fetch_manifest(&settings, manifest)?;
-    let entry = hub::middle(&read, blocks, manifest)?;
+    let entry = hub::middle(&read, blocks, manifest).map_err(which)?;
     let target = place.map_or_else(|| PathBuf::from(&entry.file), Path::to_owned);
     let started = Instant::now();
     let mut shown = started;
@@ -35,6 +35,14 @@ pub fn slice(manifest: &str, blocks: Option<BlockRange>, place: Option<&Path>) -
         }
     }
     Ok(target)
+}
+
+/// The library's words; which middle it is, an option says.
+fn which(error: HubError) -> Failure {
+    match &error {
+        HubError::Middle { .. } => Failure::from(error).hint("name one with --middle A..B"),
+        _ => Failure::from(error),
+    }
 }
 
 /// A large slice takes minutes: a line now and then says how far it is.

@@ -12,6 +12,18 @@ use dim_wire::message::{ErrorCode, Fault};
 use dim_wire::terms::Reason;
 use dim_wire::transport::{LinkError, LinkErrorKind};
 
+/// What an option of the library is called here, behind its dashes.
+pub(crate) fn option(library: &str) -> String {
+    match library {
+        "n_ctx" => "ctx".to_owned(),
+        "n_ubatch" => "ubatch".to_owned(),
+        "n_threads" => "threads".to_owned(),
+        "temperature" => "temp".to_owned(),
+        "sessions" | "max_sessions" => "parallel".to_owned(),
+        other => other.replace('_', "-"),
+    }
+}
+
 /// What to do about an error.
 pub(crate) fn hint(error: &Error) -> Option<String> {
     let text = match error {
@@ -61,6 +73,10 @@ pub(crate) fn hint(error: &Error) -> Option<String> {
         Error::Template(error) if !matches!(error, TemplateError::NotStarted(_)) => {
             "`--chat-template chatml`, or a template of yours, takes its place"
         }
+        Error::Pipeline(PipelineError::WorkerGone { .. } | PipelineError::WorkerKeepsFailing { .. }) => {
+            "start the worker again, then run the same command; what was generated so far stands above"
+        }
+        Error::Check { source, .. } if source.may_pass() => "start it again, then run the same command",
         Error::Link(link) => return of_link(link).map(str::to_owned).or_else(|| error.hint()),
         Error::Check { source, .. } | Error::Pipeline(PipelineError::Stage { source, .. }) => {
             return of_stage(source).map(str::to_owned).or_else(|| error.hint());
@@ -120,6 +136,10 @@ mod tests {
         assert!(library.contains("F32 rows") && here.contains("--wire f32"));
         let (library, here) = said(&Error::Link(LinkErrorKind::Handshake(HandshakeError::Key).with("here")));
         assert!(library.contains("the same key") && here.contains("--key-file"));
+        // and an option by the name that it has here
+        for (library, here) in [("sessions", "parallel"), ("n_ubatch", "ubatch"), ("top_k", "top-k")] {
+            assert_eq!(option(library), here);
+        }
         // what has no option is said by the library alone
         let (library, here) = said(&Error::TwoHave { block: 1 });
         assert_eq!(library, here);

@@ -38,7 +38,7 @@ pub fn tries_files_apart() -> Option<ExitCode> {
 pub fn explain(error: impl Into<Error>) -> Failure {
     let error = error.into();
     let message = match &error {
-        Error::Option(e) => format!("--{e}"),
+        Error::Option(e) => format!("--{} {}: must be {}", hints::option(e.option), e.value, e.rule),
         Error::Address(e) => format!("--worker {e}"),
         other => other.to_string(),
     };

@@ -197,7 +197,7 @@ impl PipelineError {
     pub fn hint(&self) -> Option<&'static str> {
         match self {
             PipelineError::WorkerGone { .. } | PipelineError::WorkerKeepsFailing { .. } => Some(
-                "start the worker again, then run the same command; what was generated so far stands above",
+                "start the worker again; what came out so far stays, and its session can go on from there",
             ),
             PipelineError::Stage { source, .. } => source.hint(),
             PipelineError::OutOfTurn(_) => Some(OTHER_VERSION),

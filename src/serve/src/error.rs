@@ -107,11 +107,8 @@ impl From<&Error> for ApiError {
                 ApiError::new(StatusCode::BAD_REQUEST, message).code("context_length_exceeded")
             }
             Error::Option(bad) => {
-                let field = match bad.option {
-                    "temp" => "temperature".to_owned(),
-                    other => other.replace('-', "_"),
-                };
-                ApiError::field(field, format!("{} must be {}", bad.value, bad.rule))
+                // the fields of a request have the names of `Sampling`'s
+                ApiError::field(bad.option, format!("{} must be {}", bad.value, bad.rule))
             }
             Error::Constraint(ConstraintError::Busy) => ApiError::busy(message, 2),
             // in the middle of a reply too: another schema, or another model, is what helps
@@ -162,10 +159,10 @@ pub enum ServeError {
         why: String,
     },
     /// What is to be allowed cannot be an origin or a host.
-    #[error("{option} {value}: {rule}")]
+    #[error("{field} {value}: {rule}")]
     Allowed {
-        /// The option that names it.
-        option: &'static str,
+        /// The field of [`Options`](crate::Options) that names it.
+        field: &'static str,
         /// What was given.
         value: String,
         /// What it has to be.
@@ -184,10 +181,10 @@ impl ServeError {
     pub fn hint(&self) -> Option<String> {
         let text = match self {
             ServeError::Listen { .. } => {
-                "--listen takes an address of this machine and a free port, as 127.0.0.1:8080"
+                "listen at an address of this machine and a free port, as 127.0.0.1:8080"
             }
             ServeError::Open { .. } => {
-                "give --api-key-file FILE with a key in it, or say --no-api-key if everybody there may use it"
+                "give it keys (`Options::keys`), or say that everybody there may use it (`Options::is_open`)"
             }
             ServeError::Keys { .. } => {
                 "one key a line, 8 to 256 visible characters each; lines that begin with # are left out"

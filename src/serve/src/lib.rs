@@ -221,7 +221,7 @@ fn hosts(given: &[String]) -> Result<Vec<String>, ServeError> {
         match is_name {
             true => Ok(host.to_ascii_lowercase()),
             false => Err(ServeError::Allowed {
-                option: "--allow-host",
+                field: "hosts",
                 value: host.clone(),
                 rule: "a name without scheme and port, as box.local",
             }),
@@ -234,7 +234,7 @@ fn origins(given: &[String]) -> Result<Vec<String>, ServeError> {
     let origin = |origin: &String| match origin == "*" || origin.contains("://") && !origin.ends_with('/') {
         true => Ok(origin.clone()),
         false => Err(ServeError::Allowed {
-            option: "--allow-origin",
+            field: "origins",
             value: origin.clone(),
             rule: "scheme, name and port as a browser writes them, as https://chat.example, or *",
         }),

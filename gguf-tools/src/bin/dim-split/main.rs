@@ -2,6 +2,7 @@
 #![forbid(unsafe_code)]
 
 mod fetched;
+mod hints;
 mod meter;
 mod options;
 mod show;
@@ -63,7 +64,7 @@ fn run(options: &Options) -> Result<(), Failure> {
         ask,
         source: model.source,
     };
-    let plan = Plan::new(&gguf, &request)?;
+    let plan = Plan::new(&gguf, &request).map_err(hints::of_plan)?;
     let n_ctx_train = plan.hparams.n_ctx_train;
     let n_ctx = match options.ctx {
         None => n_ctx_train.min(MOST_CTX_SHOWN),
@@ -71,7 +72,7 @@ fn run(options: &Options) -> Result<(), Failure> {
         Some(n_ctx) => n_ctx,
     };
     let packages = match options.coreml.options() {
-        Some(o) => coreml::plan_middles(&gguf, &options.middle, o)?,
+        Some(o) => coreml::plan_middles(&gguf, &options.middle, o).map_err(hints::of_coreml)?,
         None => Vec::new(),
     };
     terminal::tell(format_args!("{}", PlanView { plan: &plan, n_ctx }));
@@ -85,7 +86,7 @@ fn run(options: &Options) -> Result<(), Failure> {
     }
 
     let out = options.out.clone().unwrap_or(model.out);
-    coreml::check_space(&packages, &out, plan.file_bytes())?;
+    coreml::check_space(&packages, &out, plan.file_bytes()).map_err(hints::of_coreml)?;
     let (manifest, took) = write_slices(&plan, &out, &stem, options.verify)?;
     let reports = write_packages(&packages, &manifest, &out, &stem)?;
     if options.json {
@@ -97,7 +98,7 @@ fn run(options: &Options) -> Result<(), Failure> {
 /// Where the model can be cut, for whoever has yet to choose.
 fn show_cuts(options: &Options, gguf: &Gguf, ask: &Ask) -> Result<(), Failure> {
     if !options.dry_run {
-        return Err(Failure::from(PlanError::NoMiddle));
+        return Err(hints::of_plan(PlanError::NoMiddle));
     }
     let hparams = check::hparams(gguf)?;
     let file = || gguf.path().display().to_string();
@@ -134,7 +135,7 @@ fn write_slices(plan: &Plan<'_>, out: &Path, stem: &str, verify: bool) -> Result
         meter.show(p);
     });
     meter.clear();
-    let manifest = result?;
+    let manifest = result.map_err(hints::of_split)?;
     let seconds = started.elapsed().as_secs_f64();
     tell!(
         "wrote {} in {seconds:.1} s ({:.2} GB/s): {}",
@@ -181,7 +182,7 @@ fn write_packages(
         }
     });
     meter.clear();
-    let reports = result?;
+    let reports = result.map_err(hints::of_coreml)?;
     for report in &reports {
         for notice in &report.notices {
             tell!("{}", Safe(&notice.to_string()));

@@ -117,5 +117,19 @@ fn cannot(error: ServeError) -> Failure {
         ServeError::Library(error) => return explain(error),
         other => other,
     };
-    ended_by(error.to_string(), error.is_misuse(), error.hint())
+    // what the server says of its fields is said of options here
+    let (message, hint) = match &error {
+        ServeError::Allowed { field, value, rule } => {
+            let option = if *field == "hosts" { "--allow-host" } else { "--allow-origin" };
+            (format!("{option} {value}: {rule}"), None)
+        }
+        ServeError::Listen { .. } => (error.to_string(), Some(LISTEN.to_owned())),
+        ServeError::Open { .. } => (error.to_string(), Some(KEY_OR_OPEN.to_owned())),
+        _ => (error.to_string(), error.hint()),
+    };
+    ended_by(message, error.is_misuse(), hint)
 }
+
+const LISTEN: &str = "--listen takes an address of this machine and a free port, as 127.0.0.1:8080";
+const KEY_OR_OPEN: &str =
+    "give --api-key-file FILE with a key in it, or say --no-api-key if everybody there may use it";
