@@ -120,7 +120,7 @@ stage_context make_stage_context(llama_model & model, const dim_context_params &
     const auto status = guarded([&] {
         const llama_memory_params memory{ type, type, /*swa_full =*/true, made.context->get_cparams().ctx_type,
                                           nullptr };
-        made.memory = std::make_unique<stage_memory>(model, *made.context, range, memory, nothing.before);
+        made.memory = std::make_unique<stage_memory>(model, *made.context, range, memory);
     });
     if (status != DIM_OK) {
         const std::string why = dim_last_error();

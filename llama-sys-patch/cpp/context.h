@@ -35,8 +35,6 @@ public:
 private:
     std::lock_guard<std::mutex> lock;
     llama_model & model;
-
-public:
     const bool before;   // true: the model of a plan, which never allocates anything
 };
 std::mutex & allocation_lock();

@@ -12,7 +12,6 @@
 #include "llama-kv-cache-dsa-iswa.h"
 #include "llama-kv-cache-dsa.h"
 #include "llama-kv-cache-msa.h"
-#include "llama-memory-hybrid-idx.h"
 
 #include <algorithm>
 #include <cstdio>

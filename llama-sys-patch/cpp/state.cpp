@@ -44,16 +44,13 @@ uint32_t snapshots_of(const llama_context & context) {
 }
 
 stage_memory::stage_memory(llama_model & model, llama_context & context, const block_range & range,
-                           const llama_memory_params & params, bool planned)
+                           const llama_memory_params & params)
     : of_context(context.get_memory()) {
-    make_again(model, context, range, params, planned);
+    make_again(model, context, range, params);
     snapshots = snapshots_of(context);
+    if (auto * compressed = dynamic_cast<llama_kv_cache_dsv4 *>(of_context)) share_room(*compressed, range);
     auto * states = recurrent_part(*of_context);
-    if (!states) {   // a module made again whole has allocated what it has
-        if (own)
-            for (const auto & [type, bytes] : own->memory_breakdown()) n_bytes += bytes;
-        return;
-    }
+    if (!states) return;
     if (!own) {   // made by llama.cpp for all blocks, whatever no_alloc says
         for (const auto & [type, bytes] : states->memory_breakdown()) n_bytes += bytes;
         return;
@@ -66,9 +63,9 @@ stage_memory::stage_memory(llama_model & model, llama_context & context, const b
     show_placeholders(*recurrent_part(*own), *states, range);
 }
 
-// By the exact kind and not by dynamic_cast: other modules derive from these and have more to them.
+// By the exact kind and not by dynamic_cast: modules derive from each other and have more to them.
 void stage_memory::make_again(llama_model & model, const llama_context & context, const block_range & range,
-                              const llama_memory_params & params, bool planned) {
+                              const llama_memory_params & params) {
     const auto & c = context.get_cparams();
     const auto & h = model.hparams;
     const auto & kind = typeid(*of_context);
@@ -96,11 +93,59 @@ void stage_memory::make_again(llama_model & model, const llama_context & context
                                                c.n_ctx_seq, c.n_ubatch, 1, GGML_TYPE_F32, GGML_TYPE_F32, n_states,
                                                c.n_seq_max, c.n_rs_seq, c.offload_kqv, c.kv_unified, kept_by(attending),
                                                own_of(all.get_mem_recr())));
-    } else if (kind == typeid(llama_kv_cache_dsv4) && !planned) {
-        // clears the bytes of all its blocks when a session is cleared: these have to be there
-        model.hparams.no_alloc = false;
-        own.reset(model.create_memory(params, c));
-        model.hparams.no_alloc = true;
+    } else if (kind == typeid(llama_memory_hybrid_idx)) {
+        auto & all = *static_cast<llama_memory_hybrid_idx *>(of_context);
+        llama_memory_i::layer_filter_cb indexed;   // none: the model has no indexer
+        if (const auto * index = all.get_mem_idx()) indexed = kept_by(index->get_layer_ids());
+        own.reset(new llama_memory_hybrid_idx(
+            model, params.type_k, params.type_v, !c.flash_attn, c.n_ctx_seq, 1, h.n_swa, h.swa_type, GGML_TYPE_F32,
+            GGML_TYPE_F32, n_states, c.n_seq_max, c.n_rs_seq, c.offload_kqv, c.kv_unified,
+            kept_by(all.get_mem_attn()->get_layer_ids()), own_of(all.get_mem_recr()), indexed));
+    }
+}
+
+// The compressed keys of `cache` and the states of its compressors, by block.
+static std::vector<std::pair<uint32_t, ggml_tensor *>> cleared_by(const llama_kv_cache_dsv4 & cache) {
+    const ggml_context_ptr views(ggml_init({ 16 * ggml_tensor_overhead(), nullptr, /*no_alloc =*/true }));
+    std::vector<std::pair<uint32_t, ggml_tensor *>> found;
+    const auto add = [&](const llama_kv_cache * keys, const llama_dsv4_comp_state * state) {
+        for (const auto block : keys->get_layer_ids()) {
+            ggml_reset(views.get());
+            found.emplace_back(block, keys->get_k_storage((int) block));
+            found.emplace_back(block, state->get_kv_all(views.get(), (int) block)->view_src);
+            found.emplace_back(block, state->get_score_all(views.get(), (int) block)->view_src);
+        }
+    };
+    add(cache.get_csa(), cache.get_csa_state());
+    add(cache.get_hca(), cache.get_hca_state());
+    add(cache.get_lid(), cache.get_lid_state());
+    return found;
+}
+
+// This module writes zeros to the bytes of all blocks when it clears a session, and its compressors' states are
+// allocated for all of them. Those outside the range get the same bytes, as many as the largest has.
+void stage_memory::share_room(const llama_kv_cache_dsv4 & cache, const block_range & range) {
+    std::map<ggml_backend_buffer_type_t, std::vector<ggml_tensor *>> by_type;
+    for (const auto & [block, tensor] : cleared_by(cache)) {
+        if (!range.own((int) block)) {
+            by_type[ggml_backend_buffer_get_type(tensor->buffer)].push_back(tensor);
+        } else if (tensor->data) {   // the others are counted when they are allocated
+            n_bytes += ggml_nbytes(tensor);
+        }
+    }
+    for (const auto & [type, tensors] : by_type) {
+        size_t size = 0;
+        for (const auto * tensor : tensors) size = std::max(size, ggml_backend_buft_get_alloc_size(type, tensor));
+        auto * buffer = ggml_backend_buft_alloc_buffer(type, size);
+        if (!buffer) fail(DIM_OUT_OF_MEMORY, "no memory for a cache of %.1f MiB", (double) size / (1 << 20));
+        buffers.emplace_back(buffer);
+        n_bytes += size;
+        for (auto * tensor : tensors) {
+            if (tensor->data) give_back(tensor);
+            tensor->data = nullptr, tensor->buffer = nullptr;
+            if (ggml_backend_tensor_alloc(buffer, tensor, ggml_backend_buffer_get_base(buffer)) != GGML_STATUS_SUCCESS)
+                fail(DIM_OUT_OF_MEMORY, "no memory for %s", tensor->name);
+        }
     }
 }
 

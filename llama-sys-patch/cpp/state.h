@@ -20,9 +20,8 @@ class stage_memory {
 public:
     // `context` was made while nothing was allocated (no_allocation). Recurrent states are allocated whatever that
     // says: their module is made again for the range's blocks, and what the context's own holds is given back.
-    // `planned`: nothing will be evaluated.
     stage_memory(llama_model & model, llama_context & context, const block_range & range,
-                 const llama_memory_params & params, bool planned);
+                 const llama_memory_params & params);
 
     llama_memory_i & module() const { return own ? *own : *of_context; }
 
@@ -37,7 +36,8 @@ public:
 
 private:
     void make_again(llama_model & model, const llama_context & context, const block_range & range,
-                    const llama_memory_params & params, bool planned);
+                    const llama_memory_params & params);
+    void share_room(const llama_kv_cache_dsv4 & cache, const block_range & range);
     void show_placeholders(llama_memory_recurrent & states, const llama_memory_recurrent & like,
                            const block_range & range);
     ggml_tensor * placeholder(const ggml_tensor * like);

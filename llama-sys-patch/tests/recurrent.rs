@@ -221,7 +221,7 @@ fn a_session_that_a_failed_call_has_spoilt_is_lost_until_it_is_cleared() {
 
 #[test]
 fn states_are_those_of_the_range_s_blocks() {
-    for arch in ["mamba", "qwen3next", "lfm2", "llama", "gemma3"] {
+    for arch in ["mamba", "qwen3next", "lfm2", "llama", "gemma3", "qwen4exp", "glm5-next"] {
         let folder = tempfile::tempdir().unwrap();
         let path = tiny::write(arch, &[], folder.path()).unwrap();
         let model = pipeline::load(&path).unwrap();
@@ -230,9 +230,36 @@ fn states_are_those_of_the_range_s_blocks() {
             let params = StageParams::of_whole_model(&model, blocks, context(0, 2));
             Stage::new(&model, params).unwrap().kv_bytes()
         };
-        let parts = bytes(0..3) + bytes(3..6) + bytes(6..8);
-        assert_eq!(parts, whole, "{arch}");
-        assert_eq!(bytes(0..8), whole, "{arch}");
+        let (parts, all) = (bytes(0..3) + bytes(3..6) + bytes(6..8), bytes(0..8));
+        assert_eq!(parts, all, "{arch}");
+        // with so few positions every one is looked at, and no index of them is read
+        assert!(if arch == "qwen4exp" { all < whole } else { all == whole }, "{arch}: {all} of {whole}");
         assert!(bytes(3..4) < whole / 2, "{arch}");
+    }
+}
+
+/// Sessions are cleared, and what comes next is what llama_decode() makes of it after the same: also where a memory writes
+/// zeros to what it forgets, and where 128 positions fill a block of compressed keys.
+#[test]
+fn a_cleared_session_begins_anew_beside_another() {
+    for arch in ["deepseek4", "qwen4exp", "glm5-next", "qwen35"] {
+        let mut pair = Pair::new(arch, &ContextParams { n_ctx: 192, ..context(0, 2) });
+        let text: Vec<i32> = (0..170).map(|i| (i * 37 + 5) % 160).collect();
+        let fill = |pair: &mut Pair, session, text: &[i32]| -> Vec<f32> {
+            let mut at = pair.stock.length(session).unwrap();
+            let mut logits = Vec::new();
+            for chunk in text.chunks(50) {
+                logits.extend(pair.step(session, at, chunk, arch));
+                at += chunk.len() as u32;
+            }
+            logits
+        };
+        fill(&mut pair, 1, &text[..140]);
+        let first = fill(&mut pair, 0, &text);
+        pair.rewind(0, 0);
+        fill(&mut pair, 0, &text[100..]);
+        fill(&mut pair, 1, &text[140..]);
+        pair.rewind(0, 0);
+        assert_exact(&fill(&mut pair, 0, &text), &first, arch);
     }
 }
