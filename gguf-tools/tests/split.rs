@@ -930,11 +930,7 @@ fn the_program_reports_its_plan_as_json() {
     let (code, stdout, stderr) = run(&["--dry-run", "--json"]);
     if cfg!(feature = "engine") {
         assert_eq!(code, Some(0), "{stderr}");
-        let line = format!(
-            "before blocks 1..5: {} bytes a token each way, {} with --wire f32",
-            2 * width,
-            4 * width
-        );
+        let line = format!("before blocks 1..5: {} bytes a token as F16, {} as F32", 2 * width, 4 * width);
         assert!(stderr.contains(&line) && stderr.contains("KV cache"), "{stderr}");
         let json: serde_json::Value = serde_json::from_str(&stdout).unwrap();
         assert_eq!(json["cuts"].as_array().unwrap().len(), 5);

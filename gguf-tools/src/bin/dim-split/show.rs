@@ -104,7 +104,7 @@ struct Row<'a>(&'a Crossing);
 impl fmt::Display for Row<'_> {
     fn fmt(&self, out: &mut fmt::Formatter<'_>) -> fmt::Result {
         let (f16, f32) = (self.0.bytes_f16(), self.0.bytes_f32());
-        write!(out, "{f16} bytes a token each way, {f32} with --wire f32")?;
+        write!(out, "{f16} bytes a token as F16, {f32} as F32")?;
         if self.0.0.len() > 1 { write!(out, " ({})", self.0) } else { Ok(()) }
     }
 }
