@@ -84,7 +84,13 @@ fn files_people_take_for_a_model_are_named_with_what_to_fetch() {
     let pointer = format!("version https://git-lfs.github.com/spec/v1\noid sha256:{:064}\nsize 1\n", 0);
     let whole = Raw::model().bytes();
     let cut_off = whole[..whole.len() - 1000].to_vec();
+    let mut encoder = Raw::model();
+    for tensor in &mut encoder.tensors {
+        let name = String::from_utf8(tensor.name.clone()).unwrap();
+        tensor.name = name.replace("blk.", "dec.blk.").into_bytes();
+    }
     let cases: Vec<(Vec<u8>, &str, &str)> = vec![
+        (encoder.bytes(), "'blk.0.*': missing", "have an encoder"),
         (pointer.into_bytes(), "git-LFS pointer", "git lfs pull"),
         (b"<!DOCTYPE html>\n<html><head><title>x</title></head></html>".to_vec(), "web page", "download"),
         (b"\n<HTML lang=\"en\"><body>moved</body></HTML>".to_vec(), "web page", "download"),

@@ -428,7 +428,10 @@ impl Rule {
             Rule::Foreign(kind) => kind.hint(),
             Rule::NotAModel(kind) => kind.hint(),
             Rule::TooShort(_) | Rule::Count { .. } | Rule::PastEnd { .. } => DOWNLOAD,
-            Rule::Truncated { .. } | Rule::PartTensors { .. } | Rule::TensorMissing { .. } => DOWNLOAD,
+            Rule::Truncated { .. } | Rule::PartTensors { .. } => DOWNLOAD,
+            Rule::TensorMissing { .. } => {
+                "convert or download it again; models that have an encoder, or fewer blocks than they run, are not cut"
+            }
             Rule::PartMismatch { .. } => "download this part again",
             Rule::PartMissing { .. } => "put all parts into one folder",
             Rule::PartName(_) => "give the parts their names back (NAME-00001-of-0000N.gguf)",
