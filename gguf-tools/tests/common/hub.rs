@@ -51,6 +51,8 @@ pub(crate) struct Asked {
 #[derive(Default)]
 pub(crate) struct State {
     pub files: Mutex<BTreeMap<String, Arc<Vec<u8>>>>,
+    /// SHA-256 of each
+    pub digests: Mutex<BTreeMap<String, String>>,
     /// Names that are listed beside the files.
     pub listed: Mutex<Vec<String>>,
     /// Faults of the storage, in order; then it works.
@@ -81,6 +83,8 @@ impl Hub {
     }
 
     pub(crate) fn add(&self, name: &str, bytes: Vec<u8>) {
+        // at once: of a large file it takes longer than some clients wait for an answer
+        self.state.digests.lock().unwrap().insert(name.to_owned(), Sha::of(&bytes).to_string());
         self.state.files.lock().unwrap().insert(name.to_owned(), Arc::new(bytes));
     }
 
@@ -174,7 +178,8 @@ fn front(state: &State, storage: SocketAddr, mut stream: TcpStream, asked: Asked
         let _ = head(&mut stream, 404, &[], Some(0));
         return;
     };
-    let etag = state.etag.lock().unwrap().clone().unwrap_or_else(|| Sha::of(&file).to_string());
+    let etag = state.etag.lock().unwrap().clone();
+    let etag = etag.unwrap_or_else(|| state.digests.lock().unwrap()[name].clone());
     let headers = [
         ("x-linked-etag", format!("\"{etag}\"")),
         ("x-linked-size", file.len().to_string()),
