@@ -158,7 +158,7 @@ const REFUSED: &[(&str, &str)] = &[
     ("deci", "its blocks differ, and some have no attention"),
 ];
 
-/// The architecture cannot be cut.
+/// The architecture's slices cannot be models of their own.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Unsupported {
     /// Its name, as the file says it.
@@ -171,8 +171,10 @@ impl fmt::Display for Unsupported {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let arch = Shown(&self.arch);
         match self.why {
-            Some(why) => write!(f, "models of architecture '{arch}' cannot be cut: {why}"),
-            None => write!(f, "architecture '{arch}' has not been shown to compute the same when it is cut"),
+            Some(why) => write!(f, "slices of architecture '{arch}' cannot be models of their own: {why}"),
+            None => {
+                write!(f, "slices of architecture '{arch}' have not been shown to be models of their own")
+            }
         }
     }
 }
@@ -182,7 +184,7 @@ impl std::error::Error for Unsupported {}
 impl Explained for Unsupported {
     fn hint(&self) -> Option<Cow<'static, str>> {
         let names: Vec<&str> = SUPPORTED.iter().map(|arch| arch.name).collect();
-        Some(format!("supported are {}", names.join(", ")).into())
+        Some(format!("cut it without --renumber, which takes {}", names.join(", ")).into())
     }
 
     fn is_misuse(&self) -> bool {

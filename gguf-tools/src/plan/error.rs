@@ -20,7 +20,7 @@ pub enum PlanError {
     /// The file breaks a rule.
     #[error(transparent)]
     Model(#[from] gguf::Error),
-    /// The architecture cannot be cut.
+    /// The architecture's slices cannot be models of their own.
     #[error("{file}: {why}")]
     Unsupported {
         /// The file.
