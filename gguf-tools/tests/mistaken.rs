@@ -366,6 +366,23 @@ fn what_cannot_be_loaded_again_is_no_success() {
     assert!(names(&out).is_empty(), "{:?}", names(&out));
 }
 
+/// llama.cpp counts the tokens of a tokenizer and looks at no number beside them. A middle has none: what its file says has
+/// to be right.
+#[test]
+fn a_wrong_number_of_tokens_beside_a_tokenizer_is_nobody_s() {
+    let dir = tempfile::tempdir().unwrap();
+    let (model, wrong) = (dir.path().join("m.gguf"), dir.path().join("w.gguf"));
+    common::tiny("llama", &model);
+    for says in [0, 1, 511, 513, 1 << 31, u32::MAX] {
+        with_key(&model, &wrong, "llama.vocab_size", Value::U32(says), &[]);
+        let out = dir.path().join(says.to_string());
+        let (code, _, stderr) = dim_split(&wrong, &["--middle", "1..2", "--out", out.to_str().unwrap()]);
+        assert_eq!(code, Some(0), "{says}: {stderr}");
+        let middle = Gguf::open(out.join("w.middle-1..2.gguf")).unwrap();
+        assert_eq!(middle.get("llama.vocab_size").unwrap(), Value::U32(512), "{says}");
+    }
+}
+
 #[test]
 fn each_program_says_its_own_name() {
     for (program, path) in

@@ -61,18 +61,21 @@ pub(super) fn slice<'a>(
 /// vocabulary is said instead.
 fn metadata<'a>(of: &Common<'a, '_>, role: Role) -> Vec<(Cow<'a, str>, Value<'a>)> {
     let is_middle = role == Role::Middle;
+    let vocab_size = model_vocab_size(&of.hparams.arch);
+    let n_vocab = Value::U32(of.hparams.n_vocab);
     let mut out: Vec<(Cow<'a, str>, Value<'a>)> = Vec::new();
     for entry in of.gguf.carried() {
         let value = match entry.key {
             "tokenizer.ggml.model" if is_middle => Value::string("none"),
+            // nobody looks at it beside a tokenizer, and some files have it wrong
+            key if is_middle && key == vocab_size => n_vocab.clone(),
             key if is_middle && key.starts_with("tokenizer.") => continue,
             _ => entry.value,
         };
         out.push((Cow::Borrowed(entry.key), value));
     }
-    let vocab_size = model_vocab_size(&of.hparams.arch);
     if is_middle && of.gguf.entry(&vocab_size).is_none() {
-        out.push((Cow::Owned(vocab_size), Value::U32(of.hparams.n_vocab)));
+        out.push((Cow::Owned(vocab_size), n_vocab));
     }
     out
 }
