@@ -35,12 +35,22 @@ static void check_special(const llama_vocab & vocab) {
     need(bert || llama_vocab_get_add_sep(&vocab), llama_vocab_sep(&vocab), "separator");
 }
 
+// What merging asserts on: words with spaces in them. One pre-tokenizer (of embedders) leaves them there where the tokenizer is
+// not of the kind that takes them out before.
+static void check_words(const llama_vocab & vocab) {
+    if (llama_vocab_type(&vocab) != LLAMA_VOCAB_TYPE_BPE) return;
+    if (vocab.get_pre_type() == LLAMA_VOCAB_PRE_TYPE_WHITESPACE && vocab.get_tokenizer_model() != "whitespace") {
+        fail(DIM_NO_TOKENIZER, "the tokenizer's words are split at white space, and its merges take no such words");
+    }
+}
+
 dim_status dim_model_tokenize(const dim_model * model, const char * text, size_t length, bool add_special,
                               bool parse_special, int32_t * tokens, size_t capacity, int64_t * n_tokens) {
     return guarded([&] {
         const auto & vocab = need_tokenizer(model);
         if (length > INT32_MAX / 2)
             fail(DIM_INVALID_ARGUMENT, "a text of %zu bytes: at most %d", length, INT32_MAX / 2);
+        check_words(vocab);
         if (add_special) check_special(vocab);
         const int32_t room = (int32_t) std::min<size_t>(capacity, INT32_MAX);
         const int32_t n = llama_tokenize(&vocab, text, (int32_t) length, tokens, room, add_special, parse_special);

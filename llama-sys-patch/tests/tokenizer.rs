@@ -15,7 +15,7 @@ mod common;
 const RUN: usize = 20_000;
 
 /// All that llama.cpp names but two that want a vocabulary of another kind: gemma4 is split without `std::regex`,
-/// whitespace (an embedder's) leaves spaces in its words, which llama.cpp's merges do not take.
+/// whitespace (an embedder's) is refused.
 const PRE_TOKENIZERS: [&str; 90] = [
     "a.x-4.0",
     "afmoe",
@@ -144,6 +144,18 @@ fn a_run_of_one_kind_of_character_ends_no_tokenizer() {
             let dropped = bytes.is_empty();
             assert!(bytes == text.as_bytes() || dropped, "{pre}: {run:?}: the text came back otherwise");
         }
+    }
+}
+
+/// llama.cpp's merges assert that there is no space in a word, and the words of this one are made of them.
+#[test]
+fn a_tokenizer_that_would_end_the_process_at_two_spaces_is_refused() {
+    let file = common::write(&Spec::tiny("qwen2").unwrap());
+    let folder = tempfile::tempdir().unwrap();
+    let model = with_pre(&Gguf::open(&file.path).unwrap(), &folder.path().join("pre.gguf"), "whitespace");
+    for text in ["a  b", "a"] {
+        let error = model.tokenize(text, false, false).unwrap_err();
+        assert!(error.to_string().contains("split at white space"), "{error}");
     }
 }
 
