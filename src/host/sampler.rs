@@ -12,7 +12,7 @@ use crate::host::constraint::{Constraint, ConstraintError, Follower};
 /// How a token is chosen, with llama.cpp's words and defaults.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Sampling {
-    /// Temperature; 0 takes the most likely token each time (greedy).
+    /// Temperature; 0 takes the most likely token each time (greedy), and so does everything below a millionth.
     pub temperature: f32,
     /// Keep only this many of the most likely tokens (0 or -1 = all).
     pub top_k: i32,
@@ -127,7 +127,8 @@ impl Sampler {
         let biases: Vec<_> =
             biases.map(|&(token, bias)| LlamaLogitBias::new(LlamaToken(token), bias)).collect();
         let bias = LlamaSampler::logit_bias(n_vocab_c, &biases);
-        let chain = if options.temperature == 0.0 {
+        let random = options.temperature >= LEAST_TEMPERATURE;
+        let chain = if !random {
             vec![bias, penalties, LlamaSampler::greedy()]
         } else {
             vec![
@@ -145,7 +146,7 @@ impl Sampler {
             candidates: LlamaTokenDataArray::new(Vec::with_capacity(n_vocab), false),
             constraint: constraint.transpose()?,
             seed,
-            random: options.temperature > 0.0,
+            random,
         })
     }
 
@@ -195,6 +196,9 @@ impl Sampler {
     }
 }
 
+/// Logits divided by much less are infinite, all of them alike; by this, no two that differ are both likely.
+const LEAST_TEMPERATURE: f32 = 1e-6;
+
 /// More than any context has; a ring of as many is 4 MiB.
 const ALL_TOKENS: i32 = 1 << 20;
 
@@ -219,6 +223,17 @@ mod tests {
         let mut s = Sampler::new(&Sampling::greedy(), 5).unwrap();
         assert_eq!(s.sample(&[0.1, 3.0, -2.0, 2.9, 0.0]), Ok(Some(1)));
         assert_eq!(s.sample(&[]), Ok(None));
+    }
+
+    #[test]
+    fn a_temperature_that_is_nearly_zero_takes_the_largest_logit_too() {
+        for temperature in [f32::from_bits(1), 1e-40, f32::MIN_POSITIVE, 1e-37, 1e-30, 1e-7, 1e-6] {
+            let sampling = Sampling { temperature, top_k: 0, top_p: 1.0, min_p: 0.0, ..Sampling::default() };
+            let mut s = Sampler::new(&sampling, 5).unwrap();
+            for _ in 0..20 {
+                assert_eq!(s.sample(&[20.1, 23.0, -22.0, 22.9, 0.0]), Ok(Some(1)), "{temperature}");
+            }
+        }
     }
 
     #[test]
