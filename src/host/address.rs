@@ -24,6 +24,9 @@ pub enum BadAddress {
     /// No machine has such a name.
     #[error("{0:?} is no address and no name of a machine")]
     Name(String),
+    /// A link's own address, which every link of the machine has: nobody can tell which is meant.
+    #[error("{0:?} is an address of a link, and does not say which")]
+    NoZone(String),
     /// This machine has no such interface.
     #[error("there is no network interface {zone:?}, which {address:?} names")]
     Zone {
@@ -39,7 +42,9 @@ impl BadAddress {
     pub fn hint(&self) -> &'static str {
         match self {
             BadAddress::Port { .. } => "a port is 1 to 65535, as in 192.168.1.20:7878",
-            BadAddress::Zone { .. } => "`ip link` or `ifconfig` lists them: [fe80::1%en0]:7878",
+            BadAddress::Zone { .. } | BadAddress::NoZone(_) => {
+                "`ip link` or `ifconfig` lists them: [fe80::1%en0]:7878"
+            }
             _ => "as in 192.168.1.20:7878, phone.local or [fe80::1%en0]:7878",
         }
     }
@@ -105,7 +110,12 @@ fn split(text: &str) -> Result<(String, Option<u16>), BadAddress> {
 fn with_zone(v6: &str, text: &str) -> Result<String, BadAddress> {
     let (ip, zone) = v6.split_once('%').map_or((v6, None), |(ip, zone)| (ip, Some(zone)));
     let ip: Ipv6Addr = ip.parse().map_err(|_| BadAddress::Name(text.to_owned()))?;
-    let Some(zone) = zone else { return Ok(ip.to_string()) };
+    let Some(zone) = zone else {
+        return match ip.is_unicast_link_local() {
+            true => Err(BadAddress::NoZone(text.to_owned())),
+            false => Ok(ip.to_string()),
+        };
+    };
     let by_name = || {
         let interfaces = if_addrs::get_if_addrs().unwrap_or_default();
         interfaces.into_iter().find(|interface| interface.name == zone).and_then(|interface| interface.index)
@@ -152,7 +162,16 @@ mod tests {
         ] {
             assert!(complete(text).is_err(), "{text}");
         }
-        for text in ["[::1]x", "[::1]:", "[h]:1", "1:2:3", "[fe80::1%no-such-interface]:1", "h/x:1"] {
+        for text in [
+            "[::1]x",
+            "[::1]:",
+            "[h]:1",
+            "1:2:3",
+            "[fe80::1%no-such-interface]:1",
+            "[fe80::1]:1",
+            "fe80::1",
+            "h/x:1",
+        ] {
             assert!(complete(text).is_err(), "{text}");
         }
     }
