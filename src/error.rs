@@ -113,10 +113,12 @@ pub enum Error {
 
     // ---- who has which blocks
     /// No stage has these blocks.
-    #[error("nobody has blocks {blocks}")]
+    #[error("nobody has blocks {blocks}: {}", who_has(.held))]
     NobodyHas {
         /// The blocks.
         blocks: BlockRange,
+        /// Who has which.
+        held: Vec<(String, BlockRange)>,
     },
     /// No worker has these blocks, and the slice is not at hand.
     #[error("nobody has blocks {blocks}: no worker holds them, and {} is not here", path.display())]
@@ -126,14 +128,24 @@ pub enum Error {
         /// The slice.
         path: PathBuf,
     },
+    /// The slices that stay with the host are not beside the manifest that names them.
+    #[error("{} is not there, which {} names", path.display(), manifest.display())]
+    NotBeside {
+        /// The slice.
+        path: PathBuf,
+        /// The manifest.
+        manifest: PathBuf,
+    },
     /// A stage gives other rows than the next one takes.
     #[error(transparent)]
     OtherRows(Box<OtherRows>),
     /// More than one stage has a block.
-    #[error("two stages have block {block}")]
+    #[error("two stages have block {block}: {}", who_has(.held))]
     TwoHave {
         /// The block.
         block: u32,
+        /// Who has which.
+        held: Vec<(String, BlockRange)>,
     },
 
     // ---- workers
@@ -293,6 +305,9 @@ impl Error {
                 "name the worker that holds them with `HostBuilder::worker`, or their file with `Host::of_slices`"
             }
             Error::NotHere { .. } => NAME_THE_WORKER,
+            Error::NotBeside { .. } => {
+                "dim-split writes a manifest and its slices into one folder: keep them together, or cut the model again"
+            }
             Error::OtherRows(_) => {
                 "take the slices of one dim-split run, and one version of DIM on all machines"
             }
@@ -423,6 +438,11 @@ fn named((name, sha256): &(String, Sha)) -> String {
 fn too_few_sessions(address: &str, has: u32, needed: u32) -> String {
     let sessions = if has == 1 { "session" } else { "sessions" };
     format!("the worker at {address} serves {has} {sessions} at once, this host is to have {needed}")
+}
+
+fn who_has(held: &[(String, BlockRange)]) -> String {
+    let each = held.iter().map(|(who, blocks)| format!("{who} has {blocks}"));
+    each.collect::<Vec<_>>().join(", ")
 }
 
 fn ranges(blocks: &[BlockRange]) -> String {

@@ -151,7 +151,25 @@ fn a_worker_that_does_not_fit_is_refused_with_the_side_to_fix() {
     // other blocks of the same model
     let elsewhere = Cut::new(&Spec::tiny("qwen2").unwrap(), &["2..3"]);
     let says = failure(&mut elsewhere.generate(&[at], &[]), 2);
-    assert!(says.contains("block"), "{says}");
+    assert!(
+        says.contains("two stages have block 1: ")
+            && says.contains("model.head.gguf has 0..1, ")
+            && says.contains(&format!("{at} has 1..2, ")),
+        "{says}"
+    );
+    // the same worker twice
+    let says = failure(&mut cut.generate(&[at, &at.replace("127.0.0.1", "localhost")], &[]), 2);
+    assert!(
+        says.contains(&format!("{at} has 1..2, localhost")) && says.contains("name each worker once"),
+        "{says}"
+    );
+    // a manifest that was taken away from its slices
+    let away = tempfile::tempdir().unwrap();
+    let moved = away.path().join("m.split.json");
+    std::fs::copy(&cut.split, &moved).unwrap();
+    let mut command = Command::new(host_program());
+    let says = failure(command.args(["generate", "-p", "a", "--split"]).arg(&moved), 2);
+    assert!(says.contains("is not there") && says.contains("one folder"), "{says}");
     // a longer context than the worker's
     let says = failure(cut.generate(&[at], &[]).args(["--ctx", "600"]), 2);
     assert!(says.contains("600") && says.contains("512"), "{says}");

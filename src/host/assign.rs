@@ -1,6 +1,6 @@
 //! Who holds which blocks: every block of the model in exactly one stage.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use dim_core::blocks::BlockRange;
 use dim_wire::HandshakeError;
@@ -40,6 +40,15 @@ pub(crate) enum Holder {
     Connected { address: String, stage: Box<WorkerStage> },
 }
 
+impl std::fmt::Display for Holder {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Holder::Here { path, .. } => path.display().fmt(f),
+            Holder::Worker { address, .. } | Holder::Connected { address, .. } => f.write_str(address),
+        }
+    }
+}
+
 /// What comes of the first key that is not a stranger's to the worker: a key belongs to a worker, wherever that is now.
 pub(crate) fn with_one_of<'k, T>(
     keys: impl IntoIterator<Item = &'k Key>,
@@ -76,14 +85,22 @@ impl Split {
             if middles.iter().any(|m| m.blocks.first == middle.blocks.first) {
                 continue;
             }
+            // where a worker has others of these blocks, that is what is wrong
+            let others =
+                |m: &Assigned| m.blocks.first <= middle.blocks.last && middle.blocks.first <= m.blocks.last;
+            if !middle.path.is_file() && middles.iter().any(others) {
+                continue;
+            }
             let info = Box::new(self.open_middle(middle, events)?);
             let holder = Holder::Here { path: middle.path.clone(), info };
             middles.push(Assigned { blocks: middle.blocks, holder });
         }
         middles.sort_by_key(|m| m.blocks.first);
-        let between = middles.iter().map(|m| m.blocks);
-        let all = std::iter::once(self.head.blocks).chain(between).chain([self.tail.blocks]);
-        check_chain(all, self.head.model_blocks)?;
+        let file = |path: &Path| path.display().to_string();
+        let mut held = vec![(file(&self.files.head), self.head.blocks)];
+        held.extend(middles.iter().map(|m| (m.holder.to_string(), m.blocks)));
+        held.push((file(&self.files.tail), self.tail.blocks));
+        check_chain(&held, self.head.model_blocks)?;
         Ok(Assignment(middles))
     }
 
@@ -165,19 +182,21 @@ pub(crate) fn retrying(error: &LinkError, give_up_after: std::time::Duration) ->
 }
 
 /// Every block in exactly one stage, in order.
-fn check_chain(stages: impl Iterator<Item = BlockRange>, n_blocks: u32) -> Result<(), Error> {
+fn check_chain(held: &[(String, BlockRange)], n_blocks: u32) -> Result<(), Error> {
+    let nobody =
+        |first, last| Err(Error::NobodyHas { blocks: BlockRange { first, last }, held: held.to_vec() });
     let mut next = 0;
-    for blocks in stages {
+    for (_, blocks) in held {
         if blocks.first > next {
-            return Err(Error::NobodyHas { blocks: BlockRange { first: next, last: blocks.first - 1 } });
+            return nobody(next, blocks.first - 1);
         }
         if blocks.first < next {
-            return Err(Error::TwoHave { block: blocks.first });
+            return Err(Error::TwoHave { block: blocks.first, held: held.to_vec() });
         }
         next = blocks.last + 1;
     }
     match next < n_blocks {
-        true => Err(Error::NobodyHas { blocks: BlockRange { first: next, last: n_blocks - 1 } }),
+        true => nobody(next, n_blocks - 1),
         false => Ok(()),
     }
 }
@@ -187,16 +206,23 @@ mod tests {
     use super::*;
 
     fn check(blocks: &[(u32, u32)], n_blocks: u32) -> String {
-        let ranges = blocks.iter().map(|&(first, last)| BlockRange { first, last });
-        check_chain(ranges, n_blocks).map_or_else(|e| e.to_string(), |()| "whole".to_owned())
+        let held: Vec<_> = "abc"
+            .chars()
+            .zip(blocks)
+            .map(|(who, &(first, last))| (who.into(), BlockRange { first, last }))
+            .collect();
+        check_chain(&held, n_blocks).map_or_else(|e| e.to_string(), |()| "whole".to_owned())
     }
 
     #[test]
     fn every_block_has_to_be_in_exactly_one_stage() {
         assert_eq!(check(&[(0, 0), (1, 2), (3, 5)], 6), "whole");
-        assert_eq!(check(&[(0, 0), (3, 5)], 6), "nobody has blocks 1..2");
-        assert_eq!(check(&[(0, 0), (1, 3), (3, 5)], 6), "two stages have block 3");
-        assert_eq!(check(&[(0, 0), (1, 2)], 6), "nobody has blocks 3..5");
-        assert_eq!(check(&[(1, 5)], 6), "nobody has blocks 0..0");
+        assert_eq!(check(&[(0, 0), (3, 5)], 6), "nobody has blocks 1..2: a has 0..0, b has 3..5");
+        assert_eq!(
+            check(&[(0, 0), (1, 3), (3, 5)], 6),
+            "two stages have block 3: a has 0..0, b has 1..3, c has 3..5"
+        );
+        assert_eq!(check(&[(0, 0), (1, 2)], 6), "nobody has blocks 3..5: a has 0..0, b has 1..2");
+        assert_eq!(check(&[(1, 5)], 6), "nobody has blocks 0..0: a has 1..5");
     }
 }

@@ -43,9 +43,9 @@ pub(crate) struct SplitFiles {
 
 impl SplitFiles {
     /// Those that dim-split wrote beside `manifest`.
-    pub(crate) fn of_manifest(path: &Path) -> Result<SplitFiles, Error> {
-        let manifest = Manifest::read(path)?;
-        let file = |i: usize| Manifest::slice_path(path, &manifest.slices[i]);
+    pub(crate) fn of_manifest(manifest_path: &Path) -> Result<SplitFiles, Error> {
+        let manifest = Manifest::read(manifest_path)?;
+        let file = |i: usize| Manifest::slice_path(manifest_path, &manifest.slices[i]);
         let last = manifest.slices.len() - 1;
         let middles = (1..last).map(|i| {
             let slice = &manifest.slices[i];
@@ -58,7 +58,12 @@ impl SplitFiles {
             }
         });
         let middles = middles.collect();
-        Ok(SplitFiles { head: file(0), tail: file(last), middles, has_manifest: true })
+        let files = SplitFiles { head: file(0), tail: file(last), middles, has_manifest: true };
+        let missing = [&files.head, &files.tail].into_iter().find(|path| !path.exists()).cloned();
+        match missing {
+            Some(path) => Err(Error::NotBeside { path, manifest: manifest_path.to_owned() }),
+            None => Ok(files),
+        }
     }
 
     /// Those that somebody names one by one.

@@ -141,7 +141,7 @@ mod tests {
             assert_eq!(option(library), here);
         }
         // what has no option is said by the library alone
-        let (library, here) = said(&Error::TwoHave { block: 1 });
+        let (library, here) = said(&Error::TwoHave { block: 1, held: Vec::new() });
         assert_eq!(library, here);
     }
 }
