@@ -7,7 +7,7 @@ use clap::error::{ContextKind, ContextValue, ErrorKind};
 
 /// llama.cpp's short options of several letters, and what they are called in full. To this program's parser `-ngl 99`
 /// would be `-n gl 99`.
-const LONG: [(&str, &str); 18] = [
+const LONG: [(&str, &str); 34] = [
     ("-ngl", "--gpu-layers"),
     ("-ub", "--ubatch-size"),
     ("-fa", "--flash-attn"),
@@ -25,11 +25,27 @@ const LONG: [(&str, &str); 18] = [
     ("-ts", "--tensor-split"),
     ("-mg", "--main-gpu"),
     ("-md", "--model-draft"),
+    ("-np", "--parallel"),
+    ("-st", "--single-turn"),
+    ("-sysf", "--system-prompt-file"),
+    ("-mli", "--multiline-input"),
+    ("-nkvo", "--no-kv-offload"),
+    ("-nr", "--no-repack"),
+    ("-ot", "--override-tensor"),
+    ("-cmoe", "--cpu-moe"),
+    ("-ncmoe", "--n-cpu-moe"),
+    ("-kvu", "--kv-unified"),
+    ("-cb", "--cont-batching"),
+    ("-cram", "--cache-ram"),
+    ("-fit", "--fit"),
+    ("-mm", "--mmproj"),
+    ("-bf", "--binary-file"),
+    ("-to", "--timeout"),
     ("--n-predict", "--predict"),
 ];
 
 /// llama.cpp's options that a program here does not have, and what to do instead.
-const INSTEAD: [(&[&str], &str); 10] = [
+const INSTEAD: [(&[&str], &str); 12] = [
     (
         &["--model", "-m"],
         "it runs the slices of a model: --split STEM.split.json, which `dim-split MODEL.gguf --middle A..B` writes; `dim-host \
@@ -39,13 +55,38 @@ const INSTEAD: [(&[&str], &str); 10] = [
     (&["--conversation", "--interactive", "-i"], "`dim-host chat` is the conversation"),
     (&["--no-conversation", "--single-turn"], "leave it out: only `dim-host chat` is a conversation"),
     (&["--host", "--port"], "--listen ADDR:PORT says both"),
+    (&["--parallel"], "one reply at a time here; `dim-host serve --parallel N` gives several"),
+    (
+        &["--jinja", "--chat-template", "--system-prompt", "--system-prompt-file", "--multiline-input"],
+        "templates are for conversations: `dim-host chat` and `dim-host serve` read the model's, or --chat-template; --system \
+         begins a chat, and a pasted text of several lines is one message",
+    ),
     (&["--threads-batch"], "leave it out: --threads is for prompts, too"),
     (
-        &["--mlock", "--numa", "--poll", "--prio"],
-        "leave it out: memory and threads are left to the system here",
+        &[
+            "--mlock",
+            "--numa",
+            "--poll",
+            "--prio",
+            "--no-repack",
+            "--kv-unified",
+            "--cont-batching",
+            "--cache-ram",
+        ],
+        "leave it out: memory and threads are left to the system and to this program here",
     ),
     (
-        &["--device", "--split-mode", "--tensor-split", "--main-gpu"],
+        &[
+            "--device",
+            "--split-mode",
+            "--tensor-split",
+            "--main-gpu",
+            "--no-kv-offload",
+            "--override-tensor",
+            "--cpu-moe",
+            "--n-cpu-moe",
+            "--fit",
+        ],
         "--gpu-layers says how many blocks go to the GPU; what else leaves this machine goes to a worker",
     ),
     (
@@ -158,6 +199,12 @@ mod tests {
             (&["x", "-no-cnv"], "leave it out"),
             (&["x", "--port=80"], "--listen"),
             (&["x", "-tb", "4"], "--threads"),
+            (&["x", "-np", "4"], "serve --parallel"),
+            (&["x", "-cmoe"], "--gpu-layers"),
+            (&["x", "-ncmoe", "4"], "--gpu-layers"),
+            (&["x", "-nkvo"], "--gpu-layers"),
+            (&["x", "-cram", "9"], "leave it out"),
+            (&["x", "--jinja"], "chat"),
             (&["x", "--json_schema", "{}"], "--temp"),
         ] {
             assert!(hint(args).is_some_and(|hint| hint.contains(says)), "{args:?}: {:?}", hint(args));
