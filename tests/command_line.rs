@@ -360,8 +360,14 @@ fn a_model_without_a_template_talks_in_chatml_or_in_what_it_is_given() {
 #[test]
 fn an_address_that_can_never_work_is_not_dialled() {
     let cut = Cut::tiny("llama");
-    for address in ["", "127.0.0.1:99999", "http://127.0.0.1:7878", "a b", "[fe80::1%no-such-interface]:7878"]
-    {
+    for address in [
+        "",
+        "127.0.0.1:99999",
+        "http://127.0.0.1:7878",
+        "a b",
+        "[fe80::1]:7878",
+        "[fe80::1%no-such-interface]:7878",
+    ] {
         let said = failure(&mut cut.generate(&[address], &["-n", "1"]), 2);
         assert!(said.contains("--worker") && said.contains("hint: "), "{address}: {said}");
         assert!(!said.contains("trying for"), "{address:?} was dialled: {said}");
@@ -456,6 +462,10 @@ fn options_without_a_place_here_are_answered_with_what_to_do_instead() {
         (&["stock", "-m", "a.gguf", "-p", "x", "-cnv"], "`dim-host chat`"),
         (&["stock", "-m", "a.gguf", "-p", "x", "-no-cnv"], "leave it out"),
         (&["stock", "-m", "a.gguf", "-p", "x", "--mlock"], "leave it out"),
+        (&["stock", "-m", "a.gguf", "-p", "x", "-np", "2"], "`dim-host serve --parallel N`"),
+        (&["stock", "-m", "a.gguf", "-p", "x", "-st"], "leave it out"),
+        (&["stock", "-m", "a.gguf", "-p", "x", "-cmoe"], "--gpu-layers"),
+        (&["stock", "-m", "a.gguf", "-p", "x", "--chat-template", "chatml"], "`dim-host chat`"),
         (&["stock", "-m", "a.gguf", "-p", "x", "--mirostat", "2"], "--top-k"),
     ] {
         let said = failure(Command::new(host_program()).args(args), 2);
@@ -469,6 +479,35 @@ fn options_without_a_place_here_are_answered_with_what_to_do_instead() {
     assert_eq!(report(&mut cut.stock(&["--n-predict", "2", "--ignore-eos"])).tokens.len(), 2);
     let said = failure(&mut cut.stock(&["--temp", "-1"]), 2);
     assert!(said.contains("--temp -1: must be a number >= 0"), "{said}");
+}
+
+#[cfg(unix)]
+#[test]
+fn a_key_file_that_others_can_read_is_said() {
+    use std::os::unix::fs::PermissionsExt as _;
+    let cut = Cut::tiny("llama");
+    for (mode, is_said) in [(0o600, false), (0o644, true), (0o640, true)] {
+        std::fs::set_permissions(&cut.key, std::fs::Permissions::from_mode(mode)).unwrap();
+        let said = failure(&mut cut.generate(&["127.0.0.1:1"], &["-n", "1", "--give-up-after", "0"]), 1);
+        assert_eq!(said.contains(&format!("chmod 600 {}", cut.key.display())), is_said, "{mode:o}: {said}");
+    }
+}
+
+/// llama.cpp's log shows a file's keys as they are.
+#[test]
+fn no_text_of_a_file_reaches_the_terminal_raw_by_the_log() {
+    let cut = Cut::tiny("llama");
+    let evil = Value::string("\u{1b}[2J\u{1b}]0;owned\u{7}\u{9b}31m\u{202e}\u{2066}\u{200f}é中");
+    let file = cut.with_key("general.description", evil);
+    let mut command = Command::new(host_program());
+    let output = run(command.args(["stock", "-p", "a", "-n", "1", "-c", "64", "-v", "-m"]).arg(file));
+    let said = text(&output.stderr);
+    assert!(output.status.success() && said.contains("\\x1b[2J\\x1b]0;owned\\x07\\xc2\\x9b31m"), "{said}");
+    assert!(said.contains("é中"), "{said}");
+    let raw = said.chars().find(|&c| {
+        c.is_control() && c != '\n' && c != '\t' || matches!(c, '\u{200f}' | '\u{202e}' | '\u{2066}')
+    });
+    assert_eq!(raw, None, "{said:?}");
 }
 
 #[test]

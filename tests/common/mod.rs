@@ -160,6 +160,11 @@ impl Cut {
 pub(crate) fn key_file(folder: &Path) -> PathBuf {
     let key = folder.join("key");
     std::fs::write(&key, format!("{}\n", "5a".repeat(32))).unwrap();
+    #[cfg(unix)]
+    {
+        use std::os::unix::fs::PermissionsExt as _;
+        std::fs::set_permissions(&key, std::fs::Permissions::from_mode(0o600)).unwrap();
+    }
     key
 }
 

@@ -11,6 +11,7 @@ use dim_wire::transport::discover::MDNS_PORT;
 use gguf_tools::failure::Failure;
 use gguf_tools::manifest::Manifest;
 use gguf_tools::slice::SliceInfo;
+use gguf_tools::tell;
 use llama_sys_patch::LogLevel;
 
 use crate::explain;
@@ -120,10 +121,10 @@ impl SplitArgs {
 
     fn discovery(&self) -> Result<Discovery, Failure> {
         let keys = match &self.key_file {
-            Some(path) => Key::from_file(path).map(Discovery::with_key),
-            None => Discovery::of_user(),
+            Some(path) => Discovery::with_key(key_of_file(path)?),
+            None => Discovery::of_user().map_err(explain)?,
         };
-        Ok(Discovery { mdns_port: self.mdns_port, ..keys.map_err(explain)? })
+        Ok(Discovery { mdns_port: self.mdns_port, ..keys })
     }
 
     /// The number format that was asked for, if one was.
@@ -173,12 +174,26 @@ fn no_slices() -> Failure {
 /// There is none, or it cannot be read.
 pub fn keys_for(address: &str, file: Option<&Path>) -> Result<Vec<Key>, Failure> {
     let keys = match file {
-        Some(path) => Key::from_file(path).map(|key| vec![key]).map_err(Error::from),
+        Some(path) => return key_of_file(path).map(|key| vec![key]),
         None => KeyStore::of_user()
             .and_then(|store| store.for_address(address))
             .map_err(|source| Error::NoKey { address: address.to_owned(), source }),
     };
     keys.map_err(explain)
+}
+
+/// A `--key-file`. Where others can read it that is said: one in the store would not be used.
+///
+/// # Errors
+/// It cannot be read, or holds no key.
+pub fn key_of_file(path: &Path) -> Result<Key, Failure> {
+    let key = Key::from_file(path).map_err(explain)?;
+    #[cfg(unix)]
+    if std::fs::metadata(path).is_ok_and(|file| std::os::unix::fs::MetadataExt::mode(&file) & 0o077 != 0) {
+        let path = path.display();
+        tell!("note: {path}: other users can read this key; if it is still good, run: chmod 600 {path}");
+    }
+    Ok(key)
 }
 
 /// A worker's address, completed.

@@ -8,10 +8,10 @@ use std::process::ExitCode;
 use clap::parser::ValueSource;
 use clap::{CommandFactory as _, FromArgMatches as _, Parser};
 use dim::{StopHandle, Worker, device};
-use dim_cli::args::{MachineArgs, Verify};
+use dim_cli::args::{MachineArgs, Verify, key_of_file};
 use dim_cli::{explain, fetch, habits, shown};
 use dim_core::blocks::BlockRange;
-use dim_wire::keys::{Key, KeyStore};
+use dim_wire::keys::KeyStore;
 use dim_wire::transport::discover::MDNS_PORT;
 use gguf_tools::failure::Failure;
 use gguf_tools::tell;
@@ -96,7 +96,7 @@ fn run(args: &Args, chooses_rows: bool) -> Result<(), Failure> {
         .exact_rows(!chooses_rows)
         .software(device::software("dim-worker"));
     if let Some(path) = &args.key_file {
-        worker = worker.key(Key::from_file(path).map_err(explain)?);
+        worker = worker.key(key_of_file(path)?);
     }
     // it listens before the slice is loaded: an address that cannot be had is known at once, and a host is told that
     // this worker is loading
