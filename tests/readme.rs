@@ -11,7 +11,8 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::time::Duration;
 
-use common::{Server, Worker, host_program, text};
+use common::served::Server;
+use common::{Worker, host_program, text};
 use gguf_tools::synth::Spec;
 
 /// A block of commands.

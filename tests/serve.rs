@@ -5,106 +5,11 @@ mod common;
 
 use std::io::{BufRead, BufReader, Write};
 use std::net::TcpStream;
-use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
-use common::{Answer, Cut, PROMPT, Server, Worker, failure, report, signal};
+use common::served::{BEGINNINGS, N, Server, command, generated, greedy, parallel};
+use common::{Cut, PROMPT, Worker, failure, report, signal};
 use serde_json::{Value, json};
-
-impl Answer {
-    fn json(&self) -> Value {
-        serde_json::from_str(&self.2).unwrap_or_else(|e| panic!("{e}: {}", self.2))
-    }
-
-    /// Of an error, the field or the word.
-    fn word(&self) -> String {
-        let error = &self.json()["error"];
-        assert!(error["message"].as_str().is_some_and(|m| !m.is_empty()), "{}", self.2);
-        error["code"].as_str().or(error["param"].as_str()).unwrap_or_default().to_owned()
-    }
-}
-
-fn command(cut: &Cut, worker: &str, more: &[&str]) -> Command {
-    let mut command = cut.host("serve", &[worker]);
-    command.args(["--listen", "127.0.0.1:0", "--threads", "1", "--wire", "f32"]).args(more);
-    if !more.contains(&"--ctx") {
-        command.args(["--ctx", "512"]);
-    }
-    command
-}
-
-impl Server {
-    fn start(cut: &Cut, worker: &str, more: &[&str]) -> Server {
-        Server::spawn(command(cut, worker, more).stderr(Stdio::null()))
-    }
-
-    fn get(&self, path: &str) -> Value {
-        self.ask(&format!("GET {path} HTTP/1.1\r\nHost: localhost"), "").json()
-    }
-
-    fn post(&self, path: &str, body: &Value) -> Answer {
-        self.ask(&format!("POST {path} HTTP/1.1\r\nHost: localhost"), &body.to_string())
-    }
-
-    fn tokens(&self, body: &Value) -> Vec<i32> {
-        let answer = self.post("/v1/completions", body);
-        assert_eq!(answer.0, 200, "{}", answer.2);
-        tokens(&answer.json()["choices"][0]["tokens"])
-    }
-
-    /// Events of a stream, without the last.
-    fn events(&self, body: &Value) -> impl Iterator<Item = Value> + use<> {
-        self.events_at("/v1/completions", body)
-    }
-
-    fn events_at(&self, path: &str, body: &Value) -> impl Iterator<Item = Value> + use<> {
-        let mut body = body.clone();
-        body["stream"] = true.into();
-        let stream = self.send(&format!("POST {path} HTTP/1.1\r\nHost: localhost"), &body.to_string());
-        let lines = BufReader::new(stream).lines().map_while(Result::ok);
-        let data = lines.filter_map(|line| line.strip_prefix("data: ").map(str::to_owned));
-        data.take_while(|data| data != "[DONE]").map(|data| serde_json::from_str(&data).unwrap())
-    }
-
-    fn streamed(&self, body: &Value) -> Vec<i32> {
-        self.events(body).flat_map(|event| tokens(&event["choices"][0]["tokens"])).collect()
-    }
-
-    fn comes_true(&self, what: &str, is_true: impl Fn(&Server) -> bool) {
-        let start = Instant::now();
-        while !is_true(self) {
-            assert!(start.elapsed() < Duration::from_secs(60), "{what}: {}", self.get("/health"));
-            std::thread::sleep(Duration::from_millis(20));
-        }
-    }
-}
-
-fn tokens(list: &Value) -> Vec<i32> {
-    list.as_array().into_iter().flatten().map(|token| token.as_i64().unwrap() as i32).collect()
-}
-
-fn greedy(prompt: &str, n: usize) -> Value {
-    json!({"prompt": prompt, "temperature": 0, "max_tokens": n, "return_tokens": true, "ignore_eos": true})
-}
-
-fn parallel(cut: &Cut, listen: &str) -> Worker {
-    Worker::start_at(listen, &cut.slice(1), &cut.key, &["--parallel", "5"])
-}
-
-/// Where each of four conversations begins.
-const BEGINNINGS: [usize; 4] = [0, 60, 120, 200];
-const N: usize = 48;
-
-/// What each conversation gives by `dim-host generate`.
-fn generated(cut: &Cut, worker: &str) -> Vec<Vec<i32>> {
-    let n = N.to_string();
-    let one = |begin: usize| {
-        let mut generate =
-            cut.generate(&[worker], &["--wire", "f32", "--temp", "0", "-n", &n, "--ignore-eos"]);
-        report(generate.args(["-p", &PROMPT[begin..]])).tokens
-    };
-    BEGINNINGS.into_iter().map(one).collect()
-}
 
 /// What a model of random weights comes to the end of.
 fn short_schema() -> Value {
@@ -257,7 +162,7 @@ fn four_clients_at_once_and_a_worker_that_is_killed_change_no_token() {
     let mut worker = parallel(&cut, "127.0.0.1:0");
     let address = worker.address.clone();
     let expected = generated(&cut, &address);
-    let server = Server::start(&cut, &address, &["--parallel", "4"]);
+    let server = Server::start(&cut, &address, &["--parallel", "4", "--exact"]);
     for round in 0..3 {
         std::thread::scope(|scope| {
             for (begin, expected) in BEGINNINGS.into_iter().zip(&expected) {

@@ -1,6 +1,8 @@
 //! What the tests with real processes have in common: a cut model, workers, hosts, servers, and a relay between them.
 #![allow(dead_code, reason = "each test program uses a part of it")]
 
+pub(crate) mod served;
+
 use std::io::{BufRead, BufReader, Read, Write};
 use std::net::{Shutdown, SocketAddr, TcpListener, TcpStream};
 use std::path::{Path, PathBuf};
@@ -343,53 +345,6 @@ impl Drop for Worker {
         if let Some(reader) = self.reader.take() {
             let _ = reader.join();
         }
-    }
-}
-
-/// A `dim-host serve` process; ended when it is dropped.
-pub(crate) struct Server {
-    child: Child,
-    pub address: String,
-}
-
-/// An answer of a server: status, head in lower case, body.
-pub(crate) struct Answer(pub u16, pub String, pub String);
-
-impl Server {
-    /// Starts what `command` says and waits until it listens.
-    pub(crate) fn spawn(command: &mut Command) -> Server {
-        let mut child = command.stdout(Stdio::piped()).spawn().unwrap();
-        let mut line = String::new();
-        BufReader::new(child.stdout.take().unwrap()).read_line(&mut line).unwrap();
-        let address = line.trim().strip_prefix("listening on http://").expect(&line).to_owned();
-        Server { child, address }
-    }
-
-    pub(crate) fn pid(&self) -> u32 {
-        self.child.id()
-    }
-
-    /// Sends a request, after which the server closes; `head`: its lines, without the last line break.
-    pub(crate) fn send(&self, head: &str, body: &str) -> TcpStream {
-        let mut stream = TcpStream::connect(&self.address).unwrap();
-        stream.set_read_timeout(Some(Duration::from_secs(60))).unwrap();
-        write!(stream, "{head}\r\nContent-Length: {}\r\nConnection: close\r\n\r\n{body}", body.len())
-            .unwrap();
-        stream
-    }
-
-    pub(crate) fn ask(&self, head: &str, body: &str) -> Answer {
-        let mut text = String::new();
-        self.send(head, body).read_to_string(&mut text).unwrap();
-        let (head, body) = text.split_once("\r\n\r\n").unwrap_or_else(|| panic!("no head: {text}"));
-        Answer(head[9..12].parse().unwrap(), head.to_ascii_lowercase(), body.to_owned())
-    }
-}
-
-impl Drop for Server {
-    fn drop(&mut self) {
-        let _ = self.child.kill();
-        let _ = self.child.wait();
     }
 }
 

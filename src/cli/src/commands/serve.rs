@@ -28,6 +28,9 @@ pub struct ServeArgs {
     /// Replies at once; the workers need as many sessions (dim-worker --parallel)
     #[arg(long, visible_alias = "np", value_name = "N", default_value_t = 1)]
     parallel: u32,
+    /// Never evaluate rows of two replies together: each is, token for token, what it is alone, and all take longer
+    #[arg(long)]
+    exact: bool,
     /// Another template than the model's: Jinja itself, a file of it, or `chatml`
     #[arg(long, visible_alias = "chat-template-file", value_name = "JINJA|FILE|chatml")]
     chat_template: Option<String>,
@@ -87,6 +90,7 @@ pub fn run(args: &ServeArgs) -> Result<(), Failure> {
     let options = args.options()?;
     let interrupt = Interrupt::watch();
     let host = args.split.host(&args.machine)?.sessions(args.parallel);
+    let host = host.batch_rows(if args.exact { 1 } else { args.parallel });
     if let Some(template) = &options.chat_template {
         host.check_chat_template(Some(template)).map_err(explain)?;
     }
