@@ -136,6 +136,22 @@ pub enum Error {
         /// The manifest.
         manifest: PathBuf,
     },
+    /// Workers' blocks are to run here when they stay away, and a slice for that is not at hand.
+    #[error("blocks {blocks} could not run here if their worker stays away: {} is not here", path.display())]
+    NoReserve {
+        /// The blocks.
+        blocks: BlockRange,
+        /// The slice.
+        path: PathBuf,
+    },
+    /// The same where no file is named.
+    #[error(
+        "blocks {blocks} could not run here if their worker stays away: no slice with these blocks is named"
+    )]
+    NoReserveNamed {
+        /// The blocks.
+        blocks: BlockRange,
+    },
     /// A stage gives other rows than the next one takes.
     #[error(transparent)]
     OtherRows(Box<OtherRows>),
@@ -307,6 +323,9 @@ impl Error {
             Error::NotHere { .. } => NAME_THE_WORKER,
             Error::NotBeside { .. } => {
                 "dim-split writes a manifest and its slices into one folder: keep them together, or cut the model again"
+            }
+            Error::NoReserve { .. } | Error::NoReserveNamed { .. } => {
+                "copy the slices of the workers beside the split file, or do without `HostBuilder::fall_back`"
             }
             Error::OtherRows(_) => {
                 "take the slices of one dim-split run, and one version of DIM on all machines"

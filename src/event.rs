@@ -118,6 +118,16 @@ pub enum Event {
         /// How many steps.
         steps: usize,
     },
+    /// A worker stayed away for longer than it is looked for: its blocks run in this process from now on, for as long as the
+    /// host lives. Where that was in the middle of a reply, their cache is being filled, and [`Event::Back`] follows.
+    FellBack {
+        /// The stage's name until now.
+        stage: String,
+        /// Its name from now on.
+        by: String,
+        /// How many steps are evaluated again.
+        steps: usize,
+    },
     /// A worker is back where it was.
     Back {
         /// The stage's name.
@@ -259,6 +269,11 @@ impl Events {
             // not under the other lock: who is told may ask for something that looks here
             *lock(&self.panic) = Some(panic);
         }
+    }
+
+    /// The same hearer, of something that ends with another word.
+    pub(crate) fn until(&self, off: CallOff) -> Events {
+        Events { off, ..self.clone() }
     }
 
     /// What ends it from outside.

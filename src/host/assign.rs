@@ -7,6 +7,7 @@ use dim_wire::HandshakeError;
 use dim_wire::keys::Key;
 use dim_wire::terms::SliceRole;
 use dim_wire::transport::{LinkError, LinkErrorKind, Timing, inquire_unless};
+use gguf_tools::plan::Role;
 use gguf_tools::slice::SliceInfo;
 
 use crate::error::Error;
@@ -75,7 +76,15 @@ impl Split {
     pub(crate) fn assign(&self, options: &HostOptions, events: &Events) -> Result<Assignment, Error> {
         let mut middles = Vec::new();
         for (address, keys) in &options.workers {
-            middles.push(self.ask(address, keys, options, events)?);
+            match self.ask(address, keys, options, events) {
+                Ok(middle) => middles.push(middle),
+                // its file is here, and taken below
+                Err(Error::Link(error)) if options.falls_back && error.may_pass() => {
+                    let (stage, by) = (format!("middle @ {address}"), Role::Middle.to_string());
+                    events.tell(Event::FellBack { stage, by, steps: 0 });
+                }
+                Err(error) => return Err(error),
+            }
         }
         if let Some(search) = &options.search {
             middles.extend(self.find(search, &middles, options, events)?);

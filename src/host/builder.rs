@@ -45,6 +45,7 @@ pub(crate) struct HostOptions {
     pub mmap: bool,
     pub canary: bool,
     pub patience: Patience,
+    pub falls_back: bool,
     pub step_timeout: Duration,
     pub software: String,
     pub off: CallOff,
@@ -92,6 +93,7 @@ impl HostBuilder {
             mmap: false,
             canary: true,
             patience: Patience::default(),
+            falls_back: false,
             step_timeout: Duration::from_secs(120),
             software: device::software("dim"),
             off: CallOff::new(),
@@ -174,6 +176,15 @@ impl HostBuilder {
     /// How long a lost worker is looked for.
     pub fn patience(mut self, patience: Patience) -> HostBuilder {
         self.options.patience = patience;
+        self
+    }
+
+    /// Whether the blocks of a worker that stays away for longer than [`patience`](Self::patience) says run in this process
+    /// then, from the slice that is beside the manifest, if there is memory for it; they do not, unless this says so. The
+    /// reply goes on with what it would have been (the slice is told again what the worker was told, in the same chunks; a
+    /// worker of another kind, a phone, rounds otherwise). It stays so for as long as the host lives.
+    pub fn fall_back(mut self, yes: bool) -> HostBuilder {
+        self.options.falls_back = yes;
         self
     }
 
@@ -269,6 +280,9 @@ impl HostBuilder {
             if keys.is_empty() {
                 return Err(Error::NoKey { address, source: KeyError::NotPaired { address: given.clone() } });
             }
+        }
+        if self.options.falls_back {
+            self.files.have_reserves()?;
         }
         let split = Split::open(self.files, self.options.verify, events)?;
         if self.options.wire_is_free && split.head.is_half {

@@ -4,6 +4,7 @@ use std::sync::Arc;
 
 use dim_core::guard::{Guarded, Room};
 use dim_core::pipeline::{Pipeline, StageSlot};
+use dim_core::reserve::OrHere;
 use dim_core::stage::RemoteStage;
 use dim_wire::transport::Timing;
 use gguf_tools::plan::Role;
@@ -22,6 +23,7 @@ use crate::retry::{Retry, retry, wait};
 use crate::stage::load::{self, LoadOptions};
 use crate::stage::local::LlamaStage;
 use crate::stage::remote::WorkerStage;
+use crate::stage::reserve::SliceReserve;
 use crate::terms;
 
 /// A middle whose worker, if it has one, is dialled.
@@ -77,7 +79,10 @@ impl Assignment {
                 }
                 Dialled::Remote(stage, worker) => {
                     sides.extend(worker);
-                    StageSlot::Remote(stage)
+                    StageSlot::Remote(match options.falls_back {
+                        true => or_here(stage, split, &load_options, events)?,
+                        false => stage,
+                    })
                 }
             });
         }
@@ -92,6 +97,19 @@ impl Assignment {
         let model_name = split.head.model_name.as_str().into();
         Ok(Host { engine, vocabulary, n_ctx, model_name })
     }
+}
+
+/// A worker's stage whose blocks run here if it stays away.
+fn or_here(
+    stage: Box<dyn RemoteStage>,
+    split: &Split,
+    options: &LoadOptions,
+    events: &Events,
+) -> Result<Box<dyn RemoteStage>, Error> {
+    let Some(blocks) = stage.blocks() else { return Ok(stage) };
+    let (path, slice) = split.reserve(blocks, events)?;
+    let reserve = SliceReserve::new(path, slice, split.verify(), *options, events);
+    Ok(Box::new(OrHere::new(stage, Box::new(reserve))))
 }
 
 fn here(info: &SliceInfo) -> Placement {

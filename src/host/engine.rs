@@ -304,6 +304,9 @@ fn event_of(event: PipelineEvent<'_>) -> Event {
             Event::Paused { stage: stage.to_owned(), reason: reason.to_owned(), give_up_after }
         }
         PipelineEvent::Replaying { stage, steps } => Event::Replaying { stage: stage.to_owned(), steps },
+        PipelineEvent::Replaced { stage, by, steps } => {
+            Event::FellBack { stage: stage.to_owned(), by: by.to_owned(), steps }
+        }
         PipelineEvent::Back { stage, after } => Event::Back { stage: stage.to_owned(), after },
     }
 }

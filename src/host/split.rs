@@ -86,6 +86,14 @@ impl SplitFiles {
         Ok(SplitFiles { head: head.to_owned(), tail: tail.to_owned(), middles, has_manifest: false })
     }
 
+    /// Every middle's file is here, to take its worker's place.
+    pub(crate) fn have_reserves(&self) -> Result<(), Error> {
+        match self.middles.iter().find(|middle| !middle.path.is_file()) {
+            Some(middle) => Err(Error::NoReserve { blocks: middle.blocks, path: middle.path.clone() }),
+            None => Ok(()),
+        }
+    }
+
     fn middle(&self, blocks: BlockRange) -> Option<&MiddleFile> {
         self.middles.iter().find(|m| m.blocks == blocks)
     }
@@ -134,6 +142,23 @@ impl Split {
         let info = load::open(&middle.path, Role::Middle, self.verify, events)?;
         same_model(&self.files.head, &self.head, &middle.path, &info)?;
         Ok(info)
+    }
+}
+
+impl Split {
+    /// The file of a worker's blocks, which is to take its place if it stays away, and which slice it is.
+    pub(crate) fn reserve(&self, blocks: BlockRange, events: &Events) -> Result<(PathBuf, Sha), Error> {
+        let middle = self.files.middle(blocks).ok_or(Error::NoReserveNamed { blocks })?;
+        let info = self.open_middle(middle, events)?;
+        match info.blocks == blocks && middle.sha256.is_none_or(|named| named == info.slice_sha256) {
+            true => Ok((middle.path.clone(), info.slice_sha256)),
+            false => Err(Error::NoReserve { blocks, path: middle.path.clone() }),
+        }
+    }
+
+    /// When weights are compared with their digests.
+    pub(crate) fn verify(&self) -> Verify {
+        self.verify
     }
 }
 

@@ -4,5 +4,6 @@ pub mod load;
 pub mod local;
 mod memory;
 pub mod remote;
+pub(crate) mod reserve;
 pub mod trial;
 pub mod verified;

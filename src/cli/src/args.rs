@@ -62,6 +62,10 @@ pub struct SplitArgs {
     no_canary: bool,
     #[command(flatten)]
     patience: PatienceArgs,
+    /// What goes on when a worker stays away for longer than that: `local`: its blocks run here from then on, from the slice
+    /// beside the split file, where there is memory for it
+    #[arg(long, value_name = "local", value_parser = ["local"])]
+    fallback: Option<String>,
     /// The port of multicast DNS, for tests
     #[arg(long, value_name = "PORT", default_value_t = MDNS_PORT, hide = true)]
     mdns_port: u16,
@@ -87,6 +91,7 @@ impl SplitArgs {
             .mmap(self.mmap)
             .canary(!self.no_canary)
             .patience(self.patience.patience())
+            .fall_back(self.fallback.is_some())
             .step_timeout(Duration::from_secs(self.step_timeout))
             .software(device::software("dim-host"));
         if let Some(wire) = self.wire() {

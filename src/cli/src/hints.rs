@@ -39,6 +39,9 @@ pub(crate) fn hint(error: &Error) -> Option<String> {
             "name the worker that holds them with --worker ADDR:PORT, or the file with --middle FILE"
         }
         Error::NotHere { .. } | Error::Discover(_) => NAME_THE_WORKER,
+        Error::NoReserve { .. } | Error::NoReserveNamed { .. } => {
+            "copy the workers' slices beside STEM.split.json, or name them with --middle FILE; or do without --fallback local"
+        }
         Error::NoKey { address, .. } => {
             let pair = format!("dim-host pair {address}, with the code that the worker shows");
             return Some(format!("{pair}; or --key-file FILE, the same on both sides"));

@@ -81,6 +81,13 @@ fn line(event: &Event, verbose: bool) -> Option<String> {
         Event::Replaying { stage, steps } => {
             format!("[{stage} answers again; sending it {steps} steps once more]")
         }
+        Event::FellBack { stage, steps, .. } => {
+            let again =
+                if *steps > 0 { format!("; {steps} steps are evaluated again") } else { String::new() };
+            format!(
+                "[{stage} stayed away: its blocks run here from now on, until this is started anew{again}]"
+            )
+        }
         Event::Back { stage, after } => format!("[{stage} is back after {:.1} s]", after.as_secs_f64()),
         Event::Notice(notice) => notice.to_string(),
         Event::NotAnnounced { why } => {

@@ -10,6 +10,7 @@
 //! | [`pipeline`], [`shared`] | the stages, driven by the schedule; by several threads, each for a session |
 //! | [`simulator`], [`trace`] | the same schedule over stages that only take time, and what either driver did |
 //! | [`replay`], [`patience`] | what a worker that lost its memory is told again, and how long it is looked for |
+//! | [`reserve`] | its blocks in this process, when it stays away |
 //! | [`guard`], [`canary`] | a worker held against a known answer |
 
 #![forbid(unsafe_code)]
@@ -28,6 +29,7 @@ pub mod patience;
 pub mod pipeline;
 pub mod random;
 pub mod replay;
+pub mod reserve;
 pub mod rows;
 pub mod schedule;
 pub mod shared;

@@ -209,6 +209,11 @@ pub trait RemoteStage: Send {
     /// # Errors
     /// It has failed.
     fn poll_connected(&mut self) -> Result<bool, StageError>;
+    /// The worker is given up: whether there is something else in its place, which the next
+    /// [attempt to connect](Self::begin_reconnect) is one to get.
+    fn fall_back(&mut self) -> bool {
+        false
+    }
     /// Bytes sent, bytes received and steps answered since the start, over all connections.
     fn traffic(&self) -> Traffic;
     /// What its worker is held against, if anything.

@@ -20,10 +20,27 @@ struct State {
     /// by the names of stages
     away: BTreeMap<String, Away>,
     n_lost: u64,
+    /// workers whose blocks run here instead
+    fallen_back: Vec<String>,
     report: Option<Value>,
     report_at: Option<Instant>,
     /// when tokens came lately
     recent: std::collections::VecDeque<Instant>,
+}
+
+impl State {
+    /// A worker's blocks run here from now on; in the middle of a reply, once their cache is filled.
+    fn fell_back(&mut self, stage: &str, by: &str, steps: usize) {
+        let away = self.away.remove(stage);
+        if let Some(away) = away.filter(|_| steps > 0) {
+            let reason = "its blocks run here, and their cache is filled".to_owned();
+            self.away.insert(by.to_owned(), Away { state: "replaying", reason, ..away });
+        }
+        for placement in &mut self.stages {
+            placement.worker.take_if(|address| stage.ends_with(address.as_str()));
+        }
+        self.fallen_back.push(stage.to_owned());
+    }
 }
 
 struct Away {
@@ -56,6 +73,7 @@ impl Watch {
             Event::Replaying { stage, .. } => {
                 away(stage, "replaying", "it answers again, and its cache is filled")
             }
+            Event::FellBack { stage, by, steps } => state.fell_back(stage, by, *steps),
             Event::Back { stage, .. } => drop(state.away.remove(stage)),
             _ => {}
         }
@@ -127,7 +145,12 @@ impl Watch {
                 "since_s": away.since.elapsed().as_secs_f64(),
             })
         };
-        json!({"status": status, "away": state.away.iter().map(away).collect::<Vec<_>>(), "lost": state.n_lost})
+        json!({
+            "status": status,
+            "away": state.away.iter().map(away).collect::<Vec<_>>(),
+            "lost": state.n_lost,
+            "fallen_back": state.fallen_back,
+        })
     }
 
     /// The picture of the split.

@@ -8,6 +8,9 @@
 //!                   `--> Down: given up or useless; begun anew by the next step that needs it
 //! ```
 //!
+//! Where a stage [has something in its worker's place](RemoteStage::fall_back), it is Dialling when that is given up, once
+//! more: what is connected then is not the worker.
+//!
 //! None of it blocks: [`Pipeline::hear`] takes each worker as far as it gets. Its own thread dials
 //! ([`RemoteStage::begin_reconnect`]); everything else waits for answers as any step does.
 //!
@@ -118,6 +121,7 @@ impl Pipeline {
                 losses.again(since, &patience)
             }
         };
+        let next = next.or_else(|| self.falls_back(i, since).then_some(since));
         if next.is_none() && !self.blame_front(i, since, reason) {
             return;
         }
@@ -128,6 +132,17 @@ impl Pipeline {
         remote.lost_at.get_or_insert(now);
         remote.connection = Connection::Waiting(due);
         self.bring_back(i);
+    }
+
+    /// A worker's time is over: whether something else takes its place.
+    fn falls_back(&mut self, i: usize, since: Duration) -> bool {
+        let remote = self.remote(i);
+        let falls_back = remote.stage.fall_back();
+        if falls_back {
+            let began = remote.losses.as_ref().map_or(since, |losses| losses.since);
+            remote.given_up = Some(since.saturating_sub(began));
+        }
+        falls_back
     }
 
     /// A worker has come back again and again and given no new answer for too long: the oldest step that it was given
@@ -197,7 +212,13 @@ impl Pipeline {
     fn attempt_failed(&mut self, i: usize, error: StageError) {
         self.n_heard += 1;
         if !error.may_pass() {
-            let error = self.stage_error(i, error);
+            let error = match self.remote(i).given_up.take() {
+                // the worker is what was missed first
+                Some(after) => {
+                    PipelineError::WorkerGone { stage: self.slots[i].name.clone(), after, reason: error }
+                }
+                None => self.stage_error(i, error),
+            };
             return self.useless(i, error);
         }
         let since = self.clock.now().saturating_duration_since(self.start);
@@ -211,7 +232,7 @@ impl Pipeline {
         if is_news {
             self.tell_away(i, &error, limit);
         }
-        match next {
+        match next.or_else(|| self.falls_back(i, since).then_some(since)) {
             Some(next) => self.remote(i).connection = Connection::Waiting(self.start + next),
             None => {
                 let (stage, after) = (self.slots[i].name.clone(), since.saturating_sub(began));
@@ -244,10 +265,14 @@ impl Pipeline {
     }
 
     fn tell_replay(&mut self, i: usize) {
-        let slot = &self.slots[i];
-        if let Kind::Remote(remote) = &slot.kind {
-            (self.observer)(Event::Replaying { stage: &slot.name, steps: remote.log.n_steps() });
+        let slot = &mut self.slots[i];
+        let Kind::Remote(remote) = &slot.kind else { return };
+        let (by, steps) = (remote.stage.name(), remote.log.n_steps());
+        if by == slot.name {
+            return (self.observer)(Event::Replaying { stage: &slot.name, steps });
         }
+        (self.observer)(Event::Replaced { stage: &slot.name, by: &by, steps });
+        slot.name = by;
     }
 
     /// Holds a worker that is back against its canary. Whether that got on.
@@ -342,6 +367,7 @@ impl Pipeline {
         let slot = &mut self.slots[i];
         let Kind::Remote(remote) = &mut slot.kind else { return };
         remote.connection = Connection::Up;
+        remote.given_up = None;
         let after = remote.lost_at.take().map_or(Duration::ZERO, |lost| now.saturating_duration_since(lost));
         slot.stats.reconnects += 1;
         slot.stats.wait += after;

@@ -2,7 +2,7 @@
 //! [`recover`](super::recover).
 
 use std::collections::VecDeque;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use super::results::Doubt;
 use super::{Kind, Pipeline, PipelineError, Work};
@@ -52,6 +52,8 @@ pub(super) struct Remote {
     pub(super) log: ReplayLog,
     pub(super) losses: Option<Losses>,
     pub(super) lost_at: Option<Instant>,
+    /// it was looked for so long, and something else is to take its place
+    pub(super) given_up: Option<Duration>,
     pub(super) trips: RoundTrips,
     /// when each step without an answer was sent
     pub(super) sent_at: VecDeque<Instant>,
@@ -74,6 +76,7 @@ impl Remote {
             connection: Connection::Up,
             losses: None,
             lost_at: None,
+            given_up: None,
             trips: RoundTrips::default(),
             sent_at: VecDeque::new(),
             listens: false,

@@ -227,6 +227,80 @@ fn a_worker_that_stays_away_is_one_clear_error_per_session() {
     assert!(matches!(p.advance(None), Advance::Idle), "nothing is under way after an error");
 }
 
+/// What takes a worker's place in these tests: a stage, or a reason why not.
+struct Spare(Option<Box<dyn crate::stage::LocalStage>>);
+
+impl crate::reserve::Reserve for Spare {
+    fn begin(&mut self, bell: &Bell) {
+        bell.ring();
+    }
+    fn poll(&mut self) -> Result<Option<Box<dyn crate::stage::LocalStage>>, StageError> {
+        self.0.take().map(Some).ok_or_else(|| StageError::refused("no room"))
+    }
+}
+
+fn with_spare(worker: Scripted, has_one: bool) -> Pipeline {
+    let spare: Box<dyn crate::stage::LocalStage> =
+        Box::new(Local { memory: Memory::new(TakeBack::ALL), cost: FREE, world: World::new(0) });
+    let spare = Spare(has_one.then_some(spare));
+    scripted(vec![crate::reserve::OrHere::new(Box::new(worker), Box::new(spare))], Patience::default())
+}
+
+/// Lost at any of its calls and never seen again: what it was told is told to its blocks here, and nothing that comes out
+/// is another. Then they go on as a stage that was here from the start, rewinds too.
+#[test]
+fn a_worker_that_stays_away_is_replaced_by_its_blocks_here_and_no_result_changes() {
+    let ops = [
+        Op::Feed(0, vec![3, 2]),
+        Op::Feed(1, vec![4, 1, 1]),
+        Op::Rewind(0, 4),
+        Op::Feed(0, vec![2, 1, 1]),
+        Op::Rewind(1, 0),
+        Op::Feed(1, vec![5, 1]),
+    ];
+    let expected = run(&mut scripted(vec![Scripted::new(&[])], PATIENT), &ops).unwrap();
+    let mut n_replaced = 0;
+    for is_shared in [false, true] {
+        for at in 0..60 {
+            let breaks: Vec<bool> = (0..100_000).map(|call| call >= at).collect();
+            let mut p = with_spare(Scripted::new(&breaks), true);
+            p.set_shared(is_shared);
+            let heard = Arc::new(Mutex::new(Vec::new()));
+            let log = Arc::clone(&heard);
+            p.observe(move |event| {
+                if let Event::Replaced { stage, by, .. } = event {
+                    log.lock().unwrap().push(format!("{stage} by {by}"));
+                }
+            });
+            assert_eq!(run(&mut p, &ops).unwrap(), expected, "lost at call {at}");
+            let heard = heard.lock().unwrap();
+            assert!(heard.is_empty() || *heard == ["remote by local"], "{heard:?}");
+            n_replaced += heard.len();
+            assert_eq!(p.stages().nth(1).unwrap().0, if heard.is_empty() { "remote" } else { "local" });
+        }
+    }
+    assert!(n_replaced > 20, "{n_replaced}");
+}
+
+#[test]
+fn a_worker_whose_blocks_cannot_be_here_either_is_gone_and_looked_for_by_the_next_step() {
+    let breaks: Vec<bool> = (0..40).map(|_| true).collect();
+    let mut p = with_spare(Scripted::new(&breaks), false);
+    p.submit(Step::decode(ALICE, 0, 1));
+    let finished = drain(&mut p);
+    let [Finished { outcome: Err(error), .. }] = &finished[..] else { panic!("{finished:?}") };
+    assert!(matches!(error, PipelineError::WorkerGone { .. }), "{error}");
+    assert!(error.to_string().ends_with("remote is gone: no connection for 30 s (no room)"), "{error}");
+    for _ in 0..5 {
+        p.rewind(ALICE, 0);
+        p.submit(Step::decode(ALICE, 0, 1));
+        if drain(&mut p).iter().all(|finished| finished.outcome.is_ok()) {
+            return;
+        }
+    }
+    panic!("it was never found again");
+}
+
 /// A step at which a worker falls over each time is not retried for ever, and not as fast as it can: losses count until a
 /// new answer has come. Whoever else is there goes on.
 #[test]
@@ -314,6 +388,7 @@ fn the_observer_hears_of_a_loss_and_of_the_return() {
             Event::Lost { .. } => "lost",
             Event::Paused { .. } => "paused",
             Event::Replaying { .. } => "replaying",
+            Event::Replaced { .. } => "replaced",
             Event::Back { .. } => "back",
         });
     });

@@ -127,6 +127,15 @@ pub enum Event<'a> {
         /// How many steps.
         steps: usize,
     },
+    /// A worker is given up, and something else has taken its place: its cache is being filled.
+    Replaced {
+        /// The stage's name.
+        stage: &'a str,
+        /// What it is called from now on.
+        by: &'a str,
+        /// How many steps.
+        steps: usize,
+    },
     /// A worker is back where it was.
     Back {
         /// The stage's name.

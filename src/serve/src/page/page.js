@@ -315,7 +315,9 @@ async function look() {
     if (!response.ok) throw new Error(split.error.message);
     at("model").textContent = split.model ?? "";
     document.title = split.model ? `${split.model} · DIM` : "DIM";
-    state(split.health.status);
+    // workers that stayed away, and whose blocks run here since
+    const missing = split.health.fallen_back;
+    state(split.health.status + (missing.length ? `, without ${missing.join(" and ")}: those blocks run here` : ""));
     at("light").className = split.health.status === "ok" ? "ok" : "away";
     draw(split);
   } catch (error) {
