@@ -67,4 +67,5 @@ def main():
         print(f"median {statistics.median(ratios):.3f} of {n_pairs} pairs, {min(ratios):.3f} to {max(ratios):.3f}")
 
 
-main()
+if __name__ == "__main__":
+    main()
