@@ -132,7 +132,7 @@ fn main() {
     build.compile("dim_layer_eval");
     // a build that does not see cmake/without-common.cmake has made all of it already
     if !cache_says(&root, "LLAMA_BUILD_COMMON:BOOL=ON") {
-        compile_common(&llama_cpp);
+        compile_common(&llama_cpp, &root.join("dim_common"));
     }
 
     let out = PathBuf::from(env::var_os("OUT_DIR").expect("cargo sets OUT_DIR"));
@@ -151,11 +151,12 @@ fn main() {
         .expect("the bindings could not be written to OUT_DIR");
 }
 
-/// llama.cpp's `common`, as far as chats need it, with its parsers of families.
-fn compile_common(llama_cpp: &Path) {
+/// llama.cpp's `common`, as far as chats need it, with its parsers of families: into `out`, beside llama.cpp itself. This
+/// crate's own folder is another one for every selection of features, and for clippy, and it takes a minute.
+fn compile_common(llama_cpp: &Path, out: &Path) {
     let common = llama_cpp.join("common");
-    let out = PathBuf::from(env::var_os("OUT_DIR").expect("cargo sets OUT_DIR"));
-    // it takes a minute, and changes less often than what is beside it: a stamp says of what it was made
+    fs::create_dir_all(out).unwrap_or_else(|e| panic!("{}: {e}", out.display()));
+    // it changes less often than what is compiled above: a stamp says of what it was made
     let stamp = out.join("dim_common.stamp");
     let flags = env::vars().filter(|(name, _)| name.starts_with("CXX"));
     let flags: Vec<String> = flags.map(|(name, value)| format!("{name}={value}")).collect();
@@ -183,8 +184,8 @@ fn compile_common(llama_cpp: &Path) {
     let mut parsers: Vec<PathBuf> = parsers.flatten().map(|entry| entry.path()).collect();
     parsers.retain(|path| path.extension().is_some_and(|extension| extension == "cpp"));
     parsers.sort();
-    build.files(parsers).file(STAND_INS).compile("dim_common");
-    fs::write(&stamp, made_of).expect("OUT_DIR can be written to");
+    build.files(parsers).file(STAND_INS).out_dir(out).compile("dim_common");
+    fs::write(&stamp, made_of).unwrap_or_else(|e| panic!("{}: {e}", stamp.display()));
 }
 
 /// Whether CMake's cache has this line.
