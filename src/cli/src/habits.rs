@@ -205,7 +205,6 @@ mod tests {
             (&["x", "-nkvo"], "--gpu-layers"),
             (&["x", "-cram", "9"], "leave it out"),
             (&["x", "--jinja"], "chat"),
-            (&["x", "--json_schema", "{}"], "--temp"),
         ] {
             assert!(hint(args).is_some_and(|hint| hint.contains(says)), "{args:?}: {:?}", hint(args));
         }
