@@ -320,7 +320,7 @@ impl Error {
             Error::NobodyHas { .. } => {
                 "name the worker that holds them with `HostBuilder::worker`, or their file with `Host::of_slices`"
             }
-            Error::NotHere { .. } => NAME_THE_WORKER,
+            Error::NotHere { .. } | Error::Discover(_) => NAME_THE_WORKER,
             Error::NotBeside { .. } => {
                 "dim-split writes a manifest and its slices into one folder: keep them together, or cut the model again"
             }
@@ -342,7 +342,6 @@ impl Error {
             Error::OtherModelThere { .. } | Error::NoSuchBlocks { .. } => {
                 "start it with the middle slice that dim-split wrote beside this head"
             }
-            Error::Discover(_) => NAME_THE_WORKER,
             Error::NoneFound { any_seen: false, .. } => {
                 "none was seen: is it running on this network, the phone's app in the foreground? or name the worker \
                  with `HostBuilder::worker`"
