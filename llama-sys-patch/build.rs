@@ -14,7 +14,7 @@ use std::env;
 use std::fs;
 use std::path::{Path, PathBuf};
 
-const SOURCES: [&str; 25] = [
+const SOURCES: [&str; 26] = [
     "cpp/absent.cpp",
     "cpp/boundary.cpp",
     "cpp/chat.cpp",
@@ -31,6 +31,7 @@ const SOURCES: [&str; 25] = [
     "cpp/quantise.cpp",
     "cpp/room.cpp",
     "cpp/rows.cpp",
+    "cpp/saved.cpp",
     "cpp/session.cpp",
     "cpp/stage.cpp",
     "cpp/stage_api.cpp",

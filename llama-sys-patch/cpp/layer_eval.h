@@ -337,6 +337,23 @@ uint32_t dim_stage_snapshots(const dim_stage * stage);
 // Sets *length to the positions a session holds. Thread: one.
 dim_status dim_stage_length(const dim_stage * stage, uint32_t session, uint32_t * length, dim_fault * fault);
 
+// ---- keys and values, for the same stage in another process
+
+// Bytes that dim_stage_save() gives of each position; UINT64_MAX: the stage's memory is more than keys and values
+// (recurrent states, ...), and the two functions below refuse it (DIM_UNSUPPORTED). Thread: one.
+uint64_t dim_stage_saved_bytes(const dim_stage * stage);
+
+// Copies the keys and values of a session's positions from .. to - 1. `size`: dim_stage_saved_bytes() for each of them, else
+// DIM_WRONG_SIZE. Thread: one.
+dim_status dim_stage_save(dim_stage * stage, uint32_t session, uint32_t from, uint32_t to, uint8_t * out, size_t size,
+                          dim_fault * fault);
+
+// Takes rows as evaluated: of one session, going on where it ends, with these tokens (int32_t[n_rows]) and the keys and
+// values that dim_stage_save() gave of their positions in a stage of the same blocks, made in the same way. What they are
+// is not looked at. On failure the session is as before. Thread: one.
+dim_status dim_stage_restore(dim_stage * stage, const dim_row * rows, size_t n_rows, const int32_t * tokens,
+                             const uint8_t * bytes, size_t size, dim_fault * fault);
+
 // How often the last graph could be used again, and how often one had to be built. Thread: one.
 void dim_stage_graphs(const dim_stage * stage, uint64_t * reused, uint64_t * built);
 

@@ -41,6 +41,8 @@ struct dim_stage {
     };
 
     void evaluate(const rows_of_call & call, size_t * n_written);
+    // What dim_stage_restore() does, of rows that are checked: `bytes` for each of them (saved.cpp).
+    void put_back(const rows_of_call & call, const uint8_t * bytes);
     void prepare();
     void watch(bool on);
 

@@ -33,6 +33,8 @@
 //  (session.cpp).
 //  14. ggml-cpu/ops.cpp, binary-ops.cpp, unary-ops.cpp: which types an operation takes (operands.cpp). llama_context:
 //      the graph that was reserved is whole and alive when a context has been made (stock.cpp, check_graph()).
+//  15. llama-kv-cache.cpp: keys are (n_embd, cells, streams), values the same, or with cells first in each stream where
+//      attention is not fused; models with is_mla() have no values (saved.cpp).
 #pragma once
 
 #include "llama-adapter.h"

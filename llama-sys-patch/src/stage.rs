@@ -364,6 +364,66 @@ impl Stage {
         (n != u32::MAX).then_some(n)
     }
 
+    /// Bytes of keys and values that [`save`](Self::save) gives of each position; `None`: the stage's memory is more than
+    /// those (recurrent states, ...) and cannot be saved.
+    pub fn saved_bytes(&self) -> Option<usize> {
+        // SAFETY: the stage is alive, and what changes it takes `&mut`.
+        let bytes = unsafe { ffi::dim_stage_saved_bytes(self.stage.as_ptr()) };
+        usize::try_from(bytes).ok().filter(|_| bytes != u64::MAX)
+    }
+
+    /// The keys and values of a session's positions, in the place of what `out` held: for [`restore`](Self::restore).
+    ///
+    /// # Errors
+    /// [`Error::WrongPosition`] for positions that the session does not hold, [`Error::Unsupported`] where there is more than
+    /// keys and values.
+    pub fn save(&mut self, session: u32, positions: Range<u32>, out: &mut Vec<u8>) -> Result<(), Error> {
+        out.clear();
+        out.resize(self.saved_bytes().unwrap_or(0) * positions.len(), 0);
+        let mut fault = ffi::dim_fault::default();
+        // SAFETY: the stage is alive and ours alone (`&mut`); `out` has room for its length.
+        let status = unsafe {
+            ffi::dim_stage_save(
+                self.stage.as_ptr(),
+                session,
+                positions.start,
+                positions.end,
+                out.as_mut_ptr(),
+                out.len(),
+                &raw mut fault,
+            )
+        };
+        check(status, &fault)
+    }
+
+    /// Takes rows of one session as evaluated, with what [`save`](Self::save) gave of their positions in a stage of the same
+    /// blocks that was made in the same way; `tokens`: (n_rows). What is computed behind them has the bits that it has
+    /// behind rows that were evaluated.
+    ///
+    /// # Errors
+    /// As of [`evaluate`](Self::evaluate); [`Error::WrongSize`] for another number of bytes. The session is as it was then.
+    pub fn restore(&mut self, rows: &[Row], tokens: &[i32], bytes: &[u8]) -> Result<(), Error> {
+        if tokens.len() != rows.len() {
+            let text = format!("{} token ids for {} rows", tokens.len(), rows.len());
+            return Err(Error::WrongSize { got: tokens.len(), expected: rows.len(), text });
+        }
+        let rows = to_c(rows);
+        let mut fault = ffi::dim_fault::default();
+        // SAFETY: the stage is alive and ours alone (`&mut`); all pointers are valid for the lengths given.
+        let status = unsafe {
+            ffi::dim_stage_restore(
+                self.stage.as_ptr(),
+                rows.as_ptr(),
+                rows.len(),
+                tokens.as_ptr(),
+                bytes.as_ptr(),
+                bytes.len(),
+                &raw mut fault,
+            )
+        };
+        check(status, &fault)
+    }
+
     /// What a row that comes in is made of; empty where tokens come in.
     pub fn input_layout(&self) -> &Layout {
         &self.input
