@@ -2,7 +2,7 @@
 //! are the pipeline's own.)
 
 use std::collections::{BTreeMap, VecDeque};
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::mpsc::{Receiver, Sender, channel};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::{sleep, spawn};
@@ -28,6 +28,22 @@ impl Sums {
     /// Forgets a session's rows from `position` on.
     pub fn rewind(&mut self, session: u32, position: u32) {
         self.0.entry(session).or_default().truncate(position as usize);
+    }
+
+    /// A session's rows, 4 bytes each.
+    fn save(&self, session: u32, from: u32, to: u32) -> Option<Vec<u8>> {
+        let cells = self.0.get(&session)?.get(from as usize..to as usize)?;
+        Some(cells.iter().flat_map(|cell| cell.to_le_bytes()).collect())
+    }
+
+    /// Puts them back. Whether they fit.
+    fn restore(&mut self, span: Span, bytes: &[u8]) -> bool {
+        let cells = self.0.entry(span.session).or_default();
+        let fits = cells.len() == span.position as usize && bytes.len() == 4 * span.count as usize;
+        if fits {
+            cells.extend(bytes.as_chunks().0.iter().map(|cell| f32::from_le_bytes(*cell)));
+        }
+        fits
     }
 
     /// The results of a step of one value a row.
@@ -78,12 +94,18 @@ pub fn put_out(results: Vec<f32>, output: StageOutput<'_>) {
 pub struct SleepingStage {
     compute: Duration,
     sums: Sums,
+    n_evaluated: Arc<AtomicUsize>,
 }
 
 impl SleepingStage {
     /// One that takes so long for each step.
     pub fn new(compute: Duration) -> SleepingStage {
-        SleepingStage { compute, sums: Sums::default() }
+        SleepingStage { compute, sums: Sums::default(), n_evaluated: Arc::default() }
+    }
+
+    /// How many rows it has evaluated.
+    pub fn n_evaluated(&self) -> Arc<AtomicUsize> {
+        Arc::clone(&self.n_evaluated)
     }
 }
 
@@ -116,12 +138,28 @@ impl LocalStage for SleepingStage {
             return Err(StageError::failed("a token that cannot be computed"));
         }
         put_out(self.sums.step(spans, &values), output);
+        self.n_evaluated.fetch_add(values.len(), Ordering::Relaxed);
         Ok(self.compute)
     }
 
     fn rewind(&mut self, session: SessionId, position: u32) -> Result<(), StageError> {
         self.sums.rewind(session.0, position);
         Ok(())
+    }
+
+    fn saved_bytes(&self) -> Option<usize> {
+        Some(4)
+    }
+
+    fn save(&mut self, session: SessionId, from: u32, to: u32) -> Result<Vec<u8>, StageError> {
+        self.sums.save(session.0, from, to).ok_or_else(|| StageError::failed("there are no such rows"))
+    }
+
+    fn restore(&mut self, span: Span, _: &[i32], state: &[u8]) -> Result<Duration, StageError> {
+        match self.sums.restore(span, state) {
+            true => Ok(Duration::ZERO),
+            false => Err(StageError::failed("rows that do not go on here")),
+        }
     }
 }
 

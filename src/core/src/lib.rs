@@ -11,6 +11,7 @@
 //! | [`simulator`], [`trace`] | the same schedule over stages that only take time, and what either driver did |
 //! | [`replay`], [`patience`] | what a worker that lost its memory is told again, and how long it is looked for |
 //! | [`reserve`] | its blocks in this process, when it stays away |
+//! | [`saved`] | a session as it can be kept, for another process |
 //! | [`guard`], [`canary`] | a worker held against a known answer |
 
 #![forbid(unsafe_code)]
@@ -31,6 +32,7 @@ pub mod random;
 pub mod replay;
 pub mod reserve;
 pub mod rows;
+pub mod saved;
 pub mod schedule;
 pub mod shared;
 pub mod simulator;

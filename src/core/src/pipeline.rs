@@ -20,6 +20,7 @@
 mod recover;
 mod remote;
 mod results;
+mod saved;
 mod table;
 mod types;
 
@@ -32,6 +33,7 @@ pub use crate::error::PipelineError;
 use crate::history::History;
 pub use crate::patience::Patience;
 use crate::rows::{RowType, Rows, retain};
+use crate::saved::SavedStep;
 use crate::schedule::{AfterStage, JobId, Next, Placement, Schedule, SessionId, StageId};
 use crate::stage::{LocalStage, Span, StageInput, StageOutput, TakeBack, Traffic};
 use crate::trace::{Happened, Traced};
@@ -62,12 +64,14 @@ struct StepWork {
     hidden: Option<Rows>,
     /// its session begins anew to take rows back: nobody waits for it
     is_again: bool,
+    /// it was computed once, in another process: what came of it is put back
+    saved: Option<Box<SavedStep>>,
 }
 
 impl StepWork {
     fn new(span: Span, tokens: Vec<i32>, want_logits: Vec<bool>) -> StepWork {
         let (spans, parts) = (vec![span], Vec::new());
-        StepWork { spans, tokens, want_logits, parts, hidden: None, is_again: false }
+        StepWork { spans, tokens, want_logits, parts, hidden: None, is_again: false, saved: None }
     }
 
     fn part(&self, job: JobId) -> (JobId, SessionId, usize) {
@@ -288,6 +292,9 @@ impl Pipeline {
             self.form_batch(id, at);
         }
         self.shed_void(id, at);
+        if matches!(self.work.get(id), Some(Work::Step(step)) if step.saved.is_some()) {
+            return self.put_back(id, at);
+        }
         let is_last = at.0 + 1 == self.slots.len();
         let slot = &mut self.slots[at.0];
         let Kind::Local(stage) = &mut slot.kind else { unreachable!("the schedule runs local stages only") };

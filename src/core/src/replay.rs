@@ -27,7 +27,7 @@ use std::collections::{BTreeMap, VecDeque};
 
 use crate::ids::{JobId, SessionId};
 use crate::rows::{Rows, retain};
-use crate::stage::{Span, TakeBack};
+use crate::stage::{Span, TakeBack, n_rows};
 
 /// One step as it was sent.
 #[derive(Clone, Debug)]
@@ -102,6 +102,19 @@ pub enum LoggedOp {
         /// Its next position afterwards.
         position: u32,
     },
+}
+
+/// A session's own part of a step.
+#[derive(Clone, Debug, PartialEq)]
+pub struct OwnRows {
+    /// Its rows.
+    pub count: u32,
+    /// Those of them that count, from the first.
+    pub live: u32,
+    /// Their token ids, where the worker reads them.
+    pub tokens: Vec<i32>,
+    /// (count, width).
+    pub rows: Rows,
 }
 
 /// What to send again, in this order.
@@ -228,6 +241,26 @@ impl ReplayLog {
         let mut ops = vec![ReplayOp::Step { job: step.job, spans, tokens: &step.tokens, rows: &step.rows }];
         ops.append(&mut cuts);
         Some(ops)
+    }
+
+    /// The step that wrote the rows of a session from `position` on, of a session that holds `length` rows, of which
+    /// nothing is under way but rewinds to that.
+    pub fn own_rows(&self, session: SessionId, position: u32, length: u32) -> Option<OwnRows> {
+        self.done.iter().find_map(|step| {
+            let n = n_rows(&step.spans) as usize;
+            let mut first = 0;
+            for (span, live) in step.spans.iter().zip(step.live()) {
+                let rows = first..first + span.count as usize;
+                first = rows.end;
+                // only where rows count does the span say where they stand
+                if span.session() == session && live > 0 && span.position == position {
+                    let live = live.min(length.checked_sub(position).filter(|&rest| rest > 0)?);
+                    let tokens = step.tokens.get(rows.clone()).unwrap_or_default().to_vec();
+                    return Some(OwnRows { count: span.count, live, tokens, rows: step.rows.of(rows, n) });
+                }
+            }
+            None
+        })
     }
 
     /// Bytes of hidden rows held.
@@ -373,6 +406,27 @@ mod tests {
         assert_eq!(replayed(&log).length(1), 0);
         log.rewind(SessionId(2), 0);
         assert_eq!((log.bytes(), log.n_steps()), (0, 0));
+    }
+
+    #[test]
+    fn a_session_s_own_part_of_a_step_is_its_rows_and_no_others() {
+        let mut log = ReplayLog::default();
+        let numbered = |from: u32, n: u32| Rows::F32((from * 2..(from + n) * 2).map(|x| x as f32).collect());
+        log.push(JobId(0), vec![span(1, 0, 3)], vec![5, 6, 7], numbered(0, 3));
+        log.push(JobId(1), vec![span(2, 0, 2), span(1, 3, 2)], vec![1, 2, 8, 9], numbered(10, 4));
+        // another session's step without an answer, and a rewind that waits behind it
+        log.push(JobId(2), vec![span(2, 2, 1)], vec![3], numbered(0, 1));
+        log.answered();
+        log.answered();
+        log.rewind(SessionId(1), 4);
+        let own =
+            |count, live, tokens: &[i32], rows| Some(OwnRows { count, live, tokens: tokens.to_vec(), rows });
+        assert_eq!(log.own_rows(SessionId(1), 0, 4), own(3, 3, &[5, 6, 7], numbered(0, 3)));
+        assert_eq!(log.own_rows(SessionId(1), 3, 4), own(2, 1, &[8, 9], numbered(12, 2)));
+        assert_eq!(log.own_rows(SessionId(2), 0, 2), own(2, 2, &[1, 2], numbered(10, 2)));
+        assert_eq!(log.own_rows(SessionId(2), 2, 3), None, "it has no answer yet");
+        assert_eq!(log.own_rows(SessionId(1), 1, 4), None, "no step begins there");
+        assert_eq!(log.own_rows(SessionId(1), 4, 4), None);
     }
 
     proptest! {

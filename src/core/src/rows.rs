@@ -185,6 +185,18 @@ impl Rows {
         }
     }
 
+    /// Of `n` rows these, copied.
+    pub fn of(&self, rows: std::ops::Range<usize>, n: usize) -> Rows {
+        fn part<T: Clone>(values: &[T], rows: std::ops::Range<usize>, n: usize) -> Vec<T> {
+            let width = values.len() / n.max(1);
+            values.get(rows.start * width..rows.end * width).unwrap_or_default().to_vec()
+        }
+        match self {
+            Rows::F16(v) => Rows::F16(part(v, rows, n)),
+            Rows::F32(v) => Rows::F32(part(v, rows, n)),
+        }
+    }
+
     /// Keeps the rows whose entry in `keep` is true; `keep` has an entry for every row.
     pub fn retain_rows(&mut self, keep: &[bool]) {
         match self {

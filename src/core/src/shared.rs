@@ -25,6 +25,7 @@ use crate::bell::{Interrupt, LOOKS};
 use crate::error::PipelineError;
 use crate::ids::SessionId;
 use crate::pipeline::{Advance, Finished, Pipeline, Snapshot, Step};
+use crate::saved::SavedStep;
 
 /// A pipeline and the sessions that it has room for; clones are the same one.
 #[derive(Clone)]
@@ -109,10 +110,46 @@ impl Client {
         &mut self,
         steps: impl IntoIterator<Item = Step>,
         stop: Option<&AtomicBool>,
+        on_logits: impl FnMut(Vec<f32>) -> Option<Vec<f32>>,
+    ) -> Result<usize, PipelineError> {
+        let session = self.session;
+        let steps = steps.into_iter().map(|step| Request::Submit(Step { session, ..step }));
+        self.run_all(steps, stop, on_logits)
+    }
+
+    /// The session's steps from `position` on, of the `length` rows that it holds, as [`Pipeline::save_steps`] gives them: not
+    /// all of them at once. Nothing of the session may be under way but rewinds.
+    ///
+    /// # Errors
+    /// As of [`snapshot`](Self::snapshot); or a stage cannot save one.
+    pub fn save_steps(&self, position: u32, length: u32, most: u32) -> Result<Vec<SavedStep>, PipelineError> {
+        let request = Request::Save { session: self.session, position, length, most };
+        self.ask(request, |mailbox| mailbox.saved.take())?.unwrap_or_else(|| Ok(Vec::new()))
+    }
+
+    /// Gives the session steps that were saved, one behind the other, as [`run`](Self::run) evaluates some. How many have
+    /// come out.
+    ///
+    /// # Errors
+    /// As of [`run`](Self::run).
+    pub fn restore(
+        &mut self,
+        steps: impl IntoIterator<Item = SavedStep>,
+        stop: Option<&AtomicBool>,
+    ) -> Result<usize, PipelineError> {
+        let session = self.session;
+        let steps = steps.into_iter().map(|step| Request::Restore(session, Box::new(step)));
+        self.run_all(steps, stop, |_| None)
+    }
+
+    fn run_all(
+        &mut self,
+        steps: impl Iterator<Item = Request>,
+        stop: Option<&AtomicBool>,
         mut on_logits: impl FnMut(Vec<f32>) -> Option<Vec<f32>>,
     ) -> Result<usize, PipelineError> {
         let Client { shared, session, spare } = self;
-        let mut steps = steps.into_iter();
+        let mut steps = steps;
         let Some(mut step) = steps.next() else { return Ok(0) };
         let mut under_way = UnderWay { shared, session: *session, is_over: false };
         let (mut n_out, mut n_left) = (0, 0);
@@ -120,7 +157,7 @@ impl Client {
             // the caller's code runs without the lock, and what it leaves behind if it panics is given up
             let after = steps.next();
             let mut state = shared.lock();
-            state.requests.push(Request::Submit(Step { session: *session, ..step }));
+            state.requests.push(step);
             n_left += 1;
             match after {
                 Some(after) => step = after,
@@ -150,16 +187,24 @@ impl Client {
     /// # Errors
     /// The pipeline was abandoned, or asked from within.
     pub fn snapshot(&self) -> Result<Snapshot, PipelineError> {
-        let mut state = self.shared.lock();
-        state.requests.push(Request::Look(self.session));
-        let (mut state, snapshot) =
-            self.shared.wait(state, self.session, None, |mailbox| mailbox.snapshot.take());
-        if snapshot.is_err() {
-            // it would be answered when nobody waits for it any more
-            state.requests.retain(|request| !matches!(request, Request::Look(by) if *by == self.session));
-        }
-        // nothing stops it
+        let snapshot = self.ask(Request::Look(self.session), |mailbox| mailbox.snapshot.take());
         snapshot.map(Option::unwrap_or_default)
+    }
+
+    /// Asks whoever drives the pipeline, and waits for the answer; nothing stops that, so there is one.
+    fn ask<T>(
+        &self,
+        request: Request,
+        pick: impl FnMut(&mut Mailbox) -> Option<T>,
+    ) -> Result<Option<T>, PipelineError> {
+        let mut state = self.shared.lock();
+        state.requests.push(request);
+        let (mut state, answer) = self.shared.wait(state, self.session, None, pick);
+        if answer.is_err() {
+            // it would be answered when nobody waits for it any more
+            state.requests.retain(|request| request.asked_by() != Some(self.session));
+        }
+        answer
     }
 }
 
@@ -170,7 +215,8 @@ impl Drop for Client {
         state.requests.push(Request::Rewind(self.session, 0));
         state.n_clients -= 1;
         let mailbox = state.mailbox(self.session);
-        (mailbox.is_taken, mailbox.snapshot) = (false, None);
+        mailbox.is_taken = false;
+        (mailbox.snapshot, mailbox.saved) = (None, None);
         let is_driven = state.driven.is_none();
         drop(state);
         if is_driven {
@@ -229,6 +275,24 @@ enum Request {
     GiveUp(SessionId),
     Reuse(Vec<f32>),
     Look(SessionId),
+    Save { session: SessionId, position: u32, length: u32, most: u32 },
+    Restore(SessionId, Box<SavedStep>),
+}
+
+impl Request {
+    /// Who waits for an answer to it.
+    fn asked_by(&self) -> Option<SessionId> {
+        match *self {
+            Request::Look(session) | Request::Save { session, .. } => Some(session),
+            _ => None,
+        }
+    }
+}
+
+/// What was asked for.
+enum Answer {
+    Snapshot(Snapshot),
+    Saved(Result<Vec<SavedStep>, PipelineError>),
 }
 
 #[derive(Default)]
@@ -240,11 +304,19 @@ struct Mailbox {
     is_given_up: bool,
     results: VecDeque<Result<Vec<f32>, PipelineError>>,
     snapshot: Option<Snapshot>,
+    saved: Option<Result<Vec<SavedStep>, PipelineError>>,
 }
 
 impl Mailbox {
     fn is_empty(&self) -> bool {
-        self.results.is_empty() && self.snapshot.is_none()
+        self.results.is_empty() && self.snapshot.is_none() && self.saved.is_none()
+    }
+
+    fn take_in(&mut self, answer: Answer) {
+        match answer {
+            Answer::Snapshot(snapshot) => self.snapshot = Some(snapshot),
+            Answer::Saved(saved) => self.saved = Some(saved),
+        }
     }
 }
 
@@ -348,14 +420,13 @@ impl Shared {
             let is_shared = state.n_clients > 1;
             drop(state);
             driven.pipeline.set_shared(is_shared);
-            let asked = driven.take_in();
+            let answers = driven.take_in();
             // one that reads an answer itself hears no bell: somebody may have come, and the answer may be long in coming
             let until = (stop.is_some() || !is_shared).then(|| Instant::now() + LOOKS);
-            let advanced = if asked.is_empty() { driven.pipeline.advance(until) } else { Advance::Later };
-            let snapshot = (!asked.is_empty()).then(|| driven.pipeline.snapshot());
+            let advanced = if answers.is_empty() { driven.pipeline.advance(until) } else { Advance::Later };
             state = self.lock();
-            for by in asked {
-                state.mailbox(by).snapshot.clone_from(&snapshot);
+            for (by, answer) in answers {
+                state.mailbox(by).take_in(answer);
                 self.ready[by.0 as usize].notify_one();
             }
             match advanced {
@@ -382,19 +453,24 @@ impl Shared {
 }
 
 impl Driven {
-    /// Does what was asked for; who wants to know what the stages have done.
-    fn take_in(&mut self) -> Vec<SessionId> {
-        let mut asked = Vec::new();
+    /// Does what was asked for; what there is to answer, and to whom.
+    fn take_in(&mut self) -> Vec<(SessionId, Answer)> {
+        let mut answers = Vec::new();
         for request in self.requests.drain(..) {
             match request {
                 Request::Submit(step) => drop(self.pipeline.submit(step)),
                 Request::Rewind(session, position) => drop(self.pipeline.rewind(session, position)),
                 Request::GiveUp(session) => self.pipeline.give_up(session),
                 Request::Reuse(logits) => self.pipeline.reuse(logits),
-                Request::Look(session) => asked.push(session),
+                Request::Restore(session, step) => drop(self.pipeline.restore(session, *step)),
+                Request::Look(by) => answers.push((by, Answer::Snapshot(self.pipeline.snapshot()))),
+                Request::Save { session, position, length, most } => {
+                    let saved = self.pipeline.save_steps(session, position, length, most);
+                    answers.push((session, Answer::Saved(saved)));
+                }
             }
         }
-        asked
+        answers
     }
 }
 

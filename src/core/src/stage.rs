@@ -116,6 +116,24 @@ pub trait LocalStage: Send {
     fn take_back(&self) -> TakeBack {
         TakeBack::ALL
     }
+    /// Bytes that [`save`](Self::save) gives of each row; `None`: it cannot save.
+    fn saved_bytes(&self) -> Option<usize> {
+        None
+    }
+    /// What it keeps of a session's rows `from` to `to` (exclusive), for [`restore`](Self::restore).
+    ///
+    /// # Errors
+    /// It cannot, or the session does not hold them.
+    fn save(&mut self, _session: SessionId, _from: u32, _to: u32) -> Result<Vec<u8>, StageError> {
+        Err(StageError::failed("this stage cannot save what it keeps"))
+    }
+    /// Takes rows as evaluated, with what was [saved](Self::save) of them by such a stage; `tokens`: (n_rows).
+    ///
+    /// # Errors
+    /// It cannot, or what was saved is of another stage. The session is as it was.
+    fn restore(&mut self, _span: Span, _tokens: &[i32], _state: &[u8]) -> Result<Duration, StageError> {
+        Err(StageError::failed("this stage cannot take what was saved"))
+    }
 }
 
 /// An answer of a remote stage; its rows are where the caller asked for them.

@@ -338,6 +338,7 @@ impl Pipeline {
         if let Some(Work::Check(_)) = self.work.get(answer.job) {
             return self.piece_answered(at, answer.job, rows);
         }
+        let worker = self.worker(i + 1);
         let slot = &mut self.slots[i];
         let Kind::Remote(remote) = &mut slot.kind else { return };
         remote.losses = None;
@@ -347,7 +348,12 @@ impl Pipeline {
             slot.stats.wait += waited.saturating_sub(answer.compute);
         }
         match (self.schedule.finished(at, answer.job), self.work.get_mut(answer.job)) {
-            (Ok(AfterStage::Next(_)), Some(Work::Step(step))) => step.hidden = Some(rows),
+            (Ok(AfterStage::Next(_)), Some(Work::Step(step))) => {
+                // of a step that was saved the next worker is given what it was given then
+                let worker = worker.filter(|_| step.saved.is_some());
+                let saved = worker.and_then(|worker| step.take_rows(worker).ok());
+                step.hidden = Some(saved.unwrap_or(rows));
+            }
             (Ok(_), _) => {
                 self.spare.push(rows);
                 self.forget(answer.job);

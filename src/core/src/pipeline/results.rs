@@ -19,6 +19,12 @@ impl Pipeline {
         let session = step.session;
         self.history.gave(session, step.position, &step.tokens);
         let job = self.give(step, false);
+        self.given(session, job);
+        job
+    }
+
+    /// A session that was given a step hears with it what it has not heard yet.
+    pub(super) fn given(&mut self, session: SessionId, job: JobId) {
         if let Some(at) = self.untold.iter().position(|(to, _)| *to == session) {
             let (_, error) = self.untold.swap_remove(at);
             self.fail(session, job, &error);
@@ -27,7 +33,6 @@ impl Pipeline {
             self.schedule.cancel(session, job);
             self.work.remove(job);
         }
-        job
     }
 
     /// Forgets the rows of `session` from `position` on, in every stage, when the steps it was given before are done;

@@ -7,6 +7,7 @@ use crate::fakes::{Cut, FAILS_AT, PANICS_AT, SleepingStage, SleepingWorker, Sums
 use crate::pipeline::{Patience, StageSlot};
 use crate::random::random;
 use crate::rows::RowType;
+use crate::saved::SavedStep;
 use crate::schedule::StepKind;
 use crate::stage::Span;
 use crate::trace::Happened;
@@ -328,4 +329,79 @@ fn who_is_told_something_by_the_driver_cannot_wait_for_it_and_nobody_is_the_wors
     assert!(asked.len() == 2 && asked.iter().all(|answer| matches!(answer, Err(PipelineError::FromWithin))));
     // and the other session is free again, and empty
     assert_eq!(run(&mut shared.client().unwrap(), vec![step(0, &[5])]).unwrap(), [5.0]);
+}
+
+/// All of a session.
+fn saved(client: &Client, length: u32) -> Vec<SavedStep> {
+    client.save_steps(0, length, 4).unwrap()
+}
+
+#[test]
+fn a_session_that_was_saved_goes_on_in_another_pipeline_though_workers_are_lost_there() {
+    for workers in [&[][..], &[20 * US], &[20 * US, 50 * US]] {
+        for seed in 0..12 {
+            let (before, _) = pipeline(Duration::ZERO, workers, 3);
+            // the neighbour's steps stand between the session's, before and behind
+            let (mut neighbour, mut client) = (before.client().unwrap(), before.client().unwrap());
+            run(&mut neighbour, vec![step(0, &[3; 5])]).unwrap();
+            let mut length = 0u32;
+            for turn in 0..8 {
+                let n = 1 + random(seed, turn) as u32 % 6;
+                let tokens: Vec<i32> =
+                    (0..n).map(|i| 1 + (random(seed, 100 + turn) % 40) as i32 + i as i32).collect();
+                run(&mut client, vec![step(length, &tokens)]).unwrap();
+                length += n;
+                if turn % 3 == 2 {
+                    length -= random(seed, 200 + turn) as u32 % length.min(7);
+                    client.rewind(length);
+                }
+                run(&mut neighbour, vec![step(5 + turn as u32, &[2])]).unwrap();
+            }
+            // the last rewind has not come through, and is none of the saver's business
+            let steps = saved(&client, length);
+            assert_eq!(steps.last().map(SavedStep::end), Some(length), "seed {seed}");
+            let next = vec![step(length, &[7, 8]), step(length + 2, &[9])];
+            let expected = run(&mut client, next.clone()).unwrap();
+
+            let (after, cuts) = pipeline(Duration::ZERO, workers, 3);
+            let _other = after.client().unwrap();
+            let mut client = after.client().unwrap();
+            run(&mut client, vec![step(0, &[1, 2, 3])]).unwrap();
+            client.rewind(0);
+            if seed % 2 == 0 {
+                cuts.iter().for_each(Cut::now);
+            }
+            assert_eq!(client.restore(steps.clone(), None).unwrap(), steps.len());
+            if seed % 3 == 0 {
+                // what was restored is replayed as anything else is
+                cuts.iter().for_each(Cut::now);
+            }
+            assert_eq!(run(&mut client, next).unwrap(), expected, "seed {seed}, {} workers", workers.len());
+            assert_eq!(saved(&client, length), steps, "and is saved as it was");
+        }
+    }
+}
+
+#[test]
+fn what_is_restored_is_not_evaluated_here() {
+    let stages = [SleepingStage::new(Duration::ZERO), SleepingStage::new(Duration::ZERO)];
+    let counts = stages.each_ref().map(SleepingStage::n_evaluated);
+    let stages = stages.into_iter().map(|stage| StageSlot::Local(Box::new(stage))).collect();
+    let pipeline = SharedPipeline::new(Pipeline::new(stages, RowType::F32, Patience::default()), 2);
+    let (mut first, mut second) = (pipeline.client().unwrap(), pipeline.client().unwrap());
+    run(&mut first, vec![step(0, &[1, 2, 3])]).unwrap();
+    let steps = saved(&first, 3);
+    second.restore(steps.clone(), None).unwrap();
+    assert_eq!(run(&mut first, vec![step(3, &[4])]).unwrap(), run(&mut second, vec![step(3, &[4])]).unwrap());
+    assert_eq!(counts.map(|n| n.load(Ordering::Relaxed)), [5, 5]);
+    // of other stages, or out of place: the session ends, and begins anew
+    let other = SavedStep { states: vec![vec![0; 12]], ..steps[0].clone() };
+    second.rewind(0);
+    assert!(second.restore([other], None).is_err());
+    second.rewind(0);
+    assert!(second.restore([SavedStep { position: 1, ..steps[0].clone() }], None).is_err());
+    second.rewind(0);
+    assert_eq!(second.restore(steps, None).unwrap(), 1);
+    assert_eq!(saved(&second, 3), saved(&first, 3));
+    assert!(first.save_steps(4, 9, 4).is_err(), "it does not hold them");
 }
