@@ -61,6 +61,7 @@ mod terms;
 pub mod worker;
 
 pub use dim_core::blocks::BlockRange;
+pub use dim_core::digest::Sha;
 pub use dim_core::pipeline::Patience;
 pub use dim_core::rows::RowType;
 pub use dim_wire::keys::Key;

@@ -2,7 +2,7 @@
 //! reader runs them. What comes out is held against `WholeModel`, stock llama.cpp.
 
 use std::any::Any;
-use std::io::{BufRead as _, BufReader, Write as _};
+use std::io::{BufRead as _, BufReader, Cursor, Write as _};
 use std::net::TcpListener;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::PathBuf;
@@ -13,6 +13,7 @@ use std::thread::JoinHandle;
 use std::time::Duration;
 
 use dim::host::report::Stop;
+use dim::host::saved::{SaveError, Saved};
 use dim::{
     CallOff, Error, Event, Host, HostBuilder, Key, Resources, RowType, Sampling, Session, StopHandle,
     WholeModel, Worker,
@@ -444,6 +445,72 @@ fn a_worker_is_stopped_while_nobody_is_there() {
     stop.stop();
     assert!(thread.join().unwrap().is_ok());
     assert!(!events.load(Ordering::SeqCst));
+}
+
+/// The logits that each of the next `n` tokens is chosen from.
+fn logits(session: &mut Session, n: usize) -> Vec<u32> {
+    let mut generation = session.generate(Sampling::greedy()).ignore_eos(true);
+    let mut bits = Vec::new();
+    for _ in 0..n {
+        generation.next().unwrap().unwrap();
+        bits.extend(generation.logits().iter().map(|logit| logit.to_bits()));
+    }
+    bits
+}
+
+#[test]
+fn a_session_that_was_saved_goes_on_in_another_host_with_the_same_bits() {
+    let cut = Cut::new();
+    let small = Resources { n_ubatch: 16, ..SMALL };
+    // over a worker, and with the middle here
+    for is_away in [true, false] {
+        let worker = cut.worker("127.0.0.1:0");
+        let host = |worker: &Serving| {
+            let host = cut.host().resources(small);
+            match is_away {
+                true => host.worker(&worker.address, cut.key()).connect(|_| {}).unwrap(),
+                false => host.connect(|_| {}).unwrap(),
+            }
+        };
+        let before = host(&worker);
+        let mut session = before.session().unwrap();
+        assert!(matches!(session.save(&mut Vec::new()), Err(SaveError::Nothing)));
+        session.push_text(&PROMPT.repeat(6)).unwrap();
+        let n_prompt = session.tokens().len();
+        assert!(n_prompt > 32, "more than two chunks");
+        logits(&mut session, 5);
+        // chunks, one by one, and a chunk of which a part does not count
+        let mut tokens = session.tokens()[..n_prompt + 3].to_vec();
+        tokens.extend(session.tokenize("and then there were more", false).unwrap());
+        session.set_tokens(&tokens).unwrap();
+        logits(&mut session, 1);
+        tokens.truncate(n_prompt + 6);
+        tokens.push(tokens[3]);
+        session.set_tokens(&tokens).unwrap();
+        logits(&mut session, 2);
+        let mut bytes = Vec::new();
+        let saved = session.save(&mut bytes).unwrap();
+        assert_eq!(saved.tokens(), session.evaluated());
+        // chosen and not evaluated yet, so no part of it
+        let pending = session.tokens()[saved.tokens().len()..].to_vec();
+        let expected = logits(&mut session, 6);
+        let as_it_was = before.saves_as().unwrap();
+        drop((session, before, worker));
+
+        // another worker, too, which knows nothing
+        let worker = cut.worker("127.0.0.1:0");
+        let after = host(&worker);
+        assert_eq!(after.saves_as(), Some(as_it_was));
+        let mut session = after.session().unwrap();
+        session.push_text("something else").unwrap();
+        logits(&mut session, 2);
+        let saved = Saved::read(&mut Cursor::new(&bytes), &after).unwrap();
+        let all = saved.steps().len();
+        session.restore(&saved, &mut Cursor::new(&bytes), all, None).unwrap();
+        assert_eq!(session.evaluated(), saved.tokens());
+        session.push_tokens(&pending).unwrap();
+        assert_eq!(logits(&mut session, 6), expected, "away: {is_away}");
+    }
 }
 
 /// An example of this package: `cargo test` builds them beside the tests.

@@ -2,6 +2,7 @@
 
 use std::sync::Arc;
 
+use dim_core::blocks::BlockRange;
 use dim_core::guard::{Guarded, Room};
 use dim_core::pipeline::{Pipeline, StageSlot};
 use dim_core::reserve::OrHere;
@@ -17,6 +18,7 @@ use crate::host::assign::{Assigned, Assignment, Holder, retrying};
 use crate::host::builder::HostOptions;
 use crate::host::engine::SplitEngine;
 use crate::host::prompt::Vocabulary;
+use crate::host::saved;
 use crate::host::seams::{self, Sides};
 use crate::host::split::Split;
 use crate::retry::{Retry, retry, wait};
@@ -29,7 +31,7 @@ use crate::terms;
 /// A middle whose worker, if it has one, is dialled.
 enum Dialled {
     Here(std::path::PathBuf, Box<SliceInfo>),
-    Remote(Box<dyn RemoteStage>, Option<Sides>),
+    Remote(BlockRange, Box<dyn RemoteStage>, Option<Sides>),
 }
 
 impl Assignment {
@@ -67,6 +69,8 @@ impl Assignment {
             load::stage(path, info, &load_options, events)
         };
         let head = local(&split.files.head, &split.head)?;
+        let mut saved = saved::Stages::new(&split.head, options.wire);
+        saved.here(&split.head, &head);
         let vocabulary = Arc::new(Vocabulary::new(head.inner().model().clone()));
         let mut sides = vec![Sides::of_stage("the head", &head)];
         let mut stages = vec![StageSlot::Local(Box::new(head))];
@@ -74,10 +78,13 @@ impl Assignment {
             stages.push(match middle {
                 Dialled::Here(path, info) => {
                     let middle = local(&path, &info)?;
+                    saved.here(&info, &middle);
                     sides.push(Sides::of_stage(format!("the middle {}", info.blocks), &middle));
                     StageSlot::Local(Box::new(middle))
                 }
-                Dialled::Remote(stage, worker) => {
+                Dialled::Remote(blocks, stage, worker) => {
+                    let output = worker.as_ref().map(|sides| sides.output().clone());
+                    saved.away(blocks, split.files.expected(blocks).slice, output);
                     sides.extend(worker);
                     StageSlot::Remote(match options.falls_back {
                         true => or_here(stage, split, &load_options, events)?,
@@ -87,15 +94,18 @@ impl Assignment {
             });
         }
         let tail = local(&split.files.tail, &split.tail)?;
+        saved.here(&split.tail, &tail);
         sides.push(Sides::of_stage("the tail", &tail));
         seams::check(&sides)?;
         stages.push(StageSlot::Local(Box::new(tail)));
         let mut pipeline = Pipeline::new(stages, options.wire, options.patience);
         pipeline.set_batch_rows(options.batch_rows.min(n_ubatch));
         events.tell(Event::Ready { stages: placements, n_blocks: split.head.model_blocks });
+        let saving = saved.belongs(split.head.model_blocks, &load_options.resources);
+        let saving = saving.filter(|_| pipeline.can_save());
         let engine = SplitEngine::new(pipeline, n_ubatch, options.sessions, events.clone());
         let model_name = split.head.model_name.as_str().into();
-        Ok(Host { engine, vocabulary, n_ctx, model_name })
+        Ok(Host { engine, vocabulary, n_ctx, model_name, saving })
     }
 }
 
@@ -122,7 +132,7 @@ fn dial(
     split: &Split,
     options: &HostOptions,
     events: &Events,
-    blocks: dim_core::blocks::BlockRange,
+    blocks: BlockRange,
     holder: Holder,
     n_ubatch: &mut u32,
 ) -> Result<(Dialled, String), Error> {
@@ -165,13 +175,13 @@ fn dial(
     match canary.and_then(|canary| widths.map(|widths| (canary, widths)).ok_or(NoCanary::OtherRows)) {
         Err(why) => {
             events.tell(Event::Unchecked { address: address.clone(), why });
-            Ok((Dialled::Remote(Box::new(stage), sides), address))
+            Ok((Dialled::Remote(blocks, Box::new(stage), sides), address))
         }
         Ok((canary, widths)) => {
             let (dtype, n_ctx, max_rows) = (options.wire, options.resources.n_ctx, *n_ubatch);
             let room = Room { widths, dtype, n_ctx, max_rows, sessions: options.sessions };
             let stage = Guarded::new(stage, canary.clone(), room);
-            Ok((Dialled::Remote(Box::new(checked(stage, options, events)?), sides), address))
+            Ok((Dialled::Remote(blocks, Box::new(checked(stage, options, events)?), sides), address))
         }
     }
 }

@@ -6,6 +6,7 @@ use std::time::{Duration, Instant};
 
 use dim_core::blocks::BlockRange;
 use dim_core::pipeline::{Event as PipelineEvent, Pipeline, Snapshot, StageSnapshot, StageStats, Step};
+use dim_core::saved::SavedStep;
 use dim_core::schedule::StepKind;
 use dim_core::shared::{Client, NoSession, SharedPipeline};
 use dim_core::stage::Traffic;
@@ -61,6 +62,15 @@ pub(crate) trait Engine: Send {
     fn snapshot(&self) -> Snapshot;
     /// The number format on the wire, `none` without one.
     fn wire_dtype(&self) -> &'static str;
+    /// Steps from `position` on, of the `length` rows that there are, at least one; none: they are not to be had.
+    fn save_steps(&self, _position: u32, _length: u32) -> Result<Vec<SavedStep>, Error> {
+        Ok(Vec::new())
+    }
+    /// Takes steps that were saved, the first of which goes on where the session stands. How many it has come to: all of
+    /// them, unless `stop` was set meanwhile.
+    fn restore(&mut self, _steps: Vec<SavedStep>, _stop: Option<&AtomicBool>) -> Result<usize, Error> {
+        Ok(0)
+    }
 }
 
 /// The pipeline, for as many sessions as its stages have caches for.
@@ -143,6 +153,14 @@ impl Engine for SplitSession {
 
     fn wire_dtype(&self) -> &'static str {
         self.wire_dtype
+    }
+
+    fn save_steps(&self, position: u32, length: u32) -> Result<Vec<SavedStep>, Error> {
+        Ok(self.client.save_steps(position, length, to_u32(self.n_ubatch))?)
+    }
+
+    fn restore(&mut self, steps: Vec<SavedStep>, stop: Option<&AtomicBool>) -> Result<usize, Error> {
+        Ok(self.events.came_to(self.client.restore(steps, stop))?)
     }
 }
 

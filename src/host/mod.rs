@@ -20,6 +20,7 @@ pub mod packages;
 mod prompt;
 pub mod report;
 pub mod sampler;
+pub mod saved;
 mod seams;
 mod session;
 mod split;
@@ -30,6 +31,7 @@ mod whole;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
+use dim_core::digest::Sha;
 use llama_sys_patch::Model;
 
 pub use builder::HostBuilder;
@@ -50,6 +52,8 @@ pub struct Host {
     vocabulary: Arc<Vocabulary>,
     n_ctx: u32,
     model_name: Arc<str>,
+    /// whose sessions are that are saved, where they can be
+    saving: Option<Arc<saved::Belongs>>,
 }
 
 impl Host {
@@ -80,7 +84,19 @@ impl Host {
     /// [`Error::NoSession`]: all of them are in use.
     pub fn session(&self) -> Result<Session, Error> {
         let engine = self.engine.session()?;
-        Ok(Session::new(engine, &self.vocabulary, self.n_ctx, &self.model_name))
+        let session = Session::new(engine, &self.vocabulary, self.n_ctx, &self.model_name);
+        Ok(session.saving(self.saving.clone()))
+    }
+
+    /// What is the same for all hosts that can [restore](Session::restore) what a session of this one [saves](Session::save):
+    /// those of the same model and cut, the same wire, context and chunks, and the same llama.cpp. `None`: sessions of this
+    /// model cannot be saved, because its memory is more than keys and values.
+    pub fn saves_as(&self) -> Option<Sha> {
+        self.saving.as_ref().map(|saving| saving.identity)
+    }
+
+    pub(crate) fn saving(&self) -> Option<&Arc<saved::Belongs>> {
+        self.saving.as_ref()
     }
 
     /// How many conversations there can be at once.

@@ -25,6 +25,11 @@ impl Sides {
         Sides { name: name.into(), input: (input, digests.0), output: (output, digests.1) }
     }
 
+    /// What it gives.
+    pub(crate) fn output(&self) -> &Layout {
+        &self.output.0
+    }
+
     /// Of a worker, as it was agreed on.
     pub(crate) fn of_worker(link: &Link) -> Sides {
         let (shape, terms) = (&link.agreed().shape, link.peer_terms());

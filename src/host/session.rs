@@ -12,6 +12,7 @@ use crate::host::engine::{Engine, to_u32};
 use crate::host::prompt::Vocabulary;
 use crate::host::report::{Report, StageReport, Stop, WireReport, ms, per_second};
 use crate::host::sampler::{Sampler, Sampling};
+use crate::host::saved::Belongs;
 use crate::host::template::{ChatTemplate, TemplateError, Turn};
 use crate::host::text::{StopTexts, TextStream};
 
@@ -24,16 +25,18 @@ use crate::host::text::{StopTexts, TextStream};
 /// reply's before a prompt's, and what goes wrong with one is no other's concern. A session outlives the host that it was
 /// made by; dropping it gives its caches back.
 pub struct Session {
-    engine: Box<dyn Engine>,
+    pub(super) engine: Box<dyn Engine>,
     vocabulary: Arc<Vocabulary>,
     n_ctx: u32,
     model_name: Arc<str>,
     /// all of them, prompt and replies
-    tokens: Vec<i32>,
+    pub(super) tokens: Vec<i32>,
     /// how many of them, from the start, the stages' caches hold
-    evaluated: usize,
+    pub(super) evaluated: usize,
     /// a step has failed: what the caches hold beyond `evaluated` is not known
-    torn: bool,
+    pub(super) torn: bool,
+    /// whose it is when it is saved, where it can be
+    pub(super) saving: Option<Arc<Belongs>>,
 }
 
 impl Session {
@@ -52,7 +55,14 @@ impl Session {
             tokens: Vec::new(),
             evaluated: 0,
             torn: false,
+            saving: None,
         }
+    }
+
+    /// The same, of a host that says whose sessions are that are saved.
+    pub(crate) fn saving(mut self, belongs: Option<Arc<Belongs>>) -> Session {
+        self.saving = belongs;
+        self
     }
 
     /// Positions there are.
@@ -154,6 +164,11 @@ impl Session {
         Ok(())
     }
 
+    /// The tokens of which the stages' caches hold what came of them, from the first: what [`save`](Self::save) would save.
+    pub fn evaluated(&self) -> &[i32] {
+        &self.tokens[..self.evaluated]
+    }
+
     /// Evaluates what is pending and takes it back: weights are read and memory is touched, for measurements.
     ///
     /// # Errors
@@ -194,7 +209,7 @@ impl Session {
     }
 
     /// Whether they are numbers of the vocabulary: a step with another one fails, and so does whatever is built on it.
-    fn are_tokens(&self, tokens: &[i32]) -> Result<(), Error> {
+    pub(super) fn are_tokens(&self, tokens: &[i32]) -> Result<(), Error> {
         let n_vocab = self.vocabulary.model.n_vocab();
         let is_token = |token: i32| usize::try_from(token).is_ok_and(|token| token < n_vocab);
         match tokens.iter().find(|token| !is_token(**token)) {

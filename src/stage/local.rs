@@ -151,6 +151,23 @@ impl LocalStage for LlamaStage {
     fn take_back(&self) -> TakeBack {
         self.stage.snapshots().map_or(TakeBack::ALL, TakeBack)
     }
+
+    fn saved_bytes(&self) -> Option<usize> {
+        self.stage.saved_bytes()
+    }
+
+    fn save(&mut self, session: SessionId, from: u32, to: u32) -> Result<Vec<u8>, StageError> {
+        let mut bytes = Vec::new();
+        self.stage.save(session.0, from..to, &mut bytes).map_err(|e| self.explain(&e))?;
+        Ok(bytes)
+    }
+
+    fn restore(&mut self, span: Span, tokens: &[i32], state: &[u8]) -> Result<Duration, StageError> {
+        let start = Instant::now();
+        let rows = Row::chunk(span.session, span.position, span.count as usize);
+        self.stage.restore(&rows, tokens, state).map_err(|e| self.explain(&e))?;
+        Ok(start.elapsed())
+    }
 }
 
 /// The digest of a layout that has parts.
