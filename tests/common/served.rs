@@ -60,6 +60,11 @@ impl Server {
         self.child.id()
     }
 
+    /// Its exit code, once it has one.
+    pub(crate) fn wait(mut self) -> Option<i32> {
+        self.child.wait().unwrap().code()
+    }
+
     /// Sends a request, after which the server closes; `head`: its lines, without the last line break.
     pub(crate) fn send(&self, head: &str, body: &str) -> TcpStream {
         let mut stream = TcpStream::connect(&self.address).unwrap();

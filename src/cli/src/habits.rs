@@ -45,7 +45,11 @@ const LONG: [(&str, &str); 34] = [
 ];
 
 /// llama.cpp's options that a program here does not have, and what to do instead.
-const INSTEAD: [(&[&str], &str); 12] = [
+const INSTEAD: [(&[&str], &str); 13] = [
+    (
+        &["--cache-ram", "--slot-save-path"],
+        "`dim-host serve` keeps prompts: --cache-ram MiB, --cache-dir DIR",
+    ),
     (
         &["--model", "-m"],
         "it runs the slices of a model: --split STEM.split.json, which `dim-split MODEL.gguf --middle A..B` writes; `dim-host \
@@ -63,16 +67,7 @@ const INSTEAD: [(&[&str], &str); 12] = [
     ),
     (&["--threads-batch"], "leave it out: --threads is for prompts, too"),
     (
-        &[
-            "--mlock",
-            "--numa",
-            "--poll",
-            "--prio",
-            "--no-repack",
-            "--kv-unified",
-            "--cont-batching",
-            "--cache-ram",
-        ],
+        &["--mlock", "--numa", "--poll", "--prio", "--no-repack", "--kv-unified", "--cont-batching"],
         "leave it out: memory and threads are left to the system and to this program here",
     ),
     (
@@ -203,7 +198,7 @@ mod tests {
             (&["x", "-cmoe"], "--gpu-layers"),
             (&["x", "-ncmoe", "4"], "--gpu-layers"),
             (&["x", "-nkvo"], "--gpu-layers"),
-            (&["x", "-cram", "9"], "leave it out"),
+            (&["x", "-cram", "9"], "serve"),
             (&["x", "--jinja"], "chat"),
         ] {
             assert!(hint(args).is_some_and(|hint| hint.contains(says)), "{args:?}: {:?}", hint(args));

@@ -30,6 +30,30 @@ impl Interrupt {
         interrupt
     }
 
+    /// The same for SIGTERM, by which services are stopped.
+    pub fn and_terminate(self) -> Interrupt {
+        #[cfg(unix)]
+        {
+            let runtime = tokio::runtime::Builder::new_current_thread().enable_io().build();
+            let Ok(runtime) = runtime else { return self };
+            let flags = self.clone();
+            std::thread::spawn(move || {
+                runtime.block_on(async {
+                    let kind = tokio::signal::unix::SignalKind::terminate();
+                    let Ok(mut terminate) = tokio::signal::unix::signal(kind) else { return };
+                    while terminate.recv().await.is_some() {
+                        if !flags.generating.load(Ordering::SeqCst) || flags.stop.swap(true, Ordering::SeqCst)
+                        {
+                            // as of the first one
+                            llama_sys_patch::end_process(EXIT_TERMINATED);
+                        }
+                    }
+                });
+            });
+        }
+        self
+    }
+
     /// Set while the person wants the reply to stop.
     pub fn stop_flag(&self) -> &AtomicBool {
         &self.stop
@@ -72,5 +96,8 @@ async fn hear(has_asked: &mut bool, flags: &Interrupt) -> bool {
 
 /// What takes longer is worth a word.
 const SOON: Duration = Duration::from_millis(150);
+/// 128 + SIGTERM.
+#[cfg(unix)]
+const EXIT_TERMINATED: i32 = 143;
 /// 128 + SIGINT, as shells report it.
 const EXIT_INTERRUPTED: i32 = 130;

@@ -168,6 +168,14 @@ pub enum ServeError {
         /// What it has to be.
         rule: &'static str,
     },
+    /// Prompts cannot be kept there.
+    #[error("cannot keep prompts in {path}: {source}")]
+    CacheDir {
+        /// The folder as it was given.
+        path: String,
+        /// What the system says.
+        source: std::io::Error,
+    },
     /// The threads of a server could not be made.
     #[error("cannot start the server's threads: {0}")]
     Threads(std::io::Error),
@@ -189,6 +197,7 @@ impl ServeError {
             ServeError::Keys { .. } => {
                 "one key a line, 8 to 256 visible characters each; lines that begin with # are left out"
             }
+            ServeError::CacheDir { .. } => "--cache-dir takes a folder that this user can write to, or make",
             ServeError::Library(error) => return error.hint(),
             ServeError::Allowed { .. } | ServeError::Threads(_) => return None,
         };

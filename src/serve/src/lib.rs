@@ -24,6 +24,7 @@
 #![forbid(unsafe_code)]
 
 mod access;
+mod cache;
 mod door;
 mod error;
 mod markdown;
@@ -50,11 +51,13 @@ use tokio::runtime::Handle;
 use tokio::sync::{Semaphore, watch as signal};
 
 use access::Access;
+use cache::{Cache, Folder};
 use metrics::Metrics;
 use routes::{App, Loaded};
 use slots::Slots;
 
 pub use access::ApiKeys;
+pub use cache::{CacheOptions, Notices};
 pub use error::{ApiError, ServeError};
 pub use request::Defaults;
 pub use watch::Watch;
@@ -82,6 +85,10 @@ pub struct Options {
     pub reader_timeout: Duration,
     /// What holds for requests that say nothing else.
     pub defaults: Defaults,
+    /// Where prompts are kept that no slot has any more: nowhere, unless this says where.
+    pub cache: CacheOptions,
+    /// Who hears what a person should know.
+    pub notices: Notices,
 }
 
 impl Default for Options {
@@ -97,14 +104,17 @@ impl Default for Options {
             queue: 64,
             reader_timeout: Duration::from_secs(30),
             defaults: Defaults::default(),
+            cache: CacheOptions::default(),
+            notices: Notices::default(),
         }
     }
 }
 
-/// A server that listens. Dropping it ends it.
+/// A server that listens. Dropping it ends it, once the prompts that its slots hold are kept, if they are to be.
 pub struct Server {
     app: Arc<App>,
     options: Options,
+    folder: Option<Folder>,
     address: SocketAddr,
     runtime: Handle,
     stop: signal::Sender<bool>,
@@ -115,7 +125,8 @@ impl Server {
     /// Listens, and answers that the model is being loaded.
     ///
     /// # Errors
-    /// The address cannot be had, or could be reached by others although there is no key.
+    /// The address cannot be had, or could be reached by others although there is no key; or prompts cannot be kept where
+    /// they are to be.
     pub fn bind(mut options: Options) -> Result<Server, ServeError> {
         let address = options.listen.clone();
         let cannot = |source| ServeError::Listen { address: address.clone(), source };
@@ -124,6 +135,8 @@ impl Server {
         if !to.ip().is_loopback() && options.keys.is_none() && !options.is_open {
             return Err(ServeError::Open { address });
         }
+        let folder =
+            options.cache.dir.as_deref().map(|dir| folder(dir, options.cache.disk_bytes)).transpose()?;
         let access = Access {
             keys: options.keys.take(),
             hosts: hosts(&options.hosts)?,
@@ -158,7 +171,7 @@ impl Server {
         };
         let thread =
             std::thread::Builder::new().name("http".to_owned()).spawn(serve).map_err(ServeError::Threads)?;
-        Ok(Server { app, options, address, runtime: handle, stop, thread: Some(thread) })
+        Ok(Server { app, options, folder, address, runtime: handle, stop, thread: Some(thread) })
     }
 
     /// Where it listens.
@@ -189,7 +202,9 @@ impl Server {
         let Options { queue, reader_timeout, .. } = self.options;
         let (metrics, watch) = (Arc::clone(&self.app.metrics), self.app.watch.clone());
         let thinks = template.as_ref().is_ok_and(thinks);
-        let slots = Slots::open(&host, queue, reader_timeout, metrics, watch, self.runtime.clone())?;
+        let (folder, ram_bytes) = (self.folder.clone(), self.options.cache.ram_bytes);
+        let cache = Cache::open(folder, ram_bytes, &host, self.options.notices.clone(), Arc::clone(&metrics));
+        let slots = Slots::open(&host, queue, reader_timeout, cache, metrics, watch, self.runtime.clone())?;
         let _ = self.app.loaded.set(Loaded { host, template, thinks, slots });
         Ok(())
     }
@@ -204,7 +219,15 @@ impl Drop for Server {
         if let Some(thread) = self.thread.take() {
             let _ = thread.join();
         }
+        if let Some(loaded) = self.app.loaded.get() {
+            loaded.slots.finish();
+        }
     }
+}
+
+fn folder(dir: &std::path::Path, disk_bytes: u64) -> Result<Folder, ServeError> {
+    let cannot = |source| ServeError::CacheDir { path: dir.display().to_string(), source };
+    Folder::create(dir, disk_bytes).map_err(cannot)
 }
 
 /// Whether a model's answers have a reasoning part, by its template. One that llama.cpp does not take has none that could be

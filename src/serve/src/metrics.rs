@@ -17,6 +17,7 @@ pub(crate) struct Metrics {
     tokens: Counter,
     prompt_tokens: Counter,
     cached_tokens: Counter,
+    restored_tokens: Counter,
     waiting: Gauge,
     busy: Gauge,
     connections: Gauge,
@@ -38,6 +39,7 @@ impl Metrics {
             tokens: counter(r, "generated_tokens", "Tokens generated"),
             prompt_tokens: counter(r, "prompt_tokens", "Tokens of prompts that were evaluated"),
             cached_tokens: counter(r, "prompt_tokens_cached", "Tokens of prompts that the caches held"),
+            restored_tokens: counter(r, "prompt_tokens_restored", "Tokens put back from kept prompts"),
             waiting: gauge(r, "requests_waiting", "Requests that wait for a slot"),
             busy: gauge(r, "slots_busy", "Slots that generate"),
             connections: gauge(r, "connections", "Open connections"),
@@ -66,6 +68,10 @@ impl Metrics {
     pub(crate) fn prompt(&self, evaluated: usize, cached: usize) {
         self.prompt_tokens.inc_by(evaluated as u64);
         self.cached_tokens.inc_by(cached as u64);
+    }
+
+    pub(crate) fn restored(&self, tokens: usize) {
+        self.restored_tokens.inc_by(tokens as u64);
     }
 
     pub(crate) fn load(&self, waiting: usize, busy: usize) {

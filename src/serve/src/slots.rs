@@ -10,6 +10,7 @@
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use dim::host::template::dialogue::{Answer, Message};
@@ -17,6 +18,7 @@ use dim::{Error, Host, Session};
 use tokio::runtime::Handle;
 use tokio::sync::mpsc::error::TrySendError;
 
+use crate::cache::Cache;
 use crate::error::ApiError;
 use crate::metrics::Metrics;
 use crate::queue::FairQueue;
@@ -31,6 +33,10 @@ struct Shared {
     state: Mutex<State>,
     /// of each slot: there is work, or the end
     wake: Vec<Condvar>,
+    /// of the slots, while there is somebody who may wait for their end
+    threads: Mutex<Vec<JoinHandle<()>>>,
+    /// what slots have let go of
+    cache: Option<Cache>,
     metrics: Arc<Metrics>,
     watch: Watch,
     /// the longest that a slot waits for a client who does not read
@@ -57,6 +63,8 @@ impl State {
 struct Slot {
     work: Option<Job>,
     is_busy: bool,
+    /// calls off what it is busy with
+    running: Option<Arc<AtomicBool>>,
     /// what its caches hold, while nobody uses it
     tokens: Vec<i32>,
     used_at: u64,
@@ -80,10 +88,12 @@ impl Drop for Ticket {
 
 impl Slots {
     /// One for each session that `host` can have, and a queue of `bound` requests.
+    #[allow(clippy::too_many_arguments)] // each of another kind, and given once
     pub(crate) fn open(
         host: &Arc<Host>,
         bound: usize,
         reader_timeout: Duration,
+        cache: Option<Cache>,
         metrics: Arc<Metrics>,
         watch: Watch,
         runtime: Handle,
@@ -98,12 +108,15 @@ impl Slots {
         };
         let wake = (0..n).map(|_| Condvar::new()).collect();
         let state = Mutex::new(state);
-        let shared = Arc::new(Shared { state, wake, metrics, watch, reader_timeout, runtime });
+        let threads = Mutex::default();
+        let shared =
+            Arc::new(Shared { state, wake, threads, cache, metrics, watch, reader_timeout, runtime });
         for i in 0..n as usize {
             let session = host.session()?;
-            let (shared, host) = (Arc::clone(&shared), Arc::clone(host));
+            let (its, host) = (Arc::clone(&shared), Arc::clone(host));
             let thread = std::thread::Builder::new().name(format!("slot {i}"));
-            thread.spawn(move || shared.serve(i, session, &host)).map_err(crate::ServeError::Threads)?;
+            let thread = thread.spawn(move || its.serve(i, session, &host));
+            lock(&shared.threads).push(thread.map_err(crate::ServeError::Threads)?);
         }
         Ok(Slots(shared))
     }
@@ -148,14 +161,32 @@ impl Slots {
         while let Some(job) = state.queue.pop() {
             job.is_cancelled.store(true, Ordering::Relaxed);
         }
+        state
+            .slots
+            .iter()
+            .filter_map(|slot| slot.running.as_ref())
+            .for_each(|r| r.store(true, Ordering::Relaxed));
         self.0.wake.iter().for_each(Condvar::notify_all);
+    }
+
+    /// After [`close`](Self::close): waits until what the slots hold is kept, where it is to be.
+    pub(crate) fn finish(&self) {
+        let Some(cache) = &self.0.cache else { return };
+        for thread in std::mem::take(&mut *lock(&self.0.threads)) {
+            let _ = thread.join();
+        }
+        cache.close();
     }
 }
 
+/// The lock is left whole by whoever panics with it.
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
 impl Shared {
-    /// The lock is left whole by whoever panics with it.
     fn lock(&self) -> MutexGuard<'_, State> {
-        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+        lock(&self.state)
     }
 
     fn count(&self, state: &State) {
@@ -175,6 +206,7 @@ impl Shared {
         let Some((i, _)) = free.max_by_key(|(_, slot)| worth(slot)) else { return };
         let slot = &mut state.slots[i];
         slot.is_busy = true;
+        slot.running = Some(Arc::clone(&job.is_cancelled));
         slot.work = Some(job);
         self.wake[i].notify_one();
     }
@@ -204,13 +236,16 @@ impl Shared {
             state.clock += 1;
             let used_at = state.clock;
             let tokens = session.as_ref().map_or_else(Vec::new, |session| session.tokens().to_vec());
-            state.slots[i] = Slot { work: None, is_busy: session.is_none(), tokens, used_at };
+            state.slots[i] = Slot { is_busy: session.is_none(), tokens, used_at, ..Slot::default() };
             if session.is_some()
                 && let Some(job) = state.queue.pop()
             {
                 self.hand_out(&mut state, job);
             }
             self.count(&state);
+        }
+        if let (Some(cache), Some(session)) = (&self.cache, &mut session) {
+            cache.keep(session);
         }
     }
 
@@ -261,16 +296,14 @@ impl Shared {
         host: &Host,
     ) -> Result<Option<Update>, Error> {
         let wanted = &job.wanted;
-        if !wanted.cache_prompt {
-            session.set_tokens(&[])?;
-        }
-        session.set_tokens(prompt)?;
+        let began = Instant::now();
+        self.take_prompt(job, prompt, session)?;
+        let before = began.elapsed();
         let mut sampling = wanted.sampling.clone();
         let nth = u32::try_from(choice).unwrap_or(u32::MAX);
         // the last number means "any"
         sampling.seed = sampling.seed.map(|seed| seed.wrapping_add(nth).min(u32::MAX - 1));
         sampling.constraint = job.constraint.clone();
-        let began = Instant::now();
         let generation = session.generate(sampling).limit(wanted.limit).ignore_eos(wanted.ignore_eos);
         let reading = job.reading.as_ref();
         let more_stops = reading.iter().flat_map(|reading| &reading.stops);
@@ -306,7 +339,8 @@ impl Shared {
             }
         }
         let report = generation.report(began);
-        let timings = Timings::of(&report, prompt.len().saturating_sub(report.prompt_tokens));
+        let mut timings = Timings::of(&report, prompt.len().saturating_sub(report.prompt_tokens));
+        timings.prompt_time += before;
         self.metrics.prompt(timings.prompt, timings.cached);
         self.watch.hear_report(&report);
         let stop_text = generation.stop_text().and_then(|text| wanted.stop.iter().position(|s| s == text));
@@ -318,6 +352,18 @@ impl Shared {
             finish = Finish::ToolCalls;
         }
         Ok(Some(Update::Ended { choice, said, finish, timings }))
+    }
+
+    /// Makes a session's tokens those of a prompt, with as much of it in the caches as is held or kept anywhere.
+    fn take_prompt(&self, job: &Job, prompt: &[i32], session: &mut Session) -> Result<(), Error> {
+        let may_reuse = job.wanted.cache_prompt;
+        if let Some(cache) = &self.cache {
+            cache.exchange(session, prompt, may_reuse, &job.is_cancelled)?;
+        }
+        if !may_reuse {
+            session.set_tokens(&[])?;
+        }
+        session.set_tokens(prompt)
     }
 
     fn is_over(&self, job: &Job) -> bool {

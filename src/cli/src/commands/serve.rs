@@ -3,7 +3,7 @@
 use std::path::PathBuf;
 use std::time::Duration;
 
-use dim_serve::{ApiKeys, Defaults, Options, ServeError, Server};
+use dim_serve::{ApiKeys, CacheOptions, Defaults, Notices, Options, ServeError, Server};
 use gguf_tools::failure::Failure;
 use gguf_tools::{tell, terminal};
 
@@ -18,6 +18,8 @@ pub struct ServeArgs {
     split: SplitArgs,
     #[command(flatten)]
     door: DoorArgs,
+    #[command(flatten)]
+    cache: CacheArgs,
     #[command(flatten)]
     machine: MachineArgs,
     #[command(flatten)]
@@ -66,6 +68,31 @@ struct DoorArgs {
     reader_timeout: u64,
 }
 
+/// Prompts that no slot has any more.
+#[derive(Clone, Debug, clap::Args)]
+#[command(next_help_heading = "Prompt cache")]
+struct CacheArgs {
+    /// Keep prompts in this folder across restarts; a worker's part is filled again by its rows
+    #[arg(long, value_name = "DIR", visible_alias = "slot-save-path")]
+    cache_dir: Option<PathBuf>,
+    /// The most MiB of all files there; the oldest go first
+    #[arg(long, value_name = "MiB", default_value_t = 8192, value_parser = clap::value_parser!(u32).range(1..), requires = "cache_dir")]
+    cache_disk: u32,
+    /// Keep prompts in so many MiB of memory; -1: without limit, 0: not
+    #[arg(long, value_name = "MiB", default_value_t = 0, allow_negative_numbers = true, value_parser = clap::value_parser!(i32).range(-1..))]
+    cache_ram: i32,
+}
+
+impl CacheArgs {
+    fn options(&self) -> CacheOptions {
+        CacheOptions {
+            dir: self.cache_dir.clone(),
+            disk_bytes: u64::from(self.cache_disk) << 20,
+            ram_bytes: u64::try_from(self.cache_ram).map_or(u64::MAX, |mib| mib << 20),
+        }
+    }
+}
+
 impl ServeArgs {
     fn options(&self) -> Result<Options, Failure> {
         let door = self.door.clone();
@@ -81,14 +108,16 @@ impl ServeArgs {
             queue: door.queue as usize,
             reader_timeout: Duration::from_secs(door.reader_timeout),
             defaults: Defaults { sampling: self.sampling.sampling()?, limit: limit(self.n_predict)? },
+            cache: self.cache.options(),
+            notices: Notices::new(|text| tell!("{text}")),
         })
     }
 }
 
-/// Runs it until Ctrl-C.
+/// Runs it until Ctrl-C or SIGTERM.
 pub fn run(args: &ServeArgs) -> Result<(), Failure> {
     let options = args.options()?;
-    let interrupt = Interrupt::watch();
+    let interrupt = Interrupt::watch().and_terminate();
     let host = args.split.host(&args.machine)?.sessions(args.parallel);
     let host = host.batch_rows(if args.exact { 1 } else { args.parallel });
     if let Some(template) = &options.chat_template {
