@@ -104,8 +104,7 @@ impl Assignment {
         let saving = saved.belongs(split.head.model_blocks, &load_options.resources);
         let saving = saving.filter(|_| pipeline.can_save());
         let engine = SplitEngine::new(pipeline, n_ubatch, options.sessions, events.clone());
-        let model_name = split.head.model_name.as_str().into();
-        Ok(Host { engine, vocabulary, n_ctx, model_name, saving })
+        Ok(Host { engine, vocabulary, n_ctx, model_name: split.head.model_name.as_str().into(), saving })
     }
 }
 
