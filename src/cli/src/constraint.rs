@@ -1,13 +1,11 @@
 //! `--json-schema` and `--grammar`, as llama-cli has them.
 
-use std::fs::File;
-use std::io::Read as _;
 use std::path::{Path, PathBuf};
 
 use dim::Session;
 use gguf_tools::failure::Failure;
 
-use crate::ended_by;
+use crate::{ended_by, text};
 
 /// What a reply has to be.
 #[derive(Clone, Debug, clap::Args)]
@@ -60,14 +58,7 @@ impl ConstraintArgs {
 }
 
 fn read(option: &str, file: &Path) -> Result<String, Failure> {
-    let cannot = |why: String| Failure::misuse(format!("{option}{}: {why}", file.display()));
-    let mut text = String::new();
-    let read = File::open(file).and_then(|f| f.take(MAX_BYTES + 1).read_to_string(&mut text));
-    read.map_err(|e| cannot(e.to_string()))?;
-    match text.len() as u64 > MAX_BYTES {
-        true => Err(cannot("longer than 1 MiB".to_owned())),
-        false => Ok(text),
-    }
+    text::read(file, MAX_MIB).map_err(|why| Failure::misuse(format!("{option}{}: {why}", file.display())))
 }
 
 impl Given {
@@ -84,4 +75,4 @@ impl Given {
     }
 }
 
-const MAX_BYTES: u64 = 1 << 20;
+const MAX_MIB: u64 = 1;

@@ -7,6 +7,8 @@ use std::time::Duration;
 
 use gguf_tools::tell;
 
+use crate::type_ahead;
+
 /// Two flags shared with the thread that waits for the signal.
 #[derive(Clone, Debug, Default)]
 pub struct Interrupt {
@@ -44,6 +46,7 @@ impl Interrupt {
                     while terminate.recv().await.is_some() {
                         if !flags.generating.load(Ordering::SeqCst) || flags.stop.swap(true, Ordering::SeqCst)
                         {
+                            type_ahead::restore();
                             // as of the first one
                             llama_sys_patch::end_process(EXIT_TERMINATED);
                         }
@@ -87,6 +90,7 @@ async fn hear(has_asked: &mut bool, flags: &Interrupt) -> bool {
     };
     if !flags.generating.load(Ordering::SeqCst) || flags.stop.swap(true, Ordering::SeqCst) {
         tell!();
+        type_ahead::restore();
         // the main thread may be anywhere in C++: its objects must not be taken down under it
         llama_sys_patch::end_process(EXIT_INTERRUPTED);
     }

@@ -12,6 +12,8 @@ pub mod progress;
 pub mod prompt;
 pub mod shown;
 pub mod template;
+pub mod text;
+pub mod type_ahead;
 
 use std::process::ExitCode;
 

@@ -1,11 +1,13 @@
 //! Which chat template a conversation is rendered with.
 
+use std::path::Path;
+
 use dim::Session;
 use dim::host::template::{CHATML, ChatTemplate, TemplateError};
 use gguf_tools::failure::Failure;
 use gguf_tools::tell;
 
-use crate::explain;
+use crate::{explain, text};
 
 /// What `--chat-template` means.
 ///
@@ -15,8 +17,8 @@ pub fn text(given: &str) -> Result<String, Failure> {
     match given {
         "chatml" => Ok(CHATML.to_owned()),
         jinja if jinja.contains('{') => Ok(jinja.to_owned()),
-        file => std::fs::read_to_string(file).map_err(|e| {
-            Failure::misuse(format!("--chat-template {file}: neither `chatml`, nor Jinja, nor a file: {e}"))
+        file => text::read(Path::new(file), MAX_MIB).map_err(|why| {
+            Failure::misuse(format!("--chat-template {file}: neither `chatml`, nor Jinja, nor a file: {why}"))
         }),
     }
 }
@@ -38,3 +40,5 @@ pub fn of(session: &Session, given: Option<&str>) -> Result<ChatTemplate, Failur
         template => template.map_err(explain),
     }
 }
+
+const MAX_MIB: u64 = 1;

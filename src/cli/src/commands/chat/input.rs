@@ -11,6 +11,8 @@ use rustyline::error::ReadlineError;
 use rustyline::history::FileHistory;
 use rustyline::{Config, Editor};
 
+use crate::type_ahead::TypeAhead;
+
 /// Where messages come from.
 pub(super) struct Input {
     source: Source,
@@ -18,7 +20,7 @@ pub(super) struct Input {
 }
 
 enum Source {
-    Terminal { editor: Box<Editor<(), FileHistory>>, history: Option<PathBuf> },
+    Terminal { editor: Box<Editor<(), FileHistory>>, history: Option<PathBuf>, _ahead: TypeAhead },
     Pipe,
 }
 
@@ -48,7 +50,7 @@ impl Input {
                 editor.set_max_history_size(HISTORY_LINES).ok();
                 // the first time there is none
                 let _ = history.as_ref().map(|file| editor.load_history(file));
-                Source::Terminal { editor: Box::new(editor), history }
+                Source::Terminal { editor: Box::new(editor), history, _ahead: TypeAhead::begin() }
             }
         };
         Input { source, line: String::new() }
@@ -101,13 +103,10 @@ impl Input {
                 };
                 Ok(n > 0)
             }
-            Source::Terminal { editor, history } => {
+            Source::Terminal { editor, history, .. } => {
                 tell!();
-                self.line = match editor.readline("> ") {
-                    Ok(line) => line,
-                    Err(ReadlineError::Eof | ReadlineError::Interrupted) => return Ok(false),
-                    Err(e) => return Err(Failure::failed(format!("cannot read the next line: {e}"))),
-                };
+                let Some(line) = edited(editor)? else { return Ok(false) };
+                self.line = line;
                 if editor.add_history_entry(self.line.as_str()).unwrap_or(false)
                     && let Some(file) = history
                 {
@@ -116,6 +115,23 @@ impl Input {
                 }
                 Ok(true)
             }
+        }
+    }
+}
+
+/// A line that was edited; `None`: nothing more comes.
+fn edited(editor: &mut Editor<(), FileHistory>) -> Result<Option<String>, Failure> {
+    let mut interrupted = false;
+    loop {
+        match editor.readline("> ") {
+            Ok(line) => return Ok(Some(line)),
+            // one gives up the line; a second one means more than that
+            Err(ReadlineError::Interrupted) if !interrupted => {
+                interrupted = true;
+                tell!("[Ctrl-D, /exit or Ctrl-C again ends this]");
+            }
+            Err(ReadlineError::Eof | ReadlineError::Interrupted) => return Ok(None),
+            Err(e) => return Err(Failure::failed(format!("cannot read the next line: {e}"))),
         }
     }
 }

@@ -54,6 +54,8 @@ pub struct ChatArgs {
 
 /// Runs it.
 pub fn run(args: &ChatArgs, process_start: Instant) -> Result<(), Failure> {
+    // first: a line editor takes Ctrl-C for itself, and whoever comes behind it has it, too
+    let input = Input::new();
     let interrupt = Interrupt::watch();
     let mut sampling = args.sampling.sampling()?;
     let n_predict = limit(args.n_predict)?;
@@ -79,7 +81,7 @@ pub fn run(args: &ChatArgs, process_start: Instant) -> Result<(), Failure> {
         forgotten: 0,
         refused: 0,
     }
-    .run()
+    .run(input)
 }
 
 impl ChatArgs {
@@ -118,8 +120,7 @@ const COMMANDS: &str = "\
 
 impl Chat<'_> {
     /// Reads messages and answers each on stdout until they end.
-    fn run(mut self) -> Result<(), Failure> {
-        let mut input = Input::new();
+    fn run(mut self, mut input: Input) -> Result<(), Failure> {
         if input.is_terminal() {
             tell!("{COMMANDS}");
         }

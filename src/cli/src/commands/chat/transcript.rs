@@ -8,6 +8,8 @@ use gguf_tools::failure::Failure;
 use gguf_tools::gguf::write::TempFile;
 use serde_json::{Value, json};
 
+use crate::text;
+
 const ROLES: [(Role, &str); 3] =
     [(Role::System, "system"), (Role::User, "user"), (Role::Assistant, "assistant")];
 
@@ -35,7 +37,7 @@ pub(super) fn write(path: &Path, turns: &[Turn]) -> Result<(), Failure> {
 pub(super) fn read(path: &Path) -> Result<Vec<Turn>, Failure> {
     let file = path.display();
     let text =
-        std::fs::read_to_string(path).map_err(|e| Failure::misuse(format!("cannot read {file}: {e}")))?;
+        text::read(path, MAX_MIB).map_err(|why| Failure::misuse(format!("cannot read {file}: {why}")))?;
     let none = |why: String| {
         Failure::misuse(format!("{file} is not a conversation: {why}"))
             .hint("`--save FILE` and `/save FILE` write one")
@@ -54,6 +56,9 @@ pub(super) fn read(path: &Path) -> Result<Vec<Turn>, Failure> {
     };
     messages.iter().enumerate().map(turn).collect()
 }
+
+/// Far above what any context holds.
+const MAX_MIB: u64 = 256;
 
 #[cfg(test)]
 mod tests {
