@@ -7,7 +7,7 @@ use std::path::Path;
 use std::process::{Command, Stdio};
 use std::time::Duration;
 
-use common::{Cut, failure, host_program, report, run, signal, text};
+use common::{Cut, Worker, failure, host_program, report, run, signal, text};
 use dim::host::report::Stop;
 use dim::host::template::{CHATML, ChatTemplate, Role, Turn};
 use dim::{Resources, WholeModel};
@@ -335,6 +335,12 @@ fn a_conversation_survives_typos_other_encodings_and_the_end_of_the_program() {
         line.split_whitespace().nth(1).unwrap().parse::<usize>().unwrap()
     };
     assert!(n_prompt(&resume) > n_prompt(&resume[..5]) + 20);
+    // nor is what has no end
+    let endless = ["--ctx", "512", "--resume", "/dev/zero"];
+    let (_, err, code) = cut.chat(&endless, b"");
+    assert!(code == Some(2) && err.contains("cannot read /dev/zero: longer than 256 MiB"), "{err}");
+    let (_, err, code) = cut.chat(&["--chat-template", "/dev/zero"], b"");
+    assert!(code == Some(2) && err.contains("longer than 1 MiB"), "{err}");
     std::fs::write(&file, "[]]").unwrap();
     let (_, err, code) = cut.chat(&resume, b"");
     assert_eq!(code, Some(2));
@@ -465,7 +471,7 @@ fn options_without_a_place_here_are_answered_with_what_to_do_instead() {
         (&["stock", "-m", "a.gguf", "-p", "x", "-np", "2"], "`dim-host serve --parallel N`"),
         (&["stock", "-m", "a.gguf", "-p", "x", "-st"], "leave it out"),
         (&["stock", "-m", "a.gguf", "-p", "x", "-cmoe"], "--gpu-layers"),
-        (&["stock", "-m", "a.gguf", "-p", "x", "--chat-template", "chatml"], "`dim-host chat`"),
+        (&["stock", "-m", "a.gguf", "-p", "x", "--jinja"], "`dim-host chat`"),
         (&["stock", "-m", "a.gguf", "-p", "x", "--mirostat", "2"], "--top-k"),
     ] {
         let said = failure(Command::new(host_program()).args(args), 2);
@@ -535,6 +541,25 @@ fn a_reply_follows_the_grammar_that_was_given_and_what_is_none_is_said() {
     assert!(said.contains("--grammar-file nowhere.gbnf: "), "{said}");
     let said = failure(&mut cut.stock(&["--grammar", gbnf, "-j", "{}"]), 2);
     assert!(said.contains("cannot be used with"), "{said}");
+}
+
+#[test]
+fn a_slice_is_not_the_model_and_ctx_0_is_the_model_s_own() {
+    let cut = Cut::tiny("qwen2");
+    for i in 0..3 {
+        let mut stock = Command::new(host_program());
+        let said = failure(stock.args(["stock", "-p", "hi", "-m"]).arg(cut.slice(i)), 2);
+        assert!(said.contains("is a slice of a model, and not the model"), "{said}");
+    }
+    let mut stock = Command::new(host_program());
+    let all = ["--threads", "1", "--ctx", "0", "-n", "1", "--temp", "0", "--json", "-p", "hi"];
+    let whole = report(stock.args(["stock", "-m"]).arg(&cut.model).args(all));
+    let split = report(cut.host("generate", &[]).args(all));
+    assert_eq!(whole.tokens, split.tokens);
+    let (_, err, code) = cut.chat(&["--ctx", "0", "-n", "1"], b"hi\n");
+    assert_eq!(code, Some(0), "{err}");
+    let worker = Worker::start(&cut.slice(1), &cut.key, &["--ctx", "0"]);
+    assert_eq!(report(cut.host("generate", &[&worker.address]).args(all)).tokens, whole.tokens);
 }
 
 /// A model takes a while to load: none is needed to see that these are wrong.

@@ -14,10 +14,10 @@ use std::time::Instant;
 
 use common::{Worker, failure, host_program, key_file, worker_program, write_with};
 use dim::{Event, Host, Key, Resources, RowType, Sampling, Session, WholeModel};
+use gguf_tools::ask::Ask;
 use gguf_tools::failure::Explained as _;
 use gguf_tools::gguf::{Gguf, Value};
 use gguf_tools::manifest::Manifest;
-use gguf_tools::needs::Ask;
 use gguf_tools::plan::{Plan, PlanError, Request};
 use gguf_tools::split::split;
 use llama_sys_patch::test_support;

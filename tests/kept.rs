@@ -213,7 +213,8 @@ fn what_lies_in_the_folder_is_whole_or_left_out() {
             bytes
         }
     };
-    let ways: [(&str, &dyn Fn(&[u8]) -> Vec<u8>); 6] = [
+    type Way<'a> = (&'a str, &'a dyn Fn(&[u8]) -> Vec<u8>);
+    let ways: [Way; 6] = [
         ("cut off", &|bytes| bytes[..bytes.len() - 100].to_vec()),
         ("half of it", &|bytes| bytes[..bytes.len() / 2].to_vec()),
         ("empty", &|_| Vec::new()),
@@ -324,7 +325,11 @@ fn a_folder_that_takes_nothing_is_told_once_and_harms_no_answer() {
     let file = cut.folder.path().join("file");
     fs::write(&file, "").unwrap();
     let said = failure(&mut command(&cut, &worker.address, &["--cache-dir", &file.display().to_string()]), 2);
-    assert!(said.contains("cannot keep prompts in") && said.contains("hint: --cache-dir takes"), "{said}");
+    assert!(
+        said.contains("cannot keep prompts in")
+            && said.contains("hint: name a folder that this user can write to"),
+        "{said}"
+    );
 }
 
 #[test]

@@ -184,7 +184,10 @@ impl std::error::Error for Unsupported {}
 impl Explained for Unsupported {
     fn hint(&self) -> Option<Cow<'static, str>> {
         let names: Vec<&str> = SUPPORTED.iter().map(|arch| arch.name).collect();
-        Some(format!("cut it without --renumber, which takes {}", names.join(", ")).into())
+        Some(
+            format!("cut it with its own block numbers; renumbered slices can be of {}", names.join(", "))
+                .into(),
+        )
     }
 
     fn is_misuse(&self) -> bool {

@@ -349,7 +349,7 @@ fn refusals_name_what_is_wrong() {
     let (text, hint) = (error.to_string(), error.hint().unwrap_or_default());
     assert!(
         text.contains("'gemma' cannot be models of their own: it scales")
-            && hint.starts_with("cut it without --renumber, which takes llama"),
+            && hint.starts_with("cut it with its own block numbers; renumbered slices can be of llama"),
         "{text}"
     );
 

@@ -26,9 +26,7 @@ std::vector<llama_token> common_tokenize(const llama_vocab *, const std::string 
 std::string string_join(const std::vector<std::string> & values, const std::string & separator) {
     std::string joined;
     for (const std::string & value : values) {
-        if (&value != values.data()) {
-            joined += separator;
-        }
+        if (&value != values.data()) { joined += separator; }
         joined += value;
     }
     return joined;
@@ -50,15 +48,11 @@ std::vector<std::string> string_split(const std::string & text, const std::strin
 std::string string_repeat(const std::string & text, size_t n) {
     std::string all;
     all.reserve(text.size() * n);
-    while (n-- > 0) {
-        all += text;
-    }
+    while (n-- > 0) { all += text; }
     return all;
 }
 
 // from left to right, in one pass
 void string_replace_all(std::string & text, const std::string & search, const std::string & replace) {
-    if (!search.empty()) {
-        text = string_join(string_split(text, search), replace);
-    }
+    if (!search.empty()) { text = string_join(string_split(text, search), replace); }
 }

@@ -103,11 +103,11 @@ static std::string type_name(const ggml_tensor * tensor) {
     return name;
 }
 
-// ggml_compute_forward_rope_flt(): of every row, pairs of the values from a first one on.
+// ggml_compute_forward_rope_flt(): of every row, pairs of the values from a first one on. Of none it does not come to an end.
 static void check_rotation(const ggml_tensor * node) {
     const int32_t * params = node->op_params;
     const int64_t n_values = node->src[0]->ne[0], n_rotated = params[1], first = params[15];
-    if (n_rotated < 0 || n_rotated % 2 != 0 || first < 0 || first % 2 != 0 || first + n_rotated > n_values) {
+    if (n_rotated <= 0 || n_rotated % 2 != 0 || first < 0 || first % 2 != 0 || first + n_rotated > n_values) {
         fail(DIM_LOAD_FAILED, "%s: llama.cpp cannot rotate %" PRId64 " of %" PRId64 " values (rope.dimension_count)",
              node->name, n_rotated, n_values);
     }

@@ -11,7 +11,6 @@ use dim_wire::transport::discover::MDNS_PORT;
 use gguf_tools::failure::Failure;
 use gguf_tools::manifest::Manifest;
 use gguf_tools::slice::SliceInfo;
-use gguf_tools::tell;
 use llama_sys_patch::LogLevel;
 
 use crate::explain;
@@ -196,7 +195,9 @@ pub fn key_of_file(path: &Path) -> Result<Key, Failure> {
     #[cfg(unix)]
     if std::fs::metadata(path).is_ok_and(|file| std::os::unix::fs::MetadataExt::mode(&file) & 0o077 != 0) {
         let path = path.display();
-        tell!("note: {path}: other users can read this key; if it is still good, run: chmod 600 {path}");
+        gguf_tools::tell!(
+            "note: {path}: other users can read this key; if it is still good, run: chmod 600 {path}"
+        );
     }
     Ok(key)
 }

@@ -61,7 +61,7 @@ const INSTEAD: [(&[&str], &str); 13] = [
     (&["--host", "--port"], "--listen ADDR:PORT says both"),
     (&["--parallel"], "one reply at a time here; `dim-host serve --parallel N` gives several"),
     (
-        &["--jinja", "--chat-template", "--system-prompt", "--system-prompt-file", "--multiline-input"],
+        &["--jinja", "--system-prompt-file", "--multiline-input"],
         "templates are for conversations: `dim-host chat` and `dim-host serve` read the model's, or --chat-template; --system \
          begins a chat, and a pasted text of several lines is one message",
     ),

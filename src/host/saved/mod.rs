@@ -10,7 +10,7 @@
 //! spared is the computing of this process, and of the way to a worker that its rows wait for; a worker computes again what
 //! it computed. With F32 rows what comes behind a restored session has the bits that it had in the process that saved it.
 //!
-//! The bytes ([`format`]): nothing in them is believed before its digest is right, and nothing is allocated that the
+//! The bytes ([`format`](mod@format)): nothing in them is believed before its digest is right, and nothing is allocated that the
 //! file does not have. They belong to one model, one cut of it, one way of computing: [`Host::saves_as`].
 //!
 //! [`Host::saves_as`]: crate::Host::saves_as

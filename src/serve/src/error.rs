@@ -197,7 +197,7 @@ impl ServeError {
             ServeError::Keys { .. } => {
                 "one key a line, 8 to 256 visible characters each; lines that begin with # are left out"
             }
-            ServeError::CacheDir { .. } => "--cache-dir takes a folder that this user can write to, or make",
+            ServeError::CacheDir { .. } => "name a folder that this user can write to, or make",
             ServeError::Library(error) => return error.hint(),
             ServeError::Allowed { .. } | ServeError::Threads(_) => return None,
         };
