@@ -504,3 +504,51 @@ fn within_its_promise(worker: &Worker, slice: u64, cache: u64) {
     assert!(peak <= slice + cache + (150 << 20), "{over} MiB more than its slice and cache");
     assert!(peak >= slice, "{peak} bytes: less than the slice itself");
 }
+
+/// Whoever has started a worker may stop reading what it says.
+#[test]
+fn a_worker_that_nobody_reads_serves_on() {
+    let cut = Cut::tiny("qwen2");
+    let args = ["-n", "4", "--temp", "0"];
+    let expected = report(&mut cut.stock(&args)).tokens;
+    let mut command = Command::new(worker_program());
+    command.arg(cut.slice(1)).arg("--key-file").arg(&cut.key);
+    command.args(["--listen", "127.0.0.1:0", "--threads", "1", "--ctx", "512"]);
+    command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
+    let mut child = command.spawn().unwrap();
+    let mut line = String::new();
+    BufReader::new(child.stdout.take().unwrap()).read_line(&mut line).unwrap();
+    let address = line.trim().strip_prefix("listening on ").unwrap();
+    drop(child.stderr.take());
+    for _ in 0..3 {
+        assert_eq!(report(&mut cut.generate(&[address], &args)).tokens, expected);
+    }
+    assert_eq!(child.try_wait().unwrap(), None, "it has ended");
+    child.kill().unwrap();
+    child.wait().unwrap();
+}
+
+/// A system that has no descriptor left is said a few times, not for every connection, and newcomers get their turn again.
+#[cfg(target_os = "linux")]
+#[test]
+fn a_worker_without_descriptors_says_so_and_serves_on() {
+    let cut = Cut::tiny("qwen2");
+    let worker = cut.worker(1);
+    let held = std::fs::read_dir(format!("/proc/{}/fd", worker.pid())).unwrap().count() as u64;
+    let pid = rustix::process::Pid::from_raw(worker.pid().cast_signed()).unwrap();
+    let limit = rustix::process::Rlimit { current: Some(held + 4), maximum: Some(held + 4) };
+    rustix::process::prlimit(Some(pid), rustix::process::Resource::Nofile, limit).unwrap();
+    let crowd: Vec<_> = (0..200).map(|_| std::net::TcpStream::connect(&worker.address)).collect();
+    let begin = Instant::now();
+    let said = || worker.stderr().matches("Too many open files").count();
+    while said() == 0 {
+        assert!(begin.elapsed() < Duration::from_secs(20), "{}", worker.stderr());
+        std::thread::sleep(Duration::from_millis(20));
+    }
+    std::thread::sleep(Duration::from_secs(1));
+    assert!(said() < 10, "{}", worker.stderr());
+    drop(crowd);
+    let args = ["-n", "4", "--temp", "0"];
+    let expected = report(&mut cut.stock(&args)).tokens;
+    assert_eq!(report(&mut cut.generate(&[&worker.address], &args)).tokens, expected);
+}
