@@ -39,7 +39,8 @@ impl Died {
             }
             Died::NoMemory(_) => LESS_MEMORY,
             Died::Nonsense | Died::NotStarted(..) => {
-                "is the program being replaced while it runs? start it again"
+                "has the system processes and files left for this one (ulimit -u, ulimit -n)? if the program was replaced \
+                 while it runs, start it again"
             }
         }
     }

@@ -187,7 +187,10 @@ impl From<Refusal> for NeedsError {
 fn apart_from(died: &Died) -> String {
     match died {
         Died::NoMemory(_) => died.to_string(),
-        _ => format!("llama.cpp does not survive this file: {died}"),
+        Died::Ended { .. } | Died::Silent(_) => format!("llama.cpp does not survive this file: {died}"),
+        Died::Nonsense | Died::NotStarted(..) => {
+            format!("whether llama.cpp survives this file cannot be tried: {died}")
+        }
     }
 }
 
@@ -219,7 +222,11 @@ impl Explained for NeedsError {
     }
 
     fn is_misuse(&self) -> bool {
-        !matches!(self, NeedsError::Refused(Refusal::NoMemory(_)) | NeedsError::Apart(Died::NoMemory(_)))
+        match self {
+            NeedsError::Refused(Refusal::NoMemory(_)) => false,
+            NeedsError::Apart(died) => matches!(died, Died::Ended { .. } | Died::Silent(_)),
+            _ => true,
+        }
     }
 }
 
@@ -254,4 +261,18 @@ pub(crate) fn by_name(gguf: &Gguf, hparams: &Hparams, ranges: &[BlockRange]) -> 
         }
     };
     Survey { memory: None, ranges: ranges.iter().map(needs).collect() }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_process_that_cannot_be_had_says_nothing_against_the_file() {
+        let none = NeedsError::from(Died::NotStarted("dim".into(), "Too many open files".into()));
+        assert!(none.to_string().starts_with("whether llama.cpp survives this file cannot be tried: "));
+        assert!(!none.is_misuse() && none.hint().is_some_and(|hint| hint.contains("ulimit -n")));
+        let ended = NeedsError::from(Died::Ended { how: "signal 6".into(), said: None });
+        assert!(ended.to_string().starts_with("llama.cpp does not survive this file") && ended.is_misuse());
+    }
 }

@@ -9,7 +9,9 @@ use gguf_tools::{
 
 pub(crate) fn of_plan(error: PlanError) -> Failure {
     let option = match &error {
-        PlanError::NoMiddle => Some("name the blocks that leave this machine: --middle A..B"),
+        PlanError::NoMiddle => Some(
+            "--middle A..B names the blocks that leave this machine; --dry-run shows where the model can be cut",
+        ),
         _ => None,
     };
     with(error, option)

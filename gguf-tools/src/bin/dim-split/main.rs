@@ -39,6 +39,9 @@ fn main() -> ExitCode {
 }
 
 fn run(options: &Options) -> Result<(), Failure> {
+    if options.middle.is_empty() && !options.dry_run {
+        return Err(hints::of_plan(PlanError::NoMiddle));
+    }
     // what a dry run tells stands in the header; Core ML packages are planned by some of the weights
     let headers = options.dry_run && options.coreml.options().is_none();
     let model = fetched::find(&options.model, headers)?;
@@ -97,9 +100,6 @@ fn run(options: &Options) -> Result<(), Failure> {
 
 /// Where the model can be cut, for whoever has yet to choose.
 fn show_cuts(options: &Options, gguf: &Gguf, ask: &Ask) -> Result<(), Failure> {
-    if !options.dry_run {
-        return Err(hints::of_plan(PlanError::NoMiddle));
-    }
     let hparams = check::hparams(gguf)?;
     let file = || gguf.path().display().to_string();
     let cuts = ask.cuts(gguf).map_err(|why| PlanError::Needs { file: file(), why, nearest: None })?;

@@ -18,7 +18,7 @@ pub(crate) struct Options {
 
     /// Blocks that leave this machine, both inclusive: 11..16 are six blocks. Once per machine. Without it, --dry-run
     /// shows where the model can be cut.
-    #[arg(long, value_name = "A..B", required_unless_present = "dry_run")]
+    #[arg(long, value_name = "A..B")]
     pub(crate) middle: Vec<BlockRange>,
 
     /// Folder for the slices [default: the model's own; of a fetched one, this folder].
