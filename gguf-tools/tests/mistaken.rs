@@ -12,12 +12,9 @@ use std::{
     process::{Command, Stdio},
 };
 
-use common::{ARRAY, Raw, STRING, U32, array, string};
+use common::{ARRAY, Raw, STRING, U32, array, string, with_key};
 use gguf_tools::{
-    gguf::{
-        Gguf, NotAModel, Rule, TensorType, Value, check,
-        write::{GgufWriter, TensorSpec},
-    },
+    gguf::{Gguf, NotAModel, Rule, TensorType, Value, check, write::TensorSpec},
     manifest::Manifest,
     slice::{self, SliceInfo},
     synth::Spec,
@@ -37,25 +34,6 @@ fn names(folder: &Path) -> Vec<String> {
         fs::read_dir(folder).unwrap().map(|e| e.unwrap().file_name().into_string().unwrap()).collect();
     names.sort();
     names
-}
-
-/// A copy of a model with another key, laid out by it if that is the alignment.
-fn with_key(from: &Path, to: &Path, key: &str, value: Value<'_>, more: &[TensorSpec]) {
-    let gguf = Gguf::open(from).unwrap();
-    let mut metadata: Vec<(String, Value<'_>)> =
-        gguf.metadata().filter(|e| e.key != key).map(|e| (e.key.to_owned(), e.value)).collect();
-    metadata.push((key.to_owned(), value));
-    let mut specs: Vec<TensorSpec> =
-        gguf.tensors().map(|t| TensorSpec::new(t.name(), t.tensor_type(), t.dims())).collect();
-    specs.extend_from_slice(more);
-    let mut writer = GgufWriter::create(to, &metadata, &specs).unwrap();
-    for tensor in gguf.tensors() {
-        writer.write(tensor.data().unwrap()).unwrap();
-    }
-    for spec in more {
-        writer.write(&vec![0; spec.n_bytes().unwrap() as usize]).unwrap();
-    }
-    writer.finish().unwrap();
 }
 
 #[test]

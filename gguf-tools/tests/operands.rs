@@ -8,7 +8,7 @@ mod common;
 use std::path::Path;
 
 use common::child::{self, Child};
-use common::write_with;
+use common::with_key;
 use gguf_tools::gguf::{
     Gguf, TensorType, Value, check,
     write::{GgufWriter, TensorSpec},
@@ -61,40 +61,57 @@ fn retyped(model: &Gguf, at: usize, tensor_type: TensorType, to: &Path) -> bool 
     true
 }
 
+/// Files that are tried in a child, and what came of them.
+struct Tried {
+    child: Child,
+    ran: usize,
+    /// refused by a sentence that names what is wrong
+    by_name: usize,
+    ended: Vec<String>,
+}
+
+impl Tried {
+    fn new() -> Tried {
+        Tried { child: Child::start("runs_what_it_is_told"), ran: 0, by_name: 0, ended: Vec::new() }
+    }
+
+    /// Tries `file`, if it passes the check that needs no graph. `name`: what a refusal has to say.
+    fn file(&mut self, file: &Path, what: &str, name: &str) {
+        if Gguf::open(file).and_then(|g| check::model(&g)).is_err() {
+            return;
+        }
+        match self.child.load(file) {
+            Ok(verdict) if verdict == "ran" => self.ran += 1,
+            Ok(verdict) => self.by_name += usize::from(verdict.contains(name)),
+            Err(signal) => {
+                self.ended.push(format!("{what}: signal {signal}"));
+                self.child = Child::start("runs_what_it_is_told");
+            }
+        }
+    }
+}
+
 #[test]
 fn no_type_of_any_tensor_ends_the_process() {
     let dir = tempfile::tempdir().unwrap();
     let (source, changed) = (dir.path().join("model.gguf"), dir.path().join("changed.gguf"));
-    let mut child = Child::start("runs_what_it_is_told");
-    let (mut ran, mut by_name, mut ended) = (0, 0, Vec::new());
+    let mut tried = Tried::new();
     for family in FAMILIES {
         Spec::tiny(family.arch).unwrap().blocks(2).write(&source).unwrap();
         let model = Gguf::open(&source).unwrap();
-        assert_eq!(child.load(&source), Ok("ran".into()), "{}", family.arch);
+        assert_eq!(tried.child.load(&source), Ok("ran".into()), "{}", family.arch);
         // blocks are alike
         let of_interest = model.tensors().enumerate().filter(|(_, t)| !t.name().starts_with("blk.1."));
         for (at, tensor) in of_interest {
             for tensor_type in TYPES.into_iter().filter(|&other| other != tensor.tensor_type()) {
-                if !retyped(&model, at, tensor_type, &changed)
-                    || Gguf::open(&changed).and_then(|g| check::model(&g)).is_err()
-                {
-                    continue;
-                }
-                match child.load(&changed) {
-                    Ok(verdict) if verdict == "ran" => ran += 1,
-                    Ok(verdict) => by_name += usize::from(verdict.contains(tensor.name())),
-                    Err(signal) => {
-                        ended.push(format!(
-                            "{}, {} as {tensor_type:?}: signal {signal}",
-                            family.arch,
-                            tensor.name()
-                        ));
-                        child = Child::start("runs_what_it_is_told");
-                    }
+                if retyped(&model, at, tensor_type, &changed) {
+                    let what = format!("{}, {} as {tensor_type:?}", family.arch, tensor.name());
+                    tried.file(&changed, &what, tensor.name());
                 }
             }
         }
     }
+    let Tried { ran, by_name, ended, .. } = tried;
     assert!(ended.is_empty(), "{}", ended.join("\n"));
     // most norms of another type are refused before there is a graph: `check::model`
     assert!(ran > 100 && by_name > 5, "{ran} ran, {by_name} were refused by the tensor's name");
@@ -104,30 +121,16 @@ fn no_type_of_any_tensor_ends_the_process() {
 fn no_number_of_a_rotation_ends_the_process() {
     let dir = tempfile::tempdir().unwrap();
     let (source, changed) = (dir.path().join("model.gguf"), dir.path().join("changed.gguf"));
-    let mut child = Child::start("runs_what_it_is_told");
-    let (mut ran, mut by_name, mut ended) = (0, 0, Vec::new());
+    let mut tried = Tried::new();
     for family in FAMILIES {
         Spec::tiny(family.arch).unwrap().blocks(2).write(&source).unwrap();
-        let model = Gguf::open(&source).unwrap();
         for value in [0, 1, 2, 7, 8, 31, 32, 62, 63, 64, 65, 66, 127, 128, 1 << 16, 1 << 31] {
             let key = format!("{}.rope.dimension_count", family.arch);
-            let mut metadata: Vec<(String, Value<'_>)> =
-                model.metadata().filter(|e| e.key != key).map(|e| (e.key.to_owned(), e.value)).collect();
-            metadata.push((key, Value::U32(value)));
-            write_with(&model, &changed, &metadata);
-            if check::model(&Gguf::open(&changed).unwrap()).is_err() {
-                continue;
-            }
-            match child.load(&changed) {
-                Ok(verdict) if verdict == "ran" => ran += 1,
-                Ok(verdict) => by_name += usize::from(verdict.contains("cannot rotate")),
-                Err(signal) => {
-                    ended.push(format!("{}, {value} values: signal {signal}", family.arch));
-                    child = Child::start("runs_what_it_is_told");
-                }
-            }
+            with_key(&source, &changed, &key, Value::U32(value), &[]);
+            tried.file(&changed, &format!("{}, {value} values", family.arch), "cannot rotate");
         }
     }
+    let Tried { ran, by_name, ended, .. } = tried;
     assert!(ended.is_empty(), "{}", ended.join("\n"));
     assert!(ran > 20 && by_name > 5, "{ran} ran, {by_name} were refused by the number");
 }

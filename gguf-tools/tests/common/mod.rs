@@ -17,11 +17,32 @@ use gguf_tools::{
 
 /// A file with the tensors of another and this metadata, laid out by it.
 pub(crate) fn write_with<K: AsRef<str>>(tensors_of: &Gguf, to: &Path, metadata: &[(K, Value<'_>)]) {
+    write_with_more(tensors_of, to, metadata, &[]);
+}
+
+/// The same with further tensors, of zeros, behind the others.
+fn write_with_more<K: AsRef<str>>(
+    tensors_of: &Gguf,
+    to: &Path,
+    metadata: &[(K, Value<'_>)],
+    more: &[TensorSpec],
+) {
     let tensors = tensors_of.tensors();
-    let specs: Vec<_> = tensors.map(|t| TensorSpec::new(t.name(), t.tensor_type(), t.dims())).collect();
+    let mut specs: Vec<_> = tensors.map(|t| TensorSpec::new(t.name(), t.tensor_type(), t.dims())).collect();
+    specs.extend_from_slice(more);
     let mut writer = GgufWriter::create(to, metadata, &specs).unwrap();
     tensors_of.tensors().for_each(|t| writer.write(t.data().unwrap()).unwrap());
+    more.iter().for_each(|spec| writer.write(&vec![0; spec.n_bytes().unwrap() as usize]).unwrap());
     writer.finish().unwrap();
+}
+
+/// A copy of `from` in which `key` is `value`, with further tensors.
+pub(crate) fn with_key(from: &Path, to: &Path, key: &str, value: Value<'_>, more: &[TensorSpec]) {
+    let gguf = Gguf::open(from).unwrap();
+    let mut metadata: Vec<(String, Value<'_>)> =
+        gguf.metadata().filter(|e| e.key != key).map(|e| (e.key.to_owned(), e.value)).collect();
+    metadata.push((key.to_owned(), value));
+    write_with_more(&gguf, to, &metadata, more);
 }
 
 /// Bytes of a GGUF, put together by hand: nothing is checked, every field can be a lie.
