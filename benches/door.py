@@ -5,9 +5,7 @@ says of itself, of the same model cut in the same way over a worker of its own, 
 of the pairs, and the least and the largest. Hosts on core 0, workers on core 1, where there is `taskset`.
 """
 
-import http.client
 import json
-import shutil
 import statistics
 import subprocess
 import sys
@@ -16,20 +14,9 @@ import time
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
-from served import Processes, Split, real_model
+from served import Processes, Split, asked, on, real_model, wait_until_ready
 
 PROMPT, N = "The history of the sea begins", 64
-
-
-def on(core, *command):
-    pin = ["taskset", "-c", str(core)] if shutil.which("taskset") else []
-    return [*pin, *map(str, command)]
-
-
-def asked(address, method, path, body=None):
-    connection = http.client.HTTPConnection(address, timeout=600)
-    connection.request(method, path, body and json.dumps(body), {"Host": "localhost", "Connection": "close"})
-    return connection.getresponse()
 
 
 def streamed(address):
@@ -53,8 +40,7 @@ def main():
         one, other = (processes.start(on(1, *split.worker(2))) for _ in range(2))
         address = processes.start(on(0, *split.serve(one, 1))).removeprefix("http://")
         generate = split.host("generate", other, "--temp", "0", "--json", "--ignore-eos", "-n", N, "-p", PROMPT)
-        while asked(address, "GET", "/health").status != 200:
-            time.sleep(0.1)
+        wait_until_ready(address)
         ratios = []
         for i in range(n_pairs + 1):
             tokens, door = streamed(address)

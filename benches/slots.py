@@ -20,10 +20,8 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent))
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
-from door import asked, on
-from served import Processes, Split
+from served import Processes, Split, asked, on, wait_until_ready
 
 SHAPE, MIDDLE, DELAY_S, N = "qwen2.5-0.5b", "4..19", 0.005, 48
 PROMPTS = [f"Number {i} of a few short texts begins" for i in range(8)]
@@ -86,8 +84,7 @@ def at_once(address, prompts):
 
 def serve(processes, split, way, *more):
     address = processes.start(on(0, *split.serve(way.address, len(PROMPTS), "--wire", "f32", *more))).removeprefix("http://")
-    while asked(address, "GET", "/health").status != 200:
-        time.sleep(0.1)
+    wait_until_ready(address)
     return address
 
 

@@ -8,7 +8,7 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::Duration;
 
-use common::{Cut, PROMPT, Worker, failure, report, signal};
+use common::{Cut, PROMPT, Worker, failure, served, signal};
 use serde_json::{Value, json};
 
 /// Where each of three conversations begins.
@@ -20,16 +20,12 @@ fn worker(cut: &Cut, listen: &str) -> Worker {
 }
 
 fn command(cut: &Cut, worker: &str, cache: &[&str]) -> Command {
-    let mut command = cut.host("serve", &[worker]);
-    let options =
-        ["--listen", "127.0.0.1:0", "--threads", "1", "--wire", "f32", "--ctx", "512", "--ubatch", "32"];
-    command.args(options).args(cache);
-    command
+    served::command(cut, worker, &[&["--ubatch", "32"], cache].concat())
 }
 
 /// A server whose last words are read.
 struct Server {
-    server: common::served::Server,
+    server: served::Server,
     folder: PathBuf,
 }
 
@@ -43,7 +39,7 @@ impl Server {
     fn spawn(command: &mut Command, folder: &Path) -> Server {
         let told = folder.with_extension("told");
         let told = fs::OpenOptions::new().create(true).append(true).open(told).unwrap();
-        Server { server: common::served::Server::spawn(command.stderr(told)), folder: folder.to_owned() }
+        Server { server: served::Server::spawn(command.stderr(told)), folder: folder.to_owned() }
     }
 
     /// What all servers of this folder have said of prompts so far.
@@ -53,16 +49,14 @@ impl Server {
     }
 
     fn ask(&self, body: &Value) -> Value {
-        let answer = self.server.ask("POST /v1/completions HTTP/1.1\r\nHost: localhost", &body.to_string());
+        let answer = self.server.post("/v1/completions", body);
         assert_eq!(answer.0, 200, "{}", answer.2);
-        serde_json::from_str(&answer.2).unwrap()
+        answer.json()
     }
 
-    fn tokens(&self, begin: usize) -> (Vec<i64>, u64) {
+    fn tokens(&self, begin: usize) -> (Vec<i32>, u64) {
         let answer = self.ask(&greedy(begin));
-        let tokens = answer["choices"][0]["tokens"].as_array().unwrap();
-        let tokens = tokens.iter().map(|token| token.as_i64().unwrap()).collect();
-        (tokens, answer["timings"]["cache_n"].as_u64().unwrap())
+        (served::tokens(&answer["choices"][0]["tokens"]), answer["timings"]["cache_n"].as_u64().unwrap())
     }
 
     /// Of the metrics, this one.
@@ -80,29 +74,12 @@ impl Server {
 }
 
 fn greedy(begin: usize) -> Value {
-    let prompt = &PROMPT[begin..];
-    json!({"prompt": prompt, "temperature": 0, "max_tokens": N, "return_tokens": true, "ignore_eos": true})
+    served::greedy(&PROMPT[begin..], N)
 }
 
 /// What each conversation gives by `dim-host generate`.
-fn generated(cut: &Cut, worker: &str) -> Vec<Vec<i64>> {
-    let n = N.to_string();
-    let one = |begin: usize| {
-        let options = [
-            "--wire",
-            "f32",
-            "--temp",
-            "0",
-            "-n",
-            &n,
-            "--ignore-eos",
-            "--ubatch",
-            "32",
-            "-p",
-            &PROMPT[begin..],
-        ];
-        report(&mut cut.generate(&[worker], &options)).tokens.into_iter().map(i64::from).collect()
-    };
+fn generated(cut: &Cut, worker: &str) -> Vec<Vec<i32>> {
+    let one = |begin| served::generated_one(cut, worker, begin, N, &["--ubatch", "32"]);
     BEGINNINGS.into_iter().map(one).collect()
 }
 

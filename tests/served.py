@@ -1,6 +1,10 @@
 """A model cut in three, and the processes that serve it: for the programs here that are clients of `dim-host serve`."""
 
+import http.client
+import json
+import shutil
 import subprocess
+import time
 from pathlib import Path
 
 TOP = Path(__file__).resolve().parent.parent
@@ -64,3 +68,21 @@ class Processes:
         for process in reversed(self.all):
             process.kill()
             process.wait()
+
+
+def on(core, *command):
+    """The command, on this core where there is `taskset`."""
+    pin = ["taskset", "-c", str(core)] if shutil.which("taskset") else []
+    return [*pin, *map(str, command)]
+
+
+def asked(address, method, path, body=None):
+    """The server's answer, to be read."""
+    connection = http.client.HTTPConnection(address, timeout=600)
+    connection.request(method, path, body and json.dumps(body), {"Host": "localhost", "Connection": "close"})
+    return connection.getresponse()
+
+
+def wait_until_ready(address):
+    while asked(address, "GET", "/health").status != 200:
+        time.sleep(0.1)
