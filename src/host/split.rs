@@ -143,9 +143,7 @@ impl Split {
         same_model(&self.files.head, &self.head, &middle.path, &info)?;
         Ok(info)
     }
-}
 
-impl Split {
     /// The file of a worker's blocks, which is to take its place if it stays away, and which slice it is.
     pub(crate) fn reserve(&self, blocks: BlockRange, events: &Events) -> Result<(PathBuf, Sha), Error> {
         let middle = self.files.middle(blocks).ok_or(Error::NoReserveNamed { blocks })?;

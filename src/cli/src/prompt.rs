@@ -1,7 +1,7 @@
 //! What `generate` and `stock` are asked for.
 
 use std::fs::File;
-use std::io::{BufWriter, Read as _};
+use std::io::BufWriter;
 use std::path::PathBuf;
 
 use dim::host::template::{Role, Turn};
@@ -10,6 +10,7 @@ use gguf_tools::failure::Failure;
 
 use crate::args::{SamplingArgs, limit};
 use crate::constraint::{ConstraintArgs, Given};
+use crate::text::{self, NoText};
 use crate::{explain, habits, template};
 
 /// What to continue, and how far.
@@ -127,19 +128,13 @@ impl PromptArgs {
             return Err(Failure::misuse("give a prompt with -p TEXT or -f FILE"));
         };
         let from = if path.as_os_str() == "-" { "standard input".into() } else { path.to_string_lossy() };
-        let mut bytes = Vec::new();
-        let read = if path.as_os_str() == "-" {
-            std::io::stdin().lock().take(MAX_PROMPT_BYTES + 1).read_to_end(&mut bytes)
-        } else {
-            File::open(path).and_then(|f| f.take(MAX_PROMPT_BYTES + 1).read_to_end(&mut bytes))
+        let text = match path.as_os_str() == "-" {
+            true => text::read_from(std::io::stdin().lock(), MAX_PROMPT_MIB),
+            false => text::read(path, MAX_PROMPT_MIB),
         };
-        read.map_err(|e| Failure::misuse(format!("cannot read the prompt from {from}: {e}")))?;
-        if bytes.len() as u64 > MAX_PROMPT_BYTES {
-            return Err(Failure::misuse(format!("the prompt in {from} is longer than 64 MiB")));
-        }
-        String::from_utf8(bytes).map_err(|e| {
-            let at = e.utf8_error().valid_up_to();
-            Failure::misuse(format!("the prompt in {from} is not UTF-8 at byte {at}"))
+        text.map_err(|why| match why {
+            NoText::Unreadable(e) => Failure::misuse(format!("cannot read the prompt from {from}: {e}")),
+            NoText::Is(what) => Failure::misuse(format!("the prompt in {from} is {what}")),
         })
     }
 
@@ -169,4 +164,4 @@ impl PromptArgs {
     }
 }
 
-const MAX_PROMPT_BYTES: u64 = 64 << 20;
+const MAX_PROMPT_MIB: u64 = 64;

@@ -118,9 +118,9 @@ impl KeyStore {
         Ok((key.id() == id).then_some(key))
     }
 
-    /// The key that a host [names](crate::handshake::Named::is), if it is one of these. Keys that cannot be read are none, for now; one that others can
-    /// read, or that cannot be read any more, is found, and not to be used. The directory is read anew only when it has
-    /// changed: anybody may ask.
+    /// The key that a host [names](crate::handshake::Named::is), if it is one of these. Keys that cannot be read are none,
+    /// for now; one that others can read, or that cannot be read any more, is found, and not to be used. The directory is
+    /// read anew only when it has changed: anybody may ask.
     pub fn find_named(&self, is_named: impl Fn(&Key) -> bool) -> Option<FoundKey> {
         let now = SystemTime::now();
         let changed = fs::metadata(&self.directory).and_then(|m| m.modified()).ok()?;
