@@ -6,7 +6,7 @@
 //! | [`blocks`], [`digest`] | names of parts of a model |
 //! | [`rows`] | rows, what they are made of, and their number formats |
 //! | [`ids`], [`stage`], [`error`] | jobs, sessions and stages, the two kinds of stage, and what can go wrong there |
-//! | [`schedule`], [`window`] | which stage runs what next, and how far ahead: pure |
+//! | [`schedule`], [`groups`], [`window`] | which stage runs what next, what of it together, and how far ahead: pure |
 //! | [`pipeline`], [`shared`] | the stages, driven by the schedule; by several threads, each for a session |
 //! | [`simulator`], [`trace`] | the same schedule over stages that only take time, and what either driver did |
 //! | [`replay`], [`patience`] | what a worker that lost its memory is told again, and how long it is looked for |
@@ -23,6 +23,7 @@ pub mod digest;
 pub mod error;
 #[cfg(any(test, feature = "test-support"))]
 pub mod fakes;
+pub mod groups;
 pub mod guard;
 mod history;
 pub mod ids;

@@ -17,6 +17,7 @@
 //! A worker that is lost is found again, and brought to where it was, between the steps of the others
 //! (`pipeline/remote.rs`); the caller notices only through the [observer](Pipeline::observe).
 
+mod company;
 mod recover;
 mod remote;
 mod results;
@@ -38,6 +39,7 @@ use crate::schedule::{AfterStage, JobId, Next, Placement, Schedule, SessionId, S
 use crate::stage::{LocalStage, Span, StageInput, StageOutput, TakeBack, Traffic};
 use crate::trace::{Happened, Traced};
 use crate::window::LEAST_WINDOW;
+use company::Company;
 use remote::{Connection, Remote};
 use table::Table;
 use types::SystemClock;
@@ -115,6 +117,7 @@ pub struct Pipeline {
     interrupt: Interrupt,
     /// other threads interrupt, so every wait has to hear the bell
     is_shared: bool,
+    company: Company,
     /// how much has been heard of remote stages
     n_heard: u64,
     /// the time as it was read last, while nothing has happened since that takes any
@@ -174,6 +177,7 @@ impl Pipeline {
             interrupt: Interrupt::new(bell.clone()),
             bell,
             is_shared: false,
+            company: Company::default(),
             n_heard: 0,
             moment: None,
             waited: None,
@@ -254,6 +258,13 @@ impl Pipeline {
             if let Some(finished) = self.finished.pop_front() {
                 return Advance::Finished(finished);
             }
+            if self.waits_for_company(deadline) {
+                let is_late = deadline.is_some_and(|deadline| self.clock.now() >= deadline);
+                if self.interrupt.take() || is_late {
+                    return Advance::Later;
+                }
+                continue;
+            }
             match self.schedule.next() {
                 Some(Next::Run(job, stage)) => {
                     self.note(Happened::Run(job, stage));
@@ -292,6 +303,7 @@ impl Pipeline {
             self.form_batch(id, at);
         }
         self.shed_void(id, at);
+        self.company.is_late();
         if matches!(self.work.get(id), Some(Work::Step(step)) if step.saved.is_some()) {
             return self.put_back(id, at);
         }
@@ -328,6 +340,7 @@ impl Pipeline {
         match result {
             Ok(spent) => {
                 slot.stats.compute += spent;
+                self.schedule.computed(at, step.tokens.len(), spent);
                 step.hidden = after;
                 if is_last {
                     return self.came_out(id, at, logits);
@@ -401,6 +414,7 @@ impl Pipeline {
         if let Err(error) = self.schedule.finished(at, id) {
             unreachable!("a local stage runs one job: {error}");
         }
+        self.company.came_out(self.clock.now());
         if step.parts.is_empty() {
             if void.is_empty() && !step.is_again {
                 self.hand_out(id, step.spans[0].session(), logits);
@@ -444,11 +458,7 @@ impl Pipeline {
             self.hear();
             return goes_on;
         }
-        for slot in &mut self.slots {
-            if let Kind::Remote(remote) = &mut slot.kind {
-                remote.listen(Some(&self.bell));
-            }
-        }
+        self.listen();
         let (began, heard) = (self.clock.now(), self.n_heard);
         loop {
             self.clock.wait(&self.bell, deadline.into_iter().chain(self.poll_at()).min());
@@ -462,6 +472,15 @@ impl Pipeline {
             }
             if deadline.is_some_and(|deadline| now >= deadline) {
                 return false;
+            }
+        }
+    }
+
+    /// From now on every worker's answer rings the bell.
+    fn listen(&mut self) {
+        for slot in &mut self.slots {
+            if let Kind::Remote(remote) = &mut slot.kind {
+                remote.listen(Some(&self.bell));
             }
         }
     }

@@ -3,8 +3,8 @@
 //! A pipeline is an ordered list of stages. A *job* is what its caller pushed: a step's rows (a chunk of a prompt, one
 //! token of a reply, a few guessed ones), or a rewind. It enters at stage 0 and leaves after the last stage. Whoever
 //! drives it asks [`Schedule::next`] what to do, does it, tells [`Schedule::finished`] when a stage is done with a job,
-//! and [`Schedule::lost`] and [`Schedule::found`] when a worker is. Everything else (buffers, positions, time) belongs
-//! to the driver: the [pipeline](crate::pipeline) and the [simulator](crate::simulator) are two loops over this.
+//! and [`Schedule::lost`] and [`Schedule::found`] when a worker is. Everything else (buffers, positions, what time it is)
+//! belongs to the driver: the [pipeline](crate::pipeline) and the [simulator](crate::simulator) are two loops over this.
 //!
 //! The rules:
 //!
@@ -12,12 +12,14 @@
 //!    (prefill), but when every lane with a reply has had its turn, a waiting prompt has one. While another session is
 //!    in its reply, at most one chunk is in the first worker's window, because the reply's next token has to wait for
 //!    what is there.
-//! 2. Steps of replies that wait when stage 0 becomes free go on as one batch, if batches are on. A batch goes by the
-//!    number of its first job.
+//! 2. Steps of replies that wait when stage 0 becomes free go on as one batch, if batches are on: so many at most that
+//!    all replies go in as many batches as keep the devices busy ([`crate::groups`]), and no more batches than that are
+//!    under way. A batch goes by the number of its first job.
 //! 3. From stage 0 on everything is first in, first out, rewinds included. A KV cache is written in order, so this is
 //!    what makes two chunks of one prompt safe to overlap, and a rewind safe behind a step that is still computed.
-//! 4. The local stages share this process's one compute device: at most one of them runs at a time. Of them the one
-//!    nearest to a token goes first.
+//! 4. The local stages share this process's one compute device: at most one of them runs at a time. One that a worker
+//!    with nothing to do waits for goes first; then the one nearest to a token. (A chunk of a prompt goes first only where
+//!    nobody's reply waits for what it would pass.)
 //! 5. A remote stage computes elsewhere and may hold several steps (its window): while it computes one, the next is
 //!    already on the wire. A rewind takes no place in the window.
 //! 6. A remote stage that loses its jobs (a dead worker) gets them again, in the same order, when it is found.
@@ -28,7 +30,9 @@
 mod lanes;
 
 use std::collections::VecDeque;
+use std::time::Duration;
 
+use crate::groups::Groups;
 use lanes::{Lane, LaneItem};
 
 pub use crate::ids::{JobId, SessionId, StageId};
@@ -168,6 +172,11 @@ impl StageQueue {
         }
     }
 
+    /// Whether it is a worker that has nothing to do.
+    fn is_hungry(&self) -> bool {
+        self.is_remote() && self.is_open && self.waiting.is_empty() && self.n_steps == 0
+    }
+
     fn start(&mut self, entry: Entry) {
         self.n_steps += usize::from(entry.what != What::Rewind);
         self.running.push_back(entry);
@@ -184,7 +193,7 @@ impl StageQueue {
 ///   [`fail`](Self::fail);
 /// * the driver's loop: [`next`](Self::next), then [`finished`](Self::finished) for whatever has finished, and again;
 /// * what befalls stages: [`lost`](Self::lost) and [`found`](Self::found), [`set_window`](Self::set_window),
-///   [`push_check`](Self::push_check), [`withdraw`](Self::withdraw).
+///   [`computed`](Self::computed), [`set_round_trip`](Self::set_round_trip), [`push_check`](Self::push_check), [`withdraw`](Self::withdraw).
 #[derive(Debug)]
 pub struct Schedule {
     stages: Vec<StageQueue>,
@@ -201,6 +210,8 @@ pub struct Schedule {
     limit: usize,
     /// most rows of a batch; at 1 every step goes alone
     batch_rows: u32,
+    /// in how many batches replies go
+    groups: Groups,
     /// steps of replies that started since a chunk of a prompt did
     decodes_in_a_row: usize,
 }
@@ -226,6 +237,7 @@ impl Schedule {
             prefills_under_way: 0,
             limit: limit.max(1),
             batch_rows: 1,
+            groups: Groups::new(placements.iter().map(|placement| *placement != Placement::Local)),
             decodes_in_a_row: 0,
         }
     }
@@ -250,6 +262,7 @@ impl Schedule {
         let at = self.lane_of(session);
         self.n_in_lanes += 1;
         self.lanes[at].items.push_back(LaneItem { job, what, rows });
+        self.lanes[at].passed = 0;
         job
     }
 
@@ -263,7 +276,7 @@ impl Schedule {
         self.lanes.iter().position(|lane| lane.session == session).unwrap_or_else(|| {
             self.forget_idle_lanes();
             let items = VecDeque::new();
-            self.lanes.push(Lane { session, items, decodes_under_way: 0, has_replied: false });
+            self.lanes.push(Lane { session, items, decodes_under_way: 0, has_replied: false, passed: 0 });
             self.lanes.len() - 1
         })
     }
@@ -298,12 +311,12 @@ impl Schedule {
                 return Some(Next::Send(job, StageId(stage)));
             }
         }
-        let device_is_free = !self.stages.iter().any(|s| !s.is_remote() && !s.running.is_empty());
-        if device_is_free {
-            for stage in (0..self.stages.len()).rev() {
-                if !self.stages[stage].is_remote()
-                    && let Some(entry) = self.take(stage)
-                {
+        if !self.is_computing() {
+            let mut local: Vec<usize> =
+                (0..self.stages.len()).filter(|&i| !self.stages[i].is_remote()).collect();
+            local.sort_by_cached_key(|&stage| (self.urgency(stage), std::cmp::Reverse(stage)));
+            for stage in local {
+                if let Some(entry) = self.take(stage) {
                     let job = entry.first.job;
                     self.stages[stage].start(entry);
                     return Some(Next::Run(job, StageId(stage)));
@@ -362,6 +375,21 @@ impl Schedule {
         if let Placement::Remote { window } = &mut self.stages[stage.0].placement {
             *window = steps;
         }
+    }
+
+    /// A step of so many rows has computed for so long on a stage.
+    pub fn computed(&mut self, stage: StageId, rows: usize, compute: Duration) {
+        self.groups.computed(stage, rows, compute);
+    }
+
+    /// How long a message to this remote stage and its answer are under way.
+    pub fn set_round_trip(&mut self, stage: StageId, round_trip: Duration) {
+        self.groups.under_way(stage, round_trip);
+    }
+
+    /// How long a round of all replies takes, by what was measured.
+    pub fn round(&self) -> Option<Duration> {
+        self.groups.round_takes()
     }
 
     /// A job that this remote stage was given last was not sent after all, and is given up. Whether it was the last.
@@ -495,6 +523,21 @@ impl Schedule {
             None if stage == 0 && self.n_in_lanes > 0 => self.enter(),
             _ => None,
         }
+    }
+
+    /// Whether a local stage runs.
+    fn is_computing(&self) -> bool {
+        self.stages.iter().any(|stage| !stage.is_remote() && !stage.running.is_empty())
+    }
+
+    /// Which local stage goes first, the lowest: a rewind costs nothing; one that a worker with nothing to do waits for,
+    /// where nobody's reply is the worse for it; the others.
+    fn urgency(&mut self, stage: usize) -> u8 {
+        if self.stages[stage].waiting.front().is_some_and(|entry| entry.what == What::Rewind) {
+            return 0;
+        }
+        let feeds = self.stages.get(stage + 1).is_some_and(StageQueue::is_hungry);
+        if feeds && (stage > 0 || self.enters_without_harm()) { 1 } else { 2 }
     }
 
     /// An entry that `stage` is done with.

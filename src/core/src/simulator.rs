@@ -60,14 +60,25 @@ struct Worker {
     losses: VecDeque<(Duration, Duration)>,
     /// when it has computed everything it was sent
     free_at: Duration,
-    /// a step's number, when it was sent, when its answer is here, how long it computes
-    answers: VecDeque<(JobId, Duration, Duration, Duration)>,
+    /// what it was sent, oldest first
+    answers: VecDeque<Sent>,
     since_answer: Option<Losses>,
     /// while it is lost and a pause goes by: when it is dialled, and for how long in vain
     dial_at: Option<(Duration, Duration)>,
     /// while it is dialled: when it is back
     back_at: Option<Duration>,
     trips: RoundTrips,
+}
+
+/// A step that a worker was sent.
+#[derive(Clone, Copy, Debug)]
+struct Sent {
+    job: JobId,
+    rows: u32,
+    at: Duration,
+    /// when its answer is here
+    here: Duration,
+    compute: Duration,
 }
 
 #[derive(Debug)]
@@ -212,6 +223,7 @@ impl Simulator {
         let rows = self.rows_of(at, job);
         if let (SimulatedStage::Local(cost), true) = (&self.stages[at.0], rows > 0) {
             self.now += cost.of(rows);
+            self.schedule.computed(at, rows as usize, cost.of(rows));
         }
         self.note(Happened::Done(job, at));
         let members: Vec<_> = self.schedule.members(at, job).collect();
@@ -229,7 +241,8 @@ impl Simulator {
         if let (SimulatedStage::Remote(worker), true) = (&mut self.stages[at.0], rows > 0) {
             let compute = worker.cost.of(rows);
             worker.free_at = worker.free_at.max(self.now + worker.one_way) + compute;
-            worker.answers.push_back((job, self.now, worker.free_at + worker.one_way, compute));
+            let here = worker.free_at + worker.one_way;
+            worker.answers.push_back(Sent { job, rows, at: self.now, here, compute });
         }
     }
 
@@ -269,16 +282,17 @@ impl Simulator {
         }
         let lost_at = worker.losses.front().map(|loss| loss.0);
         match worker.answers.front().copied() {
-            Some((job, sent, here, compute)) if here <= now && lost_at.is_none_or(|lost| here <= lost) => {
+            Some(Sent { job, rows, at: sent, here, compute })
+                if here <= now && lost_at.is_none_or(|lost| here <= lost) =>
+            {
                 worker.answers.pop_front();
                 worker.since_answer = None;
-                if worker.agreed > LEAST_WINDOW {
-                    // it computes from when it has it and has done what came before
-                    let wait = (here - sent).saturating_sub(compute + worker.one_way * 2);
-                    worker.trips.measured(now - sent, compute, wait);
-                    let window = worker.trips.window(worker.agreed);
-                    self.schedule.set_window(at, window);
-                }
+                // it computes from when it has it and has done what came before
+                let wait = (here - sent).saturating_sub(compute + worker.one_way * 2);
+                worker.trips.measured(now - sent, compute, wait);
+                self.schedule.set_window(at, worker.trips.window(worker.agreed));
+                self.schedule.set_round_trip(at, worker.trips.round_trip());
+                self.schedule.computed(at, rows as usize, compute);
                 self.note(Happened::Done(job, at));
                 // what it was sent, in the order in which it was
                 self.schedule.finished(at, job).is_ok()
@@ -311,7 +325,7 @@ impl Simulator {
         let events = workers.flat_map(|(i, worker)| {
             let is_away = worker.dial_at.is_some() || worker.back_at.is_some();
             let busy = !is_away && self.schedule.n_running(StageId(i)) > 0;
-            let answer = worker.answers.front().filter(|_| busy).map(|answer| answer.2);
+            let answer = worker.answers.front().filter(|_| busy).map(|answer| answer.here);
             let loss = worker.losses.front().filter(|_| busy).map(|loss| loss.0);
             [worker.dial_at.map(|dial| dial.0), worker.back_at, answer, loss]
         });

@@ -25,12 +25,18 @@ impl RoundTrips {
         self.count += 1;
     }
 
+    /// How long a message and its answer are under way, by the last steps.
+    pub fn round_trip(&self) -> Duration {
+        // an answer that lay here while this host computed looks late, so the least of them is the network's
+        let samples = &self.samples[..self.count.min(SAMPLES)];
+        Duration::from_nanos(samples.iter().map(|s| s.0).min().unwrap_or_default())
+    }
+
     /// The window that keeps such a worker busy; at most `agreed`, and two where that allows it: this host is not
     /// always there to take an answer at once.
     pub fn window(&self, agreed: usize) -> usize {
         let samples = &self.samples[..self.count.min(SAMPLES)];
-        // an answer that lay here while this host computed looks late, so the least of them is the network's
-        let round_trip = samples.iter().map(|s| s.0).min().unwrap_or_default();
+        let round_trip = u64::try_from(self.round_trip().as_nanos()).unwrap_or(u64::MAX);
         let compute = samples.iter().map(|s| s.1).sum::<u64>() / samples.len().max(1) as u64;
         let ahead = round_trip.div_ceil(compute.max(1));
         let window = usize::try_from(ahead).unwrap_or(usize::MAX).saturating_add(1);

@@ -26,7 +26,7 @@ impl World {
     pub(crate) fn elapsed(&self) -> Duration {
         self.state.lock().unwrap().0
     }
-    fn pass(&self, time: Duration) {
+    pub(crate) fn pass(&self, time: Duration) {
         self.state.lock().unwrap().0 += time;
     }
     fn go_to(&self, time: Duration) {

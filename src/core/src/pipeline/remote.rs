@@ -15,7 +15,7 @@ use crate::rows::Rows;
 use crate::schedule::{AfterStage, OutOfTurn};
 use crate::stage::{Answer, RemoteStage, Span, StageError, TakeBack, Traffic, n_rows};
 use crate::trace::Happened;
-use crate::window::{LEAST_WINDOW, RoundTrips};
+use crate::window::RoundTrips;
 
 /// Where a worker stands.
 pub(super) enum Connection {
@@ -328,11 +328,13 @@ impl Pipeline {
         };
         let slot = &mut self.slots[i];
         let Kind::Remote(remote) = &mut slot.kind else { return };
-        if let Some(sent) = remote.sent_at.pop_front()
-            && remote.agreed > LEAST_WINDOW
-        {
+        if let Some(sent) = remote.sent_at.pop_front() {
             remote.trips.measured(now.saturating_duration_since(sent), answer.compute, answer.wait);
             self.schedule.set_window(at, remote.trips.window(remote.agreed));
+            self.schedule.set_round_trip(at, remote.trips.round_trip());
+        }
+        if let Some(Work::Step(step)) = self.work.get(answer.job) {
+            self.schedule.computed(at, step.tokens.len(), answer.compute);
         }
         self.note(Happened::Done(answer.job, at));
         if let Some(Work::Check(_)) = self.work.get(answer.job) {

@@ -18,6 +18,7 @@ impl Pipeline {
     pub fn submit(&mut self, step: Step) -> JobId {
         let session = step.session;
         self.history.gave(session, step.position, &step.tokens);
+        self.has_come(step.kind);
         let job = self.give(step, false);
         self.given(session, job);
         job

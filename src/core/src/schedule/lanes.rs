@@ -14,11 +14,23 @@ pub(super) struct Lane {
     pub(super) decodes_under_way: usize,
     /// a step of its reply has left since the last chunk of any prompt started: its next one is likely to come soon
     pub(super) has_replied: bool,
+    /// steps of other replies that have started since there was anything of it
+    pub(super) passed: usize,
 }
 
 impl Lane {
     pub(super) fn front(&self) -> Option<What> {
         self.items.front().map(|item| item.what)
+    }
+
+    /// Whether anything of it waits or is under way.
+    fn has_steps(&self) -> bool {
+        !self.items.is_empty() || self.decodes_under_way > 0
+    }
+
+    /// Whether its token has just come out, and nothing else has started since.
+    fn is_about_to_go_on(&self) -> bool {
+        self.has_replied && !self.has_steps() && self.passed == 0
     }
 
     pub(super) fn is_in_reply(&self) -> bool {
@@ -38,26 +50,12 @@ pub(super) struct LaneItem {
 impl Schedule {
     /// What a lane has for stage 0: its own turn, or a batch.
     pub(super) fn enter(&mut self) -> Option<Entry> {
-        // a rewind costs nothing
-        if self.stages[0].takes(What::Rewind)
-            && let Some(at) = self.lanes.iter().position(|lane| lane.front() == Some(What::Rewind))
-        {
+        let at = self.lane_in_turn()?;
+        if self.lanes[at].front() == Some(What::Rewind) {
             return self.entry_of(at);
         }
-        if self.under_way >= self.limit || !self.stages[0].takes(What::Step(StepKind::Decode)) {
-            return None;
-        }
-        let decode = self.next_lane(StepKind::Decode);
-        let is_alone = self.lanes.len() == 1 && decode.is_some();
-        let prefill = if is_alone { None } else { self.next_lane(StepKind::Prefill) };
-        let at = match (decode, prefill.filter(|&at| self.may_prefill(at))) {
-            (Some(decode), Some(prefill)) => {
-                let replies = self.lanes.iter().filter(|lane| lane.is_in_reply()).count();
-                if self.decodes_in_a_row >= replies { prefill } else { decode }
-            }
-            (decode, prefill) => decode.or(prefill)?,
-        };
         let mut rows = self.lanes[at].items.front().map_or(0, |item| item.rows);
+        let (_, of_each) = self.batches();
         let mut entry = self.entry_of(at)?;
         // of a batch too the turn goes to the lane behind its first: who did not fit is not passed over
         self.turn = at + 1;
@@ -70,16 +68,89 @@ impl Schedule {
             let n_lanes = self.lanes.len();
             for at in (1..n_lanes).map(|i| (at + i) % n_lanes) {
                 let Some(item) = self.lanes[at].items.front().copied() else { continue };
-                if item.what != What::Step(StepKind::Decode) || rows + item.rows > self.batch_rows {
+                let is_full = 1 + entry.others.len() >= of_each || rows + item.rows > self.batch_rows;
+                if item.what != What::Step(StepKind::Decode) || is_full {
                     continue;
                 }
                 rows += item.rows;
                 entry.others.extend(self.entry_of(at).map(|entry| entry.first));
             }
             self.decodes_in_a_row += entry.members().count();
+            for lane in self.lanes.iter_mut().filter(|lane| !lane.has_steps()) {
+                lane.passed += 1;
+            }
         }
         self.under_way += 1;
         Some(entry)
+    }
+
+    /// The lane whose first item stage 0 would start now.
+    fn lane_in_turn(&mut self) -> Option<usize> {
+        // a rewind costs nothing
+        if self.stages[0].takes(What::Rewind)
+            && let Some(at) = self.lanes.iter().position(|lane| lane.front() == Some(What::Rewind))
+        {
+            return Some(at);
+        }
+        if self.under_way >= self.limit || !self.stages[0].takes(What::Step(StepKind::Decode)) {
+            return None;
+        }
+        let decode = self.next_lane(StepKind::Decode).filter(|_| self.has_room_for_a_batch());
+        let is_alone = self.lanes.len() == 1 && decode.is_some();
+        let prefill = if is_alone { None } else { self.next_lane(StepKind::Prefill) };
+        match (decode, prefill.filter(|&at| self.may_prefill(at))) {
+            (Some(decode), Some(prefill)) => {
+                let replies = self.lanes.iter().filter(|lane| lane.is_in_reply()).count();
+                Some(if self.decodes_in_a_row >= replies { prefill } else { decode })
+            }
+            (decode, prefill) => decode.or(prefill),
+        }
+    }
+
+    fn has_room_for_a_batch(&mut self) -> bool {
+        let (groups, _) = self.batches();
+        self.under_way - self.prefills_under_way < groups
+    }
+
+    /// In how many batches replies go on, and how many of them in each; no bound where there are no batches, and where a
+    /// reply has no other beside it.
+    fn batches(&mut self) -> (usize, usize) {
+        // who has had nothing for two rounds will have nothing soon
+        let patience = 2 * self.groups.chosen().max(1);
+        let goes_on = |lane: &&Lane| lane.is_in_reply() && lane.passed < patience;
+        let replies = self.lanes.iter().filter(goes_on).count();
+        if self.batch_rows <= 1 || replies <= 1 {
+            return (usize::MAX, usize::MAX);
+        }
+        let groups = self.groups.of(replies);
+        (groups, replies.div_ceil(groups))
+    }
+
+    /// Whether what stage 0 would start is no chunk of a prompt that a reply further on would wait for.
+    pub(super) fn enters_without_harm(&mut self) -> bool {
+        let is_prompt = |lane: &Lane| lane.front() == Some(What::Step(StepKind::Prefill));
+        self.lane_in_turn().is_some_and(|at| !is_prompt(&self.lanes[at]))
+            || !self.lanes.iter().any(Lane::is_in_reply)
+    }
+
+    /// Whether it is worth waiting a moment for replies whose token has just come out: stage 0 would start a batch that has
+    /// room for them, or a stage behind it would run while the first worker has nothing to do.
+    pub fn awaits_company(&mut self) -> bool {
+        let has_company = self.lanes.iter().any(Lane::is_about_to_go_on);
+        if self.batch_rows <= 1 || !has_company || self.is_computing() {
+            return false;
+        }
+        let (_, of_each) = self.batches();
+        let is_ready = |lane: &&Lane| lane.front() == Some(What::Step(StepKind::Decode));
+        let n_ready = self.lanes.iter().filter(is_ready).count();
+        if of_each == usize::MAX || n_ready >= of_each || !self.has_room_for_a_batch() {
+            return false;
+        }
+        let mut behind = self.stages.iter().skip(1);
+        match behind.any(|stage| !stage.is_remote() && !stage.waiting.is_empty()) {
+            true => self.stages.get(1).is_some_and(StageQueue::is_hungry),
+            false => n_ready > 0,
+        }
     }
 
     /// Sessions end without a word to the schedule: once there are many lanes, those with nothing in them go.
@@ -88,7 +159,7 @@ impl Schedule {
             return;
         }
         let in_turn = self.lanes.get(self.turn % self.lanes.len()).map(|lane| lane.session);
-        self.lanes.retain(|lane| !lane.items.is_empty() || lane.decodes_under_way > 0);
+        self.lanes.retain(Lane::has_steps);
         let turn = self.lanes.iter().position(|lane| Some(lane.session) == in_turn);
         self.turn = turn.unwrap_or(0);
     }

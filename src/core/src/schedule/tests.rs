@@ -281,6 +281,66 @@ fn batches_are_formed_when_stage_0_is_free_up_to_the_limit_of_rows() {
     assert_eq!(s.next(), Some(Next::Run(c, HEAD)));
 }
 
+#[test]
+fn replies_go_in_as_many_batches_as_there_are_devices_and_no_more_are_under_way() {
+    let mut s = Schedule::new(&HEAD_REMOTE_TAIL, 9);
+    s.set_batch_rows(16);
+    let all: Vec<JobId> = (0..8).map(|i| decode(&mut s, SessionId(i))).collect();
+    assert_eq!((enter(&mut s), enter(&mut s)), (Some(all[0]), Some(all[4])));
+    s.next();
+    assert_eq!(s.members(MIDDLE, all[0]).count(), 4);
+    assert_eq!(s.members(MIDDLE, all[4]).count(), 4);
+    // one that is ready early goes with those that it went with
+    let early = decode(&mut s, SessionId(0));
+    assert_eq!(s.next(), Some(Next::Wait));
+    s.finished(MIDDLE, all[0]).unwrap();
+    come_out_of_tail(&mut s, all[0]);
+    for i in 1..4 {
+        decode(&mut s, SessionId(i));
+    }
+    assert_eq!(s.next(), Some(Next::Run(early, HEAD)));
+    assert_eq!(s.members(HEAD, early).count(), 4);
+}
+
+#[test]
+fn replies_that_have_ended_are_no_reason_for_larger_batches() {
+    let mut s = Schedule::new(&HEAD_REMOTE_TAIL, 9);
+    s.set_batch_rows(16);
+    let mut round = |n: u32| {
+        let jobs: Vec<JobId> = (0..n).map(|i| decode(&mut s, SessionId(i))).collect();
+        let mut sizes = Vec::new();
+        while let Some(job) = enter(&mut s) {
+            sizes.push(s.members(MIDDLE, job).count().max(1));
+            s.next();
+        }
+        while s.front(MIDDLE).is_some() {
+            come_out(&mut s);
+        }
+        (jobs.len(), sizes.len())
+    };
+    assert_eq!(round(4), (4, 2));
+    // two of them have had their last token; for two rounds they might go on
+    (0..4).for_each(|_| assert_eq!(round(2), (2, 1)));
+    assert_eq!(round(2), (2, 2));
+}
+
+#[test]
+fn a_stage_that_a_worker_waits_for_goes_before_one_nearer_to_a_token_but_for_a_prompt() {
+    let at_tail = |next: StepKind| {
+        let mut s = Schedule::new(&HEAD_REMOTE_TAIL, 9);
+        let first = decode(&mut s, ALICE);
+        assert_eq!(enter(&mut s), Some(first));
+        s.next();
+        s.finished(MIDDLE, first).unwrap();
+        let other = s.push(BOB, next, 4);
+        (s.next(), first, other)
+    };
+    let (next, _, other) = at_tail(StepKind::Decode);
+    assert_eq!(next, Some(Next::Run(other, HEAD)));
+    let (next, first, _) = at_tail(StepKind::Prefill);
+    assert_eq!(next, Some(Next::Run(first, TAIL)));
+}
+
 /// After whatever else can be sent.
 fn come_out_of_tail(s: &mut Schedule, job: JobId) {
     let mut next = s.next();
