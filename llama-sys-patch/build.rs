@@ -14,7 +14,7 @@ use std::env;
 use std::fs;
 use std::path::{Path, PathBuf};
 
-const SOURCES: [&str; 26] = [
+const SOURCES: [&str; 27] = [
     "cpp/absent.cpp",
     "cpp/boundary.cpp",
     "cpp/chat.cpp",
@@ -23,6 +23,7 @@ const SOURCES: [&str; 26] = [
     "cpp/cut.cpp",
     "cpp/devices.cpp",
     "cpp/grammar.cpp",
+    "cpp/grammar_check.cpp",
     "cpp/graph.cpp",
     "cpp/loader.cpp",
     "cpp/model.cpp",

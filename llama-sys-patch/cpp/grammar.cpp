@@ -2,6 +2,7 @@
 // the grammar does not allow.
 #include "boundary.h"
 #include "dialogue.h"
+#include "grammar_check.h"
 #include "model.h"
 
 #include "llama-grammar.h"
@@ -27,6 +28,8 @@ struct free_grammar {
 // Bytes that a trigger is looked for in. The buffer would grow with the answer, and every token search all of it, by a
 // regular expression that recurses for every character it matches.
 constexpr size_t LONGEST_WAIT = 1024;
+// Ways in which a text may go on that are followed at a time. Each token of an ambiguous grammar can double them.
+constexpr size_t MOST_WAYS = 4096;
 // Bytes of the grammar that a sentence about it quotes.
 constexpr size_t QUOTED = 160;
 
@@ -50,6 +53,11 @@ struct dim_grammar {
         return !std::isinf(data.logit);
     }
     void forget_the_oldest();
+    void check_ways() const {
+        if (grammar->stacks.size() > MOST_WAYS) {
+            fail(DIM_INVALID_ARGUMENT, "it is ambiguous: what was said may go on in more than %zu ways", MOST_WAYS);
+        }
+    }
 };
 
 // Keeps the end of what a trigger is looked for in, token by token.
@@ -80,6 +88,7 @@ static const char * skip_blanks(const char * at) {
 // Fails with llama.cpp's sentence where `gbnf` does not parse: its own way writes that, and all of the grammar, to the
 // terminal.
 static void check_rules(const llama_vocab * vocab, const char * gbnf) {
+    check_repetitions(gbnf);
     llama_grammar_parser parser(vocab);
     try {
         for (const char * at = skip_blanks(gbnf); *at;) at = parser.parse_rule(at);
@@ -95,6 +104,7 @@ static void check_rules(const llama_vocab * vocab, const char * gbnf) {
             fail(DIM_REFUSED, "there is no rule \"%.*s\"", (int) QUOTED, name.c_str());
         }
     }
+    check_beginnings(parser);
 }
 
 dim_status dim_grammar_create(const dim_model * model, const char * gbnf, const char * const * triggers,
@@ -150,11 +160,13 @@ dim_status dim_grammar_accept(dim_grammar * grammar, int32_t token) {
         if (!grammar->allows(token)) { fail(DIM_REFUSED, "the grammar does not allow token %d here", token); }
         llama_grammar_accept_impl(*grammar->grammar, token);
         grammar->forget_the_oldest();
+        grammar->check_ways();
     });
 }
 
 dim_status dim_grammar_accept_text(dim_grammar * grammar, const char * text, size_t length) {
     return guarded_as(DIM_REFUSED, [&] {
         if (length > 0 && grammar->holds()) llama_grammar_accept_str(*grammar->grammar, std::string(text, length));
+        grammar->check_ways();
     });
 }

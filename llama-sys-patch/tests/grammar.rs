@@ -106,6 +106,51 @@ fn what_is_no_grammar_is_refused_with_a_sentence() {
     assert!(matches!(Grammar::new(&model, &long, &[]), Err(Error::Refused(why)) if why.contains("at most")));
 }
 
+/// What llama.cpp would not come to an end with, or not before memory does.
+#[test]
+fn a_grammar_that_has_no_end_is_refused() {
+    let model = model();
+    let refused = |gbnf: &str| match Grammar::new(&model, gbnf, &[]) {
+        Err(Error::Refused(why)) => why,
+        other => panic!("{}: {other:?}", &gbnf[..gbnf.len().min(80)]),
+    };
+    assert!(refused("root ::= \"a\"{5,3}").contains("{5,3}: it is repeated"));
+    assert!(refused("# [ \" \nroot ::= [\"] \"[\" <\"> x { 5 , 3 }\nx ::= \"a\"").contains("{5,3}"));
+    for repeated in [format!("\"{}\"{{2000}}", "a".repeat(10_000)), format!("\"a\"{}", "+".repeat(100_000))] {
+        assert!(refused(&format!("root ::= {repeated}")).contains("its repetitions make"));
+    }
+    // every other way through 40 rules, each of which begins with the next one twice
+    let mut diamonds = String::from("root ::= r0\n");
+    for i in 0..40 {
+        diamonds.push_str(&format!("r{i} ::= r{n} | r{n}\n", n = i + 1));
+    }
+    diamonds.push_str("r40 ::= \"a\"");
+    assert!(refused(&diamonds).contains("ways to begin"));
+    // e may be empty by way of f alone, which llama.cpp does not see
+    let hidden = "root ::= \"a\" x\nx ::= e x \"b\" | \"c\"\ne ::= f\nf ::= | \"q\"";
+    assert!(refused(hidden).contains("left recursion: the rule \"x\""));
+    let round = "root ::= a\na ::= b\nb ::= c\nc ::= a \"x\" | \"y\"";
+    assert!(refused(round).contains("left recursion"));
+    for fine in [
+        "root ::= \"a\"{2} [a-z\\]]{0,3} (\"b\" | \"c\"){1,} \"{5,3}\"?",
+        "root ::= x\nx ::= \"a\" x | e\ne ::= f f\nf ::= | \"q\"",
+        "root ::= \"a\"{0,1000000}",
+    ] {
+        assert!(takes(&model, &mut grammar(&model, fine), "aa"), "{fine}");
+    }
+}
+
+/// Each letter can be that of either alternative, and no text says yet which.
+#[test]
+fn an_ambiguous_grammar_ends_with_an_error_before_memory_does() {
+    let model = model();
+    let ambiguous = "root ::= x\nx ::= \"a\" x \"b\" | \"a\" x \"c\" | \"d\"";
+    let mut grammar = grammar(&model, ambiguous);
+    let token = model.tokenize("a", false, false).unwrap()[0];
+    let error = (0..64).find_map(|_| grammar.accept(token).err()).expect("an error");
+    assert!(error.to_string().contains("ambiguous"), "{error}");
+}
+
 /// A stack that overflows ends this whole test program.
 #[test]
 fn a_grammar_may_nest_as_deep_as_it_likes() {
