@@ -137,6 +137,29 @@ fn answers_are_the_same_after_a_restart_of_server_and_worker() {
     assert_eq!(files(&folder).len(), 4);
 }
 
+/// The rows that the worker would be told again are told the slice that runs here in its place.
+#[test]
+fn what_is_kept_is_put_back_where_the_blocks_run_here() {
+    let cut = Cut::tiny("qwen2");
+    let mut worker = worker(&cut, "127.0.0.1:0");
+    let expected = generated(&cut, &worker.address);
+    let folder = cut.folder.path().join("kept");
+    let server = Server::start(&cut, &worker.address, &folder, &[]);
+    BEGINNINGS.into_iter().for_each(|begin| drop(server.tokens(begin)));
+    server.end();
+    let alone = ["--fallback", "local", "--give-up-after", "1"];
+    let server = Server::start(&cut, &worker.address, &folder, &alone);
+    worker.kill();
+    for (begin, expected) in BEGINNINGS.into_iter().zip(&expected) {
+        let (tokens, cached) = server.tokens(begin);
+        assert_eq!(&tokens, expected);
+        assert!(cached > 30, "{cached} of the prompt were put back");
+    }
+    assert!(server.count("dim_prompt_tokens_restored_total") > 100);
+    assert_eq!(server.server.get("/health")["fallen_back"].as_array().map(Vec::len), Some(1));
+    server.end();
+}
+
 #[test]
 fn a_worker_that_is_killed_while_its_cache_is_filled_again_changes_no_token() {
     let cut = Cut::tiny("qwen2");
