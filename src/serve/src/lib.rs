@@ -30,7 +30,7 @@ mod error;
 mod markdown;
 mod metrics;
 mod page;
-mod plain;
+mod prepare;
 mod queue;
 mod reply;
 pub mod request;
@@ -234,7 +234,9 @@ fn folder(dir: &std::path::Path, disk_bytes: u64) -> Result<Folder, ServeError> 
 /// told apart.
 fn thinks(template: &ChatTemplate) -> bool {
     let turn = Turn { role: Role::User, content: "Hello".to_owned() };
-    template.prepare(&request::tools::as_dialogue(&[turn])).is_ok_and(|prepared| prepared.thinks)
+    template
+        .prepare(&request::conversation::as_dialogue(&[turn], request::Thinking::Told))
+        .is_ok_and(|prepared| prepared.thinks)
 }
 
 fn hosts(given: &[String]) -> Result<Vec<String>, ServeError> {

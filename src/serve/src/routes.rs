@@ -9,10 +9,8 @@ use axum::extract::{Extension, Request, State};
 use axum::http::{HeaderValue, Response, StatusCode, header};
 use axum::middleware::{self, Next};
 use axum::routing::{MethodRouter, get, post};
-use dim::host::Prompted;
+use dim::Host;
 use dim::host::template::ChatTemplate;
-use dim::host::template::dialogue::{Dialogue, Prepared, ToolChoice};
-use dim::{Constraint, Host};
 use serde_json::json;
 use tokio::sync::{Semaphore, mpsc};
 
@@ -22,15 +20,14 @@ use crate::error::{ApiError, json_response};
 use crate::markdown;
 use crate::metrics::Metrics;
 use crate::page;
-use crate::plain::{self, Plain};
+use crate::prepare::{Prepared, prepare, text_of};
 use crate::queue::Client;
-use crate::reply::{FINGERPRINT, Kind, Tell, Teller};
-use crate::request::tools::as_dialogue;
-use crate::request::{self, Defaults, Format, Prompt, Prompts, Wanted};
+use crate::reply::{FINGERPRINT, InBlocks, Kind, Messages, Reply, Responses, Tell, Teller};
+use crate::request::{self, Defaults, Prompt, Prompts, Wanted};
 use crate::slots::Slots;
 use crate::stream::Events;
 use crate::watch::Watch;
-use crate::work::{Job, Reading};
+use crate::work::Job;
 
 /// What every request sees.
 pub(crate) struct App {
@@ -62,8 +59,9 @@ pub(crate) fn router(app: Arc<App>) -> Router {
         .route("/v1/chat/completions", replies(Dialect::Choices(Kind::Chat)))
         .route("/chat/completions", replies(Dialect::Choices(Kind::Chat)))
         .route("/v1/completions", replies(Dialect::Choices(Kind::Completion)))
-        .route("/v1/messages", replies(Dialect::Plain(plain::Dialect::Messages)))
-        .route("/v1/responses", replies(Dialect::Plain(plain::Dialect::Responses)))
+        .route("/v1/messages", replies(Dialect::Messages))
+        .route("/v1/messages/count_tokens", post(count_tokens))
+        .route("/v1/responses", replies(Dialect::Responses))
         .route("/v1/models", get(models))
         .route("/v1/models/{model}", get(model))
         .route("/props", get(props))
@@ -100,7 +98,10 @@ async fn door(State(app): State<Arc<App>>, request: Request, next: Next) -> Resp
             headers.insert(header::ACCESS_CONTROL_ALLOW_METHODS, allow("GET, POST"));
             headers.insert(
                 header::ACCESS_CONTROL_ALLOW_HEADERS,
-                allow("authorization, content-type, x-api-key"),
+                allow(
+                    "authorization, content-type, x-api-key, anthropic-version, anthropic-beta, \
+                     anthropic-dangerous-direct-browser-access",
+                ),
             );
             response
         }
@@ -132,7 +133,7 @@ async fn only_with_a_key(
 }
 
 impl App {
-    fn loaded(&self) -> Result<&Loaded, ApiError> {
+    pub(crate) fn loaded(&self) -> Result<&Loaded, ApiError> {
         self.loaded.get().ok_or_else(|| ApiError::busy("the model is being loaded", 2))
     }
 
@@ -251,7 +252,8 @@ async fn split(State(app): State<Arc<App>>) -> Response<Body> {
 #[derive(Clone, Copy)]
 enum Dialect {
     Choices(Kind),
-    Plain(plain::Dialect),
+    Messages,
+    Responses,
 }
 
 /// The way in of all dialects; what ends with an error is counted.
@@ -284,12 +286,13 @@ async fn take_in(
     let wanted = match dialect {
         Dialect::Choices(Kind::Chat) => request::chat(&body, &app.defaults)?,
         Dialect::Choices(Kind::Completion) => request::completion(&body, &app.defaults)?,
-        Dialect::Plain(plain::Dialect::Messages) => request::messages(&body, &app.defaults)?,
-        Dialect::Plain(plain::Dialect::Responses) => request::responses(&body, &app.defaults)?,
+        Dialect::Messages => request::messages(&body, &app.defaults)?,
+        Dialect::Responses => request::responses(&body, &app.defaults)?,
     };
     drop(body);
     let wanted = Arc::new(wanted);
-    let Tokenised { prompts, constraint, reading } = tokenised(app, &wanted).await?;
+    let Prepared { prompts, constraint, reading } = prepare(app, &wanted).await?;
+    all_have_room(&loaded.host, &prompts)?;
     let mut teller = teller(app, &loaded.host, dialect, &wanted, &prompts);
 
     let (sender, mut updates) = mpsc::channel(UPDATES);
@@ -324,6 +327,29 @@ async fn take_in(
     Ok(json_response(StatusCode::OK, &teller.whole()))
 }
 
+/// How many tokens a request of Anthropic's form would have, whether or not there is room for them.
+async fn count_tokens(State(app): State<Arc<App>>, request: Request) -> Answer {
+    let body = body_of(request, &app.loaded()?.host).await?;
+    let wanted = Arc::new(request::to_be_counted(&body, &app.defaults)?);
+    let Prepared { prompts, .. } = prepare(&app, &wanted).await?;
+    let n_tokens: usize = prompts.iter().map(Vec::len).sum();
+    Ok(json_response(StatusCode::OK, &json!({"input_tokens": n_tokens})))
+}
+
+/// Whether there is something to continue, and a position for each token of it.
+fn all_have_room(host: &Host, prompts: &[Vec<i32>]) -> Result<(), ApiError> {
+    for prompt in prompts {
+        let (n_tokens, n_ctx) = (prompt.len(), host.n_ctx());
+        if n_tokens == 0 {
+            return Err(ApiError::from(&dim::Error::EmptyPrompt));
+        }
+        if n_tokens > n_ctx as usize {
+            return Err(ApiError::from(&dim::Error::PromptTooLong { n_tokens, n_ctx }));
+        }
+    }
+    Ok(())
+}
+
 /// Who tells the client of its reply.
 fn teller(app: &App, host: &Host, dialect: Dialect, wanted: &Wanted, prompts: &[Vec<i32>]) -> Box<dyn Tell> {
     let n = wanted.n as usize;
@@ -336,7 +362,14 @@ fn teller(app: &App, host: &Host, dialect: Dialect, wanted: &Wanted, prompts: &[
     };
     let (model, n_prompt) = (app.model_name(host), prompts.iter().map(Vec::len).sum());
     match dialect {
-        Dialect::Plain(dialect) => Box::new(Plain::new(dialect, model, n_prompt, wanted)),
+        Dialect::Messages => {
+            let reply = Reply::new(model, n_prompt, wanted.thinking, "toolu");
+            Box::new(InBlocks::new(reply, Messages::new(wanted.stop.clone())))
+        }
+        Dialect::Responses => {
+            let reply = Reply::new(model, n_prompt, wanted.thinking, "call");
+            Box::new(InBlocks::new(reply, Responses::new(wanted.told_back.clone())))
+        }
         Dialect::Choices(kind) => {
             let echoes = (0..prompts.len() * n).map(echo).collect();
             Box::new(Teller::new(kind, model, echoes, n_prompt, wanted))
@@ -368,112 +401,6 @@ async fn body_within(request: Request, most: usize) -> Result<bytes::Bytes, ApiE
             Err(ApiError::new(StatusCode::REQUEST_TIMEOUT, message))
         }
     }
-}
-
-/// The prompts as tokens, and the schema as what it allows. Templates, long texts and schemas take their time: not here, and
-/// not many at once.
-async fn tokenised(app: &Arc<App>, wanted: &Arc<Wanted>) -> Result<Tokenised, ApiError> {
-    let permit = Arc::clone(&app.readers).acquire_owned().await;
-    let (app, wanted) = (Arc::clone(app), Arc::clone(wanted));
-    let task = tokio::task::spawn_blocking(move || {
-        // whoever asks may leave meanwhile; the work goes on to its end, and counts until then
-        let _permit = permit;
-        let Loaded { host, template, thinks, .. } = app.loaded()?;
-        let template = || template.as_ref().map_err(Clone::clone);
-        let (mut constraint, mut reading) = (None, None);
-        let mut prepare = |dialogue: &Dialogue| -> Result<Vec<Vec<i32>>, ApiError> {
-            let prompted = prompted(host, template()?, dialogue)?;
-            let Prepared { parser, stops, .. } = prompted.prepared;
-            reading = Some(Reading { parser, shown: prompted.preserved, stops });
-            constraint = prompted.constraint;
-            Ok(vec![prompted.tokens])
-        };
-        let prompts = match &wanted.prompts {
-            Prompts::Dialogue(dialogue) => prepare(dialogue)?,
-            // what a schema holds from its first token on has no other part
-            Prompts::Chat(turns) if *thinks && wanted.format.is_none() => prepare(&as_dialogue(turns))?,
-            Prompts::Chat(turns) => {
-                vec![host.tokenize_chat(template()?, turns).map_err(|e| ApiError::from(&e))?]
-            }
-            Prompts::Texts(texts) => {
-                let tokens = |(i, prompt): (usize, &Prompt)| tokens_of(host, i, prompt);
-                texts.iter().enumerate().map(tokens).collect::<Result<_, _>>()?
-            }
-        };
-        for prompt in &prompts {
-            let (n_tokens, n_ctx) = (prompt.len(), host.n_ctx());
-            if n_tokens == 0 {
-                return Err(ApiError::from(&dim::Error::EmptyPrompt));
-            }
-            if n_tokens > n_ctx as usize {
-                return Err(ApiError::from(&dim::Error::PromptTooLong { n_tokens, n_ctx }));
-            }
-        }
-        if let Some(format) = &wanted.format {
-            constraint = Some(compiled(host, format)?);
-        }
-        Ok(Tokenised { prompts, constraint, reading })
-    });
-    task.await.unwrap_or_else(|e| Err(ApiError::new(StatusCode::INTERNAL_SERVER_ERROR, e.to_string())))
-}
-
-/// A request as a slot takes it.
-struct Tokenised {
-    prompts: Vec<Vec<i32>>,
-    constraint: Option<Constraint>,
-    reading: Option<Reading>,
-}
-
-/// A conversation whose answer has parts; what is wrong with it because of its tools is wrong with them.
-fn prompted(host: &Host, template: &ChatTemplate, dialogue: &Dialogue) -> Result<Prompted, ApiError> {
-    let prompted = host.prepare(template, dialogue).map_err(|error| match error {
-        dim::Error::Constraint(_) => ApiError::field("tools", error.to_string()),
-        other => ApiError::from(&other),
-    })?;
-    if !dialogue.tools.is_empty() && !prompted.prepared.takes_tools {
-        let message = "this model's chat template has no place for them (--chat-template takes one that has)";
-        return Err(ApiError::field("tools", message));
-    }
-    if dialogue.tool_choice == ToolChoice::Required && prompted.constraint.is_none() {
-        return Err(ApiError::field(
-            "tool_choice",
-            "a call cannot be enforced with this model's chat template",
-        ));
-    }
-    Ok(prompted)
-}
-
-/// What is wrong with a schema is wrong with the field that it came in.
-fn compiled(host: &Host, format: &Format) -> Result<Constraint, ApiError> {
-    host.json_schema(&format.schema).map_err(|error| {
-        let error = ApiError::from(&error);
-        match error.status {
-            StatusCode::BAD_REQUEST => ApiError::field(format.field, error.message),
-            _ => error,
-        }
-    })
-}
-
-fn tokens_of(host: &Host, i: usize, prompt: &Prompt) -> Result<Vec<i32>, ApiError> {
-    match prompt {
-        Prompt::Text(text) => host.tokenize(text, true).map_err(|e| ApiError::from(&e)),
-        Prompt::Tokens(tokens) => {
-            let n_vocab = host.vocabulary().n_vocab();
-            let is_token = |token: &i32| usize::try_from(*token).is_ok_and(|token| token < n_vocab);
-            match tokens.iter().find(|token| !is_token(token)) {
-                Some(token) => {
-                    Err(ApiError::field(format!("prompt[{i}]"), format!("there is no token {token}")))
-                }
-                None => Ok(tokens.clone()),
-            }
-        }
-    }
-}
-
-fn text_of(host: &Host, tokens: &[i32]) -> String {
-    let bytes: Vec<u8> =
-        tokens.iter().flat_map(|&t| host.vocabulary().token_bytes(t).unwrap_or_default()).collect();
-    String::from_utf8_lossy(&bytes).into_owned()
 }
 
 /// Parts of a reply that wait for a client who reads slowly.

@@ -4,7 +4,7 @@
 use std::fmt;
 use std::marker::PhantomData;
 
-use serde::de::value::SeqAccessDeserializer;
+use serde::de::value::{MapAccessDeserializer, SeqAccessDeserializer};
 use serde::de::{Deserialize, Deserializer, Error, IgnoredAny, MapAccess, SeqAccess, Visitor};
 
 /// A text, or a list of something.
@@ -56,7 +56,17 @@ impl<'de> Deserialize<'de> for OneOrMany {
 
 /// What a message says: a string, a list of parts, or nothing.
 #[derive(Debug, Default)]
-pub(super) struct Content(pub(super) String);
+pub(super) struct Content(Vec<String>);
+
+impl Content {
+    /// One text, with `between` between the parts.
+    pub(super) fn joined(mut self, between: &str) -> String {
+        match self.0.len() {
+            0 | 1 => self.0.pop().unwrap_or_default(),
+            _ => self.0.join(between),
+        }
+    }
+}
 
 /// A part of a message; of the kinds that there are, text is the one that a text model reads.
 struct Part(String);
@@ -72,7 +82,7 @@ impl<'de> Deserialize<'de> for Content {
             }
 
             fn visit_str<E: Error>(self, text: &str) -> Result<Content, E> {
-                Ok(Content(text.to_owned()))
+                Ok(Content(vec![text.to_owned()]))
             }
 
             fn visit_unit<E: Error>(self) -> Result<Content, E> {
@@ -80,11 +90,11 @@ impl<'de> Deserialize<'de> for Content {
             }
 
             fn visit_seq<A: SeqAccess<'de>>(self, mut seq: A) -> Result<Content, A::Error> {
-                let mut text = String::new();
+                let mut parts = Vec::new();
                 while let Some(Part(part)) = seq.next_element()? {
-                    text.push_str(&part);
+                    parts.push(part);
                 }
-                Ok(Content(text))
+                Ok(Content(parts))
             }
         }
         deserializer.deserialize_any(Text)
@@ -113,7 +123,10 @@ impl<'de> Deserialize<'de> for Part {
                     }
                 }
                 match (kind.as_deref(), text) {
-                    (Some("text" | "input_text" | "output_text" | "refusal"), Some(text)) => Ok(Part(text)),
+                    (
+                        Some("text" | "input_text" | "output_text" | "refusal" | "reasoning_text"),
+                        Some(text),
+                    ) => Ok(Part(text)),
                     (Some("text"), None) => Err(A::Error::missing_field("text")),
                     (Some(other), _) => Err(A::Error::custom(format_args!(
                         "parts of type {other:?} are not supported: this is a text model"
@@ -235,11 +248,30 @@ impl<'de> Deserialize<'de> for LogprobsField {
     }
 }
 
-/// Which tool is to be called.
+/// Which tool is to be called: a word, or an object that names one.
 #[derive(Debug)]
 pub(super) enum ToolChoice {
     Word(String),
-    Named(String),
+    Object(NamedChoice),
+}
+
+/// As the dialects say it.
+#[derive(Debug, serde::Deserialize)]
+#[serde(expecting = "an object with a type")]
+pub(super) struct NamedChoice {
+    #[serde(rename = "type")]
+    pub(super) kind: Option<String>,
+    /// of chats
+    pub(super) function: Option<Named>,
+    /// of the other two
+    pub(super) name: Option<String>,
+    pub(super) disable_parallel_tool_use: Option<bool>,
+}
+
+/// A function by its name.
+#[derive(Debug, serde::Deserialize)]
+pub(super) struct Named {
+    pub(super) name: String,
 }
 
 impl<'de> Deserialize<'de> for ToolChoice {
@@ -249,33 +281,17 @@ impl<'de> Deserialize<'de> for ToolChoice {
             type Value = ToolChoice;
 
             fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-                f.write_str("a string or {\"type\": \"function\", \"function\": {\"name\": ...}}")
+                f.write_str("a string or an object that names a tool")
             }
 
             fn visit_str<E: Error>(self, word: &str) -> Result<ToolChoice, E> {
                 Ok(ToolChoice::Word(word.to_owned()))
             }
 
-            fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<ToolChoice, A::Error> {
-                let mut function = None;
-                while let Some(key) = map.next_key::<String>()? {
-                    match key.as_str() {
-                        "function" => function = Some(map.next_value::<Named>()?),
-                        _ => drop(map.next_value::<IgnoredAny>()?),
-                    }
-                }
-                match function {
-                    Some(Named { name }) => Ok(ToolChoice::Named(name)),
-                    None => Err(A::Error::missing_field("function")),
-                }
+            fn visit_map<A: MapAccess<'de>>(self, map: A) -> Result<ToolChoice, A::Error> {
+                NamedChoice::deserialize(MapAccessDeserializer::new(map)).map(ToolChoice::Object)
             }
         }
         deserializer.deserialize_any(Either)
     }
-}
-
-/// A function by its name.
-#[derive(serde::Deserialize)]
-struct Named {
-    name: String,
 }

@@ -1,4 +1,5 @@
-//! What a reply has to be: `response_format` as OpenAI has it, and llama-server's `json_schema` beside it.
+//! What a reply has to be: `response_format` as OpenAI's chats have it, llama-server's `json_schema` beside it, and the form
+//! in which the other dialects say the same.
 //!
 //! The schema stays text here. It is read within bounds of its own when it is compiled for the model's vocabulary.
 
@@ -43,27 +44,59 @@ impl fmt::Debug for ResponseFormat {
 
 /// What `fields` say, if anything.
 pub(super) fn format(fields: &mut Fields) -> Result<Option<Format>, ApiError> {
-    let of = |field, schema: Option<Box<RawValue>>| {
-        let schema = schema.filter(|schema| schema.get() != "null");
-        let schema = schema.map_or(ANY_OBJECT.into(), |schema| schema.get().into());
-        Format { field, schema }
-    };
-    let beside = fields.json_schema.take().map(|schema| of("json_schema", Some(schema)));
+    let beside = fields.json_schema.take().map(|schema| Format::of("json_schema", Some(schema)));
     let Some(format) = fields.response_format.take() else { return Ok(beside) };
     let within = match (format.kind.as_str(), format.json_schema) {
         ("text", _) => return Ok(beside),
-        ("json_object", _) => of("response_format.schema", format.schema),
-        ("json_schema", Some(named)) => of("response_format.json_schema.schema", named.schema),
+        ("json_object", _) => Format::of("response_format.schema", format.schema),
+        ("json_schema", Some(named)) => Format::of("response_format.json_schema.schema", named.schema),
         ("json_schema", None) => return Err(ApiError::field("response_format.json_schema", "missing")),
-        (kind, _) => {
-            let message = format!("{kind:?} is none of \"text\", \"json_object\", \"json_schema\"");
-            return Err(ApiError::field("response_format.type", message));
-        }
+        (kind, _) => return Err(unknown("response_format.type", kind)),
     };
     match beside {
         Some(_) => Err(ApiError::field("json_schema", "there is a response_format beside it")),
         None => Ok(Some(within)),
     }
+}
+
+/// A format as the dialects have it that say kind and schema side by side.
+#[derive(Deserialize)]
+#[serde(expecting = "a format: an object with a type")]
+pub(super) struct FlatFormat {
+    #[serde(rename = "type")]
+    kind: String,
+    schema: Option<Box<RawValue>>,
+}
+
+impl fmt::Debug for FlatFormat {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_tuple("FlatFormat").field(&self.kind).finish()
+    }
+}
+
+impl FlatFormat {
+    /// What it says, if anything; `kind_at` and `schema_at` say where that stands in the request.
+    pub(super) fn read(self, kind_at: &str, schema_at: &'static str) -> Result<Option<Format>, ApiError> {
+        match (self.kind.as_str(), self.schema) {
+            ("text", _) => Ok(None),
+            ("json_object", _) => Ok(Some(Format::of(schema_at, None))),
+            ("json_schema", Some(schema)) => Ok(Some(Format::of(schema_at, Some(schema)))),
+            ("json_schema", None) => Err(ApiError::field(schema_at, "missing")),
+            (kind, _) => Err(unknown(kind_at, kind)),
+        }
+    }
+}
+
+impl Format {
+    /// Of a schema as it was sent; without one, any object.
+    fn of(field: &'static str, schema: Option<Box<RawValue>>) -> Format {
+        let schema = schema.filter(|schema| schema.get() != "null");
+        Format { field, schema: schema.map_or(ANY_OBJECT.into(), |schema| schema.get().into()) }
+    }
+}
+
+fn unknown(field: &str, kind: &str) -> ApiError {
+    ApiError::field(field, format!("{kind:?} is none of \"text\", \"json_object\", \"json_schema\""))
 }
 
 const ANY_OBJECT: &str = r#"{"type": "object"}"#;

@@ -6,14 +6,14 @@
 
 mod chat;
 mod completion;
+pub(crate) mod conversation;
 mod fields;
 mod format;
 mod messages;
 mod responses;
 #[cfg(test)]
 mod tests;
-pub(crate) mod tools;
-mod turns;
+mod tools;
 
 use std::collections::HashMap;
 
@@ -24,15 +24,16 @@ use dim::host::template::dialogue::Dialogue;
 use serde::Deserialize;
 use serde::de::IgnoredAny;
 use serde_json::value::RawValue;
+use serde_json::{Map, Value};
 
 use crate::error::ApiError;
-use fields::{Content, LogprobsField, OneOrMany, PromptField, ToolChoice};
+use fields::{LogprobsField, OneOrMany, PromptField, ToolChoice};
 use format::ResponseFormat;
 
 pub use chat::chat;
 pub use completion::completion;
 pub use format::Format;
-pub use messages::messages;
+pub use messages::{messages, to_be_counted};
 pub use responses::responses;
 
 /// What is to be generated, and how it is to be told.
@@ -66,6 +67,37 @@ pub struct Wanted {
     pub ignore_eos: bool,
     /// Whether a completion begins with its prompt.
     pub echo: bool,
+    /// What becomes of what a model thinks before it answers.
+    pub thinking: Thinking,
+    /// Fields of the request that stand in the reply too, where its dialect has that.
+    pub told_back: Map<String, Value>,
+}
+
+/// What becomes of what a model thinks before it answers, if it is one that does.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Thinking {
+    /// It is told apart from the answer.
+    #[default]
+    Told,
+    /// It is left out.
+    Hidden,
+    /// There is to be none, as far as the model's template can say so.
+    Off,
+}
+
+impl Wanted {
+    /// The same, whose every choice is of that form.
+    fn held_to(self, format: Option<Format>) -> Result<Wanted, ApiError> {
+        if let (Prompts::Dialogue(dialogue), Some(format)) = (&self.prompts, &format)
+            && !dialogue.tools.is_empty()
+        {
+            return Err(ApiError::field(
+                format.field,
+                "an answer is a call of a tool or of a schema, not both",
+            ));
+        }
+        Ok(Wanted { format, ..self })
+    }
 }
 
 /// What is to be continued.
@@ -122,11 +154,11 @@ const MAX_TOP_LOGPROBS: usize = 20;
 #[derive(Debug, Default, Deserialize)]
 #[serde(default)]
 struct Fields {
-    messages: Option<Vec<Message>>,
+    messages: Option<Vec<chat::Message>>,
     prompt: Option<PromptField>,
     logprobs: Option<LogprobsField>,
     top_logprobs: Option<i64>,
-    tools: Option<Vec<tools::Tool>>,
+    tools: Option<Vec<chat::Tool>>,
     parallel_tool_calls: Option<bool>,
     functions: Option<Vec<IgnoredAny>>,
     tool_choice: Option<ToolChoice>,
@@ -164,17 +196,6 @@ struct StreamOptions {
     include_usage: Option<bool>,
 }
 
-#[derive(Debug, Deserialize)]
-struct Message {
-    role: String,
-    #[serde(default)]
-    content: Content,
-    tool_calls: Option<Vec<tools::MadeCall>>,
-    tool_call_id: Option<String>,
-    name: Option<String>,
-    reasoning_content: Option<String>,
-}
-
 impl Fields {
     /// With the prompts; `top_logprobs` as the two dialects say it.
     fn wanted(
@@ -191,8 +212,9 @@ impl Fields {
         if prompts.count().saturating_mul(n as usize) > MAX_CHOICES {
             return Err(bad_n(if n > 1 { "n" } else { "prompt" }));
         }
-        Ok(Wanted {
-            format: format::format(&mut self)?,
+        let format = format::format(&mut self)?;
+        let wanted = Wanted {
+            format: None,
             limit: self.limit(defaults.limit)?,
             stop: self.stop()?,
             sampling: self.sampling(&defaults.sampling)?,
@@ -206,7 +228,10 @@ impl Fields {
             cache_prompt: self.cache_prompt.unwrap_or(true),
             ignore_eos: self.ignore_eos.unwrap_or(false),
             echo: false,
-        })
+            thinking: Thinking::default(),
+            told_back: Map::new(),
+        };
+        wanted.held_to(format)
     }
 
     /// What would change the answer and is not there is said, not left out.
@@ -327,14 +352,6 @@ fn parse<'a, T: Deserialize<'a>>(body: &'a [u8]) -> Result<T, ApiError> {
     })?;
     json.end().map_err(|e| not_json(&e))?;
     Ok(parsed)
-}
-
-/// Where only texts are answered.
-fn refuse_tools(tools: Option<&[IgnoredAny]>) -> Result<(), ApiError> {
-    match tools {
-        None | Some([]) => Ok(()),
-        Some(_) => Err(ApiError::field("tools", "tools are not supported under this path; leave them out")),
-    }
 }
 
 /// An error about `from` that names the field as its dialect does.

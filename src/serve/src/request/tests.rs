@@ -103,6 +103,8 @@ fn every_field_that_is_known_is_read() {
         cache_prompt: false,
         ignore_eos: true,
         echo: false,
+        thinking: Thinking::Told,
+        told_back: Map::new(),
     };
     assert_eq!(wanted, expected);
 }
@@ -157,7 +159,7 @@ fn what_is_wrong_is_named() {
         (json!({"tools": [tool("a")], "response_format": {"type": "json_object"}}), "response_format.schema"),
         (json!({"functions": [{}]}), "functions"),
         (json!({"tool_choice": "required"}), "tool_choice"),
-        (json!({"tool_choice": {"type": "function"}}), "tool_choice"),
+        (json!({"tool_choice": {"type": "function"}}), "tool_choice.function"),
         (json!({"response_format": {"type": "json_schema"}}), "response_format.json_schema"),
         (
             json!({"response_format": {"type": "json_schema", "json_schema": 5}}),
@@ -286,13 +288,28 @@ fn what_is_no_json_is_said_so_and_what_nests_too_deep_is_no_harm() {
 
 /// Every form in which a request comes.
 type Form = fn(&[u8], &Defaults) -> Result<Wanted, ApiError>;
-const FORMS: [Form; 4] = [chat, completion, messages, responses];
+const FORMS: [Form; 5] = [chat, completion, messages, responses, to_be_counted];
 
-/// A request of all of them.
+/// A request of all of them, with a call and what came of it in the two that have those under names of their own.
 const GOOD: &str = r#"{"messages": [{"role": "user", "content": [{"type": "text", "text": "Hi"}]}, {"role": "assistant", "content": "a"}],
-    "input": [{"role": "user", "content": [{"type": "input_text", "text": "Hi"}]}], "prompt": [[1, 2], [3]], "system": "b",
-    "instructions": "b", "max_tokens": 7, "max_output_tokens": 7, "temperature": 0.5, "top_p": 0.5, "stop": ["x", "y"],
-    "stop_sequences": ["x"], "logit_bias": {"7": -100}, "stream": true, "stream_options": {"include_usage": true}}"#;
+    "input": [{"role": "user", "content": [{"type": "input_text", "text": "Hi"}]},
+        {"type": "reasoning", "summary": [], "content": [{"type": "reasoning_text", "text": "r"}]},
+        {"type": "function_call", "call_id": "1", "name": "f", "arguments": "{}"},
+        {"type": "function_call_output", "call_id": "1", "output": "5"}],
+    "prompt": [[1, 2], [3]], "system": "b", "instructions": "b", "max_tokens": 7, "max_output_tokens": 7, "temperature": 0.5,
+    "top_p": 0.5, "stop": ["x", "y"], "stop_sequences": ["x"], "logit_bias": {"7": -100}, "stream": true,
+    "thinking": {"type": "enabled"}, "text": {"format": {"type": "text"}}, "reasoning": {"effort": "low"},
+    "output_config": {"effort": "low"}, "parallel_tool_calls": false, "stream_options": {"include_usage": true}}"#;
+
+/// The same in Anthropic's form, with tools.
+const CALLS: &str = r#"{"system": [{"type": "text", "text": "s", "cache_control": {"type": "ephemeral"}}], "max_tokens": 7, "stream": true,
+    "messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": [
+        {"type": "thinking", "thinking": "t", "signature": ""}, {"type": "redacted_thinking", "data": "x"}, {"type": "text", "text": "a"},
+        {"type": "tool_use", "id": "1", "name": "f", "input": {"x": 1}}, {"type": "tool_use", "id": "2", "name": "g", "input": {}}]},
+      {"role": "user", "content": [{"type": "text", "text": "And?"}, {"type": "tool_result", "tool_use_id": "1", "content": "5"},
+        {"type": "tool_result", "tool_use_id": "2", "is_error": true, "content": [{"type": "text", "text": "no"}, {"type": "text", "text": "way"}]}]}],
+    "tools": [{"name": "f", "description": "d", "input_schema": {"type": "object"}}, {"type": "custom", "name": "g", "input_schema": {}}],
+    "tool_choice": {"type": "any", "disable_parallel_tool_use": true}, "thinking": {"type": "adaptive"}}"#;
 
 /// Of each of the rules below; `DIM_REQUESTS` says how many where there is time for more (`make fuzz`).
 fn n_cases() -> u32 {
@@ -324,11 +341,10 @@ fn the_two_plain_forms_are_read_and_what_is_wrong_is_named_as_they_name_it() {
     assert_eq!(wanted.prompts, Prompts::Chat(vec![turn(Role::System, "s"), turn(Role::User, "u")]));
     assert_eq!(wanted.limit, Some(3));
     let ask = r#""messages": [{"role": "user", "content": "u"}], "input": "u""#;
-    let table: [(usize, &str, &str); 10] = [
+    let table: [(usize, &str, &str); 9] = [
         (2, r#"{"max_tokens": 1}"#, "messages"),
         (2, &format!("{{{ask}}}"), "max_tokens"),
         (2, &format!(r#"{{{ask}, "max_tokens": 0}}"#), "max_tokens"),
-        (2, &format!(r#"{{{ask}, "max_tokens": 1, "tools": [{{}}]}}"#), "tools"),
         (
             2,
             &format!(r#"{{{ask}, "max_tokens": 1, "stop_sequences": ["{}"]}}"#, "x".repeat(1025)),
@@ -336,7 +352,7 @@ fn the_two_plain_forms_are_read_and_what_is_wrong_is_named_as_they_name_it() {
         ),
         (3, r#"{"instructions": "s"}"#, "input"),
         (3, &format!(r#"{{{ask}, "previous_response_id": "r"}}"#), "previous_response_id"),
-        (3, &format!(r#"{{{ask}, "text": {{"format": {{"type": "json_schema"}}}}}}"#), "text.format.type"),
+        (3, &format!(r#"{{{ask}, "text": {{"format": {{"type": "yaml"}}}}}}"#), "text.format.type"),
         (3, &format!(r#"{{{ask}, "max_output_tokens": -3}}"#), "max_output_tokens"),
         (
             3,
@@ -351,6 +367,274 @@ fn the_two_plain_forms_are_read_and_what_is_wrong_is_named_as_they_name_it() {
     }
 }
 
+fn told(form: Form, body: Value) -> Result<Wanted, ApiError> {
+    form(body.to_string().as_bytes(), &Defaults::default())
+}
+
+fn dialogue(wanted: Wanted) -> dim::host::template::dialogue::Dialogue {
+    let Prompts::Dialogue(dialogue) = wanted.prompts else { panic!("there are tools: {:?}", wanted.prompts) };
+    dialogue
+}
+
+/// A call as templates read it.
+fn call_of(id: &str, name: &str, arguments: &str) -> Value {
+    json!({"type": "function", "function": {"name": name, "arguments": arguments}, "id": id})
+}
+
+fn declared(name: &str, description: &str, parameters: Value) -> Value {
+    json!({"type": "function", "function": {"name": name, "description": description, "parameters": parameters}})
+}
+
+#[test]
+fn anthropics_blocks_are_messages_in_the_order_that_templates_need() {
+    use dim::host::template::dialogue::ToolChoice;
+    let wanted = messages(CALLS.as_bytes(), &Defaults::default()).unwrap();
+    assert_eq!((wanted.thinking, wanted.stream, wanted.limit), (Thinking::Told, true, Some(7)));
+    let dialogue = dialogue(wanted);
+    let expected = json!([
+        {"role": "system", "content": "s"},
+        {"role": "user", "content": "Hi"},
+        {"role": "assistant", "content": "a", "reasoning_content": "t",
+            "tool_calls": [call_of("1", "f", "{\"x\": 1}"), call_of("2", "g", "{}")]},
+        {"role": "tool", "content": "5", "tool_call_id": "1", "name": "f"},
+        {"role": "tool", "content": "Error: no\nway", "tool_call_id": "2", "name": "g"},
+        {"role": "user", "content": "And?"},
+    ]);
+    assert_eq!(Value::from(dialogue.messages), expected);
+    assert_eq!(dialogue.tools, [declared("f", "d", json!({"type": "object"})), declared("g", "", json!({}))]);
+    assert_eq!((dialogue.tool_choice, dialogue.parallel_tool_calls), (ToolChoice::Required, false));
+    // what is counted is the same conversation
+    let counted = to_be_counted(CALLS.as_bytes(), &Defaults::default()).unwrap();
+    assert!(
+        matches!(counted.prompts, Prompts::Dialogue(same) if Value::from(same.messages.clone()) == expected)
+    );
+
+    let of = |more: Value| {
+        let mut body: Value = serde_json::from_str(CALLS).unwrap();
+        body.as_object_mut().unwrap().extend(more.as_object().unwrap().clone());
+        told(messages, body)
+    };
+    let one = dialogue_of(of(json!({"tool_choice": {"type": "tool", "name": "g"}})));
+    assert_eq!((one.tools.len(), one.tool_choice, one.parallel_tool_calls), (1, ToolChoice::Required, true));
+    assert_eq!(dialogue_of(of(json!({"tool_choice": {"type": "none"}}))).tool_choice, ToolChoice::None);
+    let thinking = |given: Value| of(json!({"thinking": given})).unwrap();
+    let quiet = thinking(json!({"type": "disabled"}));
+    assert_eq!(quiet.thinking, Thinking::Off);
+    assert!(!dialogue_of(Ok(quiet)).enable_thinking);
+    assert_eq!(thinking(Value::Null).thinking, Thinking::Hidden);
+    assert!(dialogue_of(Ok(thinking(Value::Null))).enable_thinking);
+    let omitted = thinking(json!({"type": "enabled", "budget_tokens": 1024, "display": "omitted"}));
+    assert_eq!(omitted.thinking, Thinking::Hidden);
+    // several blocks are one text, and a conversation in which nobody calls stays one of turns
+    let plain = json!({"max_tokens": 1, "tools": [], "messages": [
+        {"role": "user", "content": [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]},
+        {"role": "assistant", "content": null}]});
+    let turn = |role, content: &str| Turn { role, content: content.to_owned() };
+    use dim::host::template::Role::{Assistant, User};
+    assert_eq!(
+        told(messages, plain).unwrap().prompts,
+        Prompts::Chat(vec![turn(User, "a\nb"), turn(Assistant, "")])
+    );
+    let held = json!({"max_tokens": 1, "messages": [{"role": "user", "content": "a"}],
+        "output_config": {"format": {"type": "json_schema", "schema": {"type": "object"}}}});
+    let format = told(messages, held).unwrap().format.unwrap();
+    assert_eq!((format.field, &*format.schema), ("output_config.format.schema", r#"{"type":"object"}"#));
+}
+
+fn dialogue_of(wanted: Result<Wanted, ApiError>) -> dim::host::template::dialogue::Dialogue {
+    dialogue(wanted.unwrap())
+}
+
+#[test]
+fn items_are_messages_in_the_order_that_templates_need() {
+    use dim::host::template::dialogue::ToolChoice;
+    let made = |id: &str, name: &str| json!({"type": "function_call", "id": "fc_x", "call_id": id, "name": name, "arguments": "{}"});
+    let output =
+        |id: &str, output: Value| json!({"type": "function_call_output", "call_id": id, "output": output});
+    let f = json!({"type": "function", "name": "f", "description": "d", "parameters": {"type": "object"}, "strict": true});
+    let g = json!({"type": "function", "name": "g"});
+    let body = json!({
+        "instructions": "s", "tools": [f, g], "tool_choice": "required", "parallel_tool_calls": false, "max_output_tokens": 9,
+        "temperature": 0.5, "top_p": 1, "reasoning": {"effort": "none"},
+        "input": [
+            {"role": "developer", "content": "d"},
+            {"type": "message", "role": "user", "content": [{"type": "input_text", "text": "Hi"}]},
+            {"type": "reasoning", "id": "rs", "summary": [], "content": [{"type": "reasoning_text", "text": "r"}]},
+            {"type": "message", "role": "assistant", "content": [{"type": "output_text", "text": "a"}]},
+            made("1", "f"), made("2", "g"),
+            output("1", json!("5")), output("2", json!([{"type": "input_text", "text": "6"}])),
+            made("3", "f"), output("3", json!("7")),
+            {"type": "reasoning", "summary": [], "content": null},
+            {"role": "assistant", "content": "b"},
+            {"role": "assistant", "content": "c"},
+        ],
+    });
+    let wanted = told(responses, body.clone()).unwrap();
+    assert_eq!((wanted.thinking, wanted.limit), (Thinking::Off, Some(9)));
+    assert_eq!(wanted.told_back["tools"][0], f);
+    assert_eq!(wanted.told_back["tools"][1]["name"], "g");
+    assert_eq!(wanted.told_back["tool_choice"], "required");
+    assert_eq!(wanted.told_back["parallel_tool_calls"], false);
+    assert_eq!(
+        (&wanted.told_back["instructions"], &wanted.told_back["temperature"]),
+        (&json!("s"), &json!(0.5))
+    );
+    let told_as = dialogue(wanted);
+    let expected = json!([
+        {"role": "system", "content": "s\n\nd"},
+        {"role": "user", "content": "Hi"},
+        {"role": "assistant", "content": "a", "reasoning_content": "r", "tool_calls": [call_of("1", "f", "{}"), call_of("2", "g", "{}")]},
+        {"role": "tool", "content": "5", "tool_call_id": "1", "name": "f"},
+        {"role": "tool", "content": "6", "tool_call_id": "2", "name": "g"},
+        {"role": "assistant", "content": "", "tool_calls": [call_of("3", "f", "{}")]},
+        {"role": "tool", "content": "7", "tool_call_id": "3", "name": "f"},
+        {"role": "assistant", "content": "b"},
+        {"role": "assistant", "content": "c"},
+    ]);
+    assert_eq!(Value::from(told_as.messages), expected);
+    assert_eq!(
+        (told_as.tool_choice, told_as.parallel_tool_calls, told_as.enable_thinking),
+        (ToolChoice::Required, false, false)
+    );
+    // one that is named is the one there is, and the reply still says all of them
+    let mut named = body;
+    named["tool_choice"] = json!({"type": "function", "name": "g"});
+    let wanted = told(responses, named.clone()).unwrap();
+    assert_eq!(wanted.told_back["tools"].as_array().unwrap().len(), 2);
+    assert_eq!(wanted.told_back["tool_choice"], named["tool_choice"]);
+    assert_eq!(dialogue(wanted).tools, [declared("g", "", json!({"type": "object", "properties": {}}))]);
+    let held =
+        |format: Value| told(responses, json!({"input": "a", "text": {"format": format}})).unwrap().format;
+    let format =
+        held(json!({"type": "json_schema", "name": "n", "schema": {"a": 1}, "strict": true})).unwrap();
+    assert_eq!((format.field, &*format.schema), ("text.format.schema", r#"{"a":1}"#));
+    assert_eq!(&*held(json!({"type": "json_object"})).unwrap().schema, r#"{"type": "object"}"#);
+    assert_eq!(held(json!({"type": "text"})), None);
+}
+
+#[test]
+fn what_is_wrong_with_tools_is_named_in_the_words_of_the_dialect() {
+    let tool = json!({"name": "f", "input_schema": {"type": "object"}});
+    let user = json!({"role": "user", "content": "Hi"});
+    let says = |role: &str, block: Value| json!({"messages": [user, {"role": role, "content": [block]}]});
+    let table = [
+        (json!({"tools": [{"name": "f"}]}), "tools[0].input_schema"),
+        (json!({"tools": [tool, {"input_schema": {}}]}), "tools[1].name"),
+        (json!({"tools": [{"name": "f", "input_schema": 5}]}), "tools[0].input_schema"),
+        (json!({"tools": [{"name": "f", "input_schema": nested(40)}]}), "tools[0].input_schema"),
+        (json!({"tools": [{"name": "x".repeat(129), "input_schema": {}}]}), "tools[0].name"),
+        (json!({"tools": [tool, tool]}), "tools[1].name"),
+        (json!({"tools": [{"type": "web_search_20250305", "name": "web_search"}]}), "tools[0].type"),
+        (json!({"tools": "f"}), "tools"),
+        (json!({"tool_choice": {"type": "any"}}), "tool_choice"),
+        (json!({"tools": [tool], "tool_choice": {"type": "required"}}), "tool_choice.type"),
+        (json!({"tools": [tool], "tool_choice": {}}), "tool_choice.type"),
+        (json!({"tools": [tool], "tool_choice": "any"}), "tool_choice"),
+        (json!({"tools": [tool], "tool_choice": {"type": "tool"}}), "tool_choice.name"),
+        (json!({"tools": [tool], "tool_choice": {"type": "tool", "name": "g"}}), "tool_choice.name"),
+        (json!({"thinking": {"type": "perhaps"}}), "thinking.type"),
+        (json!({"thinking": true}), "thinking"),
+        (json!({"output_config": {"format": {"type": "json_schema"}}}), "output_config.format.schema"),
+        (json!({"output_config": {"format": {"type": "yaml"}}}), "output_config.format.type"),
+        (
+            json!({"tools": [tool], "output_config": {"format": {"type": "json_schema", "schema": {}}}}),
+            "output_config.format.schema",
+        ),
+        (json!({"messages": [{"role": "tool", "content": "x"}]}), "messages[0].role"),
+        (says("user", json!({"type": "image", "source": {}})), "messages[1].content[0].type"),
+        (
+            says("user", json!({"type": "tool_use", "id": "1", "name": "f", "input": {}})),
+            "messages[1].content[0].type",
+        ),
+        (
+            says("assistant", json!({"type": "tool_result", "tool_use_id": "1"})),
+            "messages[1].content[0].type",
+        ),
+        (
+            says("user", json!({"type": "tool_result", "tool_use_id": "1"})),
+            "messages[1].content[0].tool_use_id",
+        ),
+        (says("user", json!({"type": "tool_result"})), "messages[1].content[0].tool_use_id"),
+        (
+            says("user", json!({"type": "tool_result", "tool_use_id": "1", "content": [{"type": "image"}]})),
+            "messages[1].content[0].content[0]",
+        ),
+        (
+            says("assistant", json!({"type": "tool_use", "name": "f", "input": {}})),
+            "messages[1].content[0].id",
+        ),
+        (
+            says("assistant", json!({"type": "tool_use", "id": "1", "input": {}})),
+            "messages[1].content[0].name",
+        ),
+        (
+            says("assistant", json!({"type": "tool_use", "id": "1", "name": "f"})),
+            "messages[1].content[0].input",
+        ),
+        (
+            says("assistant", json!({"type": "tool_use", "id": "1", "name": "f", "input": "{}"})),
+            "messages[1].content[0].input",
+        ),
+        (
+            says("assistant", json!({"type": "tool_use", "id": "1", "name": "f g", "input": {}})),
+            "messages[1].content[0].name",
+        ),
+        (says("assistant", json!({"type": "thinking"})), "messages[1].content[0].thinking"),
+        (says("user", json!({"type": "text"})), "messages[1].content[0].text"),
+        (says("user", json!({"text": "x"})), "messages[1].content[0]"),
+    ];
+    for (more, field) in table {
+        let mut body = json!({"messages": [user], "max_tokens": 5});
+        body.as_object_mut().unwrap().extend(more.as_object().unwrap().clone());
+        names_the_field(messages, &body, field);
+    }
+    let tool = json!({"type": "function", "name": "f"});
+    let items = |items: Value| json!({"input": items});
+    let table = [
+        (json!({"tools": [{"type": "web_search"}]}), "tools[0].type"),
+        (json!({"tools": [tool, {"type": "function"}]}), "tools[1].name"),
+        (json!({"tools": [{"type": "function", "name": "a b"}]}), "tools[0].name"),
+        (json!({"tools": [tool, tool]}), "tools[1].name"),
+        (json!({"tools": [{"type": "function", "name": "f", "parameters": []}]}), "tools[0].parameters"),
+        (json!({"tools": [{}]}), "tools[0]"),
+        (json!({"tool_choice": "required"}), "tool_choice"),
+        (json!({"tools": [tool], "tool_choice": "any"}), "tool_choice"),
+        (json!({"tools": [tool], "tool_choice": {"type": "function"}}), "tool_choice.name"),
+        (json!({"tools": [tool], "tool_choice": {"type": "function", "name": "g"}}), "tool_choice.name"),
+        (json!({"tools": [tool], "tool_choice": {"type": "allowed_tools"}}), "tool_choice.type"),
+        (json!({"tools": [tool], "text": {"format": {"type": "json_object"}}}), "text.format.schema"),
+        (json!({"text": {"format": {"type": "json_schema"}}}), "text.format.schema"),
+        (items(json!([])), "input"),
+        (items(json!([{"content": "x"}])), "input[0].role"),
+        (items(json!([{"type": "item_reference", "id": "x"}])), "input[0].type"),
+        (items(json!([{"role": "tool", "content": "x"}])), "input[0].role"),
+        (items(json!([{"type": "function_call", "name": "f", "arguments": "{}"}])), "input[0].call_id"),
+        (items(json!([{"type": "function_call", "call_id": "1", "arguments": "{}"}])), "input[0].name"),
+        (items(json!([{"type": "function_call", "call_id": "1", "name": "f"}])), "input[0].arguments"),
+        (
+            items(json!([{"type": "function_call", "call_id": "1", "name": "f", "arguments": "{"}])),
+            "input[0].arguments",
+        ),
+        (items(json!([user, {"type": "function_call_output", "output": "x"}])), "input[1].call_id"),
+        (
+            items(json!([user, {"type": "function_call_output", "call_id": "1", "output": "x"}])),
+            "input[1].call_id",
+        ),
+        (items(json!([{"type": "function_call_output", "call_id": "1"}])), "input[0].output"),
+    ];
+    for (more, field) in table {
+        let mut body = json!({"input": "Hi"});
+        body.as_object_mut().unwrap().extend(more.as_object().unwrap().clone());
+        names_the_field(responses, &body, field);
+    }
+}
+
+fn names_the_field(form: Form, body: &Value, field: &str) {
+    let error = told(form, body.clone()).expect_err(&body.to_string());
+    assert_eq!(error.param.as_deref(), Some(field), "{body}: {error}");
+    assert!(error.message.starts_with(field) && !error.message.contains("struct"), "{error}");
+}
+
 /// JSON that is nearly a request.
 fn nearly() -> impl Strategy<Value = Value> {
     let leaf = prop_oneof![
@@ -358,7 +642,24 @@ fn nearly() -> impl Strategy<Value = Value> {
         any::<bool>().prop_map(Value::from),
         any::<i64>().prop_map(Value::from),
         any::<f64>().prop_map(Value::from),
-        prop_oneof!["user", "text", "auto", "[a-z]{0,4}"].prop_map(Value::from),
+        prop_oneof![
+            "user",
+            "assistant",
+            "text",
+            "auto",
+            "tool",
+            "tool_use",
+            "tool_result",
+            "thinking",
+            "function",
+            "function_call",
+            "function_call_output",
+            "reasoning",
+            "json_schema",
+            "enabled",
+            "[a-z]{0,4}"
+        ]
+        .prop_map(Value::from),
     ];
     let name = prop_oneof![
         "messages",
@@ -392,6 +693,17 @@ fn nearly() -> impl Strategy<Value = Value> {
         "stop_sequences",
         "format",
         "previous_response_id",
+        "input_schema",
+        "tool_use_id",
+        "is_error",
+        "thinking",
+        "id",
+        "call_id",
+        "output",
+        "output_config",
+        "schema",
+        "reasoning",
+        "effort",
         "[0-9]{1,3}",
     ];
     leaf.prop_recursive(4, 64, 8, move |inner| {
@@ -427,11 +739,12 @@ proptest! {
 
     #[test]
     fn a_good_request_with_wrong_bytes_in_it_is_a_request_or_an_error(
-        form in 0..FORMS.len(), at in any::<prop::sample::Index>(), wrong in proptest::collection::vec(any::<u8>(), 0..4), gone in 0usize..6,
+        form in 0..FORMS.len(), has_calls in any::<bool>(), at in any::<prop::sample::Index>(),
+        wrong in proptest::collection::vec(any::<u8>(), 0..4), gone in 0usize..6,
     ) {
-        let mut body = GOOD.as_bytes().to_vec();
+        let mut body = if has_calls { CALLS } else { GOOD }.as_bytes().to_vec();
         let at = at.index(body.len());
-        body.splice(at..(at + gone).min(GOOD.len()), wrong);
+        body.splice(at..(at + gone).min(body.len()), wrong);
         if let Err(error) = FORMS[form](&body, &Defaults::default()) {
             prop_assert!(!error.message.is_empty() && error.status == StatusCode::BAD_REQUEST);
         }

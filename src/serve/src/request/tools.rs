@@ -1,124 +1,74 @@
-//! Tools: what a model may call, what it has called, and what came of it.
+//! Tools: what a model may call, and what it has called. Each dialect says them in its own form and names its own fields.
 //!
 //! Parameters are a schema of a client's own. They stay text until they are counted: the template that shows them to the
 //! model, and the grammar made of them, take as long as they are large.
 
 use std::collections::HashSet;
 
-use dim::host::template::dialogue::{Dialogue, ToolChoice};
-use dim::host::template::{Role, Turn};
-use serde::Deserialize;
+use dim::host::template::dialogue::ToolChoice;
 use serde_json::value::RawValue;
 use serde_json::{Value, json};
 
-use super::fields::{Content, ToolChoice as Choice};
-use super::turns::{role, there_is_one, turns};
-use super::{Fields, Message, Prompts};
 use crate::error::ApiError;
 
-/// Something that may be called.
-#[derive(Debug, Deserialize)]
+/// Something that may be called, as a dialect has read it.
+#[derive(Debug)]
 pub(super) struct Tool {
-    #[serde(rename = "type")]
-    kind: String,
-    function: Option<Function>,
+    /// Where its name stands in the request.
+    pub name_at: String,
+    /// Where its parameters do.
+    pub parameters_at: String,
+    pub name: Option<String>,
+    pub description: Option<String>,
+    pub parameters: Option<Box<RawValue>>,
 }
 
-#[derive(Debug, Deserialize)]
-struct Function {
-    name: String,
-    #[serde(default)]
-    description: Option<String>,
-    #[serde(default)]
-    parameters: Option<Box<RawValue>>,
+/// Which tool is to be called, as a dialect has read it.
+#[derive(Debug)]
+pub(super) enum Choice {
+    Auto,
+    None,
+    /// whichever there is
+    Required,
+    /// the one of this name, and where that stands in the request
+    Named(String, &'static str),
 }
 
-/// A call that a model made, as it was told.
-#[derive(Debug, Deserialize)]
-pub(super) struct MadeCall {
-    #[serde(default)]
-    id: Option<String>,
-    function: MadeFunction,
+/// What may be called, and how.
+#[derive(Debug)]
+pub(super) struct Toolbox {
+    /// As templates read them.
+    pub tools: Vec<Value>,
+    /// Whether one has to be.
+    pub choice: ToolChoice,
+    /// Whether several may be at once.
+    pub parallel: bool,
 }
 
-#[derive(Debug, Deserialize)]
-struct MadeFunction {
-    name: String,
-    #[serde(default)]
-    arguments: String,
-}
-
-/// A conversation: with tools in it, or plain.
-pub(super) fn prompts(messages: Vec<Message>, fields: &mut Fields) -> Result<Prompts, ApiError> {
-    let tools = tools(fields.tools.take().unwrap_or_default())?;
-    let (tools, tool_choice) = chosen(tools, fields.tool_choice.take())?;
-    let is_plain = |message: &Message| {
-        let has_called = message.tool_calls.as_ref().is_some_and(|calls| !calls.is_empty());
-        message.role != "tool" && !has_called && message.reasoning_content.is_none()
-    };
-    if tools.is_empty() && messages.iter().all(is_plain) {
-        return Ok(Prompts::Chat(turns(None, messages)?));
+impl Toolbox {
+    /// Of all that was `given`.
+    pub(super) fn of(given: Vec<Tool>, parallel: bool) -> Result<Toolbox, ApiError> {
+        Ok(Toolbox { tools: tools(given)?, choice: ToolChoice::Auto, parallel })
     }
-    there_is_one(&messages)?;
-    let messages = messages.into_iter().enumerate().map(|(i, message)| told(i, message));
-    Ok(Prompts::Dialogue(Dialogue {
-        messages: messages.collect::<Result<_, _>>()?,
-        tools,
-        tool_choice,
-        parallel_tool_calls: fields.parallel_tool_calls.unwrap_or(true),
-        enable_thinking: true,
-    }))
-}
 
-/// A plain conversation, for a template that has to say how the answer is read.
-pub(crate) fn as_dialogue(turns: &[Turn]) -> Dialogue {
-    let messages = turns.iter().map(|turn| json!({"role": turn.role, "content": turn.content}));
-    Dialogue { messages: messages.collect(), enable_thinking: true, ..Dialogue::default() }
-}
-
-/// A message as templates read it.
-fn told(i: usize, message: Message) -> Result<Value, ApiError> {
-    let Content(content) = message.content;
-    let field = |name: &str| format!("messages[{i}].{name}");
-    let Some(role) = role(i, &message.role)? else {
-        let id = message.tool_call_id.ok_or_else(|| {
-            ApiError::field(field("tool_call_id"), "missing: which call it is the answer to")
-        })?;
-        let mut told = json!({"role": "tool", "content": content, "tool_call_id": id});
-        if let Some(name) = message.name {
-            told["name"] = name.into();
+    /// The same, of which that is to be called.
+    pub(super) fn chosen(mut self, choice: Choice) -> Result<Toolbox, ApiError> {
+        self.choice = match &choice {
+            Choice::Auto => ToolChoice::Auto,
+            Choice::None => ToolChoice::None,
+            Choice::Required | Choice::Named(..) => ToolChoice::Required,
+        };
+        if self.choice == ToolChoice::Required && self.tools.is_empty() {
+            return Err(ApiError::field("tool_choice", "there are no tools"));
         }
-        return Ok(told);
-    };
-    let mut told = json!({"role": role, "content": content});
-    if let Some(reasoning) = message.reasoning_content.filter(|text| !text.is_empty()) {
-        told["reasoning_content"] = reasoning.into();
-    }
-    let calls = message.tool_calls.unwrap_or_default();
-    if calls.is_empty() {
-        return Ok(told);
-    }
-    if role != Role::Assistant {
-        return Err(ApiError::field(field("tool_calls"), "only the assistant calls tools"));
-    }
-    if calls.len() > MAX_TOOLS {
-        return Err(ApiError::field(field("tool_calls"), format!("more than {MAX_TOOLS}")));
-    }
-    let calls = calls.into_iter().enumerate().map(|(k, MadeCall { id, function })| {
-        let field = |name: &str| format!("messages[{i}].tool_calls[{k}].function.{name}");
-        check_name(&field("name"), &function.name)?;
-        // templates of some families want an object there, and get one: text that is none would end them
-        let arguments = if function.arguments.is_empty() { "{}" } else { &function.arguments };
-        counted(&field("arguments"), arguments)?;
-        let mut call =
-            json!({"type": "function", "function": {"name": function.name, "arguments": arguments}});
-        if let Some(id) = id {
-            call["id"] = id.into();
+        if let Choice::Named(name, field) = choice {
+            self.tools.retain(|tool| tool["function"]["name"] == name);
+            if self.tools.is_empty() {
+                return Err(ApiError::field(field, format!("there is no tool {name:?}")));
+            }
         }
-        Ok(call)
-    });
-    told["tool_calls"] = calls.collect::<Result<Vec<_>, ApiError>>()?.into();
-    Ok(told)
+        Ok(self)
+    }
 }
 
 /// The tools as templates read them.
@@ -127,78 +77,65 @@ fn tools(given: Vec<Tool>) -> Result<Vec<Value>, ApiError> {
         return Err(ApiError::field("tools", format!("{} are more than {MAX_TOOLS}", given.len())));
     }
     let (mut names, mut left) = (HashSet::new(), MAX_VALUES);
-    let tool = |(i, Tool { kind, function }): (usize, Tool)| {
-        let field = |name: &str| format!("tools[{i}]{name}");
-        if kind != "function" {
-            return Err(ApiError::field(field(".type"), format!("{kind:?} is not \"function\"")));
+    let tool = |Tool { name_at, parameters_at, name, description, parameters }: Tool| {
+        let name = name.ok_or_else(|| ApiError::field(&name_at, "missing"))?;
+        check_name(&name_at, &name)?;
+        if !names.insert(name.clone()) {
+            return Err(ApiError::field(name_at, "there are two of this name"));
         }
-        let Some(function) = function else { return Err(ApiError::field(field(".function"), "missing")) };
-        check_name(&field(".function.name"), &function.name)?;
-        if !names.insert(function.name.clone()) {
-            return Err(ApiError::field(field(".function.name"), "there are two of this name"));
-        }
-        let parameters = function.parameters.as_deref().map_or("null", RawValue::get);
-        let at = field(".function.parameters");
-        let (parameters, n_values) = counted(&at, parameters)?;
+        let parameters = parameters.as_deref().map_or("null", RawValue::get);
+        let (parameters, n_values) = counted(&parameters_at, parameters)?;
         left = usize::checked_sub(left, n_values).ok_or_else(|| {
             ApiError::field("tools", format!("their schemas have more than {MAX_VALUES} values"))
         })?;
         let parameters = match parameters {
             Value::Object(_) => parameters,
             Value::Null => json!({"type": "object", "properties": {}}),
-            _ => return Err(ApiError::field(at, "must be an object: a JSON schema")),
+            _ => return Err(ApiError::field(parameters_at, "must be an object: a JSON schema")),
         };
         Ok(json!({"type": "function", "function": {
-            "name": function.name,
-            "description": function.description.unwrap_or_default(),
+            "name": name,
+            "description": description.unwrap_or_default(),
             "parameters": parameters,
         }}))
     };
-    given.into_iter().enumerate().map(tool).collect()
+    given.into_iter().map(tool).collect()
 }
 
-/// What of `tools` may be called, and whether it must.
-fn chosen(mut tools: Vec<Value>, choice: Option<Choice>) -> Result<(Vec<Value>, ToolChoice), ApiError> {
-    let needs_tools = |tools: &[Value]| match tools.is_empty() {
-        true => Err(ApiError::field("tool_choice", "there are no tools")),
+/// A call that the model made, as templates read it; `name_at` and `arguments_at` say where it stands in the request.
+pub(super) fn called(
+    name_at: &str,
+    arguments_at: &str,
+    id: Option<String>,
+    name: &str,
+    arguments: &str,
+) -> Result<Value, ApiError> {
+    check_name(name_at, name)?;
+    // templates of some families want an object there, and get one: text that is none would end them
+    let arguments = if arguments.is_empty() { "{}" } else { arguments };
+    counted(arguments_at, arguments)?;
+    let mut call = json!({"type": "function", "function": {"name": name, "arguments": arguments}});
+    if let Some(id) = id {
+        call["id"] = id.into();
+    }
+    Ok(call)
+}
+
+/// As many calls as a message may have.
+pub(super) fn check_calls(field: &str, n: usize) -> Result<(), ApiError> {
+    match n > MAX_TOOLS {
+        true => Err(ApiError::field(field, format!("more than {MAX_TOOLS} calls at once"))),
         false => Ok(()),
-    };
-    let choice = match choice {
-        None => ToolChoice::Auto,
-        Some(Choice::Word(word)) => match word.as_str() {
-            "auto" => ToolChoice::Auto,
-            "none" => ToolChoice::None,
-            "required" => {
-                needs_tools(&tools)?;
-                ToolChoice::Required
-            }
-            other => {
-                let message = format!("{other:?} is none of \"auto\", \"none\", \"required\", a function");
-                return Err(ApiError::field("tool_choice", message));
-            }
-        },
-        Some(Choice::Named(name)) => {
-            needs_tools(&tools)?;
-            tools.retain(|tool| tool["function"]["name"] == name);
-            if tools.is_empty() {
-                return Err(ApiError::field(
-                    "tool_choice.function.name",
-                    format!("there is no tool {name:?}"),
-                ));
-            }
-            ToolChoice::Required
-        }
-    };
-    Ok((tools, choice))
+    }
 }
 
-/// As OpenAI has it: templates and grammars write names as they are.
+/// As OpenAI has it, and as long as Anthropic does: templates and grammars write names as they are.
 fn check_name(field: &str, name: &str) -> Result<(), ApiError> {
-    let is_name = (1..=64).contains(&name.len())
+    let is_name = (1..=MAX_NAME).contains(&name.len())
         && name.bytes().all(|b| b.is_ascii_alphanumeric() || b == b'_' || b == b'-');
     match is_name {
         true => Ok(()),
-        false => Err(ApiError::field(field, "must be 1 to 64 letters, digits, _ and -")),
+        false => Err(ApiError::field(field, format!("must be 1 to {MAX_NAME} letters, digits, _ and -"))),
     }
 }
 
@@ -224,6 +161,7 @@ fn counted(field: &str, text: &str) -> Result<(Value, usize), ApiError> {
 
 /// Most tools of a request, and most calls of a message: as many as OpenAI takes.
 const MAX_TOOLS: usize = 128;
+const MAX_NAME: usize = 128;
 /// Most values in the schemas of all tools: llama.cpp turns them into a grammar, some of whose rules have as many
 /// alternatives as an object has optional members, each as long.
 const MAX_VALUES: usize = 4_000;

@@ -1,27 +1,13 @@
-//! What a slot tells, in OpenAI's words: chunk by chunk, and whole.
+//! What a slot tells, as OpenAI's chats and completions have it: choices, chunk by chunk and whole.
 
-use std::time::{Duration, SystemTime, UNIX_EPOCH};
+use std::time::Duration;
 
 use dim::host::template::dialogue::{Call, Message};
 use serde_json::{Map, Value, json};
 
+use super::{FINGERPRINT, Tell, id_of, random_name, unix_time};
 use crate::error::ApiError;
 use crate::work::{Finish, Likely, Logprobs, Timings, Update};
-
-/// Tells a client of its reply, in the dialect that it speaks.
-pub(crate) trait Tell: Send {
-    /// Whether every choice is complete.
-    fn is_complete(&self) -> bool;
-
-    /// Takes an update in, for the whole reply.
-    fn hear(&mut self, update: Update) -> Result<(), ApiError>;
-
-    /// An update as parts of a stream.
-    fn chunks(&mut self, update: Update, out: &mut String);
-
-    /// The whole reply.
-    fn whole(&self) -> Value;
-}
 
 /// Which of the two dialects that tell choices.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -261,7 +247,7 @@ impl Choice {
             }
             let mut told = json!({"index": k, "function": {"arguments": call.arguments}});
             if is_new {
-                self.call_ids.push(id_of(call));
+                self.call_ids.push(id_of(call, "call"));
                 told["id"] = self.call_ids[k].as_str().into();
                 told["type"] = "function".into();
                 told["function"]["name"] = call.name.as_str().into();
@@ -289,20 +275,12 @@ impl Choice {
                 whole["content"] = Value::Null;
             }
             let call = |call: &Call| {
-                json!({"id": id_of(call), "type": "function",
+                json!({"id": id_of(call, "call"), "type": "function",
                     "function": {"name": call.name, "arguments": call.arguments}})
             };
             whole["tool_calls"] = calls.iter().map(call).collect();
         }
         whole
-    }
-}
-
-/// The model's own number of a call, or one that nothing else has.
-fn id_of(call: &Call) -> String {
-    match call.id.is_empty() {
-        true => format!("call_{}", random_name()),
-        false => call.id.clone(),
     }
 }
 
@@ -373,22 +351,6 @@ fn push_event(out: &mut String, event: &Value) {
     out.push_str(&event.to_string());
     out.push_str("\n\n");
 }
-
-/// Seconds since 1970.
-pub(crate) fn unix_time() -> u64 {
-    SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |d| d.as_secs())
-}
-
-/// A name that nothing else has.
-pub(crate) fn random_name() -> String {
-    let mut bytes = [0; 12];
-    // it need not be secret, and without the system's source it need not be new either
-    let _ = getrandom::fill(&mut bytes);
-    bytes.iter().map(|byte| format!("{byte:02x}")).collect()
-}
-
-/// Which program it is.
-pub(crate) const FINGERPRINT: &str = concat!("dim-", env!("CARGO_PKG_VERSION"));
 
 #[cfg(test)]
 mod tests {
