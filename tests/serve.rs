@@ -408,58 +408,10 @@ fn a_tool_that_must_be_called_is_called_with_what_its_schema_says() {
 }
 
 #[test]
-fn the_two_plain_forms_say_what_a_chat_says_and_markdown_is_elements() {
+fn markdown_is_elements() {
     let cut = Cut::tiny("qwen2");
     let worker = parallel(&cut, "127.0.0.1:0");
-    let server = Server::start(&cut, &worker.address, &["--chat-template", "chatml", "--temp", "0"]);
-    let messages = json!([{"role": "system", "content": "Brief."}, {"role": "user", "content": "Hi"}]);
-    let chat = server.post("/v1/chat/completions", &json!({"messages": messages, "max_tokens": 9})).json();
-    let text = chat["choices"][0]["message"]["content"].as_str().unwrap().to_owned();
-    let anthropic =
-        json!({"messages": [{"role": "user", "content": "Hi"}], "system": "Brief.", "max_tokens": 9});
-    let openai = json!({"input": "Hi", "instructions": "Brief.", "max_output_tokens": 9});
-    let whole = server.post("/v1/messages", &anthropic).json();
-    assert_eq!((&whole["content"][0]["text"], &whole["type"]), (&json!(text), &json!("message")));
-    let counted = |of: &str| whole["usage"][of].as_u64().unwrap();
-    assert_eq!(counted("input_tokens") + counted("cache_read_input_tokens"), chat["usage"]["prompt_tokens"]);
-    assert_eq!(whole["usage"]["output_tokens"], chat["usage"]["completion_tokens"]);
-    let whole = server.post("/v1/responses", &openai).json();
-    assert_eq!(whole["output"][0]["content"][0]["text"], json!(text));
-    assert_eq!(whole["usage"]["total_tokens"], chat["usage"]["total_tokens"]);
-
-    // every event says its name twice, and the deltas are the text
-    let streamed = |path: &str, mut body: Value, delta: &str, at: &str| {
-        body["stream"] = true.into();
-        let stream = server.post(path, &body).2;
-        let mut names = Vec::new();
-        let mut said = String::new();
-        for event in stream.split("event: ").filter(|event| event.contains("data: ")) {
-            let (name, data) = event.split_once('\n').unwrap();
-            let json = data.lines().find_map(|line| line.strip_prefix("data: ")).unwrap();
-            let json: Value = serde_json::from_str(json).unwrap_or_else(|e| panic!("{e}: {json}"));
-            assert_eq!(json["type"], name);
-            if name == delta {
-                said.push_str(json.pointer(at).and_then(Value::as_str).unwrap());
-            } else {
-                names.push(name.to_owned());
-            }
-        }
-        assert_eq!(said, text, "{path}");
-        names.join(" ")
-    };
-    assert_eq!(
-        streamed("/v1/messages", anthropic, "content_block_delta", "/delta/text"),
-        "message_start content_block_start content_block_stop message_delta message_stop"
-    );
-    let names = streamed("/v1/responses", openai, "response.output_text.delta", "/delta");
-    let begin = "response.created response.in_progress response.output_item.added response.content_part.added \
-                 response.output_text.done response.content_part.done response.output_item.done";
-    let last = names.strip_prefix(begin).unwrap_or_else(|| panic!("{names}"));
-    assert!([" response.completed", " response.incomplete"].contains(&last), "{names}");
-
-    let refused = server.post("/v1/messages", &json!({"messages": messages}));
-    assert_eq!((refused.0, refused.word().as_str()), (400, "max_tokens"));
-    assert_eq!(refused.json()["type"], "error");
+    let server = Server::start(&cut, &worker.address, &[]);
     let head = "POST /markdown HTTP/1.1\r\nHost: localhost";
     let pieces = server.ask(head, "**a** <b>").json();
     assert_eq!(pieces, json!([{"open": "p"}, {"open": "strong"}, "a", null, " ", "<b>", null]));

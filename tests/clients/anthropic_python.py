@@ -34,6 +34,7 @@ def messages(client):
     assert stopped.content[0].text == text[: text.find(stop)], stopped
 
     for wrong, field in [({"max_tokens": 0}, "max_tokens"), ({"stop_sequences": ["x"] * 17}, "stop_sequences"),
+                         # SmolLM2's own template has no place for them
                          ({"tools": [{"name": "f", "input_schema": {}}]}, "tools"), ({"messages": []}, "messages")]:
         try:
             client.messages.create(**{**asked, **wrong})

@@ -46,7 +46,9 @@ TOOLS = ["--chat-template", TOP / "llama-sys-patch/tests/templates/hermes.jinja"
 CLIENTS = [
     ("openai-python", [sys.executable, HERE / "openai_python.py"], lambda: has_python("openai"), []),
     ("openai-tools", [sys.executable, HERE / "openai_tools.py"], lambda: has_python("openai"), TOOLS),
+    ("responses-tools", [sys.executable, HERE / "responses_tools.py"], lambda: has_python("openai"), TOOLS),
     ("anthropic", [sys.executable, HERE / "anthropic_python.py"], lambda: has_python("anthropic"), []),
+    ("anthropic-tools", [sys.executable, HERE / "anthropic_tools.py"], lambda: has_python("anthropic"), TOOLS),
     ("langchain", [sys.executable, HERE / "langchain_python.py"], lambda: has_python("langchain_openai"), []),
     ("llm", [sys.executable, HERE / "llm_command.py"], lambda: has_python("llm"), []),
     ("openai-node", ["node", HERE / "openai_node.mjs"], lambda: has_node("openai"), []),
