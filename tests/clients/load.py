@@ -36,10 +36,13 @@ def memory_mib(process):
 # what requests are made of, right and wrong
 FIELDS = """messages prompt input system instructions role content type text temperature top_p top_k min_p seed stop stop_sequences
 logprobs top_logprobs logit_bias tools tool_choice response_format stream stream_options echo n max_tokens return_tokens cache_prompt
-presence_penalty grammar json_schema format previous_response_id ignore_eos""".split()
+presence_penalty grammar json_schema format previous_response_id ignore_eos id name input_schema parameters tool_use_id is_error thinking
+call_id arguments output output_config schema reasoning effort parallel_tool_calls""".split()
 VALUES = [None, True, False, 0, 1, -1, 2, 0.5, -0.5, 1e308, 2**31, 2**63, -(2**63), 2**64, "", "a", "user", "assistant", "system", "text",
-          "tool", "json_object", "\x00", "\ud800", "\U0001f600", "x" * 3000, [], {}, [1, 2], ["a"], [[1], [2]], {"7": -100}, {"type": "text", "text": "b"},
-          {"role": "user", "content": "Hi"}, [{"role": "user", "content": [{"type": "text", "text": "Hi"}]}]]
+          "tool", "tool_use", "tool_result", "function", "function_call", "function_call_output", "any", "required", "json_schema", "json_object", "\x00", "\ud800", "\U0001f600", "x" * 3000, [], {}, [1, 2], ["a"], [[1], [2]], {"7": -100}, {"type": "text", "text": "b"},
+          {"role": "user", "content": "Hi"}, {"type": "tool_use", "id": "1", "name": "f", "input": {}},
+          [{"type": "tool_result", "tool_use_id": "1", "content": "b"}], [{"name": "f", "input_schema": {"type": "object"}}],
+          {"type": "function_call", "call_id": "1", "name": "f", "arguments": "{}"}, [{"type": "function", "name": "f"}], [{"role": "user", "content": [{"type": "text", "text": "Hi"}]}]]
 
 
 def near(chance, depth):
@@ -127,7 +130,7 @@ class Crowd:
         chance = random.Random(99)
         while not self.end.is_set():
             try:
-                path, body = chance.choice(["/v1/completions", "/v1/chat/completions", "/v1/messages", "/v1/responses"]), near(chance, 0)
+                path, body = chance.choice(["/v1/completions", "/v1/chat/completions", "/v1/messages", "/v1/messages/count_tokens", "/v1/responses"]), near(chance, 0)
                 if isinstance(body, dict):
                     # what is right about it is short
                     body.update({"max_tokens": chance.choice([1, 2, 3, -7, "x"]), "n": chance.choice([1, 1, 2, 129]), "max_output_tokens": 2})

@@ -52,6 +52,7 @@ CLIENTS = [
     ("langchain", [sys.executable, HERE / "langchain_python.py"], lambda: has_python("langchain_openai"), []),
     ("llm", [sys.executable, HERE / "llm_command.py"], lambda: has_python("llm"), []),
     ("openai-node", ["node", HERE / "openai_node.mjs"], lambda: has_node("openai"), []),
+    ("responses-node", ["node", HERE / "responses_node.mjs"], lambda: has_node("openai"), TOOLS),
     ("browser", ["node", TOP / "tests/browser/page.mjs"], has_browser, []),
 ]
 

@@ -58,6 +58,23 @@ pub(super) fn system(text: String) -> Option<Said> {
     (!text.is_empty()).then_some(Said::Turn(Turn { role: Role::System, content: text }))
 }
 
+/// Puts what the system or a person says behind what was `said`, as templates take it: one message of the system, at the
+/// start, and no two of the person one after the other. What the system says later stands in the person's, between marks.
+pub(super) fn say(said: &mut Vec<Said>, Turn { role, content }: Turn) {
+    let is_first = matches!(said.as_slice(), [] | [Said::Turn(Turn { role: Role::System, .. })]);
+    let (role, content) = match role {
+        Role::System if !is_first => (Role::User, format!("<system>\n{content}\n</system>")),
+        role => (role, content),
+    };
+    match said.last_mut() {
+        Some(Said::Turn(last)) if last.role == role && role != Role::Assistant => {
+            last.content.push_str("\n\n");
+            last.content.push_str(&content);
+        }
+        _ => said.push(Said::Turn(Turn { role, content })),
+    }
+}
+
 /// The prompt of a conversation: plain, where nobody calls or may call anything and nobody's thoughts are given back.
 pub(super) fn prompts(said: Vec<Said>, toolbox: Toolbox, thinking: Thinking) -> Prompts {
     let is_plain = |said: &Said| matches!(said, Said::Turn(_));

@@ -165,7 +165,7 @@ impl Message {
         let blocks = match self.content.map(|Blocks(content)| content) {
             None => Vec::new(),
             Some(TextOr::Text(content)) => {
-                said.push(Said::Turn(Turn { role, content }));
+                conversation::say(said, Turn { role, content });
                 return Ok(());
             }
             Some(TextOr::List(blocks)) => blocks,
@@ -223,7 +223,7 @@ impl Message {
             Role::Assistant => said.push(Said::by_assistant(text, thoughts.join("\n"), made)),
             // it said what came of its calls, and nothing else
             _ if texts.is_empty() && said.len() > n_before => {}
-            _ => said.push(Said::Turn(Turn { role, content: text })),
+            _ => conversation::say(said, Turn { role, content: text }),
         }
         Ok(())
     }

@@ -224,14 +224,7 @@ impl Conversation {
             return;
         }
         self.end_turn();
-        match self.said.as_mut_slice() {
-            // templates take one message of the system at most
-            [Said::Turn(Turn { role: Role::System, content })] if turn.role == Role::System => {
-                content.push_str("\n\n");
-                content.push_str(&turn.content);
-            }
-            _ => self.said.push(Said::Turn(turn)),
-        }
+        conversation::say(&mut self.said, turn);
     }
 
     fn item(&mut self, i: usize, item: Item) -> Result<(), ApiError> {

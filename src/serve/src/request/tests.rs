@@ -430,10 +430,17 @@ fn anthropics_blocks_are_messages_in_the_order_that_templates_need() {
         {"role": "user", "content": [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]},
         {"role": "assistant", "content": null}]});
     let turn = |role, content: &str| Turn { role, content: content.to_owned() };
-    use dim::host::template::Role::{Assistant, User};
+    use dim::host::template::Role::{Assistant, System, User};
     assert_eq!(
         told(messages, plain).unwrap().prompts,
         Prompts::Chat(vec![turn(User, "a\nb"), turn(Assistant, "")])
+    );
+    // what the system says later is no message of its own, nor is what a person says in two
+    let later = json!({"max_tokens": 1, "system": "s", "messages": [{"role": "system", "content": "t"}, {"role": "user", "content": "a"},
+        {"role": "system", "content": "u"}, {"role": "user", "content": "b"}]});
+    assert_eq!(
+        told(messages, later).unwrap().prompts,
+        Prompts::Chat(vec![turn(System, "s\n\nt"), turn(User, "a\n\n<system>\nu\n</system>\n\nb")])
     );
     let held = json!({"max_tokens": 1, "messages": [{"role": "user", "content": "a"}],
         "output_config": {"format": {"type": "json_schema", "schema": {"type": "object"}}}});
@@ -458,6 +465,7 @@ fn items_are_messages_in_the_order_that_templates_need() {
         "temperature": 0.5, "top_p": 1, "reasoning": {"effort": "none"},
         "input": [
             {"role": "developer", "content": "d"},
+            {"role": "user", "content": "Of"},
             {"type": "message", "role": "user", "content": [{"type": "input_text", "text": "Hi"}]},
             {"type": "reasoning", "id": "rs", "summary": [], "content": [{"type": "reasoning_text", "text": "r"}]},
             {"type": "message", "role": "assistant", "content": [{"type": "output_text", "text": "a"}]},
@@ -482,7 +490,7 @@ fn items_are_messages_in_the_order_that_templates_need() {
     let told_as = dialogue(wanted);
     let expected = json!([
         {"role": "system", "content": "s\n\nd"},
-        {"role": "user", "content": "Hi"},
+        {"role": "user", "content": "Of\n\nHi"},
         {"role": "assistant", "content": "a", "reasoning_content": "r", "tool_calls": [call_of("1", "f", "{}"), call_of("2", "g", "{}")]},
         {"role": "tool", "content": "5", "tool_call_id": "1", "name": "f"},
         {"role": "tool", "content": "6", "tool_call_id": "2", "name": "g"},
