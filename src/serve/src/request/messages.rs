@@ -7,6 +7,7 @@ use std::collections::HashMap;
 
 use dim::host::template::{Role, Turn};
 use serde::{Deserialize, Deserializer};
+use serde_json::Value;
 use serde_json::value::RawValue;
 
 use super::conversation::{self, Said, there_is_one};
@@ -170,60 +171,77 @@ impl Message {
             }
             Some(TextOr::List(blocks)) => blocks,
         };
-        let n_before = said.len();
-        let (mut texts, mut thoughts, mut made) = (Vec::new(), Vec::new(), Vec::new());
+        let mut parts = Parts::default();
         for (k, block) in blocks.into_iter().enumerate() {
-            let at = |name: &str| format!("messages[{i}].content[{k}].{name}");
-            let missing = |name: &str| ApiError::field(at(name), "missing");
-            match (block.kind.as_str(), role) {
-                ("text", _) => texts.push(block.text.ok_or_else(|| missing("text"))?),
-                ("thinking", Role::Assistant) => {
-                    thoughts.push(block.thinking.ok_or_else(|| missing("thinking"))?);
-                }
-                // somebody else's, which nobody here can read
-                ("redacted_thinking", Role::Assistant) => {}
-                ("tool_use", Role::Assistant) => {
-                    let id = block.id.ok_or_else(|| missing("id"))?;
-                    let name = block.name.ok_or_else(|| missing("name"))?;
-                    let input = block.input.ok_or_else(|| missing("input"))?;
-                    if !input.get().starts_with('{') {
-                        return Err(ApiError::field(at("input"), "must be an object"));
-                    }
-                    made.push(tools::called(
-                        &at("name"),
-                        &at("input"),
-                        Some(id.clone()),
-                        &name,
-                        input.get(),
-                    )?);
-                    calls.insert(id, name);
-                }
-                ("tool_result", Role::User) => {
-                    let call = block.tool_use_id.ok_or_else(|| missing("tool_use_id"))?;
-                    let Some(name) = calls.get(&call).cloned() else {
-                        return Err(ApiError::field(
-                            at("tool_use_id"),
-                            format!("no tool_use before has the id {call:?}"),
-                        ));
-                    };
-                    let text = block.content.unwrap_or_default().joined("\n");
-                    // templates have no other place for it
-                    let text = if block.is_error == Some(true) { format!("Error: {text}") } else { text };
-                    said.push(Said::Result { call, name: Some(name), text });
-                }
-                (kind, _) => {
-                    let rule = format!("{kind:?} is not supported in a message of role {:?}", self.role);
-                    return Err(ApiError::field(at("type"), rule));
-                }
-            }
+            parts.take(role, block, calls, |name| format!("messages[{i}].content[{k}]{name}"))?;
         }
+        let Parts { texts, thoughts, made, results } = parts;
         tools::check_calls(&format!("messages[{i}].content"), made.len())?;
+        let has_results = !results.is_empty();
+        said.extend(results);
         let text = texts.join("\n");
         match role {
             Role::Assistant => said.push(Said::by_assistant(text, thoughts.join("\n"), made)),
             // it said what came of its calls, and nothing else
-            _ if texts.is_empty() && said.len() > n_before => {}
+            _ if texts.is_empty() && has_results => {}
             _ => conversation::say(said, Turn { role, content: text }),
+        }
+        Ok(())
+    }
+}
+
+/// The blocks of a message, by what they are.
+#[derive(Default)]
+struct Parts {
+    texts: Vec<String>,
+    thoughts: Vec<String>,
+    made: Vec<Value>,
+    results: Vec<Said>,
+}
+
+impl Parts {
+    /// Takes a block of somebody's message in; `at` says where a field of it stands in the request.
+    fn take(
+        &mut self,
+        role: Role,
+        block: Block,
+        calls: &mut HashMap<String, String>,
+        at: impl Fn(&str) -> String,
+    ) -> Result<(), ApiError> {
+        let missing = |name: &str| ApiError::field(at(name), "missing");
+        match (block.kind.as_str(), role) {
+            ("text", _) => self.texts.push(block.text.ok_or_else(|| missing(".text"))?),
+            ("thinking", Role::Assistant) => {
+                self.thoughts.push(block.thinking.ok_or_else(|| missing(".thinking"))?);
+            }
+            // somebody else's, which nobody here can read
+            ("redacted_thinking", Role::Assistant) => {}
+            ("tool_use", Role::Assistant) => {
+                let id = block.id.ok_or_else(|| missing(".id"))?;
+                let name = block.name.ok_or_else(|| missing(".name"))?;
+                let input = block.input.ok_or_else(|| missing(".input"))?;
+                if !input.get().starts_with('{') {
+                    return Err(ApiError::field(at(".input"), "must be an object"));
+                }
+                let id_told = Some(id.clone());
+                self.made.push(tools::called(&at(".name"), &at(".input"), id_told, &name, input.get())?);
+                calls.insert(id, name);
+            }
+            ("tool_result", Role::User) => {
+                let call = block.tool_use_id.ok_or_else(|| missing(".tool_use_id"))?;
+                let Some(name) = calls.get(&call).cloned() else {
+                    let rule = format!("no tool_use before has the id {call:?}");
+                    return Err(ApiError::field(at(".tool_use_id"), rule));
+                };
+                let text = block.content.unwrap_or_default().joined("\n");
+                // templates have no other place for it
+                let text = if block.is_error == Some(true) { format!("Error: {text}") } else { text };
+                self.results.push(Said::Result { call, name: Some(name), text });
+            }
+            (kind, _) => {
+                let rule = format!("blocks of type {kind:?} are not supported in a message of that role");
+                return Err(ApiError::field(at(".type"), rule));
+            }
         }
         Ok(())
     }

@@ -414,6 +414,13 @@ fn anthropics_blocks_are_messages_in_the_order_that_templates_need() {
         body.as_object_mut().unwrap().extend(more.as_object().unwrap().clone());
         told(messages, body)
     };
+    // who says nothing beside what came of a call says nothing
+    let body: Value = serde_json::from_str(CALLS).unwrap();
+    let mut history = body["messages"].clone();
+    history[2]["content"].as_array_mut().unwrap().remove(0);
+    let only_results = dialogue_of(of(json!({"messages": history})));
+    let roles: Vec<&Value> = only_results.messages.iter().map(|message| &message["role"]).collect();
+    assert_eq!(json!(roles), json!(["system", "user", "assistant", "tool", "tool"]));
     let one = dialogue_of(of(json!({"tool_choice": {"type": "tool", "name": "g"}})));
     assert_eq!((one.tools.len(), one.tool_choice, one.parallel_tool_calls), (1, ToolChoice::Required, true));
     assert_eq!(dialogue_of(of(json!({"tool_choice": {"type": "none"}}))).tool_choice, ToolChoice::None);
@@ -475,6 +482,8 @@ fn items_are_messages_in_the_order_that_templates_need() {
             {"type": "reasoning", "summary": [], "content": null},
             {"role": "assistant", "content": "b"},
             {"role": "assistant", "content": "c"},
+            {"type": "reasoning", "content": [{"type": "reasoning_text", "text": "q"}]},
+            {"role": "assistant", "content": "e"},
         ],
     });
     let wanted = told(responses, body.clone()).unwrap();
@@ -498,6 +507,7 @@ fn items_are_messages_in_the_order_that_templates_need() {
         {"role": "tool", "content": "7", "tool_call_id": "3", "name": "f"},
         {"role": "assistant", "content": "b"},
         {"role": "assistant", "content": "c"},
+        {"role": "assistant", "content": "e", "reasoning_content": "q"},
     ]);
     assert_eq!(Value::from(told_as.messages), expected);
     assert_eq!(
