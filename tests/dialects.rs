@@ -3,6 +3,8 @@
 
 mod common;
 
+use std::io::{BufRead as _, BufReader};
+
 use common::served::{Server, parallel};
 use common::{Cut, Worker};
 use serde_json::{Value, json};
@@ -157,6 +159,32 @@ fn a_call_and_what_came_of_it_are_the_same_in_every_dialect() {
         answered(&server, "/v1/responses", &with(openai, &json!({"input": history, "max_output_tokens": 1})));
     let n_prompt = &told["usage"]["prompt_tokens"];
     assert_eq!((&response["usage"]["input_tokens"], &counted["input_tokens"]), (n_prompt, n_prompt));
+}
+
+/// Clients give up on a stream in which no event comes for long: a prompt takes its time, and so may a worker.
+#[test]
+fn a_stream_begins_at_once_and_says_that_it_lives() {
+    let cut = Cut::tiny("qwen2");
+    let worker = parallel(&cut, "127.0.0.1:0");
+    let server = Server::start(&cut, &worker.address, &["--chat-template", "chatml", "--temp", "0"]);
+    let messages = json!([{"role": "user", "content": "Hi"}]);
+    let begins = |path: &str, first: &str, then: Option<&str>| {
+        answered(&server, "/v1/messages", &json!({"messages": messages, "max_tokens": 1}));
+        worker.signal("STOP");
+        let body = json!({"messages": messages, "input": messages, "max_tokens": 3, "max_output_tokens": 3, "stream": true});
+        let stream = server.send(&format!("POST {path} HTTP/1.1\r\nHost: localhost"), &body.to_string());
+        let lines = BufReader::new(stream).lines().map_while(Result::ok);
+        let mut names = lines.filter_map(|line| line.strip_prefix("event: ").map(str::to_owned));
+        assert_eq!(names.next().as_deref(), Some(first));
+        if let Some(then) = then {
+            assert_eq!(names.next().as_deref(), Some(then));
+        }
+        worker.signal("CONT");
+        names.last()
+    };
+    assert_eq!(begins("/v1/messages", "message_start", Some("ping")).as_deref(), Some("message_stop"));
+    let last = begins("/v1/responses", "response.created", Some("response.in_progress")).unwrap();
+    assert!(["response.completed", "response.incomplete"].contains(&last.as_str()), "{last}");
 }
 
 #[test]

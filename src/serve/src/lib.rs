@@ -3,7 +3,7 @@
 //! ```text
 //! socket -> [door] -> [access] -> request: bytes as what is wanted -> tokens -> [slots: fair queue, sessions] -> updates
 //!                                                                                                                 |
-//! socket <- [stream: server-sent events] or a whole reply <- [reply: in the dialect asked in] <-----------------------
+//! socket <- [stream: server-sent events] or a whole reply <- [reply: in the client's dialect] <-----------------------'
 //! ```
 //!
 //! One thread with a tokio runtime of its own holds every connection; each session of the library has a thread; nothing of a

@@ -28,6 +28,7 @@ pub(crate) struct Events {
     _served: Served,
     watch: Watch,
     quiet: Pin<Box<Sleep>>,
+    has_begun: bool,
     is_over: bool,
 }
 
@@ -40,14 +41,17 @@ impl Events {
         served: Served,
     ) -> Events {
         let quiet = Box::pin(sleep(KEEP_ALIVE));
-        Events { updates, teller, _ticket: ticket, _served: served, watch, quiet, is_over: false }
+        let (has_begun, is_over) = (false, false);
+        Events { updates, teller, _ticket: ticket, _served: served, watch, quiet, has_begun, is_over }
     }
 
-    /// Why nothing comes, as a comment: proxies see that the connection lives, clients leave it out.
+    /// Why nothing comes, as a comment: proxies see that the connection lives, clients leave it out. Some of those want an
+    /// event too.
     fn comment(&self) -> String {
+        let event = self.teller.quiet();
         match self.watch.waits_for() {
-            Some(stage) => format!(": waiting for {}\n\n", stage.replace(['\r', '\n'], " ")),
-            None => ": \n\n".to_owned(),
+            Some(stage) => format!(": waiting for {}\n\n{event}", stage.replace(['\r', '\n'], " ")),
+            None => format!(": \n\n{event}"),
         }
     }
 }
@@ -58,6 +62,9 @@ impl Stream for Events {
     fn poll_next(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Self::Item>> {
         let this = &mut *self;
         let mut out = String::new();
+        if !std::mem::replace(&mut this.has_begun, true) {
+            this.teller.begin(&mut out);
+        }
         while !this.is_over && out.len() < LARGE {
             match this.updates.poll_recv(cx) {
                 Poll::Ready(Some(update)) => {

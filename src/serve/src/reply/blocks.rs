@@ -148,6 +148,9 @@ impl Reply {
 
 /// The words of a dialect that has blocks. What is told is pushed as events.
 pub(crate) trait Dialect: Send {
+    /// An event that says nothing, where there is one.
+    const QUIET: &'static str;
+
     /// Before the first block.
     fn begin(&mut self, reply: &Reply, out: &mut String);
     /// Of a block; `reply` is as it is after all of the steps that are told at once.
@@ -164,12 +167,11 @@ pub(crate) trait Dialect: Send {
 pub(crate) struct InBlocks<D> {
     reply: Reply,
     dialect: D,
-    has_begun: bool,
 }
 
 impl<D: Dialect> InBlocks<D> {
     pub(crate) fn new(reply: Reply, dialect: D) -> InBlocks<D> {
-        InBlocks { reply, dialect, has_begun: false }
+        InBlocks { reply, dialect }
     }
 
     /// Takes an update in, and gives what happens to the blocks.
@@ -197,10 +199,15 @@ impl<D: Dialect> Tell for InBlocks<D> {
         self.take(update).map(drop)
     }
 
+    fn begin(&mut self, out: &mut String) {
+        self.dialect.begin(&self.reply, out);
+    }
+
+    fn quiet(&self) -> &'static str {
+        D::QUIET
+    }
+
     fn chunks(&mut self, update: Update, out: &mut String) {
-        if !matches!(update, Update::Failed(_)) && !std::mem::replace(&mut self.has_begun, true) {
-            self.dialect.begin(&self.reply, out);
-        }
         match self.take(update) {
             Ok(steps) => {
                 for step in steps {
@@ -287,6 +294,7 @@ mod tests {
 
     fn events<D: Dialect>(teller: &mut InBlocks<D>, updates: Vec<Update>) -> Vec<Value> {
         let mut out = String::new();
+        teller.begin(&mut out);
         updates.into_iter().for_each(|update| teller.chunks(update, &mut out));
         let event = |event: &str| -> Value {
             let (name, data) = event.strip_prefix("event: ").unwrap().split_once("\ndata: ").unwrap();
@@ -452,9 +460,13 @@ mod tests {
     fn what_fails_is_an_event_of_the_dialect() {
         let failed = || vec![Update::Failed(ApiError::stopped())];
         let told = events(&mut in_messages(Thinking::Hidden), failed());
-        assert_eq!((names(&told), told[0]["error"]["code"].as_str()), (vec!["error"], Some("unavailable")));
+        assert_eq!(
+            (names(&told), &told[1]["error"]["code"]),
+            (vec!["message_start", "error"], &json!("unavailable"))
+        );
         let told = events(&mut in_responses(json!({})), failed());
-        assert_eq!((&told[0]["code"], &told[0]["sequence_number"]), (&json!("unavailable"), &json!(0)));
+        assert_eq!(names(&told), ["response.created", "response.in_progress", "error"]);
+        assert_eq!((&told[2]["code"], &told[2]["sequence_number"]), (&json!("unavailable"), &json!(2)));
         assert!(in_messages(Thinking::Hidden).hear(failed().remove(0)).is_err());
     }
 }

@@ -62,6 +62,8 @@ fn block(block: &Block) -> Value {
 }
 
 impl Dialect for Messages {
+    const QUIET: &'static str = "event: ping\ndata: {\"type\": \"ping\"}\n\n";
+
     fn begin(&mut self, reply: &Reply, out: &mut String) {
         push_event("message_start", json!({"message": self.message(reply)}), out);
     }

@@ -33,7 +33,15 @@ pub(crate) trait Tell: Send {
     /// Takes an update in, for the whole reply.
     fn hear(&mut self, update: Update) -> Result<(), ApiError>;
 
-    /// An update as parts of a stream.
+    /// What a stream begins with, before anything is known of the reply.
+    fn begin(&mut self, _out: &mut String) {}
+
+    /// What a stream says while it has nothing to say, beside a comment; clients of some dialects wait for events.
+    fn quiet(&self) -> &'static str {
+        ""
+    }
+
+    /// An update as parts of a stream that has begun.
     fn chunks(&mut self, update: Update, out: &mut String);
 
     /// The whole reply.

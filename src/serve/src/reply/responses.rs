@@ -77,6 +77,8 @@ impl Responses {
 }
 
 impl Dialect for Responses {
+    const QUIET: &'static str = "";
+
     fn begin(&mut self, reply: &Reply, out: &mut String) {
         let response = self.response(reply);
         self.event("response.created", json!({"response": response}), out);
