@@ -13,8 +13,8 @@
 //!    in its reply, at most one chunk is in the first worker's window, because the reply's next token has to wait for
 //!    what is there.
 //! 2. Steps of replies that wait when stage 0 becomes free go on as one batch, if batches are on: so many at most that
-//!    all replies go in as many batches as keep the devices busy ([`crate::groups`]), and no more batches than that are
-//!    under way. A batch goes by the number of its first job.
+//!    all replies go in as many batches as keep the devices busy ([`crate::groups`]), those side by side together, and no
+//!    more batches than that are under way. A batch goes by the number of its first job.
 //! 3. From stage 0 on everything is first in, first out, rewinds included. A KV cache is written in order, so this is
 //!    what makes two chunks of one prompt safe to overlap, and a rewind safe behind a step that is still computed.
 //! 4. The local stages share this process's one compute device: at most one of them runs at a time. One that a worker

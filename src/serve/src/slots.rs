@@ -179,6 +179,17 @@ impl Slots {
     }
 }
 
+/// Of the free slots that were used longest ago, half of them all, the oldest; one beside a busy slot is before them: replies of
+/// slots side by side go through llama.cpp in one pass.
+fn oldest(slots: &[Slot]) -> Option<usize> {
+    let mut free: Vec<usize> = (0..slots.len()).filter(|&i| !slots[i].is_busy).collect();
+    free.sort_by_key(|&i| slots[i].used_at);
+    let half = &free[..free.len().div_ceil(2)];
+    let is_busy = |i: usize| slots.get(i).is_some_and(|slot| slot.is_busy);
+    let is_beside = |i: &&usize| is_busy(**i + 1) || **i > 0 && is_busy(**i - 1);
+    half.iter().find(is_beside).or(half.first()).copied()
+}
+
 /// The lock is left whole by whoever panics with it.
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
@@ -193,17 +204,15 @@ impl Shared {
         self.metrics.load(state.queue.len(), state.n_busy());
     }
 
-    /// Gives a job to the free slot whose caches hold most of its first prompt; where none holds a tenth of it, to the one
-    /// that was used longest ago.
+    /// Gives a job to the free slot whose caches hold most of its first prompt; where none holds a tenth of it, to one of those
+    /// that were used longest ago.
     fn hand_out(&self, state: &mut State, job: Job) {
         let prompt = job.prompts.first().map_or(&[][..], Vec::as_slice);
         let common = |held: &[i32]| held.iter().zip(prompt).take_while(|(a, b)| a == b).count();
-        let worth = |slot: &Slot| {
-            let n = common(&slot.tokens);
-            (if n * 10 >= prompt.len() { n } else { 0 }, std::cmp::Reverse(slot.used_at))
-        };
-        let free = state.slots.iter().enumerate().filter(|(_, slot)| !slot.is_busy);
-        let Some((i, _)) = free.max_by_key(|(_, slot)| worth(slot)) else { return };
+        let free = || state.slots.iter().enumerate().filter(|(_, slot)| !slot.is_busy);
+        let held = free().map(|(i, slot)| (common(&slot.tokens), std::cmp::Reverse(slot.used_at), i));
+        let best = held.max().filter(|(n, ..)| n * 10 >= prompt.len());
+        let Some(i) = best.map(|(_, _, i)| i).or_else(|| oldest(&state.slots)) else { return };
         let slot = &mut state.slots[i];
         slot.is_busy = true;
         slot.running = Some(Arc::clone(&job.is_cancelled));
@@ -387,5 +396,23 @@ impl Shared {
             self.metrics.left();
         }
         is_heard
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_slot_beside_a_busy_one_goes_before_an_older_one_but_not_before_what_was_used_just_now() {
+        let slots = |busy: &[usize], used_at: &[u64]| -> Vec<Slot> {
+            let slot = |(i, &used_at)| Slot { is_busy: busy.contains(&i), used_at, ..Slot::default() };
+            used_at.iter().enumerate().map(slot).collect()
+        };
+        assert_eq!(oldest(&slots(&[], &[0, 0, 0, 0])), Some(0));
+        assert_eq!(oldest(&slots(&[2], &[1, 3, 9, 2, 8])), Some(3), "0 is older, 1 was used just now");
+        assert_eq!(oldest(&slots(&[4], &[1, 3, 2, 8, 9])), Some(0), "3 was used just now");
+        assert_eq!(oldest(&slots(&[0], &[9, 5])), Some(1));
+        assert_eq!(oldest(&slots(&[0, 1], &[9, 5])), None);
     }
 }

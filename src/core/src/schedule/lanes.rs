@@ -54,9 +54,10 @@ impl Schedule {
         if self.lanes[at].front() == Some(What::Rewind) {
             return self.entry_of(at);
         }
-        let mut rows = self.lanes[at].items.front().map_or(0, |item| item.rows);
-        let (_, of_each) = self.batches();
-        let mut entry = self.entry_of(at)?;
+        let batch = self.batch_with(at);
+        let mut batch = batch.into_iter().filter_map(|at| self.entry_of(at));
+        let mut entry = batch.next()?;
+        entry.others.extend(batch.map(|entry| entry.first));
         // of a batch too the turn goes to the lane behind its first: who did not fit is not passed over
         self.turn = at + 1;
         if entry.what == What::Step(StepKind::Prefill) {
@@ -64,17 +65,6 @@ impl Schedule {
             self.prefills_under_way += 1;
             self.lanes.iter_mut().for_each(|lane| lane.has_replied = false);
         } else {
-            // one step of each session that has one ready, as far as there is room
-            let n_lanes = self.lanes.len();
-            for at in (1..n_lanes).map(|i| (at + i) % n_lanes) {
-                let Some(item) = self.lanes[at].items.front().copied() else { continue };
-                let is_full = 1 + entry.others.len() >= of_each || rows + item.rows > self.batch_rows;
-                if item.what != What::Step(StepKind::Decode) || is_full {
-                    continue;
-                }
-                rows += item.rows;
-                entry.others.extend(self.entry_of(at).map(|entry| entry.first));
-            }
             self.decodes_in_a_row += entry.members().count();
             for lane in self.lanes.iter_mut().filter(|lane| !lane.has_steps()) {
                 lane.passed += 1;
@@ -82,6 +72,42 @@ impl Schedule {
         }
         self.under_way += 1;
         Some(entry)
+    }
+
+    /// The lanes whose first steps go together if this one's goes, in order of their sessions: of a reply those of its batch that
+    /// have one ready, as far as there is room.
+    fn batch_with(&mut self, at: usize) -> Vec<usize> {
+        let is_decode = |lane: &Lane| lane.front() == Some(What::Step(StepKind::Decode));
+        if !is_decode(&self.lanes[at]) {
+            return vec![at];
+        }
+        let rows_of = |lane: &Lane| lane.items.front().map_or(0, |item| item.rows);
+        let mut rows = rows_of(&self.lanes[at]);
+        let mut batch = self.batch_of(at);
+        batch.retain(|&other| {
+            let lane = &self.lanes[other];
+            let goes = other == at || is_decode(lane) && rows + rows_of(lane) <= self.batch_rows;
+            rows += if goes && other != at { rows_of(lane) } else { 0 };
+            goes
+        });
+        batch
+    }
+
+    /// The lanes of the batch that this reply is one of, in order of their sessions. They lie side by side: llama.cpp takes
+    /// sessions in one pass whose numbers follow on each other, and makes a pass for each gap.
+    fn batch_of(&mut self, at: usize) -> Vec<usize> {
+        let (_, of_each) = self.batches();
+        let mut all: Vec<usize> =
+            (0..self.lanes.len()).filter(|&i| i == at || self.goes_on(&self.lanes[i])).collect();
+        all.sort_unstable_by_key(|&at| self.lanes[at].session);
+        let place = all.iter().position(|&other| other == at).unwrap_or_default();
+        let begin = place - place % of_each;
+        all.drain(begin..all.len().min(begin.saturating_add(of_each))).collect()
+    }
+
+    /// Whether a reply is likely to have another step: not if it had none for two rounds.
+    fn goes_on(&self, lane: &Lane) -> bool {
+        lane.is_in_reply() && lane.passed < 2 * self.groups.chosen().max(1)
     }
 
     /// The lane whose first item stage 0 would start now.
@@ -115,10 +141,7 @@ impl Schedule {
     /// In how many batches replies go on, and how many of them in each; no bound where there are no batches, and where a
     /// reply has no other beside it.
     fn batches(&mut self) -> (usize, usize) {
-        // who has had nothing for two rounds will have nothing soon
-        let patience = 2 * self.groups.chosen().max(1);
-        let goes_on = |lane: &&Lane| lane.is_in_reply() && lane.passed < patience;
-        let replies = self.lanes.iter().filter(goes_on).count();
+        let replies = self.lanes.iter().filter(|lane| self.goes_on(lane)).count();
         if self.batch_rows <= 1 || replies <= 1 {
             return (usize::MAX, usize::MAX);
         }
@@ -140,16 +163,17 @@ impl Schedule {
         if self.batch_rows <= 1 || !has_company || self.is_computing() {
             return false;
         }
-        let (_, of_each) = self.batches();
-        let is_ready = |lane: &&Lane| lane.front() == Some(What::Step(StepKind::Decode));
-        let n_ready = self.lanes.iter().filter(is_ready).count();
-        if of_each == usize::MAX || n_ready >= of_each || !self.has_room_for_a_batch() {
+        if self.batches().0 == usize::MAX || !self.has_room_for_a_batch() {
             return false;
         }
-        let mut behind = self.stages.iter().skip(1);
-        match behind.any(|stage| !stage.is_remote() && !stage.waiting.is_empty()) {
-            true => self.stages.get(1).is_some_and(StageQueue::is_hungry),
-            false => n_ready > 0,
+        let runs_later =
+            self.stages.iter().skip(1).any(|stage| !stage.is_remote() && !stage.waiting.is_empty());
+        if runs_later && !self.stages.get(1).is_some_and(StageQueue::is_hungry) {
+            return false;
+        }
+        match self.next_lane(StepKind::Decode) {
+            Some(at) => self.batch_of(at).into_iter().any(|at| self.lanes[at].is_about_to_go_on()),
+            None => runs_later,
         }
     }
 

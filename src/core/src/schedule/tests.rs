@@ -262,16 +262,16 @@ fn batches_are_formed_when_stage_0_is_free_up_to_the_limit_of_rows() {
     let (a, chunk) = (decode(&mut s, ALICE), prefill(&mut s, SessionId(3)));
     s.finished(HEAD, first).unwrap();
     s.next();
-    assert_eq!(s.next(), Some(Next::Run(b, HEAD)));
-    let members: Vec<JobId> = s.members(HEAD, b).map(|member| member.job).collect();
-    assert_eq!(members, [b, a], "Carol's three rows do not fit beside");
+    assert_eq!(s.next(), Some(Next::Run(a, HEAD)));
+    let members: Vec<JobId> = s.members(HEAD, a).map(|member| member.job).collect();
+    assert_eq!(members, [a, b], "in order of the sessions; Carol's three rows do not fit beside");
     // one of a batch is given up: the batch goes on, and is void when all are
     assert_eq!(s.cancel(ALICE, a).voided, [a]);
-    assert_eq!(s.finished(HEAD, b), Ok(AfterStage::Next(MIDDLE)));
-    assert_eq!(s.next(), Some(Next::Send(b, MIDDLE)));
+    assert_eq!(s.finished(HEAD, a), Ok(AfterStage::Next(MIDDLE)));
+    assert_eq!(s.next(), Some(Next::Send(a, MIDDLE)));
     assert_eq!(s.cancel(BOB, b).voided, [b]);
     s.finished(MIDDLE, first).unwrap();
-    assert_eq!(s.finished(MIDDLE, b), Ok(AfterStage::Void));
+    assert_eq!(s.finished(MIDDLE, a), Ok(AfterStage::Void));
     come_out_of_tail(&mut s, first);
     // as many steps of replies as there are replies: the prompt has its turn, and goes alone
     assert_eq!(s.next(), Some(Next::Run(chunk, HEAD)));
@@ -300,6 +300,20 @@ fn replies_go_in_as_many_batches_as_there_are_devices_and_no_more_are_under_way(
     }
     assert_eq!(s.next(), Some(Next::Run(early, HEAD)));
     assert_eq!(s.members(HEAD, early).count(), 4);
+}
+
+#[test]
+fn replies_of_sessions_side_by_side_go_together_whichever_are_ready_first() {
+    let mut s = Schedule::new(&HEAD_REMOTE_TAIL, 9);
+    s.set_batch_rows(16);
+    let of: BTreeMap<JobId, u32> =
+        [5, 0, 3, 6, 1, 4, 2, 7].into_iter().map(|i| (decode(&mut s, SessionId(i)), i)).collect();
+    let mut batch = || {
+        let job = enter(&mut s).unwrap();
+        s.next();
+        s.members(MIDDLE, job).map(|member| of[&member.job]).collect::<Vec<u32>>()
+    };
+    assert_eq!([batch(), batch()], [[4, 5, 6, 7], [0, 1, 2, 3]]);
 }
 
 #[test]
