@@ -102,6 +102,45 @@ fn an_answer_is_what_its_schema_wants_however_it_is_sampled() {
 }
 
 #[test]
+fn a_grammar_of_a_client_is_followed_where_that_was_allowed_and_ends_nothing_where_it_is_made_to() {
+    let cut = Cut::tiny("qwen2");
+    let worker = parallel(&cut, "127.0.0.1:0");
+    let server = Server::start(&cut, &worker.address, &["--client-grammars"]);
+    let ask = |more: Value| {
+        let mut body = json!({"prompt": PROMPT, "max_tokens": 40, "temperature": 1, "seed": 5});
+        body.as_object_mut().unwrap().extend(more.as_object().unwrap().clone());
+        server.post("/v1/completions", &body)
+    };
+    let gbnf = "root ::= (\"yes\" | \"no\") \", \" [0-9]{3}";
+    for _ in 0..2 {
+        let answer = ask(json!({"grammar": gbnf})).json();
+        let text = answer["choices"][0]["text"].as_str().unwrap();
+        let (word, number) = text.split_once(", ").unwrap();
+        assert!(matches!(word, "yes" | "no") && number.len() == 3, "{text}");
+        assert_eq!(answer["choices"][0]["finish_reason"], "stop");
+    }
+    let ambiguous = "root ::= x\nx ::= \"a\" x \"b\" | \"a\" x \"c\" | \"a\" x \"d\"";
+    for (more, expected) in [
+        (json!({"grammar": "root ::= \"a\"{5,3}"}), "{5,3}: it is repeated"),
+        (json!({"grammar": "root ::= e root \"a\" | \"b\"\ne ::= f\nf ::= "}), "left recursion"),
+        (json!({"grammar": "root"}), "expecting ::="),
+        (json!({"grammar": gbnf, "json_schema": {}}), "beside it"),
+        (json!({"grammar": gbnf, "response_format": {"type": "json_object"}}), "beside it"),
+        (json!({"grammar": ambiguous}), "ambiguous"),
+    ] {
+        let answer = ask(more.clone());
+        assert!(answer.2.contains(expected), "{more}: {}", answer.2);
+        assert!(expected == "ambiguous" || answer.0 == 400 && answer.2.contains("grammar"), "{}", answer.2);
+    }
+    assert_eq!(ask(json!({"grammar": gbnf})).0, 200, "it serves on");
+    drop(server);
+    let refused = Server::start(&cut, &worker.address, &[])
+        .post("/v1/completions", &json!({"prompt": "x", "grammar": gbnf}));
+    assert_eq!(refused.0, 400);
+    assert!(refused.2.contains("--client-grammars"), "{}", refused.2);
+}
+
+#[test]
 fn a_schema_that_is_not_enforced_is_refused_by_its_field() {
     let cut = Cut::tiny("qwen2");
     let worker = parallel(&cut, "127.0.0.1:0");

@@ -11,7 +11,7 @@ use dim::{Constraint, Host};
 
 use crate::error::ApiError;
 use crate::request::conversation::as_dialogue;
-use crate::request::{Format, Prompt, Prompts, Wanted};
+use crate::request::{Format, Language, Prompt, Prompts, Wanted};
 use crate::routes::{App, Loaded};
 use crate::work::Reading;
 
@@ -82,9 +82,13 @@ fn prompted(host: &Host, template: &ChatTemplate, dialogue: &Dialogue) -> Result
     Ok(prompted)
 }
 
-/// What is wrong with a schema is wrong with the field that it came in.
+/// What is wrong with a schema or a grammar is wrong with the field that it came in.
 fn compiled(host: &Host, format: &Format) -> Result<Constraint, ApiError> {
-    host.json_schema(&format.schema).map_err(|error| {
+    let compiled = match format.language {
+        Language::JsonSchema => host.json_schema(&format.text),
+        Language::Gbnf => host.grammar(&format.text),
+    };
+    compiled.map_err(|error| {
         let error = ApiError::from(&error);
         match error.status {
             StatusCode::BAD_REQUEST => ApiError::field(format.field, error.message),

@@ -60,6 +60,9 @@ struct DoorArgs {
     /// A web page elsewhere that may use it, as https://chat.example; * for all (repeat for more)
     #[arg(long, value_name = "ORIGIN")]
     allow_origin: Vec<String>,
+    /// Follow grammars (GBNF) that clients send as `grammar`; a client can make one with which llama.cpp is never done
+    #[arg(long)]
+    client_grammars: bool,
     /// Requests that may wait for a slot
     #[arg(long, value_name = "N", default_value_t = 64, value_parser = clap::value_parser!(u32).range(1..=65_536))]
     queue: u32,
@@ -107,7 +110,11 @@ impl ServeArgs {
             origins: door.allow_origin,
             queue: door.queue as usize,
             reader_timeout: Duration::from_secs(door.reader_timeout),
-            defaults: Defaults { sampling: self.sampling.sampling()?, limit: limit(self.n_predict)? },
+            defaults: Defaults {
+                sampling: self.sampling.sampling()?,
+                limit: limit(self.n_predict)?,
+                takes_grammars: door.client_grammars,
+            },
             cache: self.cache.options(),
             notices: Notices::new(|text| tell!("{text}")),
         })

@@ -1,7 +1,7 @@
-//! What a reply has to be: `response_format` as OpenAI's chats have it, llama-server's `json_schema` beside it, and the form
-//! in which the other dialects say the same.
+//! What a reply has to be: `response_format` as OpenAI's chats have it, llama-server's `json_schema` and `grammar` beside it, and
+//! the form in which the other dialects say the same.
 //!
-//! The schema stays text here. It is read within bounds of its own when it is compiled for the model's vocabulary.
+//! Schema and grammar stay text here. It is read within bounds of its own when it is compiled for the model's vocabulary.
 
 use std::fmt;
 use std::sync::Arc;
@@ -12,13 +12,24 @@ use serde_json::value::RawValue;
 use super::Fields;
 use crate::error::ApiError;
 
-/// A JSON schema that every choice is valid by.
+/// What every choice is valid by.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Format {
     /// The field it came in, for whoever is told what is wrong with it.
     pub field: &'static str,
+    /// In what it is written.
+    pub language: Language,
     /// As it was sent.
-    pub schema: Arc<str>,
+    pub text: Arc<str>,
+}
+
+/// In what it is said what a choice has to be.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Language {
+    /// A JSON schema.
+    JsonSchema,
+    /// llama.cpp's grammars.
+    Gbnf,
 }
 
 #[derive(Deserialize)]
@@ -43,8 +54,19 @@ impl fmt::Debug for ResponseFormat {
 }
 
 /// What `fields` say, if anything.
-pub(super) fn format(fields: &mut Fields) -> Result<Option<Format>, ApiError> {
-    let beside = fields.json_schema.take().map(|schema| Format::of("json_schema", Some(schema)));
+pub(super) fn format(fields: &mut Fields, takes_grammars: bool) -> Result<Option<Format>, ApiError> {
+    let schema = fields.json_schema.take().map(|schema| Format::of("json_schema", Some(schema)));
+    let beside = match (schema, fields.grammar.take().filter(|grammar| !grammar.is_empty())) {
+        (beside, None) => beside,
+        (_, Some(_)) if !takes_grammars => {
+            let message = "grammars of clients are not followed here (dim-host serve --client-grammars does)";
+            return Err(ApiError::field("grammar", message));
+        }
+        (Some(_), Some(_)) => return Err(ApiError::field("grammar", "there is a json_schema beside it")),
+        (None, Some(grammar)) => {
+            Some(Format { field: "grammar", language: Language::Gbnf, text: grammar.into() })
+        }
+    };
     let Some(format) = fields.response_format.take() else { return Ok(beside) };
     let within = match (format.kind.as_str(), format.json_schema) {
         ("text", _) => return Ok(beside),
@@ -54,7 +76,7 @@ pub(super) fn format(fields: &mut Fields) -> Result<Option<Format>, ApiError> {
         (kind, _) => return Err(unknown("response_format.type", kind)),
     };
     match beside {
-        Some(_) => Err(ApiError::field("json_schema", "there is a response_format beside it")),
+        Some(Format { field, .. }) => Err(ApiError::field(field, "there is a response_format beside it")),
         None => Ok(Some(within)),
     }
 }
@@ -91,7 +113,8 @@ impl Format {
     /// Of a schema as it was sent; without one, any object.
     fn of(field: &'static str, schema: Option<Box<RawValue>>) -> Format {
         let schema = schema.filter(|schema| schema.get() != "null");
-        Format { field, schema: schema.map_or(ANY_OBJECT.into(), |schema| schema.get().into()) }
+        let text = schema.map_or(ANY_OBJECT.into(), |schema| schema.get().into());
+        Format { field, language: Language::JsonSchema, text }
     }
 }
 

@@ -32,7 +32,7 @@ use format::ResponseFormat;
 
 pub use chat::chat;
 pub use completion::completion;
-pub use format::Format;
+pub use format::{Format, Language};
 pub use messages::{messages, to_be_counted};
 pub use responses::responses;
 
@@ -137,6 +137,8 @@ pub struct Defaults {
     pub sampling: Sampling,
     /// Most tokens of a choice.
     pub limit: Option<usize>,
+    /// Whether grammars that clients send are followed: one may be made so that llama.cpp is never done with it.
+    pub takes_grammars: bool,
 }
 
 /// Most choices of a request.
@@ -212,7 +214,7 @@ impl Fields {
         if prompts.count().saturating_mul(n as usize) > MAX_CHOICES {
             return Err(bad_n(if n > 1 { "n" } else { "prompt" }));
         }
-        let format = format::format(&mut self)?;
+        let format = format::format(&mut self, defaults.takes_grammars)?;
         let wanted = Wanted {
             format: None,
             limit: self.limit(defaults.limit)?,
@@ -236,9 +238,6 @@ impl Fields {
 
     /// What would change the answer and is not there is said, not left out.
     fn refuse_what_is_not_built(&self) -> Result<(), ApiError> {
-        if self.grammar.as_ref().is_some_and(|grammar| !grammar.is_empty()) {
-            return Err(ApiError::field("grammar", "grammars are not supported yet"));
-        }
         if self.functions.as_ref().is_some_and(|list| !list.is_empty()) {
             return Err(ApiError::field("functions", "not supported: they are called tools now"));
         }

@@ -55,7 +55,11 @@ fn a_conversation_with_tools_is_told_whole() {
 
 #[test]
 fn what_is_not_said_is_as_the_server_was_started() {
-    let defaults = Defaults { sampling: Sampling { top_k: 7, ..Sampling::greedy() }, limit: Some(9) };
+    let defaults = Defaults {
+        sampling: Sampling { top_k: 7, ..Sampling::greedy() },
+        limit: Some(9),
+        takes_grammars: false,
+    };
     let body = br#"{"messages": [{"role": "user", "content": "Hi"}], "temperature": null, "stop": null}"#;
     let wanted = chat(body, &defaults).unwrap();
     assert_eq!((wanted.sampling, wanted.limit), (defaults.sampling, defaults.limit));
@@ -234,7 +238,7 @@ fn prompts_come_in_four_shapes() {
 
 #[test]
 fn a_schema_comes_in_three_fields_and_stays_as_it_was_sent() {
-    let format = |more: Value| chat_of(more).unwrap().format.map(|f| (f.field, f.schema.to_string()));
+    let format = |more: Value| chat_of(more).unwrap().format.map(|f| (f.field, f.text.to_string()));
     let deep = format!("{}{}", "[".repeat(100_000), "]".repeat(100_000));
     let schema = json!({"z": 1, "a": [1.50, {"x": null}]});
     let text = schema.to_string();
@@ -255,7 +259,7 @@ fn a_schema_comes_in_three_fields_and_stays_as_it_was_sent() {
     assert_eq!(format(json!({"response_format": null, "json_schema": null})), None);
     let body = format!("{{\"prompt\": \"x\", \"json_schema\": {deep}}}");
     assert_eq!(
-        completion(body.as_bytes(), &Defaults::default()).unwrap().format.unwrap().schema.len(),
+        completion(body.as_bytes(), &Defaults::default()).unwrap().format.unwrap().text.len(),
         deep.len()
     );
 }
@@ -452,7 +456,7 @@ fn anthropics_blocks_are_messages_in_the_order_that_templates_need() {
     let held = json!({"max_tokens": 1, "messages": [{"role": "user", "content": "a"}],
         "output_config": {"format": {"type": "json_schema", "schema": {"type": "object"}}}});
     let format = told(messages, held).unwrap().format.unwrap();
-    assert_eq!((format.field, &*format.schema), ("output_config.format.schema", r#"{"type":"object"}"#));
+    assert_eq!((format.field, &*format.text), ("output_config.format.schema", r#"{"type":"object"}"#));
 }
 
 fn dialogue_of(wanted: Result<Wanted, ApiError>) -> dim::host::template::dialogue::Dialogue {
@@ -525,8 +529,8 @@ fn items_are_messages_in_the_order_that_templates_need() {
         |format: Value| told(responses, json!({"input": "a", "text": {"format": format}})).unwrap().format;
     let format =
         held(json!({"type": "json_schema", "name": "n", "schema": {"a": 1}, "strict": true})).unwrap();
-    assert_eq!((format.field, &*format.schema), ("text.format.schema", r#"{"a":1}"#));
-    assert_eq!(&*held(json!({"type": "json_object"})).unwrap().schema, r#"{"type": "object"}"#);
+    assert_eq!((format.field, &*format.text), ("text.format.schema", r#"{"a":1}"#));
+    assert_eq!(&*held(json!({"type": "json_object"})).unwrap().text, r#"{"type": "object"}"#);
     assert_eq!(held(json!({"type": "text"})), None);
 }
 
