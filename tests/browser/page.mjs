@@ -1,62 +1,10 @@
 // The page of `dim-host serve` in a real Chromium: ask, stream, stop, regenerate, edit, a worker killed (-9) while a reply streams
 // and back, light and dark, a narrow screen, the keyboard alone, and axe's rules for people who hear the page or see it badly.
-// tests/clients/run.py starts the server. With DIM_SHOTS=FOLDER it leaves pictures there; with DIM_PAGE=src/serve/src/page it takes
-// the page from there and not from the program.
 import assert from "node:assert/strict";
 import { spawn } from "node:child_process";
-import { createRequire } from "node:module";
-import { existsSync, readFileSync } from "node:fs";
-import { chromium } from "playwright-core";
+import { accessible, ask, browser, complete, elsewhere, enter, is, page, reply, said, shot, wide, wrong } from "./common.mjs";
 
-const { DIM_URL, DIM_KEY, DIM_SHOTS, DIM_PAGE } = process.env;
-const program = ["/usr/bin/chromium", "/usr/bin/chromium-browser", "/usr/bin/google-chrome"].find(existsSync);
-const axe = readFileSync(createRequire(import.meta.url).resolve("axe-core/axe.min.js"), "utf8");
-// in a container there are no namespaces for its sandbox; the page is ours
-const browser = await chromium.launch({ executablePath: program, args: ["--no-sandbox"] });
-const wide = { width: 1280, height: 860 };
-const context = await browser.newContext({ viewport: wide });
-await context.grantPermissions(["clipboard-read", "clipboard-write"]);
-const page = await context.newPage();
-page.setDefaultTimeout(Number(process.env.DIM_PATIENCE_MS ?? 60_000));
-const wrong = [];
-page.on("pageerror", (error) => wrong.push(String(error)));
-// what the page's policy forbids is said here too
-page.on("console", (message) => message.type() === "error" && !message.text().includes("401") && wrong.push(message.text()));
-const elsewhere = [];
-page.on("request", (request) => new URL(request.url()).origin !== DIM_URL && elsewhere.push(request.url()));
-
-if (DIM_PAGE) {
-  for (const file of ["index.html", "page.css", "page.js"]) {
-    await page.route(file === "index.html" ? `${DIM_URL}/` : `${DIM_URL}/${file}`, (route) => route.fulfill({ path: `${DIM_PAGE}/${file}` }));
-  }
-}
-const shot = async (name) => DIM_SHOTS && (await page.screenshot({ path: `${DIM_SHOTS}/${name}.png` }));
-const said = page.locator("#said");
-const reply = page.locator("#talk li.assistant .text").last();
-const ask = async (text) => {
-  await page.fill("#text", text);
-  await page.keyboard.press("Enter");
-};
-const is = (locator, pattern) =>
-  page.waitForFunction(([selector, source]) => new RegExp(source).test([...document.querySelectorAll(selector)].at(-1)?.textContent ?? ""), [locator, pattern.source]);
-const complete = () => is("#said", /^Complete/);
-
-async function accessible(what) {
-  // by the protocol and not by the page, whose policy forbids it
-  await page.evaluate(axe);
-  const { violations } = await page.evaluate(() => window.axe.run({ resultTypes: ["violations"] }));
-  const found = violations.map((v) => `${v.impact}: ${v.id}: ${v.help}: ${v.nodes.map((n) => n.target).join(" ")}`);
-  if (found.length) console.log(`  axe, ${what}:\n    ${found.join("\n    ")}`);
-  assert.deepEqual(violations.filter((v) => v.impact === "serious" || v.impact === "critical"), [], what);
-}
-
-await page.goto(DIM_URL);
-await is("#health", /API key/);
-await page.click("#settings summary");
-await page.fill("#key", DIM_KEY);
-await page.fill("#temperature", "0");
-await page.fill("#max_tokens", "60");
-await is("#health", /^ok$/);
+await enter(60);
 assert.equal(await page.textContent("#model"), "smol");
 assert.equal(await page.locator("#strip span").count(), 30, "a mark for each block");
 assert.equal(await page.locator("#strip .there").count(), 10);
@@ -90,7 +38,7 @@ assert.equal(await page.evaluate(() => document.activeElement.id), "text", "the 
 const free = await page.waitForFunction(async (key) => {
   const props = await (await fetch("props", { headers: { Authorization: "Bearer " + key } })).json();
   return props.slots_busy === 0;
-}, DIM_KEY);
+}, process.env.DIM_KEY);
 assert(free, "the slot of a stopped reply is free");
 
 // edit: the message comes back, what came after it goes when it is sent; Escape keeps it

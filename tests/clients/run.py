@@ -54,6 +54,7 @@ CLIENTS = [
     ("openai-node", ["node", HERE / "openai_node.mjs"], lambda: has_node("openai"), []),
     ("responses-node", ["node", HERE / "responses_node.mjs"], lambda: has_node("openai"), TOOLS),
     ("browser", ["node", TOP / "tests/browser/page.mjs"], has_browser, []),
+    ("browser-alone", ["node", TOP / "tests/browser/alone.mjs"], has_browser, ["--fallback", "local", "--give-up-after", "1"]),
 ]
 
 
