@@ -33,7 +33,7 @@ pub struct PromptArgs {
     /// Read it from a file (- for standard input)
     #[arg(short = 'f', long, value_name = "FILE")]
     file: Option<PathBuf>,
-    /// Read \n, \t, \", \\ and the like in -p as the characters they stand for
+    /// Read \n, \t, \", \\ and the like in -p (and in the lines of -f, with --parallel) as the characters they stand for
     #[arg(short = 'e', long)]
     escape: bool,
     /// Take -p as it stands, as is done anyway
@@ -69,7 +69,7 @@ pub struct PromptArgs {
 }
 
 /// What is asked for, with its files read: before a model is, which takes longer.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 pub struct Wanted {
     text: String,
     /// what the system says, where the text is a user's
@@ -95,6 +95,16 @@ impl Wanted {
     pub fn sampling(&self, session: &Session) -> Result<Sampling, Failure> {
         let constraint = self.constraint.as_ref().map(|given| given.constraint(session)).transpose()?;
         Ok(Sampling { constraint, ..self.sampling.clone() })
+    }
+
+    /// Each line of the text that is not blank by itself: which one it is, and it, with -e as what it stands for.
+    pub fn lines<'a>(&'a self, args: &PromptArgs) -> impl Iterator<Item = (usize, &'a str, Wanted)> {
+        let is_escaped = args.escape && args.file.is_some();
+        let lines = self.text.lines().enumerate().filter(|(_, line)| !line.trim().is_empty());
+        lines.map(move |(i, line)| {
+            let text = if is_escaped { habits::unescaped(line) } else { line.to_owned() };
+            (i, line, Wanted { text, ..self.clone() })
+        })
     }
 
     fn tokens(&self, session: &Session) -> Result<Vec<i32>, Failure> {

@@ -7,6 +7,7 @@ use dim::Session;
 use gguf_tools::failure::Failure;
 use gguf_tools::{tell, terminal};
 
+use super::several;
 use crate::args::{MachineArgs, SplitArgs};
 use crate::interrupt::Interrupt;
 use crate::prompt::{PromptArgs, Wanted};
@@ -20,6 +21,8 @@ pub struct GenerateArgs {
     #[command(flatten)]
     prompt: PromptArgs,
     #[command(flatten)]
+    several: several::SeveralArgs,
+    #[command(flatten)]
     machine: MachineArgs,
 }
 
@@ -31,8 +34,11 @@ pub fn run(args: &GenerateArgs, process_start: Instant) -> Result<(), Failure> {
     if let Some(template) = wanted.template() {
         host.check_chat_template(template).map_err(explain)?;
     }
-    let host = host.connect(shown::events(args.machine.verbose)).map_err(explain)?;
-    reply(host.session().map_err(explain)?, &args.prompt, &wanted, &interrupt, process_start)
+    let host = args.several.at_once(host).connect(shown::events(args.machine.verbose)).map_err(explain)?;
+    match args.several.is_wanted() {
+        true => several::replies(&host, &args.prompt, &wanted, &interrupt, process_start),
+        false => reply(host.session().map_err(explain)?, &args.prompt, &wanted, &interrupt, process_start),
+    }
 }
 
 /// Continues the prompt and reports: the same for `generate` and `stock`.

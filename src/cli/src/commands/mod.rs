@@ -7,4 +7,5 @@ pub mod laboratory;
 pub mod pair;
 pub mod push;
 pub mod serve;
+mod several;
 pub mod stock;
