@@ -59,7 +59,7 @@ pub(super) fn format(fields: &mut Fields, takes_grammars: bool) -> Result<Option
     let beside = match (schema, fields.grammar.take().filter(|grammar| !grammar.is_empty())) {
         (beside, None) => beside,
         (_, Some(_)) if !takes_grammars => {
-            let message = "grammars of clients are not followed here (dim-host serve --client-grammars does)";
+            let message = "this server follows no grammars of clients: it can be started so that it does";
             return Err(ApiError::field("grammar", message));
         }
         (Some(_), Some(_)) => return Err(ApiError::field("grammar", "there is a json_schema beside it")),
