@@ -19,6 +19,8 @@ pub struct Groups {
     chosen: (usize, usize),
     /// seconds that a round takes with it
     takes: Option<f64>,
+    /// nothing was measured since
+    is_settled: bool,
 }
 
 /// What steps took on a stage, by their rows.
@@ -58,6 +60,7 @@ impl Groups {
 
     /// A step of so many rows has computed for so long on a stage.
     pub fn computed(&mut self, stage: StageId, rows: usize, compute: Duration) {
+        self.is_settled = false;
         if (1..=MOST_ROWS).contains(&rows)
             && let Some(stage) = self.stages.get_mut(stage.0)
             && stage.computed(rows, compute.as_secs_f64())
@@ -70,6 +73,7 @@ impl Groups {
     /// How long a message to a remote stage and its answer are under way.
     pub fn under_way(&mut self, stage: StageId, round_trip: Duration) {
         if let Some(stage) = self.stages.get_mut(stage.0) {
+            self.is_settled &= stage.round_trip == round_trip;
             stage.round_trip = round_trip;
         }
     }
@@ -87,6 +91,10 @@ impl Groups {
     /// In how many batches this many replies go on: at least 1, and not more than there are replies.
     pub fn of(&mut self, replies: usize) -> usize {
         let replies = replies.max(1);
+        if self.is_settled && self.chosen.1 == replies {
+            return self.chosen.0;
+        }
+        self.is_settled = true;
         let n_devices = 1 + self.stages.iter().filter(|stage| stage.is_remote).count();
         let now = match self.chosen {
             (groups, of) if of == replies => groups,

@@ -42,8 +42,9 @@ impl Company {
 
     /// Until when the next one is waited for, where a round of all replies takes `round`.
     fn until(&self, round: Option<Duration>) -> Option<Instant> {
-        let most = round.map_or(BEFORE_A_ROUND, |round| round / PART_OF_A_ROUND);
-        Some(self.out_at? + self.takes.map_or(most, |takes| (takes * 2).min(most)))
+        // a worker's word for how long it computes makes no wait longer
+        let wait = self.takes.map_or(BEFORE_ANY, |takes| takes * 2);
+        Some(self.out_at? + round.map_or(wait, |round| wait.min(round / PART_OF_A_ROUND)))
     }
 }
 
@@ -74,9 +75,10 @@ impl Pipeline {
 
 /// Longer than that, and somebody reads a reply before he goes on.
 const NOT_SAMPLING: Duration = Duration::from_millis(50);
-/// What a wait is of a round at most, and before one is known.
+/// What a wait is of a round at most.
 const PART_OF_A_ROUND: u32 = 10;
-const BEFORE_A_ROUND: Duration = Duration::from_millis(2);
+/// A wait before it is known how long replies take.
+const BEFORE_ANY: Duration = Duration::from_millis(2);
 
 #[cfg(test)]
 mod tests {
@@ -110,6 +112,20 @@ mod tests {
         let took = world.elapsed() - began - Duration::from_millis(20);
         let rows = 1 + usize::from(matches!(pipeline.advance(None), Advance::Finished(_)));
         (rows, took)
+    }
+
+    #[test]
+    fn no_wait_is_longer_for_a_worker_that_says_it_computed_for_ages() {
+        let now = Instant::now();
+        let mut company = Company::default();
+        company.came_out(now);
+        let wait = |company: &Company, round| company.until(round).unwrap() - now;
+        assert_eq!(wait(&company, Some(Duration::MAX)), BEFORE_ANY);
+        assert_eq!(wait(&company, Some(Duration::from_millis(5))), Duration::from_micros(500));
+        company.came_back(now + SAMPLING);
+        assert_eq!((wait(&company, None), wait(&company, Some(Duration::MAX))), (2 * SAMPLING, 2 * SAMPLING));
+        company.came_back(now + NOT_SAMPLING);
+        assert_eq!(wait(&company, None), 2 * SAMPLING, "whoever comes so late has read it first");
     }
 
     #[test]
