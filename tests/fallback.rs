@@ -129,3 +129,32 @@ fn a_slice_that_has_changed_takes_nobody_s_place() {
     assert_eq!(server.tokens(&greedy(PROMPT, N)), expected[0]);
     assert_eq!(server.get("/health")["status"], "ok");
 }
+
+/// Room for threads and small things, and none for the slice: the request ends, the server does not, and can do it later.
+#[test]
+#[cfg(target_os = "linux")]
+fn blocks_that_there_is_no_memory_for_take_nobody_s_place() {
+    let spec = gguf_tools::synth::Spec::new("qwen2.5-0.5b", None).unwrap().vocab(512).blocks(4);
+    let cut = Cut::new(&spec, &["1..2"]);
+    let mut worker = parallel(&cut, "127.0.0.1:0");
+    let server = Server::start(&cut, &worker.address, &LOCAL);
+    let body = greedy(PROMPT, 4);
+    let expected = server.tokens(&body);
+    worker.kill();
+    let limit = |bytes: &str| {
+        let mut command = std::process::Command::new("prlimit");
+        let status = command.args(["--pid", &server.pid().to_string(), &format!("--as={bytes}")]).status();
+        assert!(status.expect("prlimit, of util-linux").success());
+    };
+    let status = std::fs::read_to_string(format!("/proc/{}/status", server.pid())).unwrap();
+    let in_use = status.lines().find_map(|line| line.strip_prefix("VmSize:")).unwrap();
+    let in_use: u64 = in_use.trim().trim_end_matches(" kB").parse().unwrap();
+    limit(&format!("{}:unlimited", (in_use + 20 * 1024) * 1024));
+    let refused = server.post("/v1/completions", &body);
+    assert_eq!((refused.0, refused.word().as_str()), (503, "worker_unavailable"), "{}", refused.2);
+    assert!(refused.2.contains("its blocks cannot run here"), "{}", refused.2);
+    assert_eq!(server.get("/health")["fallen_back"], json!([]));
+    limit("unlimited");
+    assert_eq!(server.tokens(&body), expected);
+    assert_eq!(server.get("/health")["fallen_back"].as_array().map(Vec::len), Some(1));
+}
