@@ -13,8 +13,8 @@ namespace dim {
 
 // Elements that repetitions may make of a grammar, 8 bytes each.
 constexpr uint64_t MOST_ELEMENTS = 1u << 20;
-// Ways to begin with a rule: llama.cpp's search for left recursion walks them all.
-constexpr uint64_t MOST_BEGINNINGS = 1u << 22;
+// Ways to begin with a rule: llama.cpp's search for left recursion walks them all, and its stacks are as many.
+constexpr uint64_t MOST_BEGINNINGS = 1u << 20;
 
 // More often is as often as one likes (llama-grammar.cpp, MAX_REPETITION_THRESHOLD).
 constexpr uint64_t AS_GOOD_AS_ENDLESS = 2000;
@@ -129,18 +129,117 @@ std::vector<bool> may_be_empty(const rules & all) {
     return empty;
 }
 
-// What rules a rule may begin with, as often as it may.
-std::vector<uint32_t> begins_with(const llama_grammar_rule & rule, const std::vector<bool> & empty) {
-    std::vector<uint32_t> found;
-    bool at_beginning = true;
-    for (const auto & element : rule) {
-        if (ends(element)) {
-            at_beginning = true;
-        } else if (at_beginning && element.type == LLAMA_GRETYPE_RULE_REF) {
-            found.push_back(element.value);
-            at_beginning = empty[element.value];
-        } else {
-            at_beginning = false;
+// Which rules may be nothing, as far as llama.cpp's search for left recursion sees.
+std::vector<bool> has_empty_alternative(const rules & all) {
+    std::vector<bool> empty(all.size(), false);
+    for (size_t i = 0; i < all.size(); i++) {
+        bool at_beginning = true;
+        for (const auto & element : all[i]) {
+            if (ends(element) && at_beginning) empty[i] = true;
+            at_beginning = ends(element);
+        }
+    }
+    return empty;
+}
+
+// A rule with which another may begin.
+struct beginning {
+    uint32_t rule;
+    bool leaves_rest;   // something follows on it
+};
+
+using graph = std::vector<std::vector<beginning>>;
+
+// What each rule may begin with, as often as it may, where these rules may be nothing.
+graph beginnings_of(const rules & all, const std::vector<bool> & empty) {
+    graph next(all.size());
+    for (size_t i = 0; i < all.size(); i++) {
+        bool at_beginning = true;
+        for (size_t k = 0; k < all[i].size(); k++) {
+            const auto & element = all[i][k];
+            if (ends(element)) {
+                at_beginning = true;
+            } else if (at_beginning && element.type == LLAMA_GRETYPE_RULE_REF) {
+                next[i].push_back({ element.value, !ends(all[i][k + 1]) });
+                at_beginning = empty[element.value];
+            } else {
+                at_beginning = false;
+            }
+        }
+    }
+    return next;
+}
+
+// Which rules may begin with each other, round and round: each one's circle, numbered so that a circle has a higher number
+// than those that it begins with. Tarjan's, without recursion.
+struct circles {
+    std::vector<uint32_t> of;
+    uint32_t n = 0;
+
+    explicit circles(const graph & next) : of(next.size(), NONE), low(next.size(), NONE) {
+        for (uint32_t i = 0; i < next.size(); i++) {
+            if (low[i] == NONE) visit(next, i);
+        }
+    }
+
+private:
+    static constexpr uint32_t NONE = UINT32_MAX;
+    std::vector<uint32_t> low, path;
+    uint32_t n_seen = 0;
+
+    void visit(const graph & next, uint32_t first) {
+        struct frame {
+            uint32_t rule, number;
+            size_t at;
+        };
+        std::vector<frame> frames;
+        const auto enter = [&](uint32_t rule) {
+            frames.push_back({ rule, n_seen, 0 });
+            low[rule] = n_seen++;
+            path.push_back(rule);
+        };
+        enter(first);
+        while (!frames.empty()) {
+            auto & frame = frames.back();
+            const auto rule = frame.rule;
+            if (frame.at < next[rule].size()) {
+                const auto to = next[rule][frame.at++].rule;
+                if (low[to] == NONE) {
+                    enter(to);
+                } else if (of[to] == NONE) {
+                    low[rule] = std::min(low[rule], low[to]);
+                }
+                continue;
+            }
+            if (low[rule] == frame.number) {
+                uint32_t member;
+                do {
+                    member = path.back();
+                    path.pop_back();
+                    of[member] = n;
+                } while (member != rule);
+                n++;
+            }
+            frames.pop_back();
+            if (!frames.empty()) {
+                auto & before = low[frames.back().rule];
+                before = std::min(before, low[rule]);
+            }
+        }
+    }
+};
+
+// For each circle, the ways to begin that lead out of it, and theirs.
+std::vector<uint64_t> ways(const graph & next, const circles & circle) {
+    std::vector<std::vector<uint32_t>> rules_of(circle.n);
+    for (uint32_t i = 0; i < next.size(); i++) rules_of[circle.of[i]].push_back(i);
+    std::vector<uint64_t> found(circle.n, 1);
+    for (uint32_t c = 0; c < circle.n; c++) {
+        for (const auto rule : rules_of[c]) {
+            for (const auto & to : next[rule]) {
+                if (circle.of[to.rule] != c)
+                    found[c] = std::min(found[c] + found[circle.of[to.rule]], MOST_BEGINNINGS + 1);
+            }
         }
     }
     return found;
@@ -155,64 +254,59 @@ std::string name_of(const llama_grammar_parser & parser, size_t rule) {
 
 }   // namespace
 
-// A rule that may begin with itself, where those that are no longer `open` do not, and each of the others begins with one that
-// is.
-static size_t begins_with_itself(const std::vector<std::vector<uint32_t>> & next, const std::vector<bool> & open) {
-    std::vector<bool> passed(next.size(), false);
-    size_t at = (size_t) (std::find(open.begin(), open.end(), true) - open.begin());
-    while (!passed[at]) {
-        passed[at] = true;
-        at = *std::find_if(next[at].begin(), next[at].end(), [&](uint32_t to) { return open[to]; });
-    }
-    return at;
+[[noreturn]] static void refuse_recursion(const llama_grammar_parser & parser, size_t rule) {
+    fail(DIM_REFUSED, "left recursion: the rule \"%s\" may begin with itself", name_of(parser, rule).c_str());
 }
 
-void check_beginnings(const llama_grammar_parser & parser) {
-    const auto & all = parser.rules;
-    const auto empty = may_be_empty(all);
-    std::vector<std::vector<uint32_t>> next(all.size()), before(all.size());
-    std::vector<size_t> n_open(all.size());
-    std::vector<uint32_t> closed;   // each behind all that it begins with
-    for (uint32_t i = 0; i < all.size(); i++) {
-        next[i] = begins_with(all[i], empty);
-        for (const auto to : next[i]) before[to].push_back(i);
-        n_open[i] = next[i].size();
-        if (n_open[i] == 0) closed.push_back(i);
+[[noreturn]] static void refuse_ways(const llama_grammar_parser & parser, size_t rule) {
+    fail(DIM_REFUSED, "there are more than %llu ways to begin, with the rule \"%s\" and those before it",
+         (unsigned long long) MOST_BEGINNINGS, name_of(parser, rule).c_str());
+}
+
+// That llama.cpp's own search for left recursion comes to an end: it refuses the same rules that are refused here.
+static void check_search(const llama_grammar_parser & parser) {
+    const auto next = beginnings_of(parser.rules, has_empty_alternative(parser.rules));
+    const circles circle(next);
+    for (uint32_t i = 0; i < next.size(); i++) {
+        for (const auto & to : next[i])
+            if (circle.of[to.rule] == circle.of[i]) refuse_recursion(parser, i);
     }
-    std::vector<uint64_t> beginnings(all.size(), 1);
-    std::vector<bool> open(all.size(), true);
-    for (size_t i = 0; i < closed.size(); i++) {
-        const auto rule = closed[i];
-        open[rule] = false;
-        for (const auto to : next[rule])
-            beginnings[rule] = std::min(beginnings[rule] + beginnings[to], MOST_BEGINNINGS + 1);
-        for (const auto from : before[rule]) {
-            if (--n_open[from] == 0) closed.push_back(from);
-        }
-    }
-    if (closed.size() < all.size()) {
-        const auto rule = begins_with_itself(next, open);
-        fail(DIM_REFUSED, "left recursion: the rule \"%s\" may begin with itself", name_of(parser, rule).c_str());
-    }
-    // as that search goes: from each rule that it has not come to yet, but through what it has
-    std::vector<bool> visited(all.size(), false);
+    const auto found = ways(next, circle);
+    // from each rule that it has not come to yet, but through what it has
+    std::vector<bool> visited(next.size(), false);
     uint64_t n_steps = 0;
-    for (uint32_t i = 0; i < all.size(); i++) {
+    for (uint32_t i = 0; i < next.size(); i++) {
         if (visited[i]) continue;
-        n_steps += beginnings[i];
-        if (n_steps > MOST_BEGINNINGS) {
-            fail(DIM_REFUSED, "there are more than %llu ways to begin, with the rule \"%s\" and those before it",
-                 (unsigned long long) MOST_BEGINNINGS, name_of(parser, i).c_str());
-        }
+        n_steps += found[circle.of[i]];
+        if (n_steps > MOST_BEGINNINGS) refuse_ways(parser, i);
         std::vector<uint32_t> to_visit{ i };
         while (!to_visit.empty()) {
             const auto rule = to_visit.back();
             to_visit.pop_back();
             if (visited[rule]) continue;
             visited[rule] = true;
-            to_visit.insert(to_visit.end(), next[rule].begin(), next[rule].end());
+            for (const auto & to : next[rule]) to_visit.push_back(to.rule);
         }
     }
+}
+
+// That its stacks do: each way to begin that leaves a rest is one, and one that comes round with a rest grows for ever. One
+// that comes round without is the same again, which is seen: (a*)* is fine.
+static void check_stacks(const llama_grammar_parser & parser) {
+    const auto next = beginnings_of(parser.rules, may_be_empty(parser.rules));
+    const circles circle(next);
+    for (uint32_t i = 0; i < next.size(); i++) {
+        for (const auto & to : next[i])
+            if (to.leaves_rest && circle.of[to.rule] == circle.of[i]) refuse_recursion(parser, i);
+    }
+    const auto found = ways(next, circle);
+    for (uint32_t i = 0; i < next.size(); i++)
+        if (found[circle.of[i]] > MOST_BEGINNINGS) refuse_ways(parser, i);
+}
+
+void check_beginnings(const llama_grammar_parser & parser) {
+    check_search(parser);
+    check_stacks(parser);
 }
 
 }   // namespace dim

@@ -134,6 +134,9 @@ fn a_grammar_that_has_no_end_is_refused() {
     for fine in [
         "root ::= \"a\"{2} [a-z\\]]{0,3} (\"b\" | \"c\"){1,} \"{5,3}\"?",
         "root ::= x\nx ::= \"a\" x | e\ne ::= f f\nf ::= | \"q\"",
+        // round and round through what may be nothing, and nothing is left behind
+        "root ::= (\"a\"* e)*\ne ::= f f\nf ::= | \"q\"",
+        "root ::= ((\"b\"? \"a\"?)* \"c\"?)*",
         "root ::= \"a\"{0,1000000}",
     ] {
         assert!(takes(&model, &mut grammar(&model, fine), "aa"), "{fine}");
