@@ -1,7 +1,10 @@
 //! Chat templates of the forms that families have, each with what its models answer: rendered, and read again. The
 //! templates are written for this test, as short as the family's own marks allow; llama.cpp tells families by those marks.
 
-use llama_sys_patch::{AnswerParser, ChatTemplate, Error};
+use gguf_tools::synth::Spec;
+use llama_sys_patch::{AnswerParser, ChatTemplate, Error, Grammar};
+
+mod common;
 
 /// One way of writing a call, and what a model of that family says.
 struct Family {
@@ -150,6 +153,20 @@ fn every_beginning_of_an_answer_can_be_read_and_says_no_more_than_the_whole() {
             );
         }
         assert!(2 * n_read > family.answer.len(), "{}: {n_read}", family.name);
+    }
+}
+
+/// What is refused of grammars that are made to hang is nothing that llama.cpp itself makes.
+#[test]
+fn every_family_s_grammar_is_followed() {
+    let model = common::load(&Spec::tiny("qwen2").unwrap());
+    for family in &FAMILIES {
+        for choice in ["auto", "required"] {
+            let gbnf = member(&apply(family, choice), "grammar");
+            if !gbnf.is_empty() {
+                Grammar::new(&model, &gbnf, &[]).unwrap_or_else(|e| panic!("{}, {choice}: {e}", family.name));
+            }
+        }
     }
 }
 
