@@ -77,14 +77,6 @@ void dim_grammar::forget_the_oldest() {
     }
 }
 
-static const char * skip_blanks(const char * at) {
-    for (;;) {
-        at += std::strspn(at, " \t\r\n");
-        if (*at != '#') return at;
-        at += std::strcspn(at, "\r\n");
-    }
-}
-
 // Fails with llama.cpp's sentence where `gbnf` does not parse: its own way writes that, and all of the grammar, to the
 // terminal.
 static void check_rules(const llama_vocab * vocab, const char * gbnf) {

@@ -131,7 +131,34 @@ fn a_grammar_that_has_no_end_is_refused() {
     assert!(refused(hidden).contains("left recursion: the rule \"x\""));
     let round = "root ::= a\na ::= b\nb ::= c\nc ::= a \"x\" | \"y\"";
     assert!(refused(round).contains("left recursion"));
+    // a comment may stand where a number is expected, within brackets
+    let hidden = format!("root ::= (\"{}\" {{#\n2000 #\n}})", "a".repeat(10_000));
+    assert!(refused(&hidden).contains("its repetitions make"));
+    // each of them is a rule whose name is that of its rule and a number
+    for many in [".?".repeat(100_000), "(.)".repeat(100_000)] {
+        let named = format!("root ::= \"a\"\n{} ::= {many}", "a".repeat(100_000));
+        assert!(refused(&named).contains("with a name of 100000 bytes"));
+    }
+    // ways that all are others, by 516 bytes; ways beside each other; one way through rules one below the other
+    let twice: String = (0..20).map(|i| format!("r{i} ::= r{n} \"a\" | r{n} \"b\"\n", n = i + 1)).collect();
+    let below: String = (0..20_000).map(|i| format!("r{i} ::= r{} \"b\"\n", i + 1)).collect();
+    for many in [
+        format!("root ::= r0\n{twice}r20 ::= \"x\""),
+        format!("root ::= \"y\" r0\n{twice}r20 ::= \"x\""),
+        format!("root ::= {}", vec!["."; 300_000].join("|")),
+        format!("root ::= \"a\" r0 \"b\"\n{below}r20000 ::= \"c\""),
+    ] {
+        let why = refused(&many);
+        assert!(why.contains("may go on in too many ways"), "{why}");
+    }
+    let words: Vec<String> = (0..8_000).map(|i| format!("\"{i}\"")).collect();
+    let words = format!("root ::= \"aa\" | {}", words.join(" | "));
+    // what may be nothing is known of the last rule first
+    let rules: String = (0..60_000).map(|i| format!("r{i}::=r{}\n", i + 1)).collect();
+    let nothing = format!("root ::= \"aa\" r0\n{rules}r60000::=");
     for fine in [
+        words.as_str(),
+        nothing.as_str(),
         "root ::= \"a\"{2} [a-z\\]]{0,3} (\"b\" | \"c\"){1,} \"{5,3}\"?",
         "root ::= x\nx ::= \"a\" x | e\ne ::= f f\nf ::= | \"q\"",
         // round and round through what may be nothing, and nothing is left behind
