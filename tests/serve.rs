@@ -497,6 +497,9 @@ fn what_is_wrong_is_answered_and_who_may_not_is_kept_out() {
         let answer = post(&head, &body);
         assert_eq!((answer.0, answer.word().as_str()), (status, word), "{head} {body}: {}", answer.2);
     }
+    // in words for whoever asks, who has no Rust
+    let long = post(&format!("Host: localhost\r\n{key}"), &json!({"prompt": vec![7; 513]}).to_string()).2;
+    assert!(long.contains("a context of 1024 or more") && !long.contains("::"), "{long}");
     let path = |line: &str| server.ask(&format!("{line} HTTP/1.1\r\nHost: localhost\r\n{key}"), "").0;
     assert_eq!(
         (path("GET /nothing"), path("GET /v1/completions"), path("GET /v1/models/nobody")),

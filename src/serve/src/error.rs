@@ -98,7 +98,15 @@ impl axum::response::IntoResponse for ApiError {
 /// What the library could not do, for whoever asked for it. Whose fault it is decides on the status.
 impl From<&Error> for ApiError {
     fn from(error: &Error) -> ApiError {
-        let message = match error.hint() {
+        let hint = match error {
+            // whoever asks has no `Resources` to set
+            Error::PromptTooLong { n_tokens, .. } => Some(format!(
+                "say less, or have server and workers started with a context of {} or more",
+                n_tokens.next_power_of_two()
+            )),
+            _ => error.hint(),
+        };
+        let message = match hint {
             Some(hint) => format!("{error} ({hint})"),
             None => error.to_string(),
         };
