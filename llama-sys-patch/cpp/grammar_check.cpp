@@ -271,7 +271,7 @@ graph beginnings_of(const rules & all, const std::vector<bool> & empty) {
 // than those that it begins with. Tarjan's, without recursion.
 struct circles {
     std::vector<uint32_t> of;
-    uint32_t n = 0;
+    std::vector<std::vector<uint32_t>> rules;
 
     explicit circles(const graph & next) : of(next.size(), NONE), low(next.size(), NONE) {
         for (uint32_t i = 0; i < next.size(); i++) {
@@ -309,13 +309,12 @@ private:
                 continue;
             }
             if (low[rule] == frame.number) {
-                uint32_t member;
+                rules.emplace_back();
                 do {
-                    member = path.back();
+                    rules.back().push_back(path.back());
+                    of[path.back()] = (uint32_t) rules.size() - 1;
                     path.pop_back();
-                    of[member] = n;
-                } while (member != rule);
-                n++;
+                } while (rules.back().back() != rule);
             }
             frames.pop_back();
             if (!frames.empty()) {
@@ -328,11 +327,9 @@ private:
 
 // For each circle, in how many ways its rules begin, out of it and on.
 std::vector<uint64_t> count_beginnings(const graph & next, const circles & circle) {
-    std::vector<std::vector<uint32_t>> rules_of(circle.n);
-    for (uint32_t i = 0; i < next.size(); i++) rules_of[circle.of[i]].push_back(i);
-    std::vector<uint64_t> found(circle.n, 1);
-    for (uint32_t c = 0; c < circle.n; c++) {
-        for (const auto rule : rules_of[c]) {
+    std::vector<uint64_t> found(circle.rules.size(), 1);
+    for (uint32_t c = 0; c < circle.rules.size(); c++) {
+        for (const auto rule : circle.rules[c]) {
             for (const auto & to : next[rule]) {
                 if (circle.of[to.rule] != c)
                     found[c] = std::min(found[c] + found[circle.of[to.rule]], MOST_BEGINNINGS + 1);
@@ -410,14 +407,12 @@ static void check_stacks(const llama_grammar_parser & parser) {
     const auto empty = may_be_empty(all);
     const auto next = beginnings_of(all, empty);
     const circles circle(next);
-    std::vector<std::vector<uint32_t>> rules_of(circle.n);
     for (uint32_t i = 0; i < next.size(); i++) {
-        rules_of[circle.of[i]].push_back(i);
         for (const auto & to : next[i])
             if (to.leaves_rest && circle.of[to.rule] == circle.of[i]) refuse_recursion(parser, i);
     }
     std::vector<ways_on> of_rules(all.size());
-    for (const auto & members : rules_of) {
+    for (const auto & members : circle.rules) {
         ways_on together;
         for (const auto rule : members) together.add(ways_into(all[rule], of_rules, empty), 0);
         for (const auto rule : members) of_rules[rule] = together;

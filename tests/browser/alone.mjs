@@ -1,19 +1,12 @@
 // The page of `dim-host serve --fallback local` in a real Chromium: its worker is killed (-9) while a reply streams and never comes
 // back; the reply is the same, and the page says whose blocks run here since.
 import assert from "node:assert/strict";
-import { accessible, ask, browser, complete, elsewhere, enter, is, page, reply, shot, wrong } from "./common.mjs";
+import { accessible, browser, complete, elsewhere, enter, is, loseTheWorker, page, reply, shot, wrong } from "./common.mjs";
 
-const long = "Write a long story about a dog and a fox.";
 try {
   await enter(120);
   assert.equal(await page.locator("#stages li.there").count(), 1);
-  await ask(long);
-  await complete();
-  const expected = await reply.textContent();
-  await page.click("#clear");
-  await ask(long);
-  await is("#talk li.assistant .text", /\w{3}/);
-  process.kill(Number(process.env.DIM_WORKER_PID), "SIGKILL");
+  const expected = await loseTheWorker();
   await is("#health", /^ok, without .*127\.0\.0\.1.*: those blocks run here$/);
   await complete();
   assert.equal(await reply.textContent(), expected);

@@ -57,3 +57,16 @@ export async function enter(tokens) {
   await page.fill("#max_tokens", String(tokens));
   await is("#health", /^ok$/);
 }
+
+// Asks twice for the same long reply, and kills the worker (-9) in the middle of the second one: what the first one was.
+export async function loseTheWorker() {
+  const long = "Write a long story about a dog and a fox.";
+  await ask(long);
+  await complete();
+  const expected = await reply.textContent();
+  await page.click("#clear");
+  await ask(long);
+  await is("#talk li.assistant .text", /\w{3}/);
+  process.kill(Number(process.env.DIM_WORKER_PID), "SIGKILL");
+  return expected;
+}

@@ -2,7 +2,7 @@
 // and back, light and dark, a narrow screen, the keyboard alone, and axe's rules for people who hear the page or see it badly.
 import assert from "node:assert/strict";
 import { spawn } from "node:child_process";
-import { accessible, ask, browser, complete, elsewhere, enter, is, page, reply, said, shot, wide, wrong } from "./common.mjs";
+import { accessible, ask, browser, complete, elsewhere, enter, is, loseTheWorker, page, reply, said, shot, wide, wrong } from "./common.mjs";
 
 await enter(60);
 assert.equal(await page.textContent("#model"), "smol");
@@ -56,16 +56,9 @@ assert.equal(await page.locator("#talk .user .text").textContent(), "What is the
 assert.notEqual(await reply.textContent(), first);
 
 // a worker killed while it streams, and back: the same words as without
-const long = "Write a long story about a dog and a fox.";
 await page.click("#clear");
 await page.evaluate(() => (document.getElementById("max_tokens").value = "120"));
-await ask(long);
-await complete();
-const expected = await reply.textContent();
-await page.click("#clear");
-await ask(long);
-await is("#talk li.assistant .text", /\w{3}/);
-process.kill(Number(process.env.DIM_WORKER_PID), "SIGKILL");
+const expected = await loseTheWorker();
 await is("#said", /^waiting for .*127\.0\.0\.1/);
 await is("#health", /waiting for a worker/);
 assert.equal(await page.locator("#stages li.away").count(), 1);

@@ -402,6 +402,11 @@ impl SamplingArgs {
     }
 }
 
+/// A host that gives `n` replies at once; unless they are to be exact, their rows are evaluated together.
+pub fn at_once(host: HostBuilder, n: u32, exact: bool) -> HostBuilder {
+    host.sessions(n).batch_rows(if exact { 1 } else { n })
+}
+
 /// The number after `-n` as a limit: none for -1.
 ///
 /// # Errors

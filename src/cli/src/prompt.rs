@@ -3,9 +3,10 @@
 use std::fs::File;
 use std::io::BufWriter;
 use std::path::PathBuf;
+use std::sync::atomic::AtomicBool;
 
 use dim::host::template::{Role, Turn};
-use dim::{Error, Sampling, Session};
+use dim::{Error, Generation, Sampling, Session};
 use gguf_tools::failure::Failure;
 
 use crate::args::{SamplingArgs, limit};
@@ -41,7 +42,7 @@ pub struct PromptArgs {
     no_escape: bool,
     /// End where this text comes (repeat for more)
     #[arg(short = 'r', long = "reverse-prompt", visible_alias = "stop", value_name = "TEXT")]
-    pub stop: Vec<String>,
+    stop: Vec<String>,
     /// Repeat or cut the prompt to N tokens, for measurements
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
     prompt_tokens: Option<u32>,
@@ -50,7 +51,7 @@ pub struct PromptArgs {
     n_predict: i64,
     /// Go on after the model ends its reply, for measurements
     #[arg(long)]
-    pub ignore_eos: bool,
+    ignore_eos: bool,
     /// Evaluate the prompt once before, unmeasured, for measurements: weights are read and memory is touched
     #[arg(long)]
     pub warm_up: bool,
@@ -69,7 +70,7 @@ pub struct PromptArgs {
 }
 
 /// What is asked for, with its files read: before a model is, which takes longer.
-#[derive(Clone, Debug)]
+#[derive(Debug)]
 pub struct Wanted {
     text: String,
     /// what the system says, where the text is a user's
@@ -97,20 +98,15 @@ impl Wanted {
         Ok(Sampling { constraint, ..self.sampling.clone() })
     }
 
-    /// Each line of the text that is not blank by itself: which one it is, and it, with -e as what it stands for.
-    pub fn lines<'a>(&'a self, args: &PromptArgs) -> impl Iterator<Item = (usize, &'a str, Wanted)> {
-        let is_escaped = args.escape && args.file.is_some();
-        let lines = self.text.lines().enumerate().filter(|(_, line)| !line.trim().is_empty());
-        lines.map(move |(i, line)| {
-            let text = if is_escaped { habits::unescaped(line) } else { line.to_owned() };
-            (i, line, Wanted { text, ..self.clone() })
-        })
+    /// Each line of the text that is not blank, and which one it is.
+    pub fn lines(&self) -> impl Iterator<Item = (usize, &str)> {
+        self.text.lines().enumerate().filter(|(_, line)| !line.trim().is_empty())
     }
 
-    fn tokens(&self, session: &Session) -> Result<Vec<i32>, Failure> {
-        let Some(system) = &self.system else { return session.tokenize(&self.text, true).map_err(explain) };
+    fn tokens(&self, text: &str, session: &Session) -> Result<Vec<i32>, Failure> {
+        let Some(system) = &self.system else { return session.tokenize(text, true).map_err(explain) };
         let turn = |role, content: &str| Turn { role, content: content.to_owned() };
-        let mut turns = vec![turn(Role::User, &self.text)];
+        let mut turns = vec![turn(Role::User, text)];
         if !system.is_empty() {
             turns.insert(0, turn(Role::System, system));
         }
@@ -153,7 +149,22 @@ impl PromptArgs {
     /// # Errors
     /// The text has none or too many.
     pub fn push(&self, wanted: &Wanted, session: &mut Session) -> Result<(), Failure> {
-        let mut tokens = wanted.tokens(session)?;
+        self.push_text(wanted, &wanted.text, session)
+    }
+
+    /// The same of a [line](Wanted::lines) alone; with -e, of what it stands for.
+    ///
+    /// # Errors
+    /// As of [`push`](Self::push).
+    pub fn push_line(&self, wanted: &Wanted, line: &str, session: &mut Session) -> Result<(), Failure> {
+        match self.escape && self.file.is_some() {
+            true => self.push_text(wanted, &habits::unescaped(line), session),
+            false => self.push_text(wanted, line, session),
+        }
+    }
+
+    fn push_text(&self, wanted: &Wanted, text: &str, session: &mut Session) -> Result<(), Failure> {
+        let mut tokens = wanted.tokens(text, session)?;
         if tokens.is_empty() {
             return Err(explain(Error::EmptyPrompt));
         }
@@ -161,6 +172,18 @@ impl PromptArgs {
             tokens = tokens.into_iter().cycle().take(n as usize).collect();
         }
         session.push_tokens(&tokens).map_err(explain)
+    }
+
+    /// A reply to what the session was given, as it is asked for.
+    pub fn generation<'s>(
+        &self,
+        wanted: &Wanted,
+        session: &'s mut Session,
+        sampling: Sampling,
+        stop: &'s AtomicBool,
+    ) -> Generation<'s> {
+        let generation = session.generate(sampling).limit(wanted.limit).ignore_eos(self.ignore_eos);
+        generation.stop_at(self.stop.iter().cloned()).stop_when(stop)
     }
 
     /// Where the logits are to go, if anywhere.

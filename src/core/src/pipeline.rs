@@ -303,7 +303,7 @@ impl Pipeline {
             self.form_batch(id, at);
         }
         self.shed_void(id, at);
-        self.company.is_late();
+        self.company.stage_runs();
         if matches!(self.work.get(id), Some(Work::Step(step)) if step.saved.is_some()) {
             return self.put_back(id, at);
         }

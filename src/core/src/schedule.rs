@@ -193,7 +193,8 @@ impl StageQueue {
 ///   [`fail`](Self::fail);
 /// * the driver's loop: [`next`](Self::next), then [`finished`](Self::finished) for whatever has finished, and again;
 /// * what befalls stages: [`lost`](Self::lost) and [`found`](Self::found), [`set_window`](Self::set_window),
-///   [`computed`](Self::computed), [`set_round_trip`](Self::set_round_trip), [`push_check`](Self::push_check), [`withdraw`](Self::withdraw).
+///   [`computed`](Self::computed), [`set_round_trip`](Self::set_round_trip), [`push_check`](Self::push_check),
+///   [`withdraw`](Self::withdraw).
 #[derive(Debug)]
 pub struct Schedule {
     stages: Vec<StageQueue>,
@@ -312,11 +313,13 @@ impl Schedule {
             }
         }
         if !self.is_computing() {
-            let mut local: Vec<usize> =
-                (0..self.stages.len()).filter(|&i| !self.stages[i].is_remote()).collect();
-            local.sort_by_cached_key(|&stage| (self.urgency(stage), std::cmp::Reverse(stage)));
-            for stage in local {
-                if let Some(entry) = self.take(stage) {
+            let n = self.stages.len();
+            let by_urgency = (0..=LEAST_URGENT).flat_map(|urgency| (0..n).rev().map(move |i| (urgency, i)));
+            for (urgency, stage) in by_urgency {
+                if !self.stages[stage].is_remote()
+                    && self.urgency(stage) == urgency
+                    && let Some(entry) = self.take(stage)
+                {
                     let job = entry.first.job;
                     self.stages[stage].start(entry);
                     return Some(Next::Run(job, StageId(stage)));
@@ -537,7 +540,7 @@ impl Schedule {
             return 0;
         }
         let feeds = self.stages.get(stage + 1).is_some_and(StageQueue::is_hungry);
-        if feeds && (stage > 0 || self.enters_without_harm()) { 1 } else { 2 }
+        if feeds && (stage > 0 || self.enters_without_harm()) { 1 } else { LEAST_URGENT }
     }
 
     /// An entry that `stage` is done with.
@@ -581,6 +584,9 @@ impl Schedule {
         }
     }
 }
+
+/// Of a local stage that nothing speaks for.
+const LEAST_URGENT: u8 = 2;
 
 #[cfg(test)]
 mod tests;

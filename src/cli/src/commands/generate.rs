@@ -55,8 +55,7 @@ pub(super) fn reply(
     if args.warm_up {
         session.warm_up().map_err(explain)?;
     }
-    let generation = session.generate(sampling).limit(wanted.limit).ignore_eos(args.ignore_eos);
-    let mut generation = generation.stop_at(args.stop.iter().cloned()).stop_when(interrupt.stop_flag());
+    let mut generation = args.generation(wanted, &mut session, sampling, interrupt.stop_flag());
     // a Ctrl-C in the prompt ends the program: there is no text yet that it could keep
     let mut first = generation.next();
     let (mut written, mut unread) = (Ok(()), false);

@@ -7,7 +7,7 @@ use dim_serve::{ApiKeys, CacheOptions, Defaults, Notices, Options, ServeError, S
 use gguf_tools::failure::Failure;
 use gguf_tools::{tell, terminal};
 
-use crate::args::{MachineArgs, SamplingArgs, SplitArgs, limit};
+use crate::args::{MachineArgs, SamplingArgs, SplitArgs, at_once, limit};
 use crate::interrupt::Interrupt;
 use crate::{ended_by, explain, shown, template};
 
@@ -125,8 +125,7 @@ impl ServeArgs {
 pub fn run(args: &ServeArgs) -> Result<(), Failure> {
     let options = args.options()?;
     let interrupt = Interrupt::watch().and_terminate();
-    let host = args.split.host(&args.machine)?.sessions(args.parallel);
-    let host = host.batch_rows(if args.exact { 1 } else { args.parallel });
+    let host = at_once(args.split.host(&args.machine)?, args.parallel, args.exact);
     if let Some(template) = &options.chat_template {
         host.check_chat_template(Some(template)).map_err(explain)?;
     }

@@ -16,6 +16,7 @@ use gguf_tools::failure::Failure;
 use gguf_tools::{tell, terminal};
 use serde::Serialize;
 
+use crate::args::at_once;
 use crate::explain;
 use crate::interrupt::Interrupt;
 use crate::prompt::{PromptArgs, Wanted};
@@ -42,7 +43,7 @@ impl SeveralArgs {
     /// A host with as many sessions.
     pub(super) fn at_once(&self, host: HostBuilder) -> HostBuilder {
         match self.parallel {
-            Some(n) => host.sessions(n).batch_rows(if self.exact { 1 } else { n }),
+            Some(n) => at_once(host, n, self.exact),
             None => host,
         }
     }
@@ -98,8 +99,9 @@ impl Outcome {
 /// What the threads have in common.
 struct Work<'a> {
     args: &'a PromptArgs,
+    wanted: &'a Wanted,
     /// each with the line that it was
-    prompts: Vec<(usize, &'a str, Wanted)>,
+    prompts: Vec<(usize, &'a str)>,
     stop: &'a AtomicBool,
     next: AtomicUsize,
     n_tokens: AtomicUsize,
@@ -115,7 +117,7 @@ pub(super) fn replies(
     interrupt: &Interrupt,
     process_start: Instant,
 ) -> Result<(), Failure> {
-    let prompts: Vec<_> = wanted.lines(args).collect();
+    let prompts: Vec<_> = wanted.lines().collect();
     if prompts.is_empty() {
         return Err(explain(dim::Error::EmptyPrompt));
     }
@@ -128,6 +130,7 @@ pub(super) fn replies(
     };
     let work = Work {
         args,
+        wanted,
         prompts,
         stop: interrupt.stop_flag(),
         next: AtomicUsize::new(0),
@@ -153,14 +156,13 @@ impl Work<'_> {
     /// One prompt after the other, until there is none, nobody wants them or nobody reads.
     fn serve(&self, mut session: Session, sampling: &Sampling) -> Result<(), Failure> {
         while !self.stop.load(Ordering::SeqCst) {
-            let Some((index, prompt, wanted)) = self.prompts.get(self.next.fetch_add(1, Ordering::SeqCst))
-            else {
+            let Some(&(index, prompt)) = self.prompts.get(self.next.fetch_add(1, Ordering::SeqCst)) else {
                 return Ok(());
             };
-            let outcome = self.reply(&mut session, wanted, sampling.clone());
+            let outcome = self.reply(&mut session, prompt, sampling.clone());
             self.n_tokens.fetch_add(outcome.n_tokens(), Ordering::SeqCst);
             self.n_failed.fetch_add(usize::from(outcome.has_failed()), Ordering::SeqCst);
-            let line = serde_json::to_string(&Line { index: *index, prompt, outcome });
+            let line = serde_json::to_string(&Line { index, prompt, outcome });
             let line = line.map_err(Failure::failed)?;
             // who has left is not computed for
             terminal::print(&format!("{line}\n")).inspect_err(|_| self.stop.store(true, Ordering::SeqCst))?;
@@ -168,17 +170,16 @@ impl Work<'_> {
         Ok(())
     }
 
-    fn reply(&self, session: &mut Session, wanted: &Wanted, sampling: Sampling) -> Outcome {
+    fn reply(&self, session: &mut Session, prompt: &str, sampling: Sampling) -> Outcome {
         let failed = |error: &dyn std::fmt::Display| Outcome::Failed { error: error.to_string() };
         // what the session holds of the prompt before is another conversation's
         if let Err(error) = session.set_tokens(&[]) {
             return failed(&error);
         }
-        if let Err(error) = self.args.push(wanted, session) {
+        if let Err(error) = self.args.push_line(self.wanted, prompt, session) {
             return failed(&error);
         }
-        let generation = session.generate(sampling).limit(wanted.limit).ignore_eos(self.args.ignore_eos);
-        let mut generation = generation.stop_at(self.args.stop.iter().cloned()).stop_when(self.stop);
+        let mut generation = self.args.generation(self.wanted, session, sampling, self.stop);
         // an error is in the report
         while let Some(Ok(_)) = generation.next() {}
         Outcome::of(generation.report(self.process_start))

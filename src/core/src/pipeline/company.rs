@@ -26,7 +26,7 @@ impl Company {
     }
 
     /// A stage runs here.
-    pub(super) fn is_late(&mut self) {
+    pub(super) fn stage_runs(&mut self) {
         self.out_at = None;
     }
 

@@ -28,6 +28,11 @@ impl Lane {
         !self.items.is_empty() || self.decodes_under_way > 0
     }
 
+    /// Whether its first item is a step of this kind.
+    fn begins_with(&self, kind: StepKind) -> bool {
+        self.front() == Some(What::Step(kind))
+    }
+
     /// Whether its token has just come out, and nothing else has started since.
     fn is_about_to_go_on(&self) -> bool {
         self.has_replied && !self.has_steps() && self.passed == 0
@@ -77,8 +82,7 @@ impl Schedule {
     /// The lanes whose first steps go together if this one's goes, in order of their sessions: of a reply those of its batch that
     /// have one ready, as far as there is room.
     fn batch_with(&mut self, at: usize) -> Vec<usize> {
-        let is_decode = |lane: &Lane| lane.front() == Some(What::Step(StepKind::Decode));
-        if !is_decode(&self.lanes[at]) {
+        if !self.lanes[at].begins_with(StepKind::Decode) {
             return vec![at];
         }
         let rows_of = |lane: &Lane| lane.items.front().map_or(0, |item| item.rows);
@@ -86,7 +90,8 @@ impl Schedule {
         let mut batch = self.batch_of(at);
         batch.retain(|&other| {
             let lane = &self.lanes[other];
-            let goes = other == at || is_decode(lane) && rows + rows_of(lane) <= self.batch_rows;
+            let goes =
+                other == at || lane.begins_with(StepKind::Decode) && rows + rows_of(lane) <= self.batch_rows;
             rows += if goes && other != at { rows_of(lane) } else { 0 };
             goes
         });
@@ -151,8 +156,7 @@ impl Schedule {
 
     /// Whether what stage 0 would start is no chunk of a prompt that a reply further on would wait for.
     pub(super) fn enters_without_harm(&mut self) -> bool {
-        let is_prompt = |lane: &Lane| lane.front() == Some(What::Step(StepKind::Prefill));
-        self.lane_in_turn().is_some_and(|at| !is_prompt(&self.lanes[at]))
+        self.lane_in_turn().is_some_and(|at| !self.lanes[at].begins_with(StepKind::Prefill))
             || !self.lanes.iter().any(Lane::is_in_reply)
     }
 
@@ -160,7 +164,7 @@ impl Schedule {
     /// room for them, or a stage behind it would run while the first worker has nothing to do.
     pub fn awaits_company(&mut self) -> bool {
         let has_company = self.lanes.iter().any(Lane::is_about_to_go_on);
-        if self.batch_rows <= 1 || !has_company || self.is_computing() {
+        if !has_company || self.is_computing() {
             return false;
         }
         if self.batches().0 == usize::MAX || !self.has_room_for_a_batch() {
@@ -201,7 +205,7 @@ impl Schedule {
     /// The next lane in turn whose first item is a step of this kind.
     fn next_lane(&self, kind: StepKind) -> Option<usize> {
         let n = self.lanes.len();
-        (0..n).map(|i| (self.turn + i) % n).find(|&at| self.lanes[at].front() == Some(What::Step(kind)))
+        (0..n).map(|i| (self.turn + i) % n).find(|&at| self.lanes[at].begins_with(kind))
     }
 
     /// Whether a chunk of this lane's prompt may start: not if another session's next token would find more than one

@@ -96,7 +96,7 @@ pub(super) fn prompts(said: Vec<Said>, toolbox: Toolbox, thinking: Thinking) -> 
 
 /// A plain conversation, for a template that has to say how the answer is read.
 pub(crate) fn as_dialogue(turns: &[Turn], thinking: Thinking) -> Dialogue {
-    let messages = turns.iter().map(|turn| json!({"role": turn.role, "content": turn.content}));
+    let messages = turns.iter().cloned().map(|turn| Said::Turn(turn).told());
     let enable_thinking = thinking != Thinking::Off;
     Dialogue { messages: messages.collect(), enable_thinking, ..Dialogue::default() }
 }

@@ -14,19 +14,20 @@ pub(super) enum TextOr<T> {
     List(Vec<T>),
 }
 
-impl<T> TextOr<T> {
-    /// Reads one; `expected` says what it has to be.
-    pub(super) fn read<'de, D>(deserializer: D, expected: &'static str) -> Result<TextOr<T>, D::Error>
-    where
-        D: Deserializer<'de>,
-        T: Deserialize<'de>,
-    {
-        struct Either<T>(&'static str, PhantomData<T>);
-        impl<'de, T: Deserialize<'de>> Visitor<'de> for Either<T> {
+/// What there can be a list of.
+pub(super) trait Listed {
+    /// What a text or a list of them is called.
+    const EXPECTED: &'static str;
+}
+
+impl<'de, T: Listed + Deserialize<'de>> Deserialize<'de> for TextOr<T> {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<TextOr<T>, D::Error> {
+        struct Either<T>(PhantomData<T>);
+        impl<'de, T: Listed + Deserialize<'de>> Visitor<'de> for Either<T> {
             type Value = TextOr<T>;
 
             fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-                f.write_str(self.0)
+                f.write_str(T::EXPECTED)
             }
 
             fn visit_str<E: Error>(self, text: &str) -> Result<TextOr<T>, E> {
@@ -37,8 +38,12 @@ impl<T> TextOr<T> {
                 Vec::deserialize(SeqAccessDeserializer::new(seq)).map(TextOr::List)
             }
         }
-        deserializer.deserialize_any(Either(expected, PhantomData))
+        deserializer.deserialize_any(Either(PhantomData))
     }
+}
+
+impl Listed for String {
+    const EXPECTED: &'static str = "a string or a list of strings";
 }
 
 /// A text, or a list of them.
@@ -47,7 +52,7 @@ pub(super) struct OneOrMany(pub(super) Vec<String>);
 
 impl<'de> Deserialize<'de> for OneOrMany {
     fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<OneOrMany, D::Error> {
-        Ok(OneOrMany(match TextOr::read(deserializer, "a string or a list of strings")? {
+        Ok(OneOrMany(match TextOr::deserialize(deserializer)? {
             TextOr::Text(text) => vec![text],
             TextOr::List(texts) => texts,
         }))

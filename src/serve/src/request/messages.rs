@@ -6,12 +6,12 @@
 use std::collections::HashMap;
 
 use dim::host::template::{Role, Turn};
-use serde::{Deserialize, Deserializer};
+use serde::Deserialize;
 use serde_json::Value;
 use serde_json::value::RawValue;
 
 use super::conversation::{self, Said, there_is_one};
-use super::fields::{Content, NamedChoice, OneOrMany, TextOr};
+use super::fields::{Content, Listed, NamedChoice, OneOrMany, TextOr};
 use super::format::FlatFormat;
 use super::tools::{self, Choice, Toolbox};
 use super::{Defaults, Fields, Thinking, Wanted, parse, renamed};
@@ -39,17 +39,7 @@ struct Messages {
 #[serde(expecting = "a message: an object")]
 struct Message {
     role: String,
-    content: Option<Blocks>,
-}
-
-/// What a message says: a text or a list of blocks.
-#[derive(Debug)]
-struct Blocks(TextOr<Block>);
-
-impl<'de> Deserialize<'de> for Blocks {
-    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Blocks, D::Error> {
-        TextOr::read(deserializer, "a string or a list of blocks").map(Blocks)
-    }
+    content: Option<TextOr<Block>>,
 }
 
 /// A block of whichever kind: serde would keep one in memory to see which it is.
@@ -70,6 +60,10 @@ struct Block {
     tool_use_id: Option<String>,
     content: Option<Content>,
     is_error: Option<bool>,
+}
+
+impl Listed for Block {
+    const EXPECTED: &'static str = "a string or a list of blocks";
 }
 
 #[derive(Debug, Deserialize)]
@@ -163,7 +157,7 @@ impl Message {
             let rule = format!("{:?} is none of \"user\", \"assistant\", \"system\"", self.role);
             ApiError::field(format!("messages[{i}].role"), rule)
         })?;
-        let blocks = match self.content.map(|Blocks(content)| content) {
+        let blocks = match self.content {
             None => Vec::new(),
             Some(TextOr::Text(content)) => {
                 conversation::say(said, Turn { role, content });

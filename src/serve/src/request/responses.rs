@@ -4,13 +4,13 @@
 use std::collections::HashMap;
 
 use dim::host::template::{Role, Turn};
-use serde::{Deserialize, Deserializer};
+use serde::Deserialize;
 use serde_json::value::RawValue;
 use serde_json::{Map, Value, json};
 
 use super::chat::word_of_openai;
 use super::conversation::{self, Said, there_is_one};
-use super::fields::{Content, TextOr, ToolChoice};
+use super::fields::{Content, Listed, TextOr, ToolChoice};
 use super::format::FlatFormat;
 use super::tools::{self, Choice, Toolbox};
 use super::{Defaults, Fields, Thinking, Wanted, parse, renamed};
@@ -19,7 +19,8 @@ use crate::error::ApiError;
 #[derive(Debug, Default, Deserialize)]
 #[serde(default)]
 struct Responses {
-    input: Option<Input>,
+    /// a text that a user says, or a conversation
+    input: Option<TextOr<Item>>,
     instructions: Option<String>,
     max_output_tokens: Option<i64>,
     temperature: Option<f64>,
@@ -57,16 +58,6 @@ struct Tool {
     strict: Option<bool>,
 }
 
-/// A text that a user says, or a conversation.
-#[derive(Debug)]
-struct Input(TextOr<Item>);
-
-impl<'de> Deserialize<'de> for Input {
-    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Input, D::Error> {
-        TextOr::read(deserializer, "a string or a list of items").map(Input)
-    }
-}
-
 /// An item of whichever kind: serde would keep one in memory to see which it is.
 #[derive(Debug, Deserialize)]
 #[serde(expecting = "an item: an object")]
@@ -85,6 +76,10 @@ struct Item {
     arguments: Option<String>,
     /// of what came of one
     output: Option<Content>,
+}
+
+impl Listed for Item {
+    const EXPECTED: &'static str = "a string or a list of items";
 }
 
 /// A request of that form.
@@ -109,7 +104,7 @@ pub fn responses(body: &[u8], defaults: &Defaults) -> Result<Wanted, ApiError> {
         _ => Thinking::Told,
     };
     let mut said = Conversation::new(given.instructions.unwrap_or_default());
-    match given.input.ok_or_else(|| ApiError::field("input", "missing"))?.0 {
+    match given.input.ok_or_else(|| ApiError::field("input", "missing"))? {
         TextOr::Text(content) => said.turn(Turn { role: Role::User, content }),
         TextOr::List(items) => {
             there_is_one("input", &items)?;
